@@ -1,0 +1,1 @@
+"""Moestro: fused Mixture-of-Experts layers and the autotuner that keeps them fast."""

@@ -1,0 +1,91 @@
+"""The errors of Moestro.
+
+MoestroError
+├── ShapeError      a tensor has the wrong rank or size            (also a ValueError)
+├── DTypeError      a tensor has the wrong dtype                   (also a TypeError)
+├── DeviceError     a tensor or a backend is on the wrong device   (also a ValueError)
+├── FormatError     an unknown number format, or values it cannot hold (also a ValueError)
+├── RoutingError    routing that cannot be: top_k > E, unknown method, ids out of range (also a ValueError)
+├── BackendError    an unknown backend, or one that cannot run this call (also a ValueError)
+├── ModelError      an unknown model name                          (also a ValueError)
+└── TuningError     a tuner that was set up wrongly, or a miss where tuning is not allowed (also a RuntimeError)
+
+StoreWarning        the store could not be read or written; work goes on without it (a UserWarning)
+TuningWarning       a decision is used outside what was measured    (a UserWarning)
+
+Every message names the argument, what was expected and what came.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "BackendError",
+    "DTypeError",
+    "DeviceError",
+    "FormatError",
+    "ModelError",
+    "MoestroError",
+    "RoutingError",
+    "ShapeError",
+    "StoreWarning",
+    "TuningError",
+    "TuningWarning",
+    "unknown_name",
+]
+
+
+class MoestroError(Exception):
+    """Base of every error that Moestro raises on purpose."""
+
+
+class ShapeError(MoestroError, ValueError):
+    """A tensor has the wrong rank or size."""
+
+
+class DTypeError(MoestroError, TypeError):
+    """A tensor has the wrong dtype."""
+
+
+class DeviceError(MoestroError, ValueError):
+    """A tensor or a backend is on the wrong device."""
+
+
+class FormatError(MoestroError, ValueError):
+    """An unknown number format, or values that the format cannot hold."""
+
+
+class RoutingError(MoestroError, ValueError):
+    """Routing that cannot be: top_k > E, an unknown method, ids out of range."""
+
+
+class BackendError(MoestroError, ValueError):
+    """An unknown backend, or one that cannot run this call."""
+
+
+class ModelError(MoestroError, ValueError):
+    """An unknown model name."""
+
+
+class TuningError(MoestroError, RuntimeError):
+    """A tuner that was set up wrongly, or a miss where tuning is not allowed."""
+
+
+class StoreWarning(UserWarning):
+    """The store could not be read or written; work goes on without it."""
+
+
+class TuningWarning(UserWarning):
+    """A decision is used outside what was measured."""
+
+
+def unknown_name(kind: str, got: object, known: Iterable[str]) -> str:
+    """The message for a name that is not known: the nearest names first, then all of them."""
+    names = sorted(known)
+    near = difflib.get_close_matches(str(got), names, n=3, cutoff=0.4)
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    return f"unknown {kind} {got!r}{hint} Known: {', '.join(names)}" if hint else (
+        f"unknown {kind} {got!r}; known: {', '.join(names)}"
+    )

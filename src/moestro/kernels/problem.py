@@ -1,0 +1,103 @@
+"""The static facts of an MoE call, and what a backend gives for it.
+
+MoeProblem is all that a kernel choice may depend on but the number of tokens: it is part of every tuning key.
+Experts is the weights as a backend sees them (moestro.ExpertWeights is one). MoeRunner is a backend: one
+TunableRunner per backend and problem, running any of its tactics in a workspace that somebody else owns.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+
+from moestro.formats.base import FormatTensor
+from moestro.kernels.activations import Activation, SwiGLU
+from moestro.tuning.runner import TunableRunner
+
+
+class Experts(Protocol):
+    """Weights of L local experts."""
+
+    @property
+    def gate_up(self) -> FormatTensor: ...  # [L, 2I, H], or [L, I, H] without a gate
+
+    @property
+    def down(self) -> FormatTensor: ...  # [L, H, I]
+
+    @property
+    def gate_up_bias(self) -> torch.Tensor | None: ...  # [L, 2I] or [L, I]
+
+    @property
+    def down_bias(self) -> torch.Tensor | None: ...  # [L, H]
+
+    @property
+    def gate_up_input_scale(self) -> torch.Tensor | None: ...  # [] or [L], W4A4: calibrated global scale of x
+
+    @property
+    def down_input_scale(self) -> torch.Tensor | None: ...  # [] or [L], W4A4: of the intermediate
+
+
+@dataclass(frozen=True)
+class MoeProblem:
+    """The static facts of an MoE call."""
+
+    num_experts: int  # E, all ranks'; ids are in [0, E)
+    num_local_experts: int  # L, this rank's: [expert_offset, expert_offset + L)
+    expert_offset: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+    weight_format: str  # "bf16" | "nvfp4" | "mxfp4" | "fp8_block"
+    activation: Activation = SwiGLU()  # noqa: RUF009
+    input_format: str | None = None  # None | "nvfp4"
+    dtype: torch.dtype = torch.bfloat16  # of x and of the result
+    device: str = "cpu"  # device type
+    deterministic: bool = False
+
+
+class MoeRunner(TunableRunner):
+    """A backend for one problem and its weights.
+
+    Inputs of forward: [x, ids, weights, out] with x [N, H] in problem.dtype, ids int32 [N, K] (global; any value
+    outside this rank's experts contributes nothing), weights float32 [N, K], out [N, H]; or, for activations that
+    come quantised, [packed, ids, weights, out, scale, global_scale]. Forward writes out and returns it.
+    """
+
+    backend: ClassVar[str]
+
+    def __init__(self, problem: MoeProblem, experts: Experts) -> None:
+        self.problem = problem
+        self._experts = experts
+        self._workspace: torch.Tensor | None = None
+
+    @classmethod
+    @abstractmethod
+    def why_not(cls, problem: MoeProblem) -> str | None:
+        """Why this backend cannot run the problem on this machine; None if it can."""
+
+    @classmethod
+    def prepare(cls, problem: MoeProblem, experts: Experts) -> tuple[FormatTensor, FormatTensor]:
+        """(gate_up, down) in this backend's kernel layout; the checkpoint layout by default."""
+        return experts.gate_up, experts.down
+
+    def workspace_bytes(self, num_tokens: int, tactic: Any) -> int:
+        """Bytes of scratch memory that `tactic` needs for `num_tokens` tokens."""
+        return 0
+
+    def use_workspace(self, workspace: torch.Tensor | None) -> None:
+        """Work in this uint8 buffer from now on (256-byte aligned, at least workspace_bytes); None: allocate."""
+        self._workspace = workspace
+
+    @abstractmethod
+    def get_valid_tactics(self, inputs: Sequence[Any], profile: Any) -> list[Any]:
+        """Every tactic that can run these inputs."""
+
+    @abstractmethod
+    def forward(
+        self, inputs: Sequence[Any], tactic: Any = -1, do_preparation: bool = False, **kwargs: Any
+    ) -> torch.Tensor:
+        """Run a tactic; see the class for the inputs."""
