@@ -58,7 +58,7 @@ class MoeProblem:
     device: str = "cpu"  # device type
     deterministic: bool = False
     weight_layout: str = CHECKPOINT  # of both weights: CHECKPOINT, or what a backend's prepare() made
-    weight_dtype: torch.dtype | None = None  # of dense ("bf16" format) weights: bf16, fp16 or fp32; None: quantised
+    weight_dtype: torch.dtype | None = None  # of dense ("bf16" format) weights; None: quantised
     biased: bool = False  # whether there is a gate_up_bias or a down_bias
 
     @property
@@ -70,13 +70,13 @@ class MoeProblem:
 class MoeRunner(TunableRunner):
     """A backend for one problem and its weights.
 
-    Inputs of forward: [x, ids, weights, out] with x [N, H] in problem.dtype, ids int32 [N, K] (global; any value
-    outside this rank's experts contributes nothing), weights float32 [N, K], out [N, H], all contiguous; or, for
-    activations that come quantised, [packed, ids, weights, out, scale, global_scale]. N may be 0. Forward writes
-    out (which may hold anything before, NaN included) and returns it.
+    Inputs of forward: [x, ids, weights, out] with x [N, H] in problem.dtype, ids int32 [N, K] (global; any
+    value outside this rank's experts contributes nothing), weights float32 [N, K], out [N, H], all contiguous;
+    or, for activations that come quantised, [packed, ids, weights, out, scale, global_scale]. N may be 0.
+    Forward writes out (which may hold anything before, NaN included) and returns it.
 
     With input_format="nvfp4" the intermediate is quantised from its float32 value, not from one rounded to
-    problem.dtype: rounding first moves about 0.3 % of the values to a neighbouring e2m1 step, an error of 1.7 %.
+    problem.dtype first, which would move values near a boundary to the neighbouring e2m1 step.
     """
 
     backend: ClassVar[str]
@@ -110,7 +110,7 @@ class MoeRunner(TunableRunner):
         return 0
 
     def use_workspace(self, workspace: torch.Tensor | None) -> None:
-        """Work in this uint8 buffer from now on (256-byte aligned, at least workspace_bytes); None: allocate."""
+        """Work in this uint8 buffer (256-byte aligned, at least workspace_bytes) from now on; None: allocate."""
         self._workspace = workspace
 
     @abstractmethod
