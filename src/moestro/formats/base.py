@@ -24,7 +24,7 @@ class FormatTensor(Protocol):
 
     @property
     def layout(self) -> str:
-        """"checkpoint", or the kernel layout that a backend's prepare() made."""
+        """ "checkpoint", or the kernel layout that a backend's prepare() made."""
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -1,0 +1,106 @@
+"""Argument checks that the formats share: errors of ours that name the argument, the expectation, what came."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+
+from moestro.errors import DeviceError, DTypeError, FormatError, ShapeError
+
+T = TypeVar("T")
+
+DENSE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def require_tensor(name: str, value: object) -> None:
+    """DTypeError unless `value` is a torch.Tensor."""
+    if not isinstance(value, torch.Tensor):
+        raise DTypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def require_dtype(name: str, tensor: torch.Tensor, *allowed: torch.dtype) -> None:
+    """DTypeError unless `tensor` is a tensor of one of the `allowed` dtypes."""
+    require_tensor(name, tensor)
+    if tensor.dtype not in allowed:
+        wanted = " or ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise DTypeError(f"{name} must be {wanted}, got {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def require_float_dtype(dtype: torch.dtype) -> None:
+    """DTypeError unless `dtype` is one that dense values come in."""
+    if dtype not in DENSE_DTYPES:
+        raise DTypeError(f"dtype must be bfloat16, float16, float32 or float64, got {dtype}")
+
+
+def require_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...], why: str) -> None:
+    """ShapeError unless `tensor` has exactly the `expected` shape."""
+    if tuple(tensor.shape) != expected:
+        raise ShapeError(f"{name} must have shape {list(expected)} ({why}), got {list(tensor.shape)}")
+
+
+def require_one_device(**tensors: torch.Tensor) -> None:
+    """DeviceError unless all tensors are on the device of the first."""
+    (first, at), *others = ((name, tensor.device) for name, tensor in tensors.items())
+    for name, device in others:
+        if device != at:
+            raise DeviceError(f"{name} must be on {at}, where {first} is, got {device}")
+
+
+def require_dense(name: str, dense: torch.Tensor, block: int = 1) -> None:
+    """Check that `dense` can be quantised: floating point [..., R, C] with C a multiple of `block`."""
+    require_dtype(name, dense, *DENSE_DTYPES)
+    if dense.ndim < 2:
+        raise ShapeError(f"{name} must have at least 2 dimensions [..., R, C], got {list(dense.shape)}")
+    if dense.shape[-1] % block:
+        raise ShapeError(
+            f"{name} must have a last dimension divisible by {block} (one scale per {block} columns), "
+            f"got {list(dense.shape)}"
+        )
+
+
+def require_leading(shape: tuple[int, ...]) -> None:
+    """ShapeError unless there is a dimension of experts before [R, C]."""
+    if len(shape) < 3:
+        raise ShapeError(f"expert(index) needs a tensor [E, R, C] of experts, got {list(shape)}")
+
+
+def require_parts(
+    parts: Sequence[T], pieces_of: Callable[[T], tuple[torch.Tensor, ...]]
+) -> list[tuple[torch.Tensor, ...]]:
+    """The pieces of several format tensors, transposed, if they fit: same shapes, dtypes and device."""
+    if not parts:
+        raise ShapeError("parts must hold at least one tensor, got none")
+    pieces = [pieces_of(part) for part in parts]
+    for i, piece in enumerate(pieces):
+        for first, other in zip(pieces[0], piece, strict=True):
+            require_dtype(f"parts[{i}]", other, first.dtype)
+            require_shape(f"parts[{i}]", other, tuple(first.shape), "a piece of it, as in parts[0]")
+            require_one_device(**{"parts[0]": first, f"parts[{i}]": other})
+    return list(zip(*pieces, strict=True))
+
+
+def require_finite(name: str, dense: torch.Tensor, amax: torch.Tensor, format: str) -> None:
+    """FormatError if `amax`, the largest magnitudes of `dense`, are not all finite. Waits for the device."""
+    if bool(torch.isfinite(amax).all()):
+        return
+    nans, infs, first = 0, 0, None
+    for i, matrix in enumerate(dense.reshape(-1, *dense.shape[-2:])):
+        bad = ~torch.isfinite(matrix.float())  # float64 beyond float32 counts as infinite here
+        if bool(bad.any()):
+            nans += int(torch.isnan(matrix).sum())
+            infs += int(bad.sum()) - int(torch.isnan(matrix).sum())
+            first = first or (*_unravel(i, dense.shape[:-2]), *bad.nonzero()[0].tolist())
+    raise FormatError(
+        f"{name} must be finite (in float32) for {format}, which holds neither infinities nor NaN; "
+        f"got {infs} infinite and {nans} NaN values, the first at {list(first or ())} of {list(dense.shape)}"
+    )
+
+
+def _unravel(index: int, shape: torch.Size) -> tuple[int, ...]:
+    out: list[int] = []
+    for size in reversed(shape):
+        index, rest = divmod(index, size)
+        out.append(rest)
+    return tuple(reversed(out))

@@ -1,0 +1,172 @@
+"""Routing distributions: which experts the tokens of a synthesised batch go to.
+
+A distribution gives every token top_k distinct experts. Popularities p [E] become ids by the Gumbel top-k
+trick (Kool et al., arXiv 1903.06059): the k largest of log p + Gumbel noise are k draws without replacement,
+each proportional to p among the experts that are left. An expert's load is at most 1/top_k of the pairs, so
+loads are flatter than the popularities, the more the larger top_k / num_experts.
+
+All draws come from numpy's PCG64 seeded by `seed`: the same on every machine. For Uniform, Zipf and Dirichlet
+the first tokens of a larger sample are the smaller sample.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from moestro.errors import RoutingError
+from moestro.routing.router import check_top_k
+
+CHUNK = 1 << 21  # noise values drawn at once: 8 MiB, whatever the number of tokens
+
+
+@runtime_checkable
+class Distribution(Protocol):
+    """Where the tokens of a batch go."""
+
+    @property
+    def name(self) -> str:
+        """The distribution and its parameters, as keys and reports show it."""
+
+    def sample(self, num_tokens: int, num_experts: int, top_k: int, seed: int = 0) -> torch.Tensor:
+        """int32 [N, K] on the CPU, distinct experts per token, the same for the same arguments.
+
+        Raises RoutingError unless 1 <= top_k <= num_experts and num_tokens >= 0.
+        """
+
+
+@dataclass(frozen=True)
+class Balanced:
+    """Every expert has the same number of pairs, give or take one; tokens and neighbours are shuffled."""
+
+    @property
+    def name(self) -> str:
+        return "balanced"
+
+    def sample(self, num_tokens: int, num_experts: int, top_k: int, seed: int = 0) -> torch.Tensor:
+        """int32 [N, K]; see Distribution."""
+        check_sample(num_tokens, num_experts, top_k)
+        rng = np.random.default_rng(seed)
+        # Dealing the experts out in one fixed order gives each token top_k consecutive ones: distinct, and even.
+        dealt = np.arange(num_tokens * top_k, dtype=np.int64) % num_experts
+        ids = rng.permutation(num_experts).astype(np.int32)[dealt].reshape(num_tokens, top_k)
+        return torch.from_numpy(rng.permutation(ids))
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Every token draws its experts independently, all equally likely."""
+
+    @property
+    def name(self) -> str:
+        return "uniform"
+
+    def sample(self, num_tokens: int, num_experts: int, top_k: int, seed: int = 0) -> torch.Tensor:
+        """int32 [N, K]; see Distribution."""
+        check_sample(num_tokens, num_experts, top_k)
+        return gumbel_top_k(np.zeros(num_experts), num_tokens, top_k, np.random.default_rng(seed))
+
+
+@dataclass(frozen=True)
+class Zipf:
+    """The r-th most popular expert has popularity proportional to r^-alpha; which expert that is, the seed
+    says.
+
+    alpha 0 is uniform. Raises RoutingError unless alpha is finite and not negative.
+    """
+
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.alpha) and self.alpha >= 0):
+            raise RoutingError(f"alpha of Zipf must be finite and at least 0, got {self.alpha}")
+
+    @property
+    def name(self) -> str:
+        return f"zipf({float(self.alpha)})"
+
+    def sample(self, num_tokens: int, num_experts: int, top_k: int, seed: int = 0) -> torch.Tensor:
+        """int32 [N, K]; see Distribution."""
+        check_sample(num_tokens, num_experts, top_k)
+        rng = np.random.default_rng(seed)
+        rank = 1 + rng.permutation(num_experts)
+        return gumbel_top_k(-self.alpha * np.log(rank), num_tokens, top_k, rng)
+
+
+@dataclass(frozen=True)
+class Dirichlet:
+    """Popularities drawn from a symmetric Dirichlet whose effective number of experts is about a fraction of
+    them.
+
+    The effective number is 1 / Σ p². For concentration c, E[Σ p²] = (c + 1) / (c·E + 1), so that c = (f·E -
+    1) / (E·(1 - f)) makes it f·E in expectation; f = 1 is uniform. One draw of p serves all tokens.
+
+    Raises RoutingError unless 0 < effective_fraction <= 1, and in sample() where f·E is not above 1 expert.
+    """
+
+    effective_fraction: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.effective_fraction <= 1:
+            raise RoutingError(
+                f"effective_fraction of Dirichlet must be in (0, 1], got {self.effective_fraction}"
+            )
+
+    @property
+    def name(self) -> str:
+        return f"dirichlet({float(self.effective_fraction)})"
+
+    def sample(self, num_tokens: int, num_experts: int, top_k: int, seed: int = 0) -> torch.Tensor:
+        """int32 [N, K]; see Distribution."""
+        check_sample(num_tokens, num_experts, top_k)
+        rng = np.random.default_rng(seed)
+        return gumbel_top_k(self.log_popularity(num_experts, rng), num_tokens, top_k, rng)
+
+    def log_popularity(self, num_experts: int, rng: np.random.Generator) -> npt.NDArray[np.float64]:
+        """log p [E] but for a constant."""
+        f = self.effective_fraction
+        if f == 1:
+            return np.zeros(num_experts)
+        if f * num_experts <= 1:
+            raise RoutingError(
+                f"effective_fraction · num_experts must be above 1 expert, got {f} · {num_experts} = {f * num_experts:.3g}"
+            )
+        concentration = (f * num_experts - 1) / (num_experts * (1 - f))
+        # A Gamma(c) variable is Gamma(c + 1) · U^(1/c): in logarithms a tiny c does not underflow.
+        log_u = -rng.standard_exponential(num_experts)
+        return np.asarray(np.log(rng.gamma(concentration + 1, size=num_experts)) + log_u / concentration)
+
+
+def gumbel_top_k(
+    log_popularity: npt.NDArray[np.float64], num_tokens: int, top_k: int, rng: np.random.Generator
+) -> torch.Tensor:
+    """int32 [N, K]: for each token top_k draws without replacement, in the order drawn."""
+    num_experts = len(log_popularity)
+    logits = torch.from_numpy(log_popularity - log_popularity.max()).float()
+    ids = torch.empty(num_tokens, top_k, dtype=torch.int32)
+    step = max(1, CHUNK // num_experts)
+    for start in range(0, num_tokens, step):
+        rows = min(step, num_tokens - start)
+        noise = torch.from_numpy(rng.standard_exponential((rows, num_experts), dtype=np.float32))
+        # -log of an exponential variable is Gumbel noise.
+        ids[start : start + rows] = torch.sub(logits, noise.log_(), out=noise).topk(top_k, dim=-1).indices
+    return ids
+
+
+def sample_weights(num_tokens: int, top_k: int, seed: int = 0) -> torch.Tensor:
+    """Routing weights float32 [N, K] as a router gives them: softmax of normal logits, largest first, sums of 1."""
+    check_sample(num_tokens, top_k, top_k)
+    logits = np.random.default_rng(seed).standard_normal((num_tokens, top_k), dtype=np.float32)
+    return torch.softmax(torch.from_numpy(logits), dim=-1).sort(dim=-1, descending=True).values
+
+
+def check_sample(num_tokens: int, num_experts: int, top_k: int) -> None:
+    """RoutingError unless num_tokens tokens can have top_k distinct of num_experts experts."""
+    if num_tokens < 0:
+        raise RoutingError(f"num_tokens must be at least 0, got {num_tokens}")
+    check_top_k(top_k, num_experts)
