@@ -1,0 +1,175 @@
+"""Measuring contenders side by side.
+
+For each case all contenders run in one process, in rounds: one sample of each per round, the order rotated,
+so that whatever drifts (clock, neighbours, temperature) drifts for all. A sample is one call from cold
+weights, through a timer of moestro.tuning. Several layers are taken in turn. Before any timing each
+contender runs once, and its output is compared with the first bf16 contender's.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from moestro.bench.contenders import Call, Contender
+from moestro.bench.layers import Case
+from moestro.errors import MoestroError
+
+__all__ = ["Measured", "Outcome", "Plan", "Timer", "measure_case", "quartiles"]
+
+WRONG = 0.02  # relative error norm of two bf16 implementations of the same layer; they differ by 0.4 % or so
+
+
+class Timer(Protocol):
+    """A timer of moestro.tuning.timers."""
+
+    @property
+    def name(self) -> str: ...
+
+    def prepare(self, call: Call) -> Callable[[], float]:
+        """A sampler: runs the call once, as served, and returns seconds."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long to measure: at least `min_rounds` per case, then until `seconds` per contender or
+    `max_rounds`.
+    """
+
+    min_rounds: int = 7
+    max_rounds: int = 101
+    seconds: float = 1.0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The samples of one contender on one case."""
+
+    contender: str
+    num_tokens: int
+    seconds: tuple[float, ...]
+    clock: str
+    difference: float | None = None  # relative error norm against the first bf16 contender's output
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+@dataclass
+class Outcome:
+    """What came of one case."""
+
+    measured: list[Measured] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)  # contender -> why it was not asked
+    failed: dict[str, str] = field(default_factory=dict)  # contender -> what went wrong
+    interrupted: bool = False
+
+
+def quartiles(seconds: Sequence[float]) -> tuple[float, float]:
+    """The lower and upper quartile (the value itself for a single sample)."""
+    if len(seconds) < 2:
+        return seconds[0], seconds[0]
+    low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return low, high
+
+
+def measure_case(
+    contenders: Sequence[Contender],
+    case: Case,
+    timer_of: Callable[[Contender], Timer],
+    plan: Plan = Plan(),
+    on_step: Callable[[str], None] = lambda _: None,
+) -> Outcome:
+    """Measure every contender that can run the case.
+
+    `on_step` hears what happens ("checking …", "round 3"). KeyboardInterrupt ends the case; whole rounds
+    that were measured stay in the outcome.
+    """
+    outcome = Outcome()
+    samples: dict[str, list[float]] = {}
+    lanes: dict[str, _Lane] = {}
+    try:
+        with torch.inference_mode():
+            lanes = _prepare(contenders, case, timer_of, outcome, on_step)
+            samples = {name: [] for name in lanes}
+            _run_rounds(lanes, samples, plan, on_step)
+    except KeyboardInterrupt:
+        outcome.interrupted = True
+    for name, lane in lanes.items():
+        if samples.get(name):
+            taken = tuple(samples[name])
+            outcome.measured.append(Measured(name, case.num_tokens, taken, lane.clock, lane.difference))
+    return outcome
+
+
+@dataclass(frozen=True)
+class _Lane:
+    samplers: tuple[Callable[[], float], ...]  # one per layer
+    clock: str
+    difference: float | None
+
+
+def _prepare(
+    contenders: Iterable[Contender],
+    case: Case,
+    timer_of: Callable[[Contender], Timer],
+    outcome: Outcome,
+    on_step: Callable[[str], None],
+) -> dict[str, _Lane]:
+    lanes: dict[str, _Lane] = {}
+    truth: torch.Tensor | None = None
+    for contender in contenders:
+        reason = contender.why_not(case)
+        if reason is not None:
+            outcome.skipped[contender.name] = reason
+            continue
+        on_step(f"checking {contender.name}")
+        try:
+            calls = contender.calls(case)
+            output = calls[0]().float()
+            difference = None if truth is None else _difference(output, truth)
+            if contender.format == "bf16" and difference is not None and not difference < WRONG:
+                raise MoestroError(f"its output differs from the first bf16 contender's by {difference:.2g}")
+            timer = timer_of(contender)
+            lanes[contender.name] = _Lane(tuple(map(timer.prepare, calls)), timer.name, difference)
+        except (MoestroError, RuntimeError, NotImplementedError) as error:
+            outcome.failed[contender.name] = _first_line(error)
+            continue
+        if truth is None and contender.format == "bf16":
+            truth = output.clone()
+    return lanes
+
+
+def _run_rounds(
+    lanes: dict[str, _Lane], samples: dict[str, list[float]], plan: Plan, on_step: Callable[[str], None]
+) -> None:
+    names = list(lanes)
+    start = time.monotonic()
+    for number in range(plan.max_rounds):
+        if number >= plan.min_rounds and time.monotonic() - start > plan.seconds * len(names):
+            return
+        on_step(f"round {number + 1}")
+        first = number % len(names) if names else 0
+        taken: dict[str, float] = {}
+        for name in names[first:] + names[:first]:
+            samplers = lanes[name].samplers
+            taken[name] = samplers[number % len(samplers)]()
+        for name, seconds in taken.items():  # only whole rounds count, so that all have the same ones
+            samples[name].append(seconds)
+
+
+def _difference(output: torch.Tensor, truth: torch.Tensor) -> float:
+    norm = float(torch.linalg.vector_norm(truth))
+    distance = float(torch.linalg.vector_norm(output - truth))
+    return distance / norm if norm else distance
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else 'no message'}"
