@@ -60,6 +60,7 @@ class MoeProblem:
     weight_layout: str = CHECKPOINT  # of both weights: CHECKPOINT, or what a backend's prepare() made
     weight_dtype: torch.dtype | None = None  # of dense ("bf16" format) weights; None: quantised
     biased: bool = False  # whether there is a gate_up_bias or a down_bias
+    cuda_graph: bool = False  # every tactic must be capturable: no host synchronisation
 
     @property
     def gate_up_rows(self) -> int:
@@ -71,8 +72,9 @@ class MoeRunner(TunableRunner):
     """A backend for one problem and its weights.
 
     Inputs of forward: [x, ids, weights, out] with x [N, H] in problem.dtype, ids int32 [N, K] (global; any
-    value outside this rank's experts contributes nothing), weights float32 [N, K], out [N, H], all contiguous;
-    or, for activations that come quantised, [packed, ids, weights, out, scale, global_scale]. N may be 0.
+    value outside this rank's experts contributes nothing), weights float32 [N, K], out [N, H], all
+    contiguous; or, for activations that come quantised, [packed, ids, weights, out, scale, global_scale].
+    N may be 0.
     Forward writes out (which may hold anything before, NaN included) and returns it.
 
     With input_format="nvfp4" the intermediate is quantised from its float32 value, not from one rounded to
@@ -110,7 +112,7 @@ class MoeRunner(TunableRunner):
         return 0
 
     def use_workspace(self, workspace: torch.Tensor | None) -> None:
-        """Work in this uint8 buffer (256-byte aligned, at least workspace_bytes) from now on; None: allocate."""
+        """Work in this uint8 buffer (256-byte aligned, at least workspace_bytes); None: allocate."""
         self._workspace = workspace
 
     @abstractmethod

@@ -1,0 +1,157 @@
+"""The portable backend: PyTorch only, on any device, every format, activation and mode.
+
+A tactic is (name, knob), e.g. ("grouped", 16): see portable_tactics for what they are.
+`unfit` is the single statement of which tactic runs where.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from moestro.errors import BackendError, unknown_name
+from moestro.formats import NVFP4
+from moestro.kernels import portable_tactics as tactics
+from moestro.kernels.portable_stages import Call, compute_dtype, is_indexable
+from moestro.kernels.problem import MoeProblem, MoeRunner
+from moestro.kernels.scratch import plan_bytes
+
+Tactic = tuple[str, int]
+
+DEFAULT_KNOB = {"pairs": 8, "loop": 1, "grouped": 16, "masked": 4}
+LISTED: tuple[Tactic, ...] = (
+    ("loop", 1),
+    ("pairs", 2),
+    ("pairs", 8),
+    ("grouped", 8),
+    ("grouped", 32),
+    ("grouped", 0),  # all experts at once
+    ("masked", 4),
+)
+MAX_PAIRS = 256  # of the tactic `pairs`, which reads an expert once per pair
+MASKED_WASTE = 8  # `masked` is listed where it computes at most so many times the products needed
+GROUPED_ALIGNMENT = 16  # bytes, of every row, in torch._grouped_mm
+
+
+class PortableRunner(MoeRunner):
+    """Every MoE problem, in PyTorch."""
+
+    backend: ClassVar[str] = "portable"
+
+    @classmethod
+    def why_not(cls, problem: MoeProblem) -> str | None:
+        return None
+
+    @classmethod
+    def runs_layout(cls, layout: str) -> bool:
+        return True  # a kernel layout dequantises itself
+
+    def get_valid_tactics(self, inputs: Sequence[Any], profile: Any) -> list[Tactic]:
+        """The listed tactics that fit these inputs."""
+        num_tokens, found = inputs[0].shape[0], []
+        for tactic in LISTED:
+            wasteful = tactic[0] == "masked" and self._waste() > MASKED_WASTE
+            if not wasteful and self.unfit(tactic, num_tokens) is None:
+                found.append(tactic)
+        return found
+
+    def unfit(self, tactic: Tactic, num_tokens: int) -> str | None:
+        """Why a tactic cannot run this many tokens; None if it can."""
+        name, knob = tactic
+        if self.problem.cuda_graph and self._waits(tactic):
+            return "it waits for the device, which a CUDA graph cannot hold"
+        if name == "pairs":
+            if num_tokens * self.problem.top_k > MAX_PAIRS:
+                return f"it takes at most {MAX_PAIRS} pairs"
+            if not (is_indexable(self._experts.gate_up) and is_indexable(self._experts.down)):
+                return f"it needs weights in the checkpoint layout, got {self.problem.weight_layout!r}"
+        if name == "grouped":
+            return self._no_grouped_mm(knob)
+        return None
+
+    def workspace_bytes(self, num_tokens: int, tactic: Any) -> int:
+        name, _ = self._resolve(tactic, num_tokens)
+        if name == "pairs":
+            return 0
+        plan = tactics.loop_plan if name == "loop" else tactics.accumulator_plan
+        return plan_bytes(plan(self.problem, num_tokens))
+
+    @torch.no_grad()
+    def forward(
+        self, inputs: Sequence[Any], tactic: Any = -1, do_preparation: bool = False, **kwargs: Any
+    ) -> torch.Tensor:
+        """Run a tactic: (name, knob), a name (with its usual knob), or -1. BackendError for any other.
+
+        Raises BackendError also for a tactic that cannot run this many tokens.
+        """
+        call = self._call(inputs)
+        if not len(call.x):
+            return call.out
+        name, knob = self._resolve(tactic, len(call.x))
+        reason = self.unfit((name, knob), len(call.x))
+        if reason is not None:
+            raise BackendError(f"tactic {(name, knob)} cannot run {len(call.x)} tokens: {reason}")
+        if name == "pairs":
+            return tactics.run_pairs(call, knob)
+        if name == "loop":
+            return tactics.run_loop(call, self._workspace)
+        run = tactics.run_grouped if name == "grouped" else tactics.run_masked
+        return run(call, self._workspace, knob or self.problem.num_local_experts)
+
+    def _call(self, inputs: Sequence[Any]) -> Call:
+        x, ids, weights, out, *scales = inputs
+        if scales:
+            x = NVFP4(x, *scales).dequantize(torch.float32)
+        return Call(self.problem, self._experts, x, ids, weights, out, x_is_quantized=bool(scales))
+
+    def _resolve(self, tactic: Any, num_tokens: int) -> Tactic:
+        if tactic == -1:
+            return self._default(num_tokens)
+        if isinstance(tactic, str):
+            if tactic not in DEFAULT_KNOB:
+                raise BackendError(unknown_name("tactic", tactic, DEFAULT_KNOB))
+            return tactic, DEFAULT_KNOB[tactic]
+        match tactic:
+            case (str(name), int(knob)) if name in DEFAULT_KNOB and knob >= (name == "pairs"):
+                return name, knob
+        raise BackendError(
+            f"tactic must be -1, a name or (name, knob) with a name of {', '.join(DEFAULT_KNOB)} "
+            f"and a knob that is a count of experts, got {tactic!r}"
+        )
+
+    def _default(self, num_tokens: int) -> Tactic:
+        """`loop` wherever the device may be waited for; else what needs no waiting."""
+        if self.problem.device != "cuda":
+            return "loop", 1
+        whole = ("grouped", 0)
+        if self.problem.weight_dtype == compute_dtype(self.problem) and self._no_grouped_mm(0) is None:
+            return whole
+        if not (self.problem.cuda_graph or torch.cuda.is_current_stream_capturing()):
+            return "loop", 1
+        pairs = ("pairs", 8)
+        few = num_tokens * self.problem.top_k <= self.problem.num_local_experts
+        return pairs if few and self.unfit(pairs, num_tokens) is None else ("masked", 4)
+
+    def _waits(self, tactic: Tactic) -> bool:
+        """Whether the tactic waits for the device."""
+        name, knob = tactic
+        chunked = 0 < knob < self.problem.num_local_experts
+        return name == "loop" or (name == "grouped" and chunked)
+
+    def _waste(self) -> float:
+        """Products that `masked` computes for one that is needed."""
+        return self.problem.num_local_experts / self.problem.top_k
+
+    def _no_grouped_mm(self, chunk: int) -> str | None:
+        dtype = compute_dtype(self.problem)
+        if self.problem.device == "cuda" and dtype != torch.bfloat16:
+            return f"torch._grouped_mm on CUDA takes bfloat16, and this computes in {dtype}"
+        for name in ("hidden_size", "intermediate_size"):
+            size: int = getattr(self.problem, name)
+            if size * dtype.itemsize % GROUPED_ALIGNMENT:
+                return f"torch._grouped_mm needs rows of a multiple of 16 bytes, {name} is {size} in {dtype}"
+        if self.problem.weight_dtype != dtype and not 0 < chunk < self.problem.num_local_experts:
+            return "all experts at once would be a dense copy of all"
+        return None

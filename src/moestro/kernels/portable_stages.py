@@ -1,0 +1,166 @@
+"""The stages that the portable tactics share: sort pairs, quantise rows, dequantise some experts, activate.
+
+Everything here is PyTorch on any device and waits for none, but `Groups.on_host`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from moestro.formats import NVFP4
+from moestro.formats.base import CHECKPOINT, FormatTensor
+from moestro.kernels.activations import SwiGLU
+from moestro.kernels.problem import Experts, MoeProblem
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call: the problem, the weights and the inputs, x not yet quantised."""
+
+    problem: MoeProblem
+    experts: Experts
+    x: torch.Tensor  # [N, H]; float32 if it came quantised
+    ids: torch.Tensor  # [N, K] int32, global
+    weights: torch.Tensor  # [N, K] float32
+    out: torch.Tensor  # [N, H]
+    x_is_quantized: bool
+
+    @property
+    def num_pairs(self) -> int:
+        return self.ids.numel()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the matrix products."""
+        return compute_dtype(self.problem)
+
+    def rows(
+        self, token: torch.Tensor, expert: torch.Tensor | int, buffer: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x[token] [M, H] as GEMM 1 takes it; gathered into `buffer` (in x's dtype) if there is one."""
+        return self.as_input(torch.index_select(self.x, 0, token, out=buffer), expert)
+
+    def as_input(self, rows: torch.Tensor, expert: torch.Tensor | int) -> torch.Tensor:
+        """Rows in the compute dtype, through NVFP4 where the problem says so."""
+        if self.problem.input_format is None or self.x_is_quantized:
+            return rows.to(self.dtype)
+        return through_nvfp4(rows, pick_scale(self.experts.gate_up_input_scale, expert))
+
+    def activate(
+        self,
+        h: torch.Tensor,
+        bias: torch.Tensor | None,
+        expert: torch.Tensor | int,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """[..., 2I] -> [..., I] as GEMM 2 takes it; written into `out` unless it is quantised."""
+        act, quantize = self.problem.activation, self.problem.input_format is not None
+        if bias is None and not quantize and act == SwiGLU():
+            gate, up = h.chunk(2, dim=-1)
+            a = torch.mul(F.silu(gate), up, out=out)  # F.silu and the product each compute in float32
+        else:
+            a = act(h.float() if bias is None else h.float() + bias)  # half types round once, at the end
+        if quantize:
+            return through_nvfp4(a, pick_scale(self.experts.down_input_scale, expert))
+        if a is out:
+            return a
+        # the intermediate is rounded to x's dtype, also where dense float32 weights make the products float32
+        a = a.to(self.problem.dtype).to(self.dtype)
+        return a if out is None else out.copy_(a)
+
+
+def compute_dtype(problem: MoeProblem) -> torch.dtype:
+    """Of the matrix products: the widest of x and dense weights, which converts neither lossily.
+
+    Quantised weights are computed in x's dtype, but float32 with float16 (whose range they may leave), and
+    with quantised activations (the e2m1 step of an intermediate must not depend on a bf16 rounding).
+    """
+    if problem.input_format is not None:
+        return torch.float32
+    if problem.weight_dtype is not None:
+        return torch.promote_types(problem.dtype, problem.weight_dtype)
+    return torch.float32 if problem.dtype == torch.float16 else problem.dtype
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Pairs sorted by local expert; those of other experts come last."""
+
+    local: torch.Tensor  # [P] int32, ascending; L for a pair that is not of this rank
+    token: torch.Tensor  # [P] int64
+    weight: torch.Tensor  # [P, 1] float32
+
+    def on_host(self, num_local_experts: int) -> list[tuple[int, int, int]]:
+        """(expert, begin, end) of every expert that is hit. Waits for the device."""
+        experts, counts = torch.unique_consecutive(self.local, return_counts=True)
+        begin, spans = 0, []
+        for expert, count in zip(experts.tolist(), counts.tolist(), strict=True):
+            if expert < num_local_experts:
+                spans.append((expert, begin, begin + count))
+            begin += count
+        return spans
+
+    def ends(self, num_local_experts: int) -> torch.Tensor:
+        """[L] int32: where each expert's pairs end, on the device."""
+        bounds = torch.arange(num_local_experts, dtype=torch.int32, device=self.local.device)
+        return torch.searchsorted(self.local, bounds, right=True, out_int32=True)
+
+
+def local_ids(call: Call) -> torch.Tensor:
+    """[N, K] int32: the expert on this rank, or L for a pair that is not of this rank."""
+    p = call.problem
+    local = call.ids - p.expert_offset
+    foreign = (local < 0) | (local >= p.num_local_experts)
+    return local.masked_fill_(foreign, p.num_local_experts)
+
+
+def sort_pairs(call: Call) -> Groups:
+    """Stable, so that an expert's pairs are in the order of tokens."""
+    local, order = torch.sort(local_ids(call).view(-1), stable=True)
+    top_k = call.ids.shape[1]
+    return Groups(local, order // top_k, call.weights.view(-1).index_select(0, order).unsqueeze(-1))
+
+
+def pick_scale(scale: torch.Tensor | None, expert: torch.Tensor | int) -> torch.Tensor | None:
+    """The calibrated scale of `expert`: one for all, or one each."""
+    return scale[expert] if scale is not None and scale.ndim else scale
+
+
+def through_nvfp4(rows: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """Rows [..., C] quantised to NVFP4 and back, in float32.
+
+    `scale` is the global scale, broadcast over [...]; None: dynamic, per row.
+    """
+    if scale is not None:
+        scale = scale.broadcast_to(rows.shape[:-1]).reshape(-1)
+    return NVFP4.quantize_rows(rows.reshape(-1, rows.shape[-1]), scale).dequantize().view(rows.shape)
+
+
+def is_indexable(tensor: FormatTensor) -> bool:
+    """Whether every piece has the experts first, so that some can be taken without the host."""
+    pieces = [getattr(tensor, f.name) for f in dataclasses.fields(tensor)]  # type: ignore[arg-type]
+    tensors = [piece for piece in pieces if isinstance(piece, torch.Tensor)]
+    return tensor.layout == CHECKPOINT and all(piece.shape[0] == tensor.shape[0] for piece in tensors)
+
+
+def dense_of(tensor: FormatTensor, index: torch.Tensor | slice, dtype: torch.dtype) -> torch.Tensor:
+    """Dense [M, R, C] of some experts: those of a slice, or (of an indexable tensor) of an index tensor."""
+    if is_indexable(tensor):
+        pieces = {f.name: getattr(tensor, f.name) for f in dataclasses.fields(tensor)}  # type: ignore[arg-type]
+        taken = {name: v[index] for name, v in pieces.items() if isinstance(v, torch.Tensor)}
+        some: FormatTensor = dataclasses.replace(tensor, **taken)  # type: ignore[type-var]
+        return some.dequantize(dtype)
+    assert isinstance(index, slice), "an index tensor needs an indexable layout"
+    return torch.stack([tensor.expert(e).dequantize(dtype) for e in range(*index.indices(tensor.shape[0]))])
+
+
+def scatter_add(acc: torch.Tensor, token: torch.Tensor, rows: torch.Tensor, deterministic: bool) -> None:
+    """acc[token] += rows; a fixed order of additions on request (index_add_ has one on the CPU only)."""
+    if deterministic and acc.is_cuda:
+        acc.index_put_((token,), rows, accumulate=True)
+    else:
+        acc.index_add_(0, token, rows)

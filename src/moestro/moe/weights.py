@@ -1,0 +1,213 @@
+"""The weights of a rank's experts: two format tensors, perhaps biases and calibrated input scales.
+
+ExpertWeights is immutable and shared: any number of layers read one. `prepare` gives the same weights in a
+backend's kernel layout; who wants one copy only keeps that one, for it still dequantises itself and unpacks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Self
+
+import torch
+
+from moestro import formats
+from moestro.errors import DeviceError, DTypeError, FormatError, ShapeError
+from moestro.formats.base import CHECKPOINT, FormatTensor
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ExpertWeights:
+    """Weights of L experts.
+
+    gate_up: format tensor [L, 2I, H], gate rows first, then up rows ([L, I, H] for an activation without a
+    gate).
+    down: format tensor [L, H, I].
+    gate_up_bias [L, 2I] (or [L, I]), down_bias [L, H]: bf16, fp16 or fp32; added in float32.
+    gate_up_input_scale, down_input_scale: float32 [] or [L], the calibrated global scale of x and of the
+    intermediate for input_format="nvfp4" (value = e2m1 · block scale · global scale); None: dynamic, per row.
+
+    Raises ShapeError, DTypeError, DeviceError or FormatError for parts that do not belong together.
+    """
+
+    gate_up: FormatTensor
+    down: FormatTensor
+    gate_up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
+    gate_up_input_scale: torch.Tensor | None = None
+    down_input_scale: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("gate_up", "down"):
+            _check_format_tensor(name, getattr(self, name))
+        experts, rows, hidden = self.gate_up.shape
+        if self.down.shape[:2] != (experts, hidden):
+            raise ShapeError(
+                f"down must be [L, H, I] with L={experts} and H={hidden} as in gate_up "
+                f"{list(self.gate_up.shape)}, got {list(self.down.shape)}"
+            )
+        inter = self.down.shape[2]
+        if rows not in (inter, 2 * inter):
+            raise ShapeError(
+                f"gate_up must have 2I={2 * inter} rows (or I={inter} without a gate), since down is "
+                f"{list(self.down.shape)}, got {list(self.gate_up.shape)}"
+            )
+        if self.gate_up.format != self.down.format or self.gate_up.layout != self.down.layout:
+            raise FormatError(
+                f"down must have gate_up's format and layout, {self.gate_up.format!r} in "
+                f"{self.gate_up.layout!r}, got {self.down.format!r} in {self.down.layout!r}"
+            )
+        if _dense_dtype(self.gate_up) != _dense_dtype(self.down):
+            raise DTypeError(
+                f"down must have gate_up's dtype {_dense_dtype(self.gate_up)}, got {_dense_dtype(self.down)}"
+            )
+        self._check_side_tensors(experts, rows, hidden)
+
+    def _check_side_tensors(self, experts: int, rows: int, hidden: int) -> None:
+        _check_side("gate_up_bias", self.gate_up_bias, [(experts, rows)], FLOATS)
+        _check_side("down_bias", self.down_bias, [(experts, hidden)], FLOATS)
+        for name in ("gate_up_input_scale", "down_input_scale"):
+            _check_side(name, getattr(self, name), [(), (experts,)], (torch.float32,))
+        for name, value in self._parts().items():
+            if value.device != self.device:
+                raise DeviceError(f"{name} must be on {self.device}, where gate_up is, got {value.device}")
+
+    @classmethod
+    def from_dense(
+        cls,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+        format: str = "nvfp4",
+        *,
+        gate_up_bias: torch.Tensor | None = None,
+        down_bias: torch.Tensor | None = None,
+        gate_up_input_scale: torch.Tensor | None = None,
+        down_input_scale: torch.Tensor | None = None,
+    ) -> Self:
+        """Quantise dense weights gate_up [L, 2I, H] and down [L, H, I].
+
+        "bf16" keeps the tensors (bf16, fp16 or fp32) without a copy. Raises FormatError for an unknown format
+        or values that it cannot hold, ShapeError for sizes that it cannot block.
+        """
+        quantize = formats.get(format).quantize
+        for name, dense in (("gate_up", gate_up), ("down", down)):
+            if not isinstance(dense, torch.Tensor):
+                raise DTypeError(f"{name} must be a torch.Tensor, got {type(dense).__name__}")
+            if dense.ndim != 3:
+                raise ShapeError(f"{name} must have 3 dimensions [L, rows, columns], got {list(dense.shape)}")
+        return cls(
+            quantize(gate_up),
+            quantize(down),
+            gate_up_bias=gate_up_bias,
+            down_bias=down_bias,
+            gate_up_input_scale=gate_up_input_scale,
+            down_input_scale=down_input_scale,
+        )
+
+    @property
+    def format(self) -> str:
+        """The number format: "bf16", "nvfp4", "mxfp4", "fp8_block"."""
+        return self.gate_up.format
+
+    @property
+    def layout(self) -> str:
+        """ "checkpoint", or the kernel layout that prepare() made."""
+        return self.gate_up.layout
+
+    @property
+    def dense_dtype(self) -> torch.dtype | None:
+        """The dtype of unquantised weights (bf16, fp16, fp32); None for quantised ones."""
+        return _dense_dtype(self.gate_up)
+
+    @property
+    def num_experts(self) -> int:
+        """L, the experts held here (all of the model's, or one rank's share)."""
+        return self.gate_up.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.gate_up.shape[2]
+
+    @property
+    def intermediate_size(self) -> int:
+        return self.down.shape[2]
+
+    @property
+    def gated(self) -> bool:
+        """Whether gate_up has a gate half and an up half."""
+        return self.gate_up.shape[1] == 2 * self.intermediate_size
+
+    @property
+    def biased(self) -> bool:
+        return self.gate_up_bias is not None or self.down_bias is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything held: codes, scales, biases."""
+        return sum(int(part.nbytes) for part in self._parts().values())
+
+    @property
+    def device(self) -> torch.device:
+        return self.gate_up.device
+
+    def to(self, device: torch.device | str) -> ExpertWeights:
+        """The same weights on another device (self if they are there)."""
+        if torch.device(device) == self.device:
+            return self
+        return self._replace({name: part.to(device) for name, part in self._parts().items()})
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+        """Dense (gate_up [L, 2I, H], down [L, H, I]), all experts at once."""
+        return self.gate_up.dequantize(dtype), self.down.dequantize(dtype)
+
+    def unpacked(self) -> ExpertWeights:
+        """The same weights in the checkpoint layout (self if they are)."""
+        if self.layout == CHECKPOINT:
+            return self
+        return self._replace({"gate_up": self.gate_up.to_checkpoint(), "down": self.down.to_checkpoint()})
+
+    def with_tensors(self, gate_up: FormatTensor, down: FormatTensor) -> ExpertWeights:
+        """These weights in another layout: gate_up and down replaced, biases and input scales kept."""
+        return self._replace({"gate_up": gate_up, "down": down})
+
+    def _parts(self) -> dict[str, Any]:
+        """Every tensor that there is, by field name."""
+        fields = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
+        return {name: value for name, value in fields if value is not None}
+
+    def _replace(self, parts: dict[str, Any]) -> ExpertWeights:
+        return dataclasses.replace(self, **parts)
+
+    def __repr__(self) -> str:
+        sizes = f"num_experts={self.num_experts}, hidden_size={self.hidden_size}"
+        return (
+            f"ExpertWeights({self.format!r}, {sizes}, intermediate_size={self.intermediate_size}, "
+            f"layout={self.layout!r}, device={str(self.device)!r})"
+        )
+
+
+def _dense_dtype(tensor: FormatTensor) -> torch.dtype | None:
+    data = getattr(tensor, "data", None) if tensor.format == "bf16" else None
+    return data.dtype if isinstance(data, torch.Tensor) else None
+
+
+def _check_format_tensor(name: str, value: object) -> None:
+    if not isinstance(value, FormatTensor):
+        hint = "; ExpertWeights.from_dense takes dense tensors" if isinstance(value, torch.Tensor) else ""
+        raise FormatError(f"{name} must be a tensor of moestro.formats, got {type(value).__name__}{hint}")
+    if len(value.shape) != 3:
+        raise ShapeError(f"{name} must have 3 dimensions [L, rows, columns], got {list(value.shape)}")
+
+
+def _check_side(
+    name: str, value: torch.Tensor | None, shapes: list[tuple[int, ...]], dtypes: tuple[torch.dtype, ...]
+) -> None:
+    if value is None:
+        return
+    if tuple(value.shape) not in shapes:
+        wanted = " or ".join(str(list(shape)) for shape in shapes)
+        raise ShapeError(f"{name} must have shape {wanted}, got {list(value.shape)}")
+    if value.dtype not in dtypes:
+        raise DTypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {value.dtype}")
