@@ -1,0 +1,45 @@
+"""Whether this thread is in a warm-up or timed run of a measurement.
+
+Runners ask it to decide what only a measurement may do, such as working in buffers sized for the largest
+candidate. It is true on the measuring thread, inside the measured call, and nowhere else: not in look-ups,
+preparation, the run after the choice, or other threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+__all__ = ["is_in_profile_measurement", "measured", "measurement"]
+
+_here = threading.local()
+
+
+def is_in_profile_measurement() -> bool:
+    """True on the measuring thread in warm-up and timed runs."""
+    return getattr(_here, "depth", 0) > 0
+
+
+@contextmanager
+def measurement() -> Iterator[None]:
+    """The scope of one warm-up or timed run, or of a capture that will be timed."""
+    _here.depth = getattr(_here, "depth", 0) + 1
+    try:
+        yield
+    finally:
+        _here.depth -= 1
+
+
+def measured(call: Callable[[], Any]) -> Callable[[], Any]:
+    """`call`, inside the scope whenever it is run: what to hand to a timer that does not know the scope."""
+
+    def run() -> Any:
+        before = getattr(_here, "depth", 0)
+        _here.depth = before + 1
+        try:
+            return call()
+        finally:
+            _here.depth = before
+
+    return run
