@@ -71,6 +71,14 @@ class PortableRunner(MoeRunner):
             return self._no_grouped_mm(knob)
         return None
 
+    def check_tactic(self, inputs: Sequence[Any], tactic: Any) -> None:
+        """Raise BackendError unless `tactic` can run; any knob will do, not only those listed."""
+        num_tokens = inputs[0].shape[0]
+        resolved = self._resolve(tactic, num_tokens)
+        reason = self.unfit(resolved, num_tokens)
+        if reason is not None:
+            raise BackendError(f"tactic {resolved} cannot run {num_tokens} tokens: {reason}")
+
     def workspace_bytes(self, num_tokens: int, tactic: Any) -> int:
         name, _ = self._resolve(tactic, num_tokens)
         if name == "pairs":
@@ -89,10 +97,8 @@ class PortableRunner(MoeRunner):
         call = self._call(inputs)
         if not len(call.x):
             return call.out
+        self.check_tactic(inputs, tactic)
         name, knob = self._resolve(tactic, len(call.x))
-        reason = self.unfit((name, knob), len(call.x))
-        if reason is not None:
-            raise BackendError(f"tactic {(name, knob)} cannot run {len(call.x)} tokens: {reason}")
         if name == "pairs":
             return tactics.run_pairs(call, knob)
         if name == "loop":

@@ -8,12 +8,13 @@ TunableRunner per backend and problem, running any of its tactics in a workspace
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
 
+from moestro.errors import BackendError
 from moestro.formats.base import CHECKPOINT, FormatTensor
 from moestro.kernels.activations import Activation, SwiGLU
 from moestro.tuning.runner import TunableRunner
@@ -87,6 +88,7 @@ class MoeRunner(TunableRunner):
         self.problem = problem
         self._experts = experts
         self._workspace: torch.Tensor | None = None
+        self._workspace_owner: Callable[[int], torch.Tensor] | None = None
 
     @classmethod
     @abstractmethod
@@ -114,6 +116,26 @@ class MoeRunner(TunableRunner):
     def use_workspace(self, workspace: torch.Tensor | None) -> None:
         """Work in this uint8 buffer (256-byte aligned, at least workspace_bytes); None: allocate."""
         self._workspace = workspace
+
+    def lend_workspace(self, owner: Callable[[int], torch.Tensor]) -> None:
+        """Let `reserve` ask owner(nbytes) for a workspace of that many bytes."""
+        self._workspace_owner = owner
+
+    def reserve(self, inputs: Sequence[Any], tactics: Sequence[Any]) -> None:
+        """The tuner's hook: a workspace for the largest of the tactics, before any of them is timed."""
+        if self._workspace_owner is not None and tactics:
+            num_tokens = inputs[0].shape[0]
+            largest = max(self.workspace_bytes(num_tokens, tactic) for tactic in tactics)
+            self.use_workspace(self._workspace_owner(largest))
+
+    def check_tactic(self, inputs: Sequence[Any], tactic: Any) -> None:
+        """Raise BackendError unless `tactic` can run these inputs."""
+        valid = self.get_valid_tactics(inputs, None)
+        if tactic != -1 and tactic not in valid:
+            raise BackendError(
+                f"tactic {tactic!r} is not one of backend {self.backend!r} for {inputs[0].shape[0]} tokens; "
+                f"valid are -1, {', '.join(map(repr, valid[:12]))}{', ...' if len(valid) > 12 else ''}"
+            )
 
     @abstractmethod
     def get_valid_tactics(self, inputs: Sequence[Any], profile: Any) -> list[Any]:

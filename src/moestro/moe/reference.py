@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from moestro.errors import BackendError, DTypeError, ShapeError, unknown_name
+from moestro.errors import DTypeError, FormatError, ShapeError, unknown_name
 from moestro.formats import NVFP4
 from moestro.kernels.activations import Activation, resolve_activation
 from moestro.kernels.problem import Experts
@@ -34,12 +34,12 @@ def fused_moe(
     which those outside expert_offset .. expert_offset + L contribute nothing; weights [N, K]; w: an
     ExpertWeights.
     Returns [N, H] in `dtype` (float32 or float64), computed in it.
-    Raises ShapeError, DTypeError or BackendError for what does not fit.
+    Raises ShapeError, DTypeError, FormatError or BackendError for what does not fit.
     """
     if dtype not in (torch.float32, torch.float64):
         raise DTypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
     if input_format is not None and input_format not in INPUT_FORMATS:
-        raise BackendError(unknown_name("input_format", input_format, INPUT_FORMATS))
+        raise FormatError(unknown_name("input_format", input_format, INPUT_FORMATS))
     if ids.ndim != 2 or ids.shape != weights.shape or len(x.shape) != 2 or x.shape[0] != ids.shape[0]:
         raise ShapeError(
             f"x must be [N, H], ids and weights [N, K], got {list(x.shape)}, {list(ids.shape)}, "
