@@ -9,25 +9,23 @@ from typing import ClassVar, Self
 import torch
 
 from moestro.errors import ShapeError
-from moestro.formats.base import CHECKPOINT
-from moestro.formats.checks import require_dtype, require_leading, require_parts
+from moestro.formats.checks import require_dtype, require_float_dtype
+from moestro.formats.pieces import Pieces, dense_out, join_rows
 
 HELD = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True, eq=False)
-class BF16:
+class BF16(Pieces):
     """Dense values [..., R, C].
 
-    Raises DTypeError unless data is bfloat16, float16 or float32, ShapeError unless it has two dimensions or
-    more.
+    Raises DTypeError unless data is bfloat16, float16 or float32, ShapeError below two dimensions.
     """
 
     data: torch.Tensor  # [..., R, C]
 
     format: ClassVar[str] = "bf16"
-    layout: ClassVar[str] = CHECKPOINT
-    block: ClassVar[int] = 1
+    block: ClassVar[int] = 1  # columns that share a scale: C is a multiple of it
 
     def __post_init__(self) -> None:
         require_dtype("data", self.data, *HELD)
@@ -40,34 +38,19 @@ class BF16:
         return cls(dense)
 
     @classmethod
-    def stack(cls, parts: Sequence[BF16]) -> Self:
-        """Tensors [R, C] of single experts to one [E, R, C]."""
-        (data,) = require_parts(parts, lambda part: (part.data,))
-        return cls(torch.stack(data))
+    def cat_rows(cls, parts: Sequence[Self]) -> Self:
+        """Tensors [..., R_i, C] to one [..., ΣR_i, C]: gate and up to gate_up."""
+        (data,) = cls._matching(parts, but=-2)
+        return cls(join_rows(data))
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """[..., R, C]."""
         return tuple(self.data.shape)
 
-    @property
-    def device(self) -> torch.device:
-        return self.data.device
-
-    @property
-    def nbytes(self) -> int:
-        return self.data.nbytes
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The values [..., R, C] in `dtype`; the data itself, not a copy, where it has that dtype."""
-        return self.data.to(dtype)
-
-    def expert(self, index: int) -> BF16:
-        """[..., R, C] at `index` of the first dimension, without a copy."""
-        require_leading(self.shape)
-        return BF16(self.data[index])
-
-    def to(self, device: torch.device | str) -> Self:
-        return type(self)(self.data.to(device))
-
-    def to_checkpoint(self) -> BF16:
-        return self
+    def dequantize(self, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The values [..., R, C] in `dtype`: the data itself where it has that dtype, a copy in `out`."""
+        require_float_dtype(dtype)
+        if out is None:
+            return self.data.to(dtype)
+        return dense_out(out, self.shape, dtype, self.device).copy_(self.data)

@@ -1,15 +1,10 @@
-"""Argument checks that the formats share: errors of ours that name the argument, the expectation, what came."""
+"""Argument checks that the formats share; each raises an error of ours."""
 
 from __future__ import annotations
-
-from collections.abc import Callable, Sequence
-from typing import TypeVar
 
 import torch
 
 from moestro.errors import DeviceError, DTypeError, FormatError, ShapeError
-
-T = TypeVar("T")
 
 DENSE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -58,27 +53,6 @@ def require_dense(name: str, dense: torch.Tensor, block: int = 1) -> None:
             f"{name} must have a last dimension divisible by {block} (one scale per {block} columns), "
             f"got {list(dense.shape)}"
         )
-
-
-def require_leading(shape: tuple[int, ...]) -> None:
-    """ShapeError unless there is a dimension of experts before [R, C]."""
-    if len(shape) < 3:
-        raise ShapeError(f"expert(index) needs a tensor [E, R, C] of experts, got {list(shape)}")
-
-
-def require_parts(
-    parts: Sequence[T], pieces_of: Callable[[T], tuple[torch.Tensor, ...]]
-) -> list[tuple[torch.Tensor, ...]]:
-    """The pieces of several format tensors, transposed, if they fit: same shapes, dtypes and device."""
-    if not parts:
-        raise ShapeError("parts must hold at least one tensor, got none")
-    pieces = [pieces_of(part) for part in parts]
-    for i, piece in enumerate(pieces):
-        for first, other in zip(pieces[0], piece, strict=True):
-            require_dtype(f"parts[{i}]", other, first.dtype)
-            require_shape(f"parts[{i}]", other, tuple(first.shape), "a piece of it, as in parts[0]")
-            require_one_device(**{"parts[0]": first, f"parts[{i}]": other})
-    return list(zip(*pieces, strict=True))
 
 
 def require_finite(name: str, dense: torch.Tensor, amax: torch.Tensor, format: str) -> None:

@@ -52,7 +52,7 @@ class Balanced:
         """int32 [N, K]; see Distribution."""
         check_sample(num_tokens, num_experts, top_k)
         rng = np.random.default_rng(seed)
-        # Dealing the experts out in one fixed order gives each token top_k consecutive ones: distinct, and even.
+        # Dealt out in one fixed order, each token gets top_k consecutive experts: distinct, and even.
         dealt = np.arange(num_tokens * top_k, dtype=np.int64) % num_experts
         ids = rng.permutation(num_experts).astype(np.int32)[dealt].reshape(num_tokens, top_k)
         return torch.from_numpy(rng.permutation(ids))
@@ -134,7 +134,7 @@ class Dirichlet:
             return np.zeros(num_experts)
         if f * num_experts <= 1:
             raise RoutingError(
-                f"effective_fraction · num_experts must be above 1 expert, got {f} · {num_experts} = {f * num_experts:.3g}"
+                f"effective_fraction · num_experts must be above 1 expert, got {f} · {num_experts}"
             )
         concentration = (f * num_experts - 1) / (num_experts * (1 - f))
         # A Gamma(c) variable is Gamma(c + 1) · U^(1/c): in logarithms a tiny c does not underflow.
@@ -159,7 +159,7 @@ def gumbel_top_k(
 
 
 def sample_weights(num_tokens: int, top_k: int, seed: int = 0) -> torch.Tensor:
-    """Routing weights float32 [N, K] as a router gives them: softmax of normal logits, largest first, sums of 1."""
+    """Routing weights float32 [N, K] like a router's: softmax of normal logits, largest first."""
     check_sample(num_tokens, top_k, top_k)
     logits = np.random.default_rng(seed).standard_normal((num_tokens, top_k), dtype=np.float32)
     return torch.softmax(torch.from_numpy(logits), dim=-1).sort(dim=-1, descending=True).values

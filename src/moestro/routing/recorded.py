@@ -39,7 +39,7 @@ class Recorded:
         return f"recorded({Path(self.path).name}@{self._digest})"
 
     def sample(self, num_tokens: int, num_experts: int, top_k: int, seed: int = 0) -> torch.Tensor:
-        """int32 [N, K]; see Distribution. RoutingError where the recording has another top_k or more experts."""
+        """int32 [N, K]; see Distribution. RoutingError if the recording has another top_k or num_experts."""
         check_sample(num_tokens, num_experts, top_k)
         ids, recorded_experts = self._recording
         recorded_tokens, recorded_k = ids.shape

@@ -52,7 +52,8 @@ def route(
     options = {"bias": bias, "num_groups": num_groups, "top_groups": top_groups}
     given = {name: value for name, value in options.items() if value is not None}
     if method == "deepseek_v3":
-        ids, weights = _deepseek_v3(logits.float(), top_k, *_grouping(logits, top_k, **given))
+        grouping = _check_grouping(logits, top_k, bias, num_groups, top_groups)
+        ids, weights = _deepseek_v3(logits.float(), top_k, bias, *grouping)
     elif given:
         raise RoutingError(
             f"{', '.join(given)} must be given only to method 'deepseek_v3', got method {method!r}"
@@ -125,22 +126,17 @@ def check_top_k(top_k: int, num_experts: int) -> None:
         raise RoutingError(f"top_k must be from 1 to the number of experts, {num_experts}, got {top_k}")
 
 
-def _grouping(
+def _check_grouping(
     logits: torch.Tensor,
     top_k: int,
-    bias: torch.Tensor | None = None,
-    num_groups: int | None = None,
-    top_groups: int | None = None,
-) -> tuple[torch.Tensor | None, int, int]:
-    """(bias, num_groups, top_groups) of "deepseek_v3", checked, with their defaults."""
+    bias: torch.Tensor | None,
+    num_groups: int | None,
+    top_groups: int | None,
+) -> tuple[int, int]:
+    """(num_groups, top_groups) of "deepseek_v3" with their defaults, if they and the bias fit."""
     num_experts = logits.shape[1]
     if bias is not None:
-        if not bias.is_floating_point():
-            raise DTypeError(f"bias must be floating point, got {bias.dtype}")
-        if bias.shape != (num_experts,):
-            raise ShapeError(f"bias must have shape [{num_experts}] (one per expert), got {list(bias.shape)}")
-        if bias.device != logits.device:
-            raise DeviceError(f"bias must be on {logits.device}, where logits is, got {bias.device}")
+        _check_bias(bias, logits)
     groups = 1 if num_groups is None else num_groups
     top = groups if top_groups is None else top_groups
     if groups < 1 or num_experts % groups:
@@ -149,6 +145,16 @@ def _grouping(
         raise RoutingError(f"top_groups must be from 1 to num_groups, {groups}, got {top}")
     if top_k > top * (num_experts // groups):
         raise RoutingError(
-            f"top_k must be at most the experts of the kept groups, {top} · {num_experts // groups}, got {top_k}"
+            f"top_k must be at most {top} · {num_experts // groups}, the experts of kept groups, got {top_k}"
         )
-    return bias, groups, top
+    return groups, top
+
+
+def _check_bias(bias: torch.Tensor, logits: torch.Tensor) -> None:
+    num_experts = logits.shape[1]
+    if not bias.is_floating_point():
+        raise DTypeError(f"bias must be floating point, got {bias.dtype}")
+    if bias.shape != (num_experts,):
+        raise ShapeError(f"bias must have shape [{num_experts}] (one per expert), got {list(bias.shape)}")
+    if bias.device != logits.device:
+        raise DeviceError(f"bias must be on {logits.device}, where logits is, got {bias.device}")
