@@ -1,0 +1,56 @@
+"""Builds the CPU core (src/moestro/kernels/cpu/csrc) beside the package; everything else is in pyproject.toml.
+
+The core is a plain shared library with a C interface, loaded with ctypes: it links against neither Python nor
+PyTorch. Each instruction set is one file with its own compiler flags, chosen at run time. It is optional: without a
+compiler the package installs and moestro's portable backend runs. MOESTRO_CPU_FLAGS adds compiler and linker flags
+(the sanitizer build uses it); MOESTRO_CPU_BUILD=0 skips the core.
+"""
+
+import os
+import platform
+import shlex
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+CSRC = Path("src/moestro/kernels/cpu/csrc")
+COMMON = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra", "-fno-math-errno", "-fno-trapping-math", "-pthread"]
+AVX512 = "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx512bf16 -mfma -mf16c -mprefer-vector-width=512"
+# GCC 12's AVX-512 headers use undefined registers on purpose and warn about it.
+QUIET = "-Wno-uninitialized -Wno-maybe-uninitialized"
+X86 = {
+    "kernels_avx2.cpp": "-mavx2 -mfma -mf16c",
+    "kernels_avx512.cpp": f"{AVX512} {QUIET}",
+    "kernels_amx.cpp": f"{AVX512} {QUIET} -mamx-tile -mamx-bf16",
+}
+
+
+def sources() -> list[str]:
+    """The C++ files for this machine's architecture."""
+    x86 = platform.machine().lower() in {"x86_64", "amd64"}
+    return sorted(str(path) for path in CSRC.glob("*.cpp") if x86 or path.name not in X86)
+
+
+class BuildCore(build_ext):
+    """Compiles each file with the flags of its instruction set, and links them without a Python module's symbols."""
+
+    def build_extension(self, ext: Extension) -> None:
+        extra = shlex.split(os.environ.get("MOESTRO_CPU_FLAGS", ""))
+        objects = []
+        for source in ext.sources:
+            flags = X86.get(Path(source).name, "").split()
+            objects += self.compiler.compile(
+                [source], output_dir=self.build_temp, depends=ext.depends, extra_postargs=[*COMMON, *flags, *extra]
+            )
+        target = self.get_ext_fullpath(ext.name)
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        self.compiler.link_shared_object(objects, target, extra_postargs=["-pthread", *extra], target_lang="c++")
+
+
+core = Extension(
+    "moestro.kernels.cpu._core", sources(), depends=sorted(map(str, CSRC.glob("*.h"))), language="c++", optional=True
+)
+wanted = os.environ.get("MOESTRO_CPU_BUILD", "1") != "0" and sys.platform != "win32"
+setup(ext_modules=[core] if wanted else [], cmdclass={"build_ext": BuildCore})

@@ -1,0 +1,132 @@
+"""The compiled core: found, loaded with ctypes, and asked which instruction sets this machine has.
+
+MOESTRO_CPU_ISA forces one of "amx", "avx512", "avx2", "generic"; otherwise the first of these that the machine has
+is used. Parallel regions run on the OpenMP runtime that torch brought into the process, if there is one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+from moestro.errors import BackendError, unknown_name
+
+ABI = 1
+ISAS = ("generic", "avx2", "avx512", "amx")  # in the core's numbering, slowest first
+ISA_VARIABLE = "MOESTRO_CPU_ISA"
+FORMATS = {"bf16": 0, "nvfp4": 1}
+
+
+class Matrix(ctypes.Structure):
+    """MoestroMatrix of csrc/moestro_cpu.h."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("codes", "scales", "row_scale", "bias")]  # noqa: RUF012
+
+
+class Layer(ctypes.Structure):
+    """MoestroLayer of csrc/moestro_cpu.h."""
+
+    _fields_ = [  # noqa: RUF012
+        *(
+            (name, ctypes.c_int32)
+            for name in (
+                "isa", "format", "experts", "expert_offset", "top_k", "hidden", "intermediate", "activation"
+            )
+        ),
+        ("alpha", ctypes.c_float),
+        ("limit", ctypes.c_float),
+        ("up_shift", ctypes.c_float),
+        ("gate_up", Matrix),
+        ("down", Matrix),
+    ]  # fmt: skip
+
+
+class TacticStruct(ctypes.Structure):
+    """MoestroTactic of csrc/moestro_cpu.h."""
+
+    _fields_ = [(name, ctypes.c_int32) for name in ("token_tile", "row_tile", "dequant_from", "threads")]  # noqa: RUF012
+
+
+class Call(ctypes.Structure):
+    """MoestroCall of csrc/moestro_cpu.h."""
+
+    _fields_ = [  # noqa: RUF012
+        ("tokens", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("x", "ids", "weights", "out", "workspace")),
+        ("workspace_bytes", ctypes.c_int64),
+    ]
+
+
+def why_no_core() -> str | None:
+    """Why there is no compiled core on this machine; None if there is one."""
+    try:
+        load()
+    except BackendError as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def load() -> Any:
+    """The core. Raises BackendError if it was not built, or is another version's."""
+    override = os.environ.get("MOESTRO_CPU_CORE")
+    found = [Path(override)] if override else sorted(Path(__file__).parent.glob("_core*.so"))
+    if not found:
+        raise BackendError("the CPU core is not compiled: install moestro with a C++17 compiler at hand")
+    try:
+        lib = ctypes.CDLL(str(found[0]))
+    except OSError as error:
+        raise BackendError(f"the CPU core {found[0].name} cannot be loaded: {error}") from error
+    if (abi := lib.moestro_cpu_abi()) != ABI:
+        raise BackendError(f"the CPU core {found[0].name} has ABI {abi}, expected {ABI}: reinstall moestro")
+    _declare(lib)
+    lib.moestro_cpu_use_openmp(_gomp_parallel())
+    return lib
+
+
+def _declare(lib: Any) -> None:
+    pointer, i32, i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+    lib.moestro_cpu_use_openmp.argtypes = [pointer]
+    lib.moestro_cpu_use_openmp.restype = None
+    lib.moestro_cpu_workspace.argtypes = [pointer, pointer, i64]
+    lib.moestro_cpu_workspace.restype = i64
+    lib.moestro_cpu_moe.argtypes = [pointer, pointer, pointer]
+    for way in ("pack", "unpack"):
+        for fmt, pieces in (("bf16", 2), ("nvfp4", 4)):
+            function = getattr(lib, f"moestro_cpu_{way}_{fmt}")
+            function.argtypes = [*[pointer] * pieces, i64, i64, i32, i32]
+            function.restype = None
+    lib.moestro_cpu_advise_huge.argtypes = [pointer, i64]
+    lib.moestro_cpu_advise_huge.restype = None
+
+
+def _gomp_parallel() -> int | None:
+    """The address of GOMP_parallel in this process: torch loads its OpenMP runtime with global symbols."""
+    import torch  # noqa: F401
+
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
+    except AttributeError:
+        return None
+
+
+def available_isas() -> tuple[str, ...]:
+    """The instruction sets that the core can use here, fastest first."""
+    found = load().moestro_cpu_isas()
+    return tuple(name for i, name in reversed(list(enumerate(ISAS))) if found >> i & 1)
+
+
+def choose_isa() -> str:
+    """The forced instruction set, or the fastest. Raises BackendError if the forced one is unknown or not here."""
+    available = available_isas()
+    forced = os.environ.get(ISA_VARIABLE)
+    if not forced:
+        return available[0]
+    if forced not in ISAS:
+        raise BackendError(f"{ISA_VARIABLE}: {unknown_name('instruction set', forced, ISAS)}")
+    if forced not in available:
+        raise BackendError(f"{ISA_VARIABLE}={forced}: this machine has {', '.join(available)}")
+    return forced

@@ -1,0 +1,165 @@
+// Products and decoding in AVX-512, shared by the AVX-512 and the AMX tables.
+//
+// Instruction counts decide (Zen 5: two dot products, or two vpermw, a cycle): 32 codes become bf16 by 0.75 shifts and
+// one vpermw, whose five index bits are a nibble and one bit of the next, hence a table that repeats after 16.
+#pragma once
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace moestro {
+namespace {
+
+inline __m512i e2m1_table() {
+  alignas(64) static const uint16_t table[32] = {
+      0x0000, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0,  // 0, .5, 1, 1.5, 2, 3, 4, 6
+      0x8000, 0xBF00, 0xBF80, 0xBFC0, 0xC000, 0xC040, 0xC080, 0xC0C0,
+      0x0000, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0,
+      0x8000, 0xBF00, 0xBF80, 0xBFC0, 0xC000, 0xC040, 0xC080, 0xC0C0};
+  return _mm512_load_si512(table);
+}
+
+inline __m512 block_scales(const uint8_t* scales) {  // e4m3 * 2^-8 of 16 rows; the 2^8 is in the row scale
+  const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales)));
+  return _mm512_cvtph_ps(_mm256_slli_epi16(wide, 7));
+}
+
+inline __m512bh pair_of(const uint16_t* x) {  // two columns of a token, to all rows
+  int32_t pair;
+  __builtin_memcpy(&pair, x, 4);
+  return (__m512bh)_mm512_set1_epi32(pair);
+}
+
+inline void unpack_codes(__m512i table, const uint8_t* codes, __m512i* w) {  // a block: 8 pairs of columns
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    const __m512i line = _mm512_loadu_si512(codes + 64 * half);
+    w[4 * half] = _mm512_permutexvar_epi16(line, table);
+    w[4 * half + 1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(line, 4), table);
+    w[4 * half + 2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(line, 8), table);
+    w[4 * half + 3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(line, 12), table);
+  }
+}
+
+// Decode a block to registers once, multiply all tokens by it; the scale meets the sum of its 16 columns.
+template <int P>
+inline void direct_panels(const Codes& from, int blocks, const Tokens& x, float* sums) {
+  const __m512i table = e2m1_table();
+  for (int b = 0; b < blocks; ++b) {
+    __m512i w[P][8];
+    __m512 scale[P];
+#pragma GCC unroll 2
+    for (int p = 0; p < P; ++p) {
+      const uint8_t* codes = from.codes + p * from.code_stride + b * kCodeBytes;
+      _mm_prefetch(reinterpret_cast<const char*>(codes + 2048), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(codes + 2048 + 64), _MM_HINT_T0);
+      unpack_codes(table, codes, w[p]);
+      scale[p] = block_scales(from.scales + p * from.scale_stride + b * kPanel);
+    }
+    const uint16_t* at = x.data + b / 2 * x.stride + b % 2 * kBlock;
+    for (int t = 0; t < x.count; ++t, at += kChunk) {
+      __m512 sum[P];
+#pragma GCC unroll 2
+      for (int p = 0; p < P; ++p) sum[p] = _mm512_setzero_ps();
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; ++j) {
+        const __m512bh pair = pair_of(at + 2 * j);
+#pragma GCC unroll 2
+        for (int p = 0; p < P; ++p) sum[p] = _mm512_dpbf16_ps(sum[p], (__m512bh)w[p][j], pair);
+      }
+#pragma GCC unroll 2
+      for (int p = 0; p < P; ++p) {
+        float* to = sums + t * kTileRows + p * kPanel;
+        _mm512_storeu_ps(to, _mm512_fmadd_ps(sum[p], scale[p], _mm512_loadu_ps(to)));
+      }
+    }
+  }
+}
+
+void direct(const Codes& from, int blocks, const Tokens& x, float* sums) {
+  if (from.panels == 2)
+    direct_panels<2>(from, blocks, x, sums);
+  else
+    direct_panels<1>(from, blocks, x, sums);
+}
+
+// Pairs of bf16 times the scale of their row; the product has 6 significant bits, so cutting float32 is exact.
+inline __m512i times_scale(__m512i pairs, __m512 scale) {
+  const __m512i high = _mm512_set1_epi32(static_cast<int32_t>(0xFFFF0000u));
+  const __m512 even = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)), scale);
+  const __m512 odd = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_and_si512(pairs, high)), scale);
+  return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(even), 16), _mm512_castps_si512(odd));
+}
+
+void decode(const Codes& from, int blocks, uint16_t* dense) {
+  const __m512i table = e2m1_table();
+  for (int p = 0; p < from.panels; ++p) {
+    const uint8_t* codes = from.codes + p * from.code_stride;
+    const uint8_t* scales = from.scales + p * from.scale_stride;
+    for (int b = 0; b < blocks; ++b, codes += kCodeBytes, scales += kPanel) {
+      __m512i w[8];
+      unpack_codes(table, codes, w);
+      const __m512 scale = block_scales(scales);
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; ++j, dense += kTileRows) _mm512_storeu_si512(dense, times_scale(w[j], scale));
+    }
+  }
+}
+
+// P panels by T tokens of sums in registers: 2 x 12 leave room for the weights and the broadcast pair, and need
+// 14 loads for 24 dot products.
+template <int P, int T>
+inline void multiply_tile(const Dense& w, int blocks, const Tokens& x, float* sums) {
+  __m512 c[P][T];
+#pragma GCC unroll 12
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+    for (int p = 0; p < P; ++p) c[p][t] = _mm512_loadu_ps(sums + t * kTileRows + p * kPanel);
+  const uint16_t* line = w.data;
+  const uint16_t* chunk = x.data;
+  for (int left = blocks * 8; left > 0; left -= 16, chunk += x.stride) {
+    const int pairs = left < 16 ? left : 16;
+    for (int j = 0; j < pairs; ++j, line += kTileRows) {
+      __m512bh row[P];
+#pragma GCC unroll 2
+      for (int p = 0; p < P; ++p) row[p] = (__m512bh)_mm512_loadu_si512(line + p * w.stride);
+#pragma GCC unroll 12
+      for (int t = 0; t < T; ++t) {
+        const __m512bh pair = pair_of(chunk + t * kChunk + 2 * j);
+#pragma GCC unroll 2
+        for (int p = 0; p < P; ++p) c[p][t] = _mm512_dpbf16_ps(c[p][t], row[p], pair);
+      }
+    }
+  }
+#pragma GCC unroll 12
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+    for (int p = 0; p < P; ++p) _mm512_storeu_ps(sums + t * kTileRows + p * kPanel, c[p][t]);
+}
+
+constexpr int kMostTokens = 12;
+
+template <int P, int T>
+void multiply_count(int count, const Dense& w, int blocks, const Tokens& x, float* sums) {
+  if constexpr (T == 1) {
+    multiply_tile<P, 1>(w, blocks, x, sums);
+  } else {
+    if (count == T) return multiply_tile<P, T>(w, blocks, x, sums);
+    multiply_count<P, T - 1>(count, w, blocks, x, sums);
+  }
+}
+
+void multiply(const Dense& w, int blocks, const Tokens& x, float* sums) {
+  const int pieces = (x.count + kMostTokens - 1) / kMostTokens;
+  for (int i = 0; i < pieces; ++i) {  // of equal size, give or take one
+    const int from = x.count * i / pieces, count = x.count * (i + 1) / pieces - from;
+    const Tokens part{x.data + from * kChunk, x.stride, count};
+    if (w.panels == 2)
+      multiply_count<2, kMostTokens>(count, w, blocks, part, sums + from * kTileRows);
+    else
+      multiply_count<1, kMostTokens>(count, w, blocks, part, sums + from * kTileRows);
+  }
+}
+
+}  // namespace
+}  // namespace moestro

@@ -1,0 +1,112 @@
+// The element-wise ends of both products, in plain loops over 16 lanes that the compiler vectorises for the instruction
+// set of the file which includes this. Everything is static: each file has its own copy.
+#pragma once
+#include <cstring>
+
+#include "kernels.h"
+
+namespace moestro {
+namespace {
+
+inline uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+
+inline float float_of(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline uint16_t round_bf16(float value) {  // to nearest, ties to even; NaN stays NaN
+  const uint32_t bits = bits_of(value);
+  const uint32_t rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
+  return static_cast<uint16_t>(value != value ? 0x7FC0u : rounded);
+}
+
+// 1 / (1 + exp(-v)): 2^n by its exponent bits, 2^f by its series to f^6, relative error under 3e-7.
+inline float sigmoid(float v) {
+  float y = v * -1.442695041f;
+  y = y < -126.f ? -126.f : y;
+  y = y > 126.f ? 126.f : y;
+  const float shifter = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+  const float shifted = y + shifter;
+  const float f = y - (shifted - shifter);
+  float p = 1.540353e-4f;
+  p = p * f + 1.3333558e-3f;
+  p = p * f + 9.6181291e-3f;
+  p = p * f + 5.5504109e-2f;
+  p = p * f + 2.4022651e-1f;
+  p = p * f + 6.9314718e-1f;
+  p = p * f + 1.f;
+  const float power = float_of((bits_of(shifted) - 0x4B400000u + 127u) << 23);
+  return 1.f / (1.f + p * power);
+}
+
+inline void scaled(const Epilogue& end, int offset, const float* sums, float* h) {  // 16 lanes
+  for (int i = 0; i < kPanel; ++i) h[i] = sums[offset + i];
+  if (end.row_scale)
+    for (int i = 0; i < kPanel; ++i) h[i] *= end.row_scale[offset + i];
+  if (end.bias)
+    for (int i = 0; i < kPanel; ++i) h[i] += end.bias[offset + i];
+}
+
+inline void swiglu(const Epilogue& end, const float* gate, const float* up, float* a) {
+  const float limit = end.limit, alpha = end.alpha, shift = end.up_shift;
+  for (int i = 0; i < kPanel; ++i) {
+    const float g = gate[i] > limit ? limit : gate[i];
+    float u = up[i] > limit ? limit : up[i];
+    u = u < -limit ? -limit : u;
+    a[i] = (u + shift) * g * sigmoid(alpha * g);
+  }
+}
+
+inline void geglu_tanh(const float* gate, const float* up, float* a) {  // (1 + tanh z) / 2 = sigmoid(2 z)
+  for (int i = 0; i < kPanel; ++i) {
+    const float g = gate[i];
+    a[i] = up[i] * g * sigmoid(1.5957691216f * (g + 0.044715f * g * g * g));
+  }
+}
+
+void activate_gated(const Epilogue& end, const float* sums, int tokens, uint16_t* out) {
+  alignas(64) float gate[kPanel], up[kPanel], a[kPanel];
+  for (int t = 0; t < tokens; ++t, sums += kTileRows, out += kChunk) {
+    scaled(end, 0, sums, gate);
+    scaled(end, kPanel, sums, up);
+    if (end.activation == MOESTRO_SWIGLU)
+      swiglu(end, gate, up, a);
+    else
+      geglu_tanh(gate, up, a);
+    for (int i = 0; i < kPanel; ++i) out[i] = round_bf16(a[i]);
+  }
+}
+
+void activate(const Epilogue& end, const float* sums, int tokens, int panels, uint16_t* out) {
+  alignas(64) float h[kPanel];
+  for (int t = 0; t < tokens; ++t, sums += kTileRows, out += kChunk)
+    for (int p = 0; p < panels; ++p) {
+      scaled(end, p * kPanel, sums, h);
+      for (int i = 0; i < kPanel; ++i) h[i] = h[i] < 0.f ? 0.f : h[i];
+      for (int i = 0; i < kPanel; ++i) out[p * kPanel + i] = round_bf16(h[i] * h[i]);
+    }
+}
+
+void combine(const Epilogue& end, const float* sums, int tokens, int columns, const int32_t* token,
+             const float* weight, float* result, int64_t stride) {
+  alignas(64) float y[kPanel];
+  for (int t = 0; t < tokens; ++t, sums += kTileRows)
+    for (int c = 0; c < columns; c += kPanel) {
+      float* to = result + token[t] * stride + c;
+      scaled(end, c, sums, y);
+      for (int i = 0; i < kPanel; ++i) to[i] += weight[t] * y[i];
+    }
+}
+
+void to_bf16(const float* from, uint16_t* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = round_bf16(from[i]);
+}
+
+}  // namespace
+}  // namespace moestro

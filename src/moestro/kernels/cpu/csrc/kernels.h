@@ -1,0 +1,79 @@
+// What an instruction set provides: a table of functions on tiles of one or two panels (16 or 32 rows).
+//
+// Tokens come in "token panels": bf16 [C/32, T, 32], zero-padded columns, so a kernel walks them with one pointer.
+// Sums are float32 [T, 32]: 16 per panel.
+#pragma once
+#include <cstdint>
+
+#include "moestro_cpu.h"
+
+namespace moestro {
+
+constexpr int kPanel = 16;      // rows
+constexpr int kBlock = 16;      // columns that share an NVFP4 scale
+constexpr int kChunk = 32;      // columns of a token panel's lines (64 bytes)
+constexpr int kCodeBytes = 128; // of 16 rows x 16 columns of NVFP4
+constexpr int kTileRows = 2 * kPanel;
+
+struct Tokens {
+  const uint16_t* data;  // [C/32, stride/32, 32]
+  int64_t stride;        // elements from a chunk of 32 columns to the next
+  int count;             // T
+};
+
+struct Codes {  // NVFP4 panels, from some block on
+  const uint8_t* codes;
+  const uint8_t* scales;
+  int64_t code_stride;   // bytes from a panel to the next
+  int64_t scale_stride;
+  int panels;            // 1 or 2
+};
+
+struct Dense {  // bf16 panels, from some pair of columns on
+  const uint16_t* data;
+  int64_t stride;  // elements from a panel to the next
+  int panels;
+};
+
+struct Epilogue {            // of the first product, for one tile
+  const float* row_scale;    // [32] or null (1)
+  const float* bias;         // [32] or null (0)
+  int activation;
+  float alpha, limit, up_shift;
+};
+
+struct Kernels {
+  // sums += codes * tokens over `blocks` blocks of 16 columns, decoding in registers; null: decode and multiply instead
+  void (*direct)(const Codes&, int blocks, const Tokens&, float* sums);
+  // e2m1 * scale, exactly, to bf16 panels [panels, blocks * 8, 16, 2]
+  void (*decode)(const Codes&, int blocks, uint16_t* dense);
+  // sums += dense * tokens over `blocks` blocks of 16 columns
+  void (*multiply)(const Dense&, int blocks, const Tokens&, float* sums);
+  // activation(sums * row_scale + bias) as bf16: gate panel and up panel to 16 columns of a token panel ...
+  void (*activate_gated)(const Epilogue&, const float* sums, int tokens, uint16_t* out);
+  // ... or, without a gate, one or two panels to 16 or 32 columns
+  void (*activate)(const Epilogue&, const float* sums, int tokens, int panels, uint16_t* out);
+  // result[token[t]] += weight[t] * (sums * row_scale + bias), on `columns` columns
+  void (*combine)(const Epilogue&, const float* sums, int tokens, int columns, const int32_t* token,
+                  const float* weight, float* result, int64_t result_stride);
+  void (*to_bf16)(const float* from, uint16_t* to, int64_t count);
+};
+
+const Kernels* kernels_generic();
+#if defined(__x86_64__)
+const Kernels* kernels_avx2();
+const Kernels* kernels_avx512();
+const Kernels* kernels_amx();
+#endif
+const Kernels* kernels_of(int isa);  // null if this machine lacks it
+
+// Call work(context, worker) once on each of at most `threads` threads, workers numbered from 0; returns when all have.
+void parallel(int threads, void (*work)(void*, int), void* context);
+
+template <class F>
+void parallel(int threads, F&& body) {
+  parallel(threads, [](void* f, int worker) { (*static_cast<F*>(f))(worker); }, const_cast<void*>(
+      static_cast<const void*>(&body)));
+}
+
+}  // namespace moestro

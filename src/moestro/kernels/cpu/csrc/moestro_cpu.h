@@ -1,0 +1,91 @@
+// The C interface of the CPU core: plain structs and functions, loaded by moestro/kernels/cpu/core.py with ctypes.
+//
+// A matrix of an expert, [R, C], is kept in panels of 16 rows. Within a panel columns go in pairs, as the
+// dot-product instructions take them: 16 rows x 2 columns of bf16 are one 64-byte line. NVFP4 keeps the same
+// order with four pairs of columns in one 64-byte line: nibble j of 16-bit word 2r + s of half h of a block is row r,
+// column 8h + 2j + s, so one shift and one table look-up (vpermw) give a line of bf16. In gated layers the panels of
+// gate_up alternate gate, up, gate, up: both halves of an intermediate value meet in one thread's registers.
+#pragma once
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define MOESTRO_API __declspec(dllexport)
+#else
+#define MOESTRO_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { MOESTRO_ABI = 1 };
+enum { MOESTRO_BF16 = 0, MOESTRO_NVFP4 = 1 };
+enum { MOESTRO_SWIGLU = 0, MOESTRO_GEGLU_TANH = 1, MOESTRO_RELU2 = 2 };
+enum { MOESTRO_GENERIC = 0, MOESTRO_AVX2 = 1, MOESTRO_AVX512 = 2, MOESTRO_AMX = 3 };
+enum { MOESTRO_OK = 0, MOESTRO_SMALL_WORKSPACE = 1, MOESTRO_NO_ISA = 2 };
+
+typedef struct {           // E matrices [R, C], R and C multiples of 16
+  const uint8_t* codes;    // nvfp4 [E, R/16, C/16, 128]; bf16 [E, R/16, C/2, 16, 2] of bf16
+  const uint8_t* scales;   // nvfp4 [E, R/16, C/16, 16] e4m3, not negative; bf16: null
+  const float* row_scale;  // nvfp4 [E, R] in the panels' order: global scale; bf16: null
+  const float* bias;       // [E, R] in the panels' order, or null
+} MoestroMatrix;
+
+typedef struct {
+  int32_t isa;      // one of the MOESTRO_* instruction sets, which this machine must have
+  int32_t format;   // MOESTRO_BF16 or MOESTRO_NVFP4
+  int32_t experts;  // L local ones: global ids [expert_offset, expert_offset + L)
+  int32_t expert_offset;
+  int32_t top_k;         // K
+  int32_t hidden;        // H
+  int32_t intermediate;  // I
+  int32_t activation;
+  float alpha, limit, up_shift;  // MOESTRO_SWIGLU; limit may be infinite
+  MoestroMatrix gate_up;         // R = 2I (I without a gate), C = H
+  MoestroMatrix down;            // R = H, C = I
+} MoestroLayer;
+
+typedef struct {          // how to run: a tactic
+  int32_t token_tile;     // most tokens of an expert that one work item takes
+  int32_t row_tile;       // tiles of two panels per work item
+  int32_t dequant_from;   // nvfp4: from so many tokens on, decode to bf16 in cache first
+  int32_t threads;
+} MoestroTactic;
+
+typedef struct {
+  int64_t tokens;       // N
+  const uint16_t* x;    // bf16 [N, H]
+  const int32_t* ids;   // [N, K], global; any value outside this layer's experts is skipped
+  const float* weights; // [N, K]
+  uint16_t* out;        // bf16 [N, H]
+  uint8_t* workspace;   // 64-byte aligned
+  int64_t workspace_bytes;
+} MoestroCall;
+
+MOESTRO_API int32_t moestro_cpu_abi(void);
+// Bit i is set if this build and this machine have instruction set i; the emulated AMX counts (bit 3 and bit 4).
+MOESTRO_API int32_t moestro_cpu_isas(void);
+// Run parallel regions on an OpenMP runtime that is already in the process (the address of its GOMP_parallel), so that
+// its threads and ours are the same ones; null: on threads of our own.
+MOESTRO_API void moestro_cpu_use_openmp(void* gomp_parallel);
+
+MOESTRO_API int64_t moestro_cpu_workspace(const MoestroLayer* layer, const MoestroTactic* tactic, int64_t tokens);
+MOESTRO_API int32_t moestro_cpu_moe(const MoestroLayer* layer, const MoestroTactic* tactic, const MoestroCall* call);
+
+// One expert's matrix between the checkpoint layout (row-major) and panels. `gated`: the first half of the rows are
+// gates, and panels alternate. Bytes are the same in both; source and destination must not overlap.
+MOESTRO_API void moestro_cpu_pack_bf16(uint16_t* panels, const uint16_t* dense, int64_t rows, int64_t columns,
+                                       int32_t gated, int32_t threads);
+MOESTRO_API void moestro_cpu_unpack_bf16(uint16_t* dense, const uint16_t* panels, int64_t rows, int64_t columns,
+                                         int32_t gated, int32_t threads);
+MOESTRO_API void moestro_cpu_pack_nvfp4(uint8_t* codes, uint8_t* scales, const uint8_t* packed, const uint8_t* scale,
+                                        int64_t rows, int64_t columns, int32_t gated, int32_t threads);
+MOESTRO_API void moestro_cpu_unpack_nvfp4(uint8_t* packed, uint8_t* scale, const uint8_t* codes,
+                                          const uint8_t* scales, int64_t rows, int64_t columns, int32_t gated,
+                                          int32_t threads);
+// Ask for huge pages under [data, data + bytes): +10 % read bandwidth measured on Zen 5 with 4 KiB pages otherwise.
+MOESTRO_API void moestro_cpu_advise_huge(void* data, int64_t bytes);
+
+#ifdef __cplusplus
+}
+#endif

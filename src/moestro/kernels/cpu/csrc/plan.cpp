@@ -1,0 +1,87 @@
+#include "plan.h"
+
+#include <algorithm>
+
+namespace moestro {
+namespace {
+
+// Gathered activations of a wave: enough tokens per expert to amortise decoding, little enough to bound the workspace.
+constexpr int64_t kWaveBytes = int64_t{128} << 20;
+
+int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+class Bump {
+ public:
+  explicit Bump(uint8_t* base) : base_(base) {}
+  template <class T>
+  T* take(int64_t count) {
+    T* at = reinterpret_cast<T*>(base_ + used_);
+    used_ = round_up(used_ + count * static_cast<int64_t>(sizeof(T)), 64);
+    return base_ ? at : nullptr;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  uint8_t* base_;
+  int64_t used_ = 0;
+};
+
+}  // namespace
+
+Sizes::Sizes(const MoestroLayer& layer, const MoestroTactic& tactic, int64_t tokens) {
+  const bool gated = layer.activation != MOESTRO_RELU2;
+  x_columns = round_up(layer.hidden, kChunk);
+  a_columns = round_up(layer.intermediate, kChunk);
+  tiles1 = gated ? layer.intermediate / kPanel : a_columns / kTileRows;
+  tiles2 = x_columns / kTileRows;
+  const int64_t fit = std::max<int64_t>(256, kWaveBytes / (2 * x_columns * layer.top_k));
+  const int64_t waves = std::max<int64_t>(1, (tokens + fit - 1) / fit);
+  wave = (tokens + waves - 1) / waves;
+  const int64_t tile_rows = static_cast<int64_t>(tactic.row_tile) * kTileRows;
+  const int64_t most = std::min<int64_t>(tactic.token_tile, std::max<int64_t>(wave, 1));
+  scratch = round_up(most * tile_rows * 4, 64)        // sums of one unit
+            + round_up(wave * tile_rows * 4, 64)      // result rows of all tokens
+            + 2 * kDecodeColumns * kPanel * 2 + 4096;  // decoded weights; a page between threads
+}
+
+int64_t Plan::place(uint8_t* workspace, const MoestroLayer& layer, const MoestroTactic& tactic, const Sizes& sizes) {
+  const int64_t most = sizes.wave * layer.top_k;
+  Bump bump(workspace);
+  token = bump.take<int32_t>(most);
+  weight = bump.take<float>(most);
+  units = bump.take<Unit>(std::min<int64_t>(most, layer.experts + most / tactic.token_tile));
+  cursor = bump.take<int64_t>(layer.experts + 1);
+  x = bump.take<uint16_t>(most * sizes.x_columns);
+  a = bump.take<uint16_t>(most * sizes.a_columns);
+  scratch = bump.take<uint8_t>(sizes.scratch * tactic.threads);
+  return bump.used();
+}
+
+void Plan::sort(const MoestroLayer& layer, const MoestroTactic& tactic, const int32_t* ids, const float* weights,
+                int64_t tokens) {
+  const int64_t all = tokens * layer.top_k;
+  const auto local = [&](int64_t pair) { return static_cast<int64_t>(ids[pair]) - layer.expert_offset; };
+  std::fill(cursor, cursor + layer.experts + 1, 0);
+  for (int64_t pair = 0; pair < all; ++pair)
+    if (const int64_t e = local(pair); e >= 0 && e < layer.experts) ++cursor[e + 1];
+  num_units = 0;
+  for (int32_t e = 0; e < layer.experts; ++e) {
+    const int64_t count = cursor[e + 1], begin = cursor[e];
+    const int64_t pieces = (count + tactic.token_tile - 1) / tactic.token_tile;
+    for (int64_t i = 0; i < pieces; ++i) {  // of equal size, give or take one
+      const int64_t from = count * i / pieces, to = count * (i + 1) / pieces;
+      units[num_units++] = {e, static_cast<int32_t>(to - from), begin + from};
+    }
+    cursor[e + 1] += begin;
+  }
+  pairs = cursor[layer.experts];
+  for (int64_t pair = 0; pair < all; ++pair) {
+    const int64_t e = local(pair);
+    if (e < 0 || e >= layer.experts) continue;
+    const int64_t at = cursor[e]++;
+    token[at] = static_cast<int32_t>(pair / layer.top_k);
+    weight[at] = weights[pair];
+  }
+}
+
+}  // namespace moestro

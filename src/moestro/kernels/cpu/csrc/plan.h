@@ -1,0 +1,42 @@
+// One wave of tokens: its pairs sorted by expert, cut into units, and where everything lies in the workspace.
+#pragma once
+#include "kernels.h"
+
+namespace moestro {
+
+struct Unit {        // tokens of one expert that are multiplied together
+  int32_t expert;    // local
+  int32_t tokens;    // 1 .. token_tile
+  int64_t first;     // position of its first pair in the sorted order
+};
+
+struct Sizes {         // of a layer and a tactic; everything that follows from static facts
+  int64_t x_columns;   // H rounded up to whole chunks
+  int64_t a_columns;   // I likewise
+  int64_t tiles1, tiles2;  // tiles of two panels of gate_up and of down
+  int64_t wave;            // most tokens in a wave
+  int64_t scratch;         // bytes per thread
+
+  Sizes(const MoestroLayer& layer, const MoestroTactic& tactic, int64_t tokens);
+};
+
+struct Plan {
+  int32_t* token;     // [pairs] token within the wave, sorted by expert, then token
+  float* weight;      // [pairs]
+  Unit* units;
+  int64_t pairs = 0, num_units = 0;
+  uint16_t* x;        // token panels of the units, one after the other
+  uint16_t* a;        // token panels of the activations
+  int64_t* cursor;    // [L + 1] scratch of the sort
+  uint8_t* scratch;   // [threads]
+
+  // Lay the plan out in `workspace` (null: only count); returns the bytes.
+  int64_t place(uint8_t* workspace, const MoestroLayer& layer, const MoestroTactic& tactic, const Sizes& sizes);
+  void sort(const MoestroLayer& layer, const MoestroTactic& tactic, const int32_t* ids, const float* weights,
+            int64_t tokens);
+};
+
+// Columns of a weight tile that are decoded at once: 2 panels x 512 columns of bf16 are 32 KiB, two thirds of L1.
+constexpr int kDecodeColumns = 512;
+
+}  // namespace moestro

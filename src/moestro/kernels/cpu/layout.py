@@ -1,0 +1,202 @@
+"""The CPU's kernel layouts: panels of 16 rows (csrc/moestro_cpu.h describes the bytes).
+
+A packed tensor has as many bytes as the checkpoint layout (NVFP4 adds a float32 per row), holds the same values
+exactly, and answers everything a FormatTensor must. Packing goes expert by expert straight into the destination;
+with `donate` the destination is the source's own storage, and one expert is all the extra memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+
+from moestro.errors import DTypeError, FormatError, ShapeError
+from moestro.formats import BF16, NVFP4, FormatTensor
+from moestro.kernels.cpu import core
+
+PANEL = 16  # rows of a panel, columns of an NVFP4 block
+SCALE_SHIFT = 256.0  # the core reads e4m3 bits as half: value · 2^-8; the rest is in row_scale
+
+
+@dataclass(frozen=True, eq=False)
+class PanelBF16:
+    """bf16 matrices [E, R, C] in panels; R and C are multiples of 16."""
+
+    data: torch.Tensor  # bfloat16 [E, R/16, C/2, 16, 2]
+    gated: bool  # panels alternate gate, up
+
+    format: ClassVar[str] = "bf16"
+    layout: ClassVar[str] = "cpu_panels"
+
+    @classmethod
+    def pack(cls, source: FormatTensor, gated: bool, donate: bool = False) -> Self:
+        """Pack a checkpoint-layout BF16 tensor of bfloat16. Raises DTypeError for another, ShapeError for its sizes."""
+        if not isinstance(source, BF16) or source.data.dtype != torch.bfloat16:
+            got = source.data.dtype if isinstance(source, BF16) else type(source).__name__
+            raise DTypeError(f"the cpu backend packs bf16 weights of torch.bfloat16, got {got}")
+        experts, rows, columns = _require_panels(source.shape, gated)
+        donate = donate and source.data.is_contiguous()
+        out = source.data if donate else _empty((experts, rows, columns), torch.bfloat16)
+        pack = core.load().moestro_cpu_pack_bf16
+        for e in range(experts):
+            dense = source.data[e].clone() if donate else source.data[e].contiguous()
+            pack(out[e].data_ptr(), dense.data_ptr(), rows, columns, gated, torch.get_num_threads())
+        return cls(out.view(experts, rows // PANEL, columns // 2, PANEL, 2), gated)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *lead, panels, pairs, _, _ = self.data.shape
+        return (*lead, panels * PANEL, pairs * 2)
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return self.to_checkpoint().dequantize(dtype)
+
+    def expert(self, index: int) -> PanelBF16:
+        return PanelBF16(self.data[index], self.gated)
+
+    def to(self, device: torch.device | str) -> Self:
+        return type(self)(self.data.to(device), self.gated)
+
+    def to_checkpoint(self) -> BF16:
+        rows, columns = self.shape[-2:]
+        panels = self.data.cpu().view(-1, rows, columns)
+        dense = torch.empty_like(panels)
+        unpack = core.load().moestro_cpu_unpack_bf16
+        for e in range(len(panels)):
+            args = (rows, columns, self.gated, torch.get_num_threads())
+            unpack(dense[e].data_ptr(), panels[e].data_ptr(), *args)
+        return BF16(dense.view(self.shape).to(self.device))
+
+
+@dataclass(frozen=True, eq=False)
+class PanelNVFP4:
+    """NVFP4 matrices [E, R, C] in panels; R and C are multiples of 16."""
+
+    codes: torch.Tensor  # uint8 [E, R/16, C/16, 128]
+    scale: torch.Tensor  # float8_e4m3fn [E, R/16, C/16, 16]
+    global_scale: torch.Tensor  # float32 [E] or [E, G], as in the checkpoint
+    row_scale: torch.Tensor  # float32 [E, R], of each row in the panels' order, times SCALE_SHIFT
+    gated: bool
+
+    format: ClassVar[str] = "nvfp4"
+    layout: ClassVar[str] = "cpu_panels"
+
+    @classmethod
+    def pack(cls, source: FormatTensor, gated: bool, donate: bool = False) -> Self:
+        """Pack a checkpoint-layout NVFP4 tensor.
+
+        Raises FormatError for block scales that are negative or NaN, ShapeError for its sizes.
+        """
+        if not isinstance(source, NVFP4):
+            raise FormatError(f"the cpu backend packs NVFP4 tensors, got {type(source).__name__}")
+        experts, rows, columns = _require_panels(source.shape, gated)
+        donate = donate and source.packed.is_contiguous() and source.scale.is_contiguous()
+        scale_bytes = source.scale.view(torch.uint8)
+        codes = source.packed if donate else _empty((experts, rows, columns // 2), torch.uint8)
+        scales = scale_bytes if donate else _empty(tuple(scale_bytes.shape), torch.uint8)
+        for e in range(experts):
+            _pack_nvfp4(codes[e], scales[e], source.packed[e], scale_bytes[e], gated, donate)
+        blocks = columns // PANEL
+        row_scale = source.row_global_scale().expand(experts, rows, 1).reshape(experts, rows) * SCALE_SHIFT
+        return cls(
+            codes.view(experts, rows // PANEL, blocks, 128),
+            scales.view(experts, rows // PANEL, blocks, PANEL).view(torch.float8_e4m3fn),
+            source.global_scale,
+            in_panel_order(row_scale, gated),
+            gated,
+        )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *lead, panels, blocks, _ = self.codes.shape
+        return (*lead, panels * PANEL, blocks * PANEL)
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scale.nbytes + self.global_scale.nbytes + self.row_scale.nbytes
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return self.to_checkpoint().dequantize(dtype)
+
+    def expert(self, index: int) -> PanelNVFP4:
+        pieces = (self.codes, self.scale, self.global_scale, self.row_scale)
+        return PanelNVFP4(*(piece[index] for piece in pieces), self.gated)
+
+    def to(self, device: torch.device | str) -> Self:
+        pieces = (self.codes, self.scale, self.global_scale, self.row_scale)
+        return type(self)(*(piece.to(device) for piece in pieces), self.gated)
+
+    def to_checkpoint(self) -> NVFP4:
+        *lead, rows, columns = self.shape
+        codes = self.codes.cpu().view(-1, rows, columns // 2)
+        scales = self.scale.cpu().view(torch.uint8).view(-1, rows, columns // PANEL)
+        packed, scale = torch.empty_like(codes), torch.empty_like(scales)
+        unpack = core.load().moestro_cpu_unpack_nvfp4
+        for e in range(len(codes)):
+            pieces = [t[e].data_ptr() for t in (packed, scale, codes, scales)]
+            unpack(*pieces, rows, columns, self.gated, torch.get_num_threads())
+        return NVFP4(
+            packed.view(*lead, rows, columns // 2).to(self.device),
+            scale.view(torch.float8_e4m3fn).view(*lead, rows, columns // PANEL).to(self.device),
+            self.global_scale,
+        )
+
+
+def pack(source: FormatTensor, gated: bool, donate: bool = False) -> FormatTensor:
+    """`source` in panels; itself if it is already, or if it is in another kernel layout of this backend."""
+    if isinstance(source, PanelBF16 | PanelNVFP4):
+        return source
+    source = source.to_checkpoint()
+    if source.format == "nvfp4":
+        return PanelNVFP4.pack(source, gated, donate)
+    return PanelBF16.pack(source, gated, donate)
+
+
+def in_panel_order(per_row: torch.Tensor, gated: bool) -> torch.Tensor:
+    """[E, R] in the order of the panels: gate and up panels alternate."""
+    if not gated:
+        return per_row.contiguous()
+    experts, rows = per_row.shape
+    return per_row.view(experts, 2, rows // (2 * PANEL), PANEL).transpose(1, 2).reshape(experts, rows)
+
+
+def _pack_nvfp4(
+    codes: torch.Tensor, scales: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, gated: bool, copy: bool
+) -> None:
+    """One expert: `packed` [R, C/2] and `scale` [R, C/16] (bytes) to panels."""
+    if bool(((scale & 0x7F) == 0x7F).any()) or bool((scale & 0x80).any()):
+        raise FormatError("scale must hold no NaN and no negative block scales for the cpu backend")
+    packed, scale = (t.clone() if copy else t.contiguous() for t in (packed, scale))
+    rows, columns = packed.shape[0], packed.shape[1] * 2
+    pieces = [t.data_ptr() for t in (codes, scales, packed, scale)]
+    core.load().moestro_cpu_pack_nvfp4(*pieces, rows, columns, gated, torch.get_num_threads())
+
+
+def _require_panels(shape: tuple[int, ...], gated: bool) -> tuple[int, int, int]:
+    if len(shape) != 3 or shape[1] % (PANEL * (2 if gated else 1)) or shape[2] % PANEL:
+        raise ShapeError(
+            f"the cpu backend packs weights [E, R, C] with C (and each half of gated R) divisible by {PANEL}, "
+            f"got {list(shape)}"
+        )
+    experts, rows, columns = shape
+    return experts, rows, columns
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    out = torch.empty(shape, dtype=dtype)
+    core.load().moestro_cpu_advise_huge(out.data_ptr(), out.nbytes)
+    return out

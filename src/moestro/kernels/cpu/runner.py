@@ -1,0 +1,189 @@
+"""The CPU backend: weights in panels, one call into the compiled core per layer call.
+
+A tactic says how the work is cut (see CpuTactic); every tactic gives a result that is bitwise independent of the
+number of threads. The default comes from a literal table that was measured; the tuner may find better.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from moestro.errors import BackendError, DTypeError, ShapeError
+from moestro.formats import FormatTensor
+from moestro.kernels.activations import GeGLUTanh, ReLU2, SwiGLU
+from moestro.kernels.cpu import core, layout
+from moestro.kernels.problem import Experts, MoeProblem, MoeRunner
+
+ACTIVATIONS = {SwiGLU: 0, GeGLUTanh: 1, ReLU2: 2}
+DENSE_ALWAYS, DENSE_NEVER = 1, 1 << 30
+
+
+@dataclass(frozen=True)
+class CpuTactic:
+    """How the core cuts the work."""
+
+    token_tile: int  # most tokens of an expert in one work item
+    row_tile: int  # tiles of 32 rows in one work item
+    dequant_from: int = DENSE_NEVER  # NVFP4: experts with so many tokens are decoded to bf16 in cache first
+
+
+class CpuRunner(MoeRunner):
+    """Runs bf16 and NVFP4 experts on a CPU, for bf16 activations.
+
+    Raises BackendError where why_not() gives a reason, DTypeError or ShapeError for biases that do not fit.
+    """
+
+    backend: ClassVar[str] = "cpu"
+
+    def __init__(self, problem: MoeProblem, experts: Experts) -> None:
+        super().__init__(problem, experts)
+        if reason := self.why_not(problem):
+            raise BackendError(reason)
+        self._core_cache = core.load()
+        self.isa = core.choose_isa()
+        gated = problem.activation.gated
+        self._weights = (layout.pack(experts.gate_up, gated), layout.pack(experts.down, False))
+        self._biases = (
+            _bias("gate_up_bias", experts.gate_up_bias, self._weights[0], gated),
+            _bias("down_bias", experts.down_bias, self._weights[1], False),
+        )
+        self._layer = _layer(problem, self.isa, self._weights, self._biases)
+
+    @classmethod
+    def why_not(cls, problem: MoeProblem) -> str | None:
+        if problem.device != "cpu":
+            return f"the cpu backend runs on the CPU, not on {problem.device}"
+        if reason := core.why_no_core():
+            return reason
+        if problem.weight_format not in core.FORMATS:
+            return f"the cpu backend runs {' and '.join(core.FORMATS)} weights, not {problem.weight_format}"
+        if problem.dtype != torch.bfloat16:
+            return f"the cpu backend multiplies in bfloat16, not {str(problem.dtype).removeprefix('torch.')}"
+        if problem.input_format is not None:
+            return "the cpu backend does not quantise activations (input_format)"
+        if type(problem.activation) not in ACTIVATIONS:
+            return f"the cpu backend has no {type(problem.activation).__name__} activation"
+        if problem.hidden_size % layout.PANEL or problem.intermediate_size % layout.PANEL:
+            return (
+                f"the cpu backend needs hidden and intermediate sizes divisible by {layout.PANEL}, "
+                f"got {problem.hidden_size} and {problem.intermediate_size}"
+            )
+        return None
+
+    @classmethod
+    def prepare(
+        cls, problem: MoeProblem, experts: Experts, *, donate: bool = False
+    ) -> tuple[FormatTensor, FormatTensor]:
+        """(gate_up, down) in panels.
+
+        With `donate`, contiguous weights are repacked in their own storage, one expert at a time: the checkpoint
+        tensors must not be used afterwards.
+        """
+        gated = problem.activation.gated
+        return layout.pack(experts.gate_up, gated, donate), layout.pack(experts.down, False, donate)
+
+    def get_cache_key_extras(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        return ("threads", torch.get_num_threads())
+
+    def get_valid_tactics(self, inputs: Sequence[Any], profile: Any) -> list[Any]:
+        num_tokens = inputs[0].shape[0]
+        token_tiles = (64, 128, 256) if num_tokens > 64 else (64,)
+        dequant_from = (DENSE_NEVER,)
+        if self.problem.weight_format == "nvfp4" and num_tokens >= 8:
+            dequant_from = (DENSE_NEVER, 32, 64, 128) if num_tokens >= 32 else (DENSE_NEVER, 8)
+        return [CpuTactic(t, r, d) for t in token_tiles for r in (1, 2, 4) for d in dequant_from]
+
+    def default_tactic(self, num_tokens: int) -> CpuTactic:
+        """The tactic behind -1."""
+        per_expert = num_tokens * self.problem.top_k / self.problem.num_experts
+        return CpuTactic(256, 1 if per_expert < 4 else 2, 64)
+
+    def workspace_bytes(self, num_tokens: int, tactic: Any) -> int:
+        cut = self._cut(num_tokens, tactic)
+        return int(
+            self._core_cache.moestro_cpu_workspace(ctypes.byref(self._layer), ctypes.byref(cut), num_tokens)
+        )
+
+    def forward(
+        self, inputs: Sequence[Any], tactic: Any = -1, do_preparation: bool = False, **kwargs: Any
+    ) -> torch.Tensor:
+        """Run a tactic; see MoeRunner for the inputs, which must be contiguous."""
+        x, ids, weights, out = inputs
+        if do_preparation or not len(x):
+            return out  # type: ignore[no-any-return]
+        cut = self._cut(len(x), tactic)
+        layer, cut_at = ctypes.byref(self._layer), ctypes.byref(cut)
+        workspace = self._workspace
+        if workspace is None:
+            need = self._core_cache.moestro_cpu_workspace(layer, cut_at, len(x))
+            workspace = torch.empty(need, dtype=torch.uint8)
+        pointers = (t.data_ptr() for t in (x, ids, weights, out, workspace))
+        call = core.Call(len(x), *pointers, workspace.nbytes)
+        if status := self._core_cache.moestro_cpu_moe(layer, cut_at, ctypes.byref(call)):
+            need = self.workspace_bytes(len(x), tactic)
+            raise BackendError(
+                f"the CPU core returned {status}: workspace has {workspace.nbytes} bytes, {need} are needed"
+            )
+        return out  # type: ignore[no-any-return]
+
+    def _cut(self, num_tokens: int, tactic: Any) -> core.TacticStruct:
+        chosen = self.default_tactic(num_tokens) if tactic == -1 else tactic
+        if not isinstance(chosen, CpuTactic) or min(chosen.token_tile, chosen.row_tile, chosen.dequant_from) < 1:
+            raise BackendError(f"tactic must be -1 or a CpuTactic with positive fields, got {tactic!r}")
+        threads = torch.get_num_threads()
+        return core.TacticStruct(chosen.token_tile, chosen.row_tile, chosen.dequant_from, threads)
+
+
+def _bias(name: str, bias: torch.Tensor | None, weights: FormatTensor, gated: bool) -> torch.Tensor | None:
+    """A bias [E, R] as float32 in the panels' order."""
+    if bias is None:
+        return None
+    if tuple(bias.shape) != weights.shape[:2]:
+        raise ShapeError(f"{name} must have shape {list(weights.shape[:2])}, got {list(bias.shape)}")
+    if not bias.is_floating_point():
+        raise DTypeError(f"{name} must be floating point, got {bias.dtype}")
+    return layout.in_panel_order(bias.float(), gated)
+
+
+def _matrix(weights: FormatTensor, bias: torch.Tensor | None) -> core.Matrix:
+    at = bias.data_ptr() if bias is not None else None
+    if isinstance(weights, layout.PanelNVFP4):
+        pieces = (weights.codes, weights.scale, weights.row_scale)
+        return core.Matrix(*(piece.data_ptr() for piece in pieces), at)
+    assert isinstance(weights, layout.PanelBF16)
+    return core.Matrix(weights.data.data_ptr(), None, None, at)
+
+
+def _layer(
+    problem: MoeProblem,
+    isa: str,
+    weights: tuple[FormatTensor, FormatTensor],
+    biases: tuple[torch.Tensor | None, torch.Tensor | None],
+) -> core.Layer:
+    act = problem.activation
+    alpha, limit, shift = (
+        (act.alpha, math.inf if act.limit is None else act.limit, act.up_shift)
+        if isinstance(act, SwiGLU)
+        else (1.0, math.inf, 0.0)
+    )
+    return core.Layer(
+        core.ISAS.index(isa),
+        core.FORMATS[problem.weight_format],
+        problem.num_local_experts,
+        problem.expert_offset,
+        problem.top_k,
+        problem.hidden_size,
+        problem.intermediate_size,
+        ACTIVATIONS[type(act)],
+        alpha,
+        limit,
+        shift,
+        _matrix(weights[0], biases[0]),
+        _matrix(weights[1], biases[1]),
+    )
