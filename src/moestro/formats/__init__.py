@@ -10,14 +10,18 @@ from typing import Final
 from moestro.errors import FormatError, unknown_name
 from moestro.formats.base import CHECKPOINT, FormatTensor
 from moestro.formats.bf16 import BF16
+from moestro.formats.fp8_block import FP8Block
+from moestro.formats.mxfp4 import MXFP4
 from moestro.formats.nvfp4 import NVFP4
 
-__all__ = ["BF16", "CHECKPOINT", "FORMATS", "NVFP4", "FormatTensor", "get"]
+__all__ = ["BF16", "CHECKPOINT", "FORMATS", "MXFP4", "NVFP4", "FP8Block", "FormatTensor", "get"]
 
-FORMATS: Final = {cls.format: cls for cls in (BF16, NVFP4)}
+Format = type[BF16] | type[NVFP4] | type[MXFP4] | type[FP8Block]
+
+FORMATS: Final[dict[str, Format]] = {cls.format: cls for cls in (BF16, NVFP4, MXFP4, FP8Block)}
 
 
-def get(name: str) -> type[BF16] | type[NVFP4]:
+def get(name: str) -> Format:
     """The class of a format. Raises FormatError for an unknown name, with the nearest known ones."""
     if name not in FORMATS:
         raise FormatError(unknown_name("format", name, FORMATS))

@@ -118,7 +118,7 @@ class NVFP4(Pieces):
 
     @classmethod
     def cat_rows(cls, parts: Sequence[Self]) -> Self:
-        """G tensors [..., R, C] with one global scale per matrix to [..., G·R, C], whose row groups keep theirs.
+        """G tensors [..., R, C] with one global scale per matrix to [..., G·R, C], whose row groups keep it.
 
         `NVFP4.cat_rows([gate, up])` is the gate_up of an expert, or of many.
         """
