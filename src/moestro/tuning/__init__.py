@@ -1,0 +1,58 @@
+"""The autotuner: which implementation of an operation, with which settings, is the fastest for the sizes at
+hand.
+
+It knows nothing of MoE and needs no torch to be imported; docs/tuning.md explains it.
+"""
+
+from moestro.tuning.buckets import (
+    get_hybrid_num_tokens_buckets,
+    last_positive_power_of_2,
+    make_bucket_mapper,
+    make_tile_aware_buckets,
+    map_to_hybrid_bucket,
+    map_to_hybrid_bucket_uncapped,
+    next_positive_power_of_2,
+    round_to_nearest_bucket,
+)
+from moestro.tuning.decisions import CandidateEvidence, Decision, Evidence
+from moestro.tuning.policy import MeasurementPolicy
+from moestro.tuning.runner import TunableRunner
+from moestro.tuning.scope import is_in_profile_measurement
+from moestro.tuning.specs import (
+    ConstraintSpec,
+    DynamicDim,
+    DynamicTensorSpec,
+    OptimizationProfile,
+    Probe,
+    StaticDim,
+    TuningConfig,
+)
+from moestro.tuning.store import Store
+from moestro.tuning.tuner import AutoTuner, autotune
+
+__all__ = [
+    "AutoTuner",
+    "CandidateEvidence",
+    "ConstraintSpec",
+    "Decision",
+    "DynamicDim",
+    "DynamicTensorSpec",
+    "Evidence",
+    "MeasurementPolicy",
+    "OptimizationProfile",
+    "Probe",
+    "StaticDim",
+    "Store",
+    "TunableRunner",
+    "TuningConfig",
+    "autotune",
+    "get_hybrid_num_tokens_buckets",
+    "is_in_profile_measurement",
+    "last_positive_power_of_2",
+    "make_bucket_mapper",
+    "make_tile_aware_buckets",
+    "map_to_hybrid_bucket",
+    "map_to_hybrid_bucket_uncapped",
+    "next_positive_power_of_2",
+    "round_to_nearest_bucket",
+]

@@ -1,0 +1,218 @@
+"""The decisions of one static key, and the look-up table that serves them.
+
+Which measured size answers for a size: the first one in the direction in which the map rounds, so that the
+points a crossover search has learned between two buckets count as well; where there is none, the nearest. A
+size beyond everything tuned gets the nearest measured one, marked as extrapolated. With one dynamic size the
+answers are intervals, found once by bisection and then looked up with `bisect`: a table has one entry an
+interval, whatever sizes it is asked for.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from moestro.errors import TuningError
+from moestro.tuning.buckets import next_positive_power_of_2
+from moestro.tuning.decisions import Record
+from moestro.tuning.keys import StaticKey
+from moestro.tuning.specs import Sizes, TuningConfig
+
+__all__ = ["Book", "IntervalTable", "PointTable", "Rounding", "Table", "make_table"]
+
+POINTS_KEPT = 4096  # answers that a PointTable remembers; more are worked out again
+
+
+class Book:
+    """All records of one static key, by probes and bucket. Readers take no lock; `version` counts the
+    changes.
+    """
+
+    def __init__(self, key: StaticKey) -> None:
+        self.key = key
+        self.version = 0
+        self.warm: tuple[Record, ...] = ()  # winners elsewhere, to be tried first
+        self.banned: dict[str, str] = {}  # candidate -> why it is in quarantine
+        self.sources: dict[tuple[tuple[str, ...], Sizes], str] = {}
+        self._records: dict[tuple[str, ...], dict[Sizes, Record]] = {}
+        self._lock = threading.Lock()
+
+    def add(self, records: Iterable[Record], source: str = "memory") -> None:
+        """Take records in. For one bucket a complete one replaces an incomplete one, else the newer the
+        older.
+        """
+        with self._lock:
+            changed = {probes: dict(by_bucket) for probes, by_bucket in self._records.items()}
+            for record in records:
+                by_bucket = changed.setdefault(record.probes, {})
+                known = by_bucket.get(record.bucket)
+                if known is None or (record.complete, record.created) >= (known.complete, known.created):
+                    by_bucket[record.bucket] = record
+                    self.sources[record.probes, record.bucket] = source
+            self._records = changed
+            self.version += 1
+
+    def records(self, probes: tuple[str, ...]) -> Mapping[Sizes, Record]:
+        """What was measured with exactly these probes, by bucket."""
+        return self._records.get(probes, {})
+
+    def serving(self, probes: tuple[str, ...]) -> Mapping[Sizes, Record]:
+        """What serves a layer with these probes: their own records, else those of the probes tuned last."""
+        known = self._records
+        if known.get(probes) or not known:
+            return known.get(probes, {})
+        return max(known.values(), key=lambda found: max(r.created for r in found.values()))
+
+    def everything(self) -> list[Record]:
+        """All records, whatever their probes."""
+        return [record for by_bucket in self._records.values() for record in by_bucket.values()]
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How a size finds a measured size: a map, or a direction that replaces it."""
+
+    map: Callable[[int], int] | None
+    direction: int = 0  # 1 up, -1 down, 0 as the map has it
+
+    def resolve(self, size: int, points: Sequence[int]) -> int:
+        """The point of `points` (ascending, not empty) that answers for a size."""
+        direction = self.direction
+        if not direction:
+            bucket = self._mapped(size)
+            direction = (bucket > size) - (bucket < size) or self._leaning(size)
+        if not direction:
+            return min(points, key=lambda p: (abs(p - size), -p))
+        at = bisect_left(points, size) if direction > 0 else bisect_right(points, size) - 1
+        return points[min(max(at, 0), len(points) - 1)]
+
+    def _mapped(self, size: int) -> int:
+        assert self.map is not None
+        return self.map(size)
+
+    def _leaning(self, size: int) -> int:
+        """The direction of a map that sends this size to itself: that from which it draws a neighbour."""
+        if self._mapped(size + 1) == size:
+            return -1
+        return 1 if size > 1 and self._mapped(size - 1) == size else 0
+
+    def check_monotone(self, points: Sequence[int]) -> None:
+        """Raise TuningError if the map goes down somewhere around these points."""
+        if self.direction:
+            return
+        sizes = sorted({size for p in points for size in (p - 1, p, p + 1, p * 3 // 2) if size > 0})
+        for low, high in itertools.pairwise(sizes):
+            if self._mapped(low) > self._mapped(high):
+                raise TuningError(
+                    f"map_to_tuning_buckets must be monotone, but sends {low} to {self._mapped(low)} "
+                    f"and {high} to {self._mapped(high)}"
+                )
+
+
+def roundings(config: TuningConfig, direction: int = 0) -> tuple[Rounding, ...]:
+    """The rounding of every dynamic size of a configuration."""
+    return tuple(Rounding(spec.bucket_of, direction) for spec in config.dynamic_tensor_specs)
+
+
+class Table:
+    """Answers for sizes. `find` gives a record and whether the sizes are within what was tuned."""
+
+    covered: Sizes
+
+    def find(self, sizes: Sizes) -> tuple[Record, bool]:
+        raise NotImplementedError
+
+
+@dataclass
+class IntervalTable(Table):
+    """For one dynamic size: sizes up to bounds[i], and beyond bounds[i-1], are answered by records[i]."""
+
+    bounds: list[int]
+    records: list[Record]
+    covered: Sizes
+
+    def find(self, sizes: Sizes) -> tuple[Record, bool]:
+        at = bisect_left(self.bounds, sizes[0])
+        return self.records[min(at, len(self.records) - 1)], sizes[0] <= self.covered[0]
+
+    def extend(self, size: int) -> None:
+        """Take everything up to the next power of two from `size` as answered, by the largest record."""
+        self.bounds = [*self.bounds, next_positive_power_of_2(size)]
+        self.records = [*self.records, self.records[-1]]
+
+
+@dataclass
+class PointTable(Table):
+    """For none or several dynamic sizes: each size finds its coordinate; the nearest record has the
+    coordinates.
+    """
+
+    by_bucket: Mapping[Sizes, Record]
+    roundings: tuple[Rounding, ...]
+    covered: Sizes
+    _found: dict[Sizes, Record] = field(default_factory=dict)
+
+    def find(self, sizes: Sizes) -> tuple[Record, bool]:
+        within = all(size <= most for size, most in zip(sizes, self.covered, strict=True))
+        record = self._found.get(sizes)
+        if record is None:
+            record = self._search(sizes)
+            if len(self._found) < POINTS_KEPT:
+                self._found[sizes] = record
+        return record, within
+
+    def _search(self, sizes: Sizes) -> Record:
+        grid = [sorted({bucket[d] for bucket in self.by_bucket}) for d in range(len(sizes))]
+        point = tuple(
+            rounding.resolve(max(1, size), points)
+            for rounding, size, points in zip(self.roundings, sizes, grid, strict=True)
+        )
+        if point in self.by_bucket:
+            return self.by_bucket[point]
+        return min(self.by_bucket.items(), key=lambda item: (_distance(point, item[0]), item[0]))[1]
+
+
+def _distance(one: Sizes, other: Sizes) -> float:
+    return sum(abs(math.log2(a / b)) for a, b in zip(one, other, strict=True))
+
+
+def make_table(records: Mapping[Sizes, Record], rounds: tuple[Rounding, ...]) -> Table | None:
+    """The table for these records; None without any."""
+    if not records:
+        return None
+    reach = [tuple(map(max, zip(r.bucket, r.tuned_for or r.bucket, strict=True))) for r in records.values()]
+    covered = tuple(max(sizes) for sizes in zip(*reach, strict=True))
+    for d, rounding in enumerate(rounds):
+        rounding.check_monotone([bucket[d] for bucket in records])
+    if len(rounds) != 1:
+        return PointTable(records, rounds, covered)
+    points = sorted(bucket[0] for bucket in records)
+    bounds, answers = _intervals(lambda size: rounds[0].resolve(size, points), covered[0])
+    return IntervalTable(bounds, [records[(point,)] for point in answers], covered)
+
+
+def _intervals(answer: Callable[[int], int], last: int) -> tuple[list[int], list[int]]:
+    """(upper ends, answers) of the intervals of 1..last on which a monotone function is constant."""
+    bounds: list[int] = []
+    answers: list[int] = []
+
+    def split(low: int, low_answer: int, high: int, high_answer: int) -> None:
+        """Intervals of [low, high): the one that ends at `high` stays open."""
+        if low_answer == high_answer:
+            return
+        if high - low == 1:
+            bounds.append(low)
+            answers.append(low_answer)
+            return
+        middle = (low + high) // 2
+        middle_answer = answer(middle)
+        split(low, low_answer, middle, middle_answer)
+        split(middle, middle_answer, high, high_answer)
+
+    final = answer(last)
+    split(1, answer(1), last, final)
+    return [*bounds, last], [*answers, final]

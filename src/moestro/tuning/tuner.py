@@ -1,0 +1,316 @@
+"""AutoTuner: which runner and tactic serve these inputs.
+
+Outside an `autotune` context a call is a look-up: the decision of the nearest measured size, else the
+default. Inside one, what is not known is measured first (campaign.py), written to the store the moment it is
+known, and looked up. A look-up takes no lock; a measurement holds one that only other measurements wait for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+from moestro.errors import TuningError, TuningWarning
+from moestro.tuning.book import Book
+from moestro.tuning.campaign import tune
+from moestro.tuning.context import Budget, Contexts, Options
+from moestro.tuning.decisions import Decision, Record
+from moestro.tuning.environment import Environment, environment_for
+from moestro.tuning.keys import device_of, shapes_of, static_key
+from moestro.tuning.lookup import Site, Sites, View, label_of
+from moestro.tuning.measure import Candidate, Job
+from moestro.tuning.policy import MeasurementPolicy
+from moestro.tuning.runner import DEFAULT_TACTIC, check_runners
+from moestro.tuning.specs import Probe, Sizes, TuningConfig
+from moestro.tuning.store import Store, default_root
+from moestro.tuning.timers import Timer, default_timer
+
+__all__ = ["AutoTuner", "autotune"]
+
+Choice = tuple[Any, Any]  # (runner, tactic)
+
+
+class AutoTuner:
+    """Chooses runners and tactics; see the module.
+
+    store: a folder or Store for decisions; None keeps them in memory. timer: any timer, else the device's
+    own. clock: what budgets are kept by.
+    """
+
+    _default: ClassVar[AutoTuner | None] = None
+    _default_lock: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(
+        self,
+        store: str | os.PathLike[str] | Store | None = None,
+        timer: Timer | None = None,
+        policy: MeasurementPolicy | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.store = _as_store(store)
+        self.policy = policy or MeasurementPolicy()
+        self._timer = timer
+        self._timers: dict[Any, Timer] = {}
+        self._clock = clock
+        self._contexts = Contexts()
+        self._sites = Sites()
+        self._books: dict[tuple[str, str], Book] = {}
+        self._loaded: set[tuple[str, str, str]] = set()
+        self._missed: set[tuple[str, Sizes]] = set()
+        self._measuring = threading.RLock()
+
+    @classmethod
+    def get(cls) -> AutoTuner:
+        """The process's tuner, with the user's store."""
+        if cls._default is None:
+            with cls._default_lock:
+                if cls._default is None:
+                    cls._default = cls(store=default_root())
+        return cls._default
+
+    # --- contexts ------------------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def autotune(
+        self,
+        tune_mode: bool = True,
+        cache: str | os.PathLike[str] | Store | None = None,
+        *,
+        budget_s: float | None = None,
+        tuning_buckets: Iterable[int] | None = None,
+        round_up: bool | None = None,
+        skip_ops: Iterable[str] | None = None,
+        policy: MeasurementPolicy | None = None,
+        probes: Sequence[Probe] | None = None,
+        progress: bool | None = None,
+        crossover: bool | None = None,
+    ) -> Iterator[AutoTuner]:
+        """Tune what is not known, in this thread, until the context is left.
+
+        tune_mode: False only looks up. cache: where decisions are read from and written to. budget_s: seconds
+        of tuning. tuning_buckets, round_up: replace the operations' own buckets and rounding. skip_ops: these
+        get their default. policy, probes: how to measure and on what. crossover: search for where winners
+        change. What is not given is inherited from the context outside. Raises TuningError for settings that
+        make no sense.
+        """
+        outer = self._contexts.current or Options()
+        inner = outer.inner(
+            tune=tune_mode,
+            store=_as_store(cache),
+            budget=None if budget_s is None else Budget(budget_s, self._clock),
+            buckets=tuning_buckets,
+            round_up=round_up,
+            skip_ops=skip_ops,
+            policy=policy,
+            probes=probes,
+            progress=progress,
+            crossover=crossover,
+        )
+        self._contexts.push(inner)
+        try:
+            yield self
+        finally:
+            self._contexts.pop()
+
+    # --- choosing ------------------------------------------------------------------------------------
+    def choose_one(
+        self, op: str, runners: Sequence[Any], config: TuningConfig, inputs: Sequence[Any], **kwargs: Any
+    ) -> Choice:
+        """(runner, tactic) for these inputs; kwargs are passed to forward when candidates are measured.
+
+        Raises TuningError for runners or buckets that make no sense, and inside CUDA graph capture if tuning
+        would have to measure.
+        """
+        options = self._contexts.current
+        check_runners(runners)
+        if options is not None and op in options.skip_ops:
+            return runners[0], DEFAULT_TACTIC
+        site, view, sizes = self._locate(op, runners, config, inputs, kwargs, options)
+        if options is not None and options.tune and sizes not in view.done:
+            self._tune(site, view, runners, inputs, kwargs, sizes, options)
+        record, within = view.find(sizes)
+        if record is not None and not within:
+            self._missing(view, inputs, runners, sizes, record)
+        index, tactic = view.choice(record)
+        return runners[index], tactic
+
+    def bind(
+        self, op: str, runners: Sequence[Any], config: TuningConfig, **kwargs: Any
+    ) -> Callable[[Sequence[Any]], Choice]:
+        """pick(inputs) -> (runner, tactic), for inputs that differ in their dynamic sizes only."""
+        check_runners(runners)
+
+        def pick(inputs: Sequence[Any]) -> Choice:
+            return self.choose_one(op, runners, config, inputs, **kwargs)
+
+        return pick
+
+    def decision(
+        self, op: str, runners: Sequence[Any], config: TuningConfig, inputs: Sequence[Any], **kwargs: Any
+    ) -> Decision | None:
+        """What choose_one would answer, with its evidence, without tuning; None where nothing is known."""
+        options = self._contexts.current
+        check_runners(runners)
+        _, view, sizes = self._locate(op, runners, config, inputs, kwargs, options)
+        record, within = view.find(sizes)
+        if record is None:
+            return None
+        index, tactic = view.choice(record)
+        return Decision(
+            runner=runners[index],
+            tactic=tactic,
+            bucket=record.bucket[0] if len(record.bucket) == 1 else record.bucket,
+            status=record.status if within else "extrapolated",
+            evidence=record.evidence,
+            record=record,
+            environment=self._environment(runners, inputs, options).name,
+            source=view.book.sources.get((record.probes, record.bucket), "memory"),
+        )
+
+    # --- inside --------------------------------------------------------------------------------------
+    def _locate(
+        self,
+        op: str,
+        runners: Sequence[Any],
+        config: TuningConfig,
+        inputs: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        options: Options | None,
+    ) -> tuple[Site, View, Sizes]:
+        site = self._sites.get(op, runners, config, options)
+        key = static_key(op, runners, site.config, inputs, kwargs)
+        device = device_of(inputs)
+        view = site.view((key.text, device), lambda: self._books.setdefault((key.text, device), Book(key)))
+        self._load(view.book, runners, inputs, options)
+        return site, view, site.config.sizes(shapes_of(inputs))
+
+    def _environment(
+        self, runners: Sequence[Any], inputs: Sequence[Any], options: Options | None
+    ) -> Environment:
+        policy = (options and options.policy) or self.policy
+        device = device_of(inputs)
+        return environment_for(device, runners, policy, self._timer_for(device, policy, False).name)
+
+    def _timer_for(self, device: str, policy: MeasurementPolicy, graph: bool) -> Timer:
+        if self._timer is not None:
+            return self._timer
+        known = self._timers.get((device, policy, graph))
+        if known is None:
+            known = self._timers[device, policy, graph] = default_timer(device, policy, graph=graph)
+        return known
+
+    def _load(
+        self, book: Book, runners: Sequence[Any], inputs: Sequence[Any], options: Options | None
+    ) -> None:
+        for store in (self.store, options.store if options is not None else None):
+            if store is None:
+                continue
+            mark = (str(store.root), book.key.text, device_of(inputs))
+            if mark not in self._loaded:
+                self._loaded.add(mark)
+                self._read(book, store, self._environment(runners, inputs, options))
+
+    def _read(self, book: Book, store: Store, environment: Environment) -> None:
+        book.add(store.load(environment, book.key), str(store.root))
+        book.banned.update(store.banned(environment, book.key))
+
+    def _tune(
+        self,
+        site: Site,
+        view: View,
+        runners: Sequence[Any],
+        inputs: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        sizes: Sizes,
+        options: Options,
+    ) -> None:
+        if options.budget.left <= 0:
+            return
+        if _capturing():
+            raise TuningError(
+                f"{site.op}: nothing is known for sizes {sizes}, and tuning inside CUDA graph capture is not "
+                "possible: run the operation once under autotune() before capturing it"
+            )
+        policy = options.policy or self.policy
+        device = device_of(inputs)
+        timer = self._timer_for(device, policy, site.config.use_cuda_graph)
+        environment = self._environment(runners, inputs, options)
+        store, book = options.store or self.store, view.book
+
+        def keep(record: Record) -> None:
+            book.add([record], str(store.root) if store is not None else "memory")
+            if store is not None:
+                store.put(environment, book.key, record)
+
+        def ban(candidate: Candidate, reason: str) -> None:
+            book.banned[candidate.name] = reason
+            if store is not None:
+                store.ban(environment, book.key, candidate.name, reason)
+
+        with self._measuring:
+            if store is not None:
+                self._read(book, store, environment)
+            job = Job(
+                key=book.key,
+                runners=runners,
+                config=site.config,
+                inputs=inputs,
+                kwargs=kwargs,
+                policy=policy,
+                timer=timer,
+                budget=options.budget,
+                sizes=sizes,
+                banned=book.banned,
+                ban=ban,
+                warm=store.elsewhere(environment, book.key) if store is not None else (),
+            )
+            first = tuple(
+                spec.bucket_of(size)
+                for spec, size in zip(site.config.dynamic_tensor_specs, sizes, strict=True)
+            )
+            if tune(job, lambda: book.records(view.probes), keep, first, crossover=options.crossover):
+                view.finished(sizes)
+
+    def _missing(
+        self, view: View, inputs: Sequence[Any], runners: Sequence[Any], sizes: Sizes, record: Record
+    ) -> None:
+        """Warn, once, that sizes are beyond what was tuned, and remember them."""
+        label = label_of(sizes)
+        book = view.book
+        if (book.key.text, label) not in self._missed:
+            self._missed.add((book.key.text, label))
+            options = self._contexts.current
+            store = options.store if options is not None and options.store is not None else self.store
+            if store is not None:
+                miss = {"sizes": list(sizes), "bucket": list(record.bucket), "created": time.time()}
+                store.log_miss(self._environment(runners, inputs, options), book.key, label, miss)
+            asked, used = (" x ".join(map(str, s)) for s in (sizes, record.bucket))
+            warnings.warn(
+                f"{book.key.op}: size {asked} is beyond everything tuned; the decision for {used} is used. "
+                "Tune at this size, or run `moestro tune --from-misses`",
+                TuningWarning,
+                stacklevel=3,
+            )
+        view.accept(sizes)
+
+
+def _as_store(store: str | os.PathLike[str] | Store | None) -> Store | None:
+    return store if store is None or isinstance(store, Store) else Store(store)
+
+
+def _capturing() -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def autotune(
+    tune_mode: bool = True, cache: str | os.PathLike[str] | Store | None = None, **options: Any
+) -> contextlib.AbstractContextManager[AutoTuner]:
+    """AutoTuner.get().autotune(...): tune what is not known, in this thread, until the context is left."""
+    return AutoTuner.get().autotune(tune_mode, cache, **options)
