@@ -1,4 +1,4 @@
-"""The backends by name, imported when first asked for; one that cannot be imported is unavailable, with a reason.
+"""The backends by name, imported when first asked for; one that cannot be is unavailable, with a reason.
 
 The order is the order of preference of backend="auto": until something is tuned, the first that can run a
 problem runs it.
@@ -52,7 +52,10 @@ def load(name: str) -> type[MoeRunner]:
 
 
 def why_not(name: str, problem: MoeProblem) -> str | None:
-    """Why a backend cannot run a problem on this machine; None if it can. BackendError for an unknown name."""
+    """Why a backend cannot run a problem on this machine; None if it can.
+
+    Raises BackendError for an unknown name.
+    """
     try:
         runner = load(name)
     except BackendError as error:

@@ -95,7 +95,7 @@ class PortableRunner(MoeRunner):
         Raises BackendError also for a tactic that cannot run this many tokens.
         """
         call = self._call(inputs)
-        if not len(call.x):
+        if do_preparation or not len(call.x):
             return call.out
         self.check_tactic(inputs, tactic)
         name, knob = self._resolve(tactic, len(call.x))

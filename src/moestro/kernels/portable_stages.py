@@ -142,9 +142,11 @@ def through_nvfp4(rows: torch.Tensor, scale: torch.Tensor | None) -> torch.Tenso
 
 def is_indexable(tensor: FormatTensor) -> bool:
     """Whether every piece has the experts first, so that some can be taken without the host."""
+    if tensor.layout != CHECKPOINT:
+        return False
     pieces = [getattr(tensor, f.name) for f in dataclasses.fields(tensor)]  # type: ignore[arg-type]
     tensors = [piece for piece in pieces if isinstance(piece, torch.Tensor)]
-    return tensor.layout == CHECKPOINT and all(piece.shape[0] == tensor.shape[0] for piece in tensors)
+    return all(piece.shape[0] == tensor.shape[0] for piece in tensors)
 
 
 def dense_of(tensor: FormatTensor, index: torch.Tensor | slice, dtype: torch.dtype) -> torch.Tensor:

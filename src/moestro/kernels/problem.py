@@ -100,14 +100,14 @@ class MoeRunner(TunableRunner):
         """(gate_up, down) in this backend's kernel layout; the checkpoint layout by default.
 
         `experts` are in the checkpoint layout. Both results share one layout name, which begins with the
-        backend's name ("cpu-...", "triton-..."): that is how `runs_layout` knows its own.
+        backend's name ("cpu_...", "triton_..."): that is how `runs_layout` knows its own.
         """
         return experts.gate_up, experts.down
 
     @classmethod
     def runs_layout(cls, layout: str) -> bool:
         """Whether weights in this layout (see MoeProblem.weight_layout) can be run as they are."""
-        return layout == CHECKPOINT or layout.split("-")[0] == cls.backend
+        return layout == CHECKPOINT or layout.startswith(cls.backend)
 
     def workspace_bytes(self, num_tokens: int, tactic: Any) -> int:
         """Bytes of scratch memory that `tactic` needs for `num_tokens` tokens."""

@@ -14,6 +14,10 @@ import torch
 from moestro import formats
 from moestro.errors import DeviceError, DTypeError, FormatError, ShapeError
 from moestro.formats.base import CHECKPOINT, FormatTensor
+from moestro.kernels import backends
+from moestro.kernels.activations import Activation, resolve_activation
+from moestro.kernels.problem import MoeProblem
+from moestro.moe import flat
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -38,6 +42,10 @@ class ExpertWeights:
     down_bias: torch.Tensor | None = None
     gate_up_input_scale: torch.Tensor | None = None
     down_input_scale: torch.Tensor | None = None
+    # What follows is derived: the tensors for operators (see flat.py), and what fused_moe has bound to them.
+    tensors: list[torch.Tensor] = dataclasses.field(init=False, repr=False)
+    spec: str = dataclasses.field(init=False, repr=False)
+    operations: dict[Any, Any] = dataclasses.field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("gate_up", "down"):
@@ -64,6 +72,10 @@ class ExpertWeights:
                 f"down must have gate_up's dtype {_dense_dtype(self.gate_up)}, got {_dense_dtype(self.down)}"
             )
         self._check_side_tensors(experts, rows, hidden)
+        tensors, spec = flat.flatten(self)
+        object.__setattr__(self, "tensors", tensors)
+        object.__setattr__(self, "spec", spec)
+        flat.remember(tensors, spec, self)
 
     def _check_side_tensors(self, experts: int, rows: int, hidden: int) -> None:
         _check_side("gate_up_bias", self.gate_up_bias, [(experts, rows)], FLOATS)
@@ -98,8 +110,8 @@ class ExpertWeights:
             if dense.ndim != 3:
                 raise ShapeError(f"{name} must have 3 dimensions [L, rows, columns], got {list(dense.shape)}")
         return cls(
-            quantize(gate_up),
-            quantize(down),
+            quantize(gate_up.detach()),
+            quantize(down.detach()),
             gate_up_bias=gate_up_bias,
             down_bias=down_bias,
             gate_up_input_scale=gate_up_input_scale,
@@ -162,6 +174,42 @@ class ExpertWeights:
         """Dense (gate_up [L, 2I, H], down [L, H, I]), all experts at once."""
         return self.gate_up.dequantize(dtype), self.down.dequantize(dtype)
 
+    def prepare(
+        self,
+        backend: str = backends.AUTO,
+        *,
+        activation: str | Activation = "silu",
+        input_format: str | None = None,
+        top_k: int = 1,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> ExpertWeights:
+        """The same weights in a backend's kernel layout (self if they are, or if it takes them as is).
+
+        "auto": of the preferred backend that can run them on this machine. Drop the original to keep one.
+        Raises BackendError for a backend that is unknown or cannot run them.
+        """
+        problem = MoeProblem(
+            num_experts=max(top_k, self.num_experts),
+            num_local_experts=self.num_experts,
+            expert_offset=0,
+            top_k=top_k,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            weight_format=self.format,
+            activation=resolve_activation(activation),
+            input_format=input_format,
+            dtype=dtype,
+            device=self.device.type,
+            weight_layout=self.layout,
+            weight_dtype=self.dense_dtype,
+            biased=self.biased,
+        )
+        runner = backends.resolve(backend, problem)[0]
+        if self.layout != CHECKPOINT:
+            return self
+        gate_up, down = runner.prepare(problem, self)
+        return self if gate_up is self.gate_up and down is self.down else self.with_tensors(gate_up, down)
+
     def unpacked(self) -> ExpertWeights:
         """The same weights in the checkpoint layout (self if they are)."""
         if self.layout == CHECKPOINT:
@@ -174,7 +222,7 @@ class ExpertWeights:
 
     def _parts(self) -> dict[str, Any]:
         """Every tensor that there is, by field name."""
-        fields = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
+        fields = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if f.init)
         return {name: value for name, value in fields if value is not None}
 
     def _replace(self, parts: dict[str, Any]) -> ExpertWeights:

@@ -1,0 +1,110 @@
+"""The keywords of a call, and the problem that they make of some weights."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moestro.errors import BackendError, DTypeError, FormatError, RoutingError, ShapeError, unknown_name
+from moestro.kernels.activations import Activation, resolve_activation
+from moestro.kernels.problem import MoeProblem
+from moestro.moe.checks import X_DTYPES, check_top_k
+from moestro.moe.weights import ExpertWeights
+
+INPUT_FORMATS = ("nvfp4",)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The keywords of fused_moe that are fixed for a layer."""
+
+    activation: str | Activation = "silu"
+    input_format: str | None = None
+    expert_offset: int = 0
+    deterministic: bool = False
+    backend: str = "auto"
+    tactic: Any = None
+    num_experts: int | None = None
+
+
+def known_num_experts(options: Options, w: ExpertWeights) -> int | None:
+    """E if it is known: given, or all experts are in `w`."""
+    if options.num_experts is not None:
+        return options.num_experts
+    return w.num_experts if options.expert_offset == 0 else None
+
+
+def make_problem(
+    w: ExpertWeights, options: Options, *, top_k: int, dtype: torch.dtype, cuda_graph: bool = False
+) -> MoeProblem:
+    """The problem of these weights and options. Raises what names the option that does not fit."""
+    activation = _activation(options, w)
+    _check_input_format(options, w)
+    _check_experts(options, w)
+    if dtype not in X_DTYPES:
+        raise DTypeError(f"dtype must be torch.bfloat16, torch.float16 or torch.float32, got {dtype}")
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+        raise RoutingError(f"top_k must be a positive integer, got {top_k!r}")
+    check_top_k(top_k, known_num_experts(options, w))
+    if not isinstance(options.tactic, Hashable):
+        raise BackendError(f"tactic must be hashable, got {options.tactic!r}")
+    if not isinstance(options.backend, str):
+        raise BackendError(f"backend must be a name, got {options.backend!r}")
+    return MoeProblem(
+        num_experts=options.num_experts or options.expert_offset + w.num_experts,
+        num_local_experts=w.num_experts,
+        expert_offset=options.expert_offset,
+        top_k=top_k,
+        hidden_size=w.hidden_size,
+        intermediate_size=w.intermediate_size,
+        weight_format=w.format,
+        activation=activation,
+        input_format=options.input_format,
+        dtype=dtype,
+        device=w.device.type,
+        deterministic=bool(options.deterministic),
+        weight_layout=w.layout,
+        weight_dtype=w.dense_dtype,
+        biased=w.biased,
+        cuda_graph=cuda_graph and w.device.type == "cuda",
+    )
+
+
+def _activation(options: Options, w: ExpertWeights) -> Activation:
+    activation = resolve_activation(options.activation)
+    if not callable(activation) or not hasattr(activation, "gated"):
+        raise BackendError(f"activation must be a name or an Activation, got {options.activation!r}")
+    if activation.gated != w.gated:
+        rows = "[L, 2I, H], gate and up" if activation.gated else "[L, I, H], without a gate"
+        raise ShapeError(
+            f"activation {options.activation!r} must have gate_up of shape {rows}, "
+            f"got {list(w.gate_up.shape)}"
+        )
+    return activation
+
+
+def _check_input_format(options: Options, w: ExpertWeights) -> None:
+    if options.input_format is None:
+        return
+    if options.input_format not in INPUT_FORMATS:
+        raise FormatError(unknown_name("input_format", options.input_format, INPUT_FORMATS))
+    for name in ("hidden_size", "intermediate_size"):
+        size: int = getattr(w, name)
+        if size % 16:
+            raise ShapeError(f"input_format='nvfp4' must have {name} divisible by 16, got {size}")
+
+
+def _check_experts(options: Options, w: ExpertWeights) -> None:
+    offset, total = options.expert_offset, options.num_experts
+    if isinstance(offset, bool) or not isinstance(offset, int) or offset < 0:
+        raise RoutingError(f"expert_offset must be an integer of at least 0, got {offset!r}")
+    if total is None:
+        return
+    if isinstance(total, bool) or not isinstance(total, int) or total < offset + w.num_experts:
+        raise RoutingError(
+            f"num_experts must be an integer of at least {offset + w.num_experts} (expert_offset {offset} + "
+            f"{w.num_experts} experts in w), got {total!r}"
+        )
