@@ -15,12 +15,17 @@ import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 from moestro.errors import TuningError
 from moestro.tuning.buckets import next_positive_power_of_2
 from moestro.tuning.decisions import Record
 from moestro.tuning.keys import StaticKey
 from moestro.tuning.specs import Sizes, TuningConfig
+
+if TYPE_CHECKING:
+    from moestro.tuning.lookup import View
 
 __all__ = ["Book", "IntervalTable", "PointTable", "Rounding", "Table", "make_table"]
 
@@ -39,6 +44,7 @@ class Book:
         self.banned: dict[str, str] = {}  # candidate -> why it is in quarantine
         self.sources: dict[tuple[tuple[str, ...], Sizes], str] = {}
         self._records: dict[tuple[str, ...], dict[Sizes, Record]] = {}
+        self.views: WeakSet[View] = WeakSet()  # to be told of changes
         self._lock = threading.Lock()
 
     def add(self, records: Iterable[Record], source: str = "memory") -> None:
@@ -55,6 +61,8 @@ class Book:
                     self.sources[record.probes, record.bucket] = source
             self._records = changed
             self.version += 1
+            for view in list(self.views):
+                view.forget()
 
     def records(self, probes: tuple[str, ...]) -> Mapping[Sizes, Record]:
         """What was measured with exactly these probes, by bucket."""

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import warnings
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -127,27 +128,50 @@ class AutoTuner:
         Raises TuningError for runners or buckets that make no sense, and inside CUDA graph capture if tuning
         would have to measure.
         """
-        options = self._contexts.current
-        check_runners(runners)
-        if options is not None and op in options.skip_ops:
-            return runners[0], DEFAULT_TACTIC
-        site, view, sizes = self._locate(op, runners, config, inputs, kwargs, options)
-        if options is not None and options.tune and sizes not in view.done:
-            self._tune(site, view, runners, inputs, kwargs, sizes, options)
-        record, within = view.find(sizes)
-        if record is not None and not within:
-            self._missing(view, inputs, runners, sizes, record)
-        index, tactic = view.choice(record)
-        return runners[index], tactic
+        contexts = self._contexts
+        if not contexts.active or contexts.current is None:
+            site = self._sites.known.get((op, id(config), *map(id, runners)))
+            if site is not None:
+                for guard, view in site.guards:
+                    if guard(runners, inputs, kwargs):
+                        pick = view.quick(inputs)
+                        if pick is None:
+                            break
+                        return runners[pick[0]], pick[1]
+        return self._choose(op, runners, config, inputs, kwargs)[0]
 
     def bind(
         self, op: str, runners: Sequence[Any], config: TuningConfig, **kwargs: Any
     ) -> Callable[[Sequence[Any]], Choice]:
-        """pick(inputs) -> (runner, tactic), for inputs that differ in their dynamic sizes only."""
+        """pick(inputs) -> (runner, tactic), decided by the dynamic sizes alone.
+
+        For inputs that differ in nothing else: the first call's key counts for all. Only the dynamic input's
+        dtype is looked at again; where it is another, so is the key.
+        """
         check_runners(runners)
+        contexts, bisect = self._contexts, bisect_left
+        fast: Any = None  # (view, its table, bounds, choices, input, dim, dtype)
 
         def pick(inputs: Sequence[Any]) -> Choice:
-            return self.choose_one(op, runners, config, inputs, **kwargs)
+            if fast is not None and not contexts.active:
+                view, table, bounds, choices, tensor, dim, dtype = fast
+                if view.fast is table:
+                    value = inputs[tensor]
+                    if value.dtype is dtype:
+                        at = bisect(bounds, value.shape[dim])
+                        if at < len(choices):
+                            return choices[at]  # type: ignore[no-any-return]
+            return slow(inputs)
+
+        def slow(inputs: Sequence[Any]) -> Choice:
+            nonlocal fast
+            choice, view = self._choose(op, runners, config, inputs, kwargs)
+            table = view.fast if view is not None else None
+            if view is not None and table is not None and len(view.dims) == 1 and contexts.current is None:
+                tensor, dim = view.dims[0]
+                choices = [(runners[index], tactic) for index, tactic in table[1]]
+                fast = (view, table, table[0], choices, tensor, dim, inputs[tensor].dtype)
+            return choice
 
         return pick
 
@@ -161,7 +185,7 @@ class AutoTuner:
         record, within = view.find(sizes)
         if record is None:
             return None
-        index, tactic = view.choice(record)
+        index, tactic = view.pick(record)
         return Decision(
             runner=runners[index],
             tactic=tactic,
@@ -174,6 +198,27 @@ class AutoTuner:
         )
 
     # --- inside --------------------------------------------------------------------------------------
+    def _choose(
+        self,
+        op: str,
+        runners: Sequence[Any],
+        config: TuningConfig,
+        inputs: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> tuple[Choice, View | None]:
+        options = self._contexts.current
+        check_runners(runners)
+        if options is not None and op in options.skip_ops:
+            return (runners[0], DEFAULT_TACTIC), None
+        site, view, sizes = self._locate(op, runners, config, inputs, kwargs, options)
+        if options is not None and options.tune and sizes not in view.done:
+            self._tune(site, view, runners, inputs, kwargs, sizes, options)
+        record, within = view.find(sizes)
+        if record is not None and not within:
+            self._missing(view, inputs, runners, sizes, record)
+        index, tactic = view.pick(record)
+        return (runners[index], tactic), view
+
     def _locate(
         self,
         op: str,
@@ -184,9 +229,12 @@ class AutoTuner:
         options: Options | None,
     ) -> tuple[Site, View, Sizes]:
         site = self._sites.get(op, runners, config, options)
-        key = static_key(op, runners, site.config, inputs, kwargs)
-        device = device_of(inputs)
-        view = site.view((key.text, device), lambda: self._books.setdefault((key.text, device), Book(key)))
+        view = site.guarded(runners, inputs, kwargs)
+        if view is None:
+            key = static_key(op, runners, site.config, inputs, kwargs)
+            device = device_of(inputs)
+            view = site.view(key, device, lambda: self._books.setdefault((key.text, device), Book(key)))
+            site.guard(view, runners, inputs, kwargs)
         self._load(view.book, runners, inputs, options)
         return site, view, site.config.sizes(shapes_of(inputs))
 
