@@ -72,7 +72,7 @@ def why_no_core() -> str | None:
 @functools.cache
 def load() -> Any:
     """The core. Raises BackendError if it was not built, or is another version's."""
-    override = os.environ.get("MOESTRO_CPU_CORE")
+    override = os.environ.get("MOESTRO_CPU_CORE", "")
     found = [Path(override)] if override else sorted(Path(__file__).parent.glob("_core*.so"))
     if not found:
         raise BackendError("the CPU core is not compiled: install moestro with a C++17 compiler at hand")

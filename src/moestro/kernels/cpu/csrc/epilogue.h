@@ -45,13 +45,19 @@ inline float sigmoid(float v) {
   return 1.f / (1.f + p * power);
 }
 
-inline void scaled(const Epilogue& end, int offset, const float* sums, float* h) {  // 16 lanes
-  for (int i = 0; i < kPanel; ++i) h[i] = sums[offset + i];
-  if (end.row_scale)
-    for (int i = 0; i < kPanel; ++i) h[i] *= end.row_scale[offset + i];
-  if (end.bias)
-    for (int i = 0; i < kPanel; ++i) h[i] += end.bias[offset + i];
-}
+// Scale and bias of a tile's rows, 1 and 0 where there are none: no branches in the loops over tokens.
+struct Affine {
+  alignas(64) float scale[kTileRows];
+  alignas(64) float bias[kTileRows];
+
+  Affine(const Epilogue& end, int rows) {
+    for (int i = 0; i < rows; ++i) scale[i] = end.row_scale ? end.row_scale[i] : 1.f;
+    for (int i = 0; i < rows; ++i) bias[i] = end.bias ? end.bias[i] : 0.f;
+  }
+  void apply(int offset, const float* sums, float* h) const {  // 16 lanes
+    for (int i = 0; i < kPanel; ++i) h[i] = sums[offset + i] * scale[offset + i] + bias[offset + i];
+  }
+};
 
 inline void swiglu(const Epilogue& end, const float* gate, const float* up, float* a) {
   const float limit = end.limit, alpha = end.alpha, shift = end.up_shift;
@@ -71,10 +77,11 @@ inline void geglu_tanh(const float* gate, const float* up, float* a) {  // (1 + 
 }
 
 void activate_gated(const Epilogue& end, const float* sums, int tokens, uint16_t* out) {
+  const Affine affine(end, kTileRows);
   alignas(64) float gate[kPanel], up[kPanel], a[kPanel];
   for (int t = 0; t < tokens; ++t, sums += kTileRows, out += kChunk) {
-    scaled(end, 0, sums, gate);
-    scaled(end, kPanel, sums, up);
+    affine.apply(0, sums, gate);
+    affine.apply(kPanel, sums, up);
     if (end.activation == MOESTRO_SWIGLU)
       swiglu(end, gate, up, a);
     else
@@ -84,10 +91,11 @@ void activate_gated(const Epilogue& end, const float* sums, int tokens, uint16_t
 }
 
 void activate(const Epilogue& end, const float* sums, int tokens, int panels, uint16_t* out) {
+  const Affine affine(end, panels * kPanel);
   alignas(64) float h[kPanel];
   for (int t = 0; t < tokens; ++t, sums += kTileRows, out += kChunk)
     for (int p = 0; p < panels; ++p) {
-      scaled(end, p * kPanel, sums, h);
+      affine.apply(p * kPanel, sums, h);
       for (int i = 0; i < kPanel; ++i) h[i] = h[i] < 0.f ? 0.f : h[i];
       for (int i = 0; i < kPanel; ++i) out[p * kPanel + i] = round_bf16(h[i] * h[i]);
     }
@@ -95,13 +103,13 @@ void activate(const Epilogue& end, const float* sums, int tokens, int panels, ui
 
 void combine(const Epilogue& end, const float* sums, int tokens, int columns, const int32_t* token,
              const float* weight, float* result, int64_t stride) {
-  alignas(64) float y[kPanel];
-  for (int t = 0; t < tokens; ++t, sums += kTileRows)
-    for (int c = 0; c < columns; c += kPanel) {
-      float* to = result + token[t] * stride + c;
-      scaled(end, c, sums, y);
-      for (int i = 0; i < kPanel; ++i) to[i] += weight[t] * y[i];
-    }
+  const Affine affine(end, columns);
+  for (int t = 0; t < tokens; ++t, sums += kTileRows) {
+    float* to = result + token[t] * stride;
+    const float w = weight[t];
+    for (int c = 0; c < columns; c += kPanel)
+      for (int i = c; i < c + kPanel; ++i) to[i] += w * (sums[i] * affine.scale[i] + affine.bias[i]);
+  }
 }
 
 void to_bf16(const float* from, uint16_t* to, int64_t count) {

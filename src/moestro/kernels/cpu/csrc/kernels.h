@@ -27,6 +27,7 @@ struct Codes {  // NVFP4 panels, from some block on
   int64_t code_stride;   // bytes from a panel to the next
   int64_t scale_stride;
   int panels;            // 1 or 2
+  const uint8_t* next;   // codes that will be read next, to prefetch; any readable address
 };
 
 struct Dense {  // bf16 panels, from some pair of columns on

@@ -70,9 +70,9 @@ class Wave {
     return {panels + unit.first * columns, static_cast<int64_t>(unit.tokens) * kChunk, unit.tokens};
   }
 
-  // sums [tiles, T, 32] = tiles of expert e's [rows, columns] times tokens
-  void product(const MoestroMatrix& m, int64_t e, int64_t rows, int64_t columns, int64_t tile, int64_t tiles,
-               const Tokens& tokens, float* sums, uint16_t* decoded) {
+  // sums [tiles, T, 32] = tiles of expert e's [rows, columns] times tokens; expert `after` comes next (-1: unknown)
+  void product(const MoestroMatrix& m, int64_t e, int64_t after, int64_t rows, int64_t columns, int64_t tile,
+               int64_t tiles, const Tokens& tokens, float* sums, uint16_t* decoded) {
     std::memset(sums, 0, sizeof(float) * tiles * tokens.count * kTileRows);
     const int64_t blocks = columns / kBlock, panels = rows / kPanel;
     const bool nvfp4 = layer_.format == MOESTRO_NVFP4;
@@ -90,8 +90,9 @@ class Wave {
         const int64_t block = (e * panels + panel) * blocks + b;
         Dense dense{reinterpret_cast<const uint16_t*>(m.codes) + block * kPanel * kBlock, columns * kPanel, count};
         if (nvfp4) {
+          const int64_t next = t + 1 < tiles ? block + 2 * blocks : after < 0 ? block : (after * panels + 2 * tile) * blocks;
           const Codes codes{m.codes + block * kCodeBytes, m.scales + block * kPanel, blocks * kCodeBytes,
-                            blocks * kPanel, count};
+                            blocks * kPanel, count, m.codes + next * kCodeBytes};
           if (direct) {
             kernels_.direct(codes, now, part, to);
             continue;
@@ -115,7 +116,7 @@ class Wave {
     const int64_t tiles = std::min<int64_t>(tactic_.row_tile, sizes_.tiles1 - tile);
     auto* decoded = reinterpret_cast<uint16_t*>(scratch);
     auto* sums = reinterpret_cast<float*>(scratch + 2 * kDecodeColumns * kPanel * 2);
-    product(layer_.gate_up, unit.expert, rows, layer_.hidden, tile, tiles,
+    product(layer_.gate_up, unit.expert, -1, rows, layer_.hidden, tile, tiles,
             tokens_of(plan_.x, unit, sizes_.x_columns), sums, decoded);
     uint16_t* a = plan_.a + unit.first * sizes_.a_columns;
     const int64_t stride = static_cast<int64_t>(unit.tokens) * kChunk;
@@ -140,7 +141,8 @@ class Wave {
     std::memset(result, 0, sizeof(float) * tokens_ * stride);
     for (int64_t u = 0; u < plan_.num_units; ++u) {
       const Unit& unit = plan_.units[u];
-      product(layer_.down, unit.expert, layer_.hidden, layer_.intermediate, tile, tiles,
+      const int64_t after = u + 1 < plan_.num_units ? plan_.units[u + 1].expert : -1;
+      product(layer_.down, unit.expert, after, layer_.hidden, layer_.intermediate, tile, tiles,
               tokens_of(plan_.a, unit, sizes_.a_columns), sums, decoded);
       for (int64_t t = 0; t < tiles; ++t) {
         const Epilogue end = epilogue(layer_.down, unit.expert, layer_.hidden, tile + t);
