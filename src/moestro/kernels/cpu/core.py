@@ -1,7 +1,7 @@
 """The compiled core: found, loaded with ctypes, and asked which instruction sets this machine has.
 
 MOESTRO_CPU_ISA forces one of "amx", "avx512", "avx2", "generic"; otherwise the first of these that the machine has
-is used. Parallel regions run on the OpenMP runtime that torch brought into the process, if there is one.
+is used. "amx_emulated" runs the AMX path with its tile instructions in plain C++, for tests. Parallel regions run on the OpenMP runtime that torch brought into the process, if there is one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 from moestro.errors import BackendError, unknown_name
 
 ABI = 1
-ISAS = ("generic", "avx2", "avx512", "amx")  # in the core's numbering, slowest first
+ISAS = ("generic", "avx2", "avx512", "amx", "amx_emulated")  # in the core's numbering
+FASTEST_FIRST = ("amx", "avx512", "avx2", "generic")
 ISA_VARIABLE = "MOESTRO_CPU_ISA"
 FORMATS = {"bf16": 0, "nvfp4": 1}
 
@@ -114,9 +115,10 @@ def _gomp_parallel() -> int | None:
 
 
 def available_isas() -> tuple[str, ...]:
-    """The instruction sets that the core can use here, fastest first."""
+    """The instruction sets that the core can use here, fastest first; the emulated one last."""
     found = load().moestro_cpu_isas()
-    return tuple(name for i, name in reversed(list(enumerate(ISAS))) if found >> i & 1)
+    order = (*FASTEST_FIRST, "amx_emulated")
+    return tuple(name for name in order if found >> ISAS.index(name) & 1)
 
 
 def choose_isa() -> str:

@@ -58,9 +58,13 @@ struct Kernels {
   void (*combine)(const Epilogue&, const float* sums, int tokens, int columns, const int32_t* token,
                   const float* weight, float* result, int64_t result_stride);
   void (*to_bf16)(const float* from, uint16_t* to, int64_t count);
+  // on each thread before its first and after its last product of a region; may be null
+  void (*enter)();
+  void (*leave)();
 };
 
 const Kernels* kernels_generic();
+const Kernels* kernels_amx_emulated();
 #if defined(__x86_64__)
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();

@@ -6,7 +6,7 @@
 namespace moestro {
 namespace {
 
-constexpr Kernels kKernels{direct, decode, multiply, activate_gated, activate, combine, to_bf16};
+constexpr Kernels kKernels{direct, decode, multiply, activate_gated, activate, combine, to_bf16, nullptr, nullptr};
 
 }  // namespace
 

@@ -40,7 +40,9 @@ class Wave {
     std::atomic<int64_t> next{0};
     parallel(items <= kFewWork ? 1 : tactic_.threads, [&](int worker) {
       uint8_t* scratch = plan_.scratch + worker * sizes_.scratch;
+      if (kernels_.enter) kernels_.enter();
       for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) body(item, scratch);
+      if (kernels_.leave) kernels_.leave();
     });
   }
 

@@ -21,7 +21,8 @@ extern "C" {
 enum { MOESTRO_ABI = 1 };
 enum { MOESTRO_BF16 = 0, MOESTRO_NVFP4 = 1 };
 enum { MOESTRO_SWIGLU = 0, MOESTRO_GEGLU_TANH = 1, MOESTRO_RELU2 = 2 };
-enum { MOESTRO_GENERIC = 0, MOESTRO_AVX2 = 1, MOESTRO_AVX512 = 2, MOESTRO_AMX = 3 };
+// The emulated AMX runs the AMX path with its tile instructions in plain C++: for tests on any machine.
+enum { MOESTRO_GENERIC = 0, MOESTRO_AVX2 = 1, MOESTRO_AVX512 = 2, MOESTRO_AMX = 3, MOESTRO_AMX_EMULATED = 4 };
 enum { MOESTRO_OK = 0, MOESTRO_SMALL_WORKSPACE = 1, MOESTRO_NO_ISA = 2 };
 
 typedef struct {           // E matrices [R, C], R and C multiples of 16
@@ -63,7 +64,7 @@ typedef struct {
 } MoestroCall;
 
 MOESTRO_API int32_t moestro_cpu_abi(void);
-// Bit i is set if this build and this machine have instruction set i; the emulated AMX counts (bit 3 and bit 4).
+// Bit i is set if this build and this machine have instruction set i.
 MOESTRO_API int32_t moestro_cpu_isas(void);
 // Run parallel regions on an OpenMP runtime that is already in the process (the address of its GOMP_parallel), so that
 // its threads and ours are the same ones; null: on threads of our own.
