@@ -1,0 +1,33 @@
+"""The end of a call: sum each token's pairs in a fixed order, or round what atomics have summed."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from moestro.kernels.triton.device import launch_next, wait_for_previous
+
+
+@triton.jit
+def reduce_pairs(partial, ids, out, H, OFFSET: tl.constexpr, L: tl.constexpr, K: tl.constexpr, BH: tl.constexpr,
+                 PDL: tl.constexpr):  # fmt: skip
+    """out[n] = Σ_k partial[n * K + k] in order of k, in float32; pairs that are not local are not read."""
+    launch_next(PDL)
+    wait_for_previous(PDL)
+    n = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * BH + tl.arange(0, BH)
+    acc = tl.zeros((BH,), tl.float32)
+    for k in tl.static_range(K):
+        e = tl.load(ids + n * K + k)
+        width = tl.where((e >= OFFSET) & (e < OFFSET + L), H, 0)
+        acc += tl.load(partial + (n * K + k) * H + h, h < width, other=0.0).to(tl.float32)
+    tl.store(out + n * H + h, acc.to(out.dtype.element_ty), h < H)
+
+
+@triton.jit
+def round_sums(sums, out, size, B: tl.constexpr, PDL: tl.constexpr):
+    """out = sums, rounded to out's dtype."""
+    launch_next(PDL)
+    wait_for_previous(PDL)
+    i = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
+    tl.store(out + i, tl.load(sums + i, i < size, other=0.0).to(out.dtype.element_ty), i < size)

@@ -1,0 +1,260 @@
+"""A call as a list of kernel launches: nothing here runs, so that compiling, counting and running share it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from moestro.kernels.activations import GeGLUTanh, SwiGLU
+from moestro.kernels.problem import Experts, MoeProblem
+from moestro.kernels.scratch import Plan
+from moestro.kernels.triton import combine, dense, device, gemm, quantize, sort
+from moestro.kernels.triton.layout import TritonNVFP4
+from moestro.kernels.triton.tactics import Tactic
+
+WIDE_PAIRS = 4096  # up to here the pairs' results are kept in float32 until they are summed
+GROUP = 8  # token tiles that walk the rows of weights together
+
+
+@dataclass(frozen=True)
+class Launch:
+    """kernel[grid](*args, **meta)."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    meta: dict[str, Any]
+
+    def run(self) -> None:
+        self.kernel[self.grid](*self.args, **self.meta)
+
+    def compile(self) -> Any:
+        return self.kernel.warmup(*self.args, grid=self.grid, **self.meta)
+
+
+def scratch_plan(problem: MoeProblem, num_tokens: int, tactic: Tactic, x_rows: int) -> Plan:
+    """The workspace of a call: name -> (shape, dtype)."""
+    p, pairs = problem, num_tokens * problem.top_k
+    half, quantized = torch.bfloat16, p.input_format is not None
+    plan: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "act": ((pairs, p.intermediate_size), torch.float32 if quantized else half)
+    }
+    if quantized:
+        plan["x_values"] = ((x_rows, p.hidden_size), half)
+        plan["x_scale"] = ((x_rows,), torch.float32)
+        plan["act_values"] = ((pairs, p.intermediate_size), half)
+        plan["act_scale"] = ((pairs,), torch.float32)
+    if tactic.combine == "atomic":
+        plan["sums"] = ((num_tokens, p.hidden_size), torch.float32)
+    else:
+        plan["partial"] = ((pairs, p.hidden_size), torch.float32 if pairs <= WIDE_PAIRS else half)
+    if tactic.route == "sorted":
+        chunks, bins, tiles = num_chunks(pairs), num_bins(p), num_slots(p, pairs, tactic)
+        plan["counts"] = plan["cursors"] = ((chunks, bins), torch.int32)
+        plan["sorted_pairs"] = ((pairs,), torch.int32)
+        plan["tile_expert"] = plan["tile_start"] = plan["tile_end"] = ((tiles,), torch.int32)
+        plan["num_tiles"] = ((1,), torch.int32)
+    if tactic.path == "dense" and p.weight_format == "nvfp4":
+        padded = (kernel_rows(p.gate_up_rows, p.activation.gated), kernel_rows(p.hidden_size, False))
+        size = max(padded[0] * p.hidden_size, padded[1] * p.intermediate_size)
+        plan["dense"] = ((p.num_local_experts * size,), half)
+    return plan
+
+
+def kernel_rows(rows: int, gated: bool) -> int:
+    """Rows of one expert in the packed layout."""
+    return triton.cdiv(rows // 2, 32) * 64 if gated else triton.cdiv(rows, 64) * 64
+
+
+def num_chunks(pairs: int) -> int:
+    return triton.cdiv(pairs, sort.CHUNK)
+
+
+def num_bins(problem: MoeProblem) -> int:
+    return triton.next_power_of_2(problem.num_local_experts + 1)
+
+
+def num_slots(problem: MoeProblem, pairs: int, tactic: Tactic) -> int:
+    """An upper bound of the tiles of pairs."""
+    return min(pairs, problem.num_local_experts + pairs // tactic.tokens)
+
+
+class Planner:
+    """Builds the launches of one call."""
+
+    def __init__(self, problem: MoeProblem, experts: Experts, inputs: Sequence[Any], tactic: Tactic,
+                 scratch: dict[str, torch.Tensor], pdl: bool, processors: int) -> None:  # fmt: skip
+        self.p, self.experts, self.tactic, self.s = problem, experts, tactic, scratch
+        self.x, self.ids, self.weights, self.out, *self.x_quantized = inputs
+        self.num_tokens = self.ids.shape[0]
+        self.pairs = self.num_tokens * problem.top_k
+        self.pdl, self.processors = pdl, processors
+        self.launches: list[Launch] = []
+
+    def build(self) -> list[Launch]:
+        if self.tactic.route == "sorted":
+            self._sort()
+        x, x_scale = self._inputs()
+        product = self._fused if self.tactic.path == "fused" else self._dense
+        act = self.s["act"]
+        product(1, x, x_scale, act)
+        act_scale = None
+        if self.p.input_format is not None:
+            act, act_scale = self._quantize(act, "act", self.experts.down_input_scale, by_pair=False)
+        product(2, act, act_scale, self.s["sums" if self.tactic.combine == "atomic" else "partial"])
+        self._combine()
+        return self.launches
+
+    def _add(self, kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+        if self.pdl:
+            meta["launch_pdl"] = True
+        self.launches.append(Launch(kernel, grid, args, {**meta, "PDL": self.pdl}))
+
+    @property
+    def _locality(self) -> dict[str, Any]:
+        return {"OFFSET": self.p.expert_offset, "L": self.p.num_local_experts}
+
+    def _sort(self) -> None:
+        s, chunks = self.s, num_chunks(self.pairs)
+        size = min(sort.CHUNK, max(32, triton.next_power_of_2(self.pairs)))
+        meta = {**self._locality, "LB": num_bins(self.p), "CHUNK": size, "num_warps": 8 if size > 512 else 4}
+        if chunks > 1:
+            self._add(sort.count, (chunks,), self.ids, s["counts"], self.pairs, **meta)
+        tables = (s["tile_expert"], s["tile_start"], s["tile_end"], s["num_tiles"])
+        args = (self.ids, s["counts"], s["cursors"], s["sorted_pairs"], *tables, self.pairs, chunks)
+        self._add(sort.place, (chunks,), *args, BN=self.tactic.tokens, **meta)
+
+    def _inputs(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x as GEMM 1 reads it, and its scale per row."""
+        if self.p.input_format is None:
+            return self.x, None
+        given = self.experts.gate_up_input_scale
+        if not self.x_quantized:
+            return self._quantize(self.x, "x", given, by_pair=given is not None and given.ndim > 0)
+        scale, global_scale = self.x_quantized
+        values = self.s["x_values"]
+        self._add(quantize.unpack_rows, (self.num_tokens,), self.x, scale, values, self.p.hidden_size, B=1024)
+        per_row = global_scale.reshape(-1)
+        if per_row.numel() != self.num_tokens:  # one for several rows: [] or [G]
+            per_row = per_row.repeat_interleave(self.num_tokens // per_row.numel())
+        return values, per_row
+
+    def _quantize(self, rows: torch.Tensor, name: str, given: torch.Tensor | None,
+                  by_pair: bool) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        values, scale = self.s[f"{name}_values"], self.s[f"{name}_scale"]
+        kind = quantize.DYNAMIC if given is None else quantize.PER_EXPERT if given.ndim else quantize.ONE
+        by_place = name == "act" and self.tactic.route == "sorted"
+        pairs_of = self.s["sorted_pairs"] if by_place else self.ids
+        self._add(
+            quantize.quantize_rows, (values.shape[0],), rows, pairs_of, self.ids,
+            values if given is None else given, values, scale, values.shape[0], values.shape[1],
+            K=self.p.top_k, SCALE=kind.value, BY_PAIR=by_pair, SORTED=by_place, B=1024, **self._locality,
+        )  # fmt: skip
+        return values, scale
+
+    def _common(self, stage: int, x_scale: torch.Tensor | None) -> tuple[Any, Any, dict[str, Any]]:
+        """(weights, bias, constants) of a product."""
+        weights = self.experts.gate_up if stage == 1 else self.experts.down
+        bias = self.experts.gate_up_bias if stage == 1 else self.experts.down_bias
+        given = self.experts.gate_up_input_scale
+        by_pair = bool(self.p.input_format and not self.x_quantized and given is not None and given.ndim)
+        atomic = self.tactic.combine == "atomic"
+        meta = {
+            "STAGE": stage,
+            "COMBINE": (gemm.ATOMIC if atomic else gemm.PARTIAL).value,
+            "GATED": stage == 1 and self.p.activation.gated,
+            **_activation(self.p),
+            "BIAS": bias is not None,
+            "X_SCALE": x_scale is not None,
+            "X_BY_PAIR": by_pair and stage == 1,
+            "K": self.p.top_k,
+        }
+        return weights, bias, meta
+
+    def _tables(self) -> tuple[torch.Tensor, ...]:
+        names = ("sorted_pairs", "tile_expert", "tile_start", "tile_end", "num_tiles")
+        return tuple(self.s[n] if n in self.s else self.ids for n in names)
+
+    def _sizes(self, stage: int) -> tuple[int, int]:
+        """(rows, columns) of one expert's matrix."""
+        p = self.p
+        return (p.gate_up_rows, p.hidden_size) if stage == 1 else (p.hidden_size, p.intermediate_size)
+
+    def _zeros(self) -> tuple[torch.Tensor, int]:
+        sums = self.s.get("sums")
+        return (self.ids, 0) if sums is None else (sums, sums.numel())
+
+    def _fused(self, stage: int, x: torch.Tensor, x_scale: torch.Tensor | None, out: torch.Tensor) -> None:
+        weights, bias, meta = self._common(stage, x_scale)
+        rows, columns = self._sizes(stage)
+        bm, unroll, warps, stages = self.tactic.tiles[stage - 1]
+        packed = isinstance(weights, TritonNVFP4)
+        w = (weights.words, weights.scales, weights.row_scale) if packed else (weights.data,) * 3  # type: ignore[attr-defined]
+        direct = self.tactic.route == "direct"
+        slots = self.pairs if direct else num_slots(self.p, self.pairs, self.tactic)
+        strips = triton.cdiv(kernel_rows(rows, meta["GATED"]), bm)
+        zeros, num_zeros = self._zeros()
+        self._add(
+            gemm.moe_gemm, (slots * strips,), x, x if x_scale is None else x_scale, self.ids, self.weights,
+            *self._tables(), *w, x if bias is None else bias, out, zeros, self.pairs, slots, rows, columns,
+            out.shape[1], num_zeros, ROUTE=(gemm.DIRECT if direct else gemm.SORTED).value,
+            FORMAT=(device.NVFP4 if packed else device.BF16).value, EVEN=columns % 64 == 0,
+            PB=max(16, triton.next_power_of_2(self.pairs)) if direct else 16, BM=bm, BN=self.tactic.tokens,
+            UNROLL=unroll, STAGES=stages, num_warps=warps, **meta, **self._locality,
+        )  # fmt: skip
+
+    def _dense(self, stage: int, x: torch.Tensor, x_scale: torch.Tensor | None, out: torch.Tensor) -> None:
+        weights, bias, meta = self._common(stage, x_scale)
+        rows, columns = self._sizes(stage)
+        br, unroll, warps, stages = self.tactic.tiles[stage - 1]
+        bt, bk = self.tactic.tokens, 64 * unroll
+        packed = isinstance(weights, TritonNVFP4)
+        padded = kernel_rows(rows, meta["GATED"]) if packed else rows
+        flat = self._expanded(weights, padded, columns) if packed else weights.data.view(-1, columns)  # type: ignore[attr-defined]
+        split = meta["GATED"] and not packed
+        gather = stage == 1
+        x_block = [bt, bk]
+        w_desc = TensorDescriptor.from_tensor(flat, [br // 2 if split else br, bk])
+        x_desc = w_desc if gather else TensorDescriptor.from_tensor(x, x_block)
+        tiles = triton.cdiv(num_slots(self.p, self.pairs, self.tactic), GROUP) * GROUP * triton.cdiv(rows, br)
+        grid = min(tiles, self.processors * self.tactic.persistent) if self.tactic.persistent else tiles
+        zeros, num_zeros = self._zeros()
+        self._add(
+            dense.dense_gemm, (grid,), x, x_desc, w_desc, x if x_scale is None else x_scale, self.weights,
+            *self._tables(), weights.row_scale if packed else x, x if bias is None else bias, out, zeros,  # type: ignore[attr-defined]
+            rows, padded, columns, out.shape[1], num_zeros, ROW_SCALE=packed, INTERLEAVED=packed, GATHER=gather,
+            BT=bt, BR=br, BK=bk, STAGES=stages, GROUP=GROUP, PERSISTENT=self.tactic.persistent > 0,
+            num_warps=warps, **meta,
+        )  # fmt: skip
+
+    def _expanded(self, weights: TritonNVFP4, padded: int, columns: int) -> torch.Tensor:
+        """Weights to bfloat16 [L * padded, columns]; both products use the same memory in turn."""
+        strips, blocks = self.p.num_local_experts * padded // 64, triton.cdiv(columns, 64)
+        flat = self.s["dense"][: strips * 64 * columns].view(-1, columns)
+        args = (weights.words, weights.scales, flat, blocks, columns)
+        self._add(dense.expand, (strips, triton.cdiv(blocks, 4)), *args, EVEN=columns % 64 == 0, COLS=4)
+        return flat
+
+    def _combine(self) -> None:
+        if self.tactic.combine == "atomic":
+            size = self.out.numel()
+            args = (self.s["sums"], self.out, size)
+            self._add(combine.round_sums, (triton.cdiv(size, 1024),), *args, B=1024)
+            return
+        width = min(1024, triton.next_power_of_2(self.p.hidden_size))
+        grid = (self.num_tokens, triton.cdiv(self.p.hidden_size, width))
+        args = (self.s["partial"], self.ids, self.out, self.p.hidden_size)
+        self._add(combine.reduce_pairs, grid, *args, K=self.p.top_k, BH=width, **self._locality)
+
+
+def _activation(problem: MoeProblem) -> dict[str, Any]:
+    act = problem.activation
+    if isinstance(act, SwiGLU):
+        return {"ACT": device.SWIGLU.value, "ALPHA": act.alpha, "LIMIT": act.limit, "SHIFT": act.up_shift}
+    kind = device.GEGLU_TANH if isinstance(act, GeGLUTanh) else device.RELU2
+    return {"ACT": kind.value, "ALPHA": 1.0, "LIMIT": None, "SHIFT": 0.0}

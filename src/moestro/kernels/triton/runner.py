@@ -1,0 +1,133 @@
+"""TritonRunner: the MoE operator in Triton kernels, for NVFP4 and bf16 weights.
+
+A tactic is a tactics.Tactic; plan.Planner turns it into launches. NVFP4 weights are run in the layout of
+layout.TritonNVFP4, dense bf16 weights as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import torch
+
+from moestro.errors import BackendError
+from moestro.formats.base import CHECKPOINT, FormatTensor
+from moestro.kernels.activations import GeGLUTanh, ReLU2, SwiGLU
+from moestro.kernels.problem import Experts, MoeProblem, MoeRunner
+from moestro.kernels.scratch import carve, plan_bytes
+from moestro.kernels.triton import device, tactics
+from moestro.kernels.triton.layout import LAYOUT, TritonNVFP4
+from moestro.kernels.triton.plan import Launch, Planner, scratch_plan
+from moestro.kernels.triton.tactics import Tactic
+
+
+class TritonRunner(MoeRunner):
+    """MoE on NVIDIA GPUs of compute capability 9.0 and newer, bf16 activations."""
+
+    backend: ClassVar[str] = "triton"
+
+    @classmethod
+    def why_not(cls, problem: MoeProblem) -> str | None:
+        if problem.device != "cuda" or not torch.cuda.is_available():
+            return f"it needs a CUDA device, the weights are on {problem.device!r}"
+        if torch.cuda.get_device_capability() < (9, 0):
+            return "it needs compute capability 9.0 or newer"
+        return cls._unsupported(problem)
+
+    @staticmethod
+    def _unsupported(problem: MoeProblem) -> str | None:
+        if problem.weight_format not in ("nvfp4", "bf16"):
+            return f"it runs nvfp4 and bf16 weights, not {problem.weight_format!r}"
+        if problem.weight_dtype not in (None, torch.bfloat16) or problem.dtype != torch.bfloat16:
+            return f"it computes in bfloat16; x is {problem.dtype}, dense weights {problem.weight_dtype}"
+        if not isinstance(problem.activation, SwiGLU | GeGLUTanh | ReLU2):
+            return f"it has no kernel for the activation {problem.activation!r}"
+        if problem.intermediate_size % 8 or problem.hidden_size % 8:
+            return "hidden and intermediate size must be multiples of 8"
+        return None
+
+    @classmethod
+    def runs_layout(cls, layout: str) -> bool:
+        return layout in (CHECKPOINT, LAYOUT)
+
+    @classmethod
+    def prepare(cls, problem: MoeProblem, experts: Experts) -> tuple[FormatTensor, FormatTensor]:
+        if problem.weight_format != "nvfp4":
+            return experts.gate_up, experts.down
+        gate_up, down = experts.gate_up, experts.down
+        return TritonNVFP4.pack(gate_up, problem.activation.gated), TritonNVFP4.pack(down, False)  # type: ignore[arg-type]
+
+    def __init__(self, problem: MoeProblem, experts: Experts) -> None:
+        super().__init__(problem, experts)
+        packed = isinstance(experts.gate_up, TritonNVFP4)
+        if problem.weight_format == "nvfp4" and not packed:
+            raise BackendError("backend 'triton' runs NVFP4 weights that TritonRunner.prepare() has repacked")
+
+    def workspace_bytes(self, num_tokens: int, tactic: Any) -> int:
+        if num_tokens == 0:
+            return 0
+        return plan_bytes(self._scratch(num_tokens, self._resolve(tactic, num_tokens)))
+
+    def _scratch(self, num_tokens: int, tactic: Tactic) -> Any:
+        given = self._experts.gate_up_input_scale
+        by_pair = given is not None and given.ndim > 0
+        return scratch_plan(
+            self.problem, num_tokens, tactic, num_tokens * (self.problem.top_k if by_pair else 1)
+        )
+
+    def _resolve(self, tactic: Any, num_tokens: int) -> Tactic:
+        if isinstance(tactic, Tactic):
+            reason = tactics.unfit(self.problem, tactic, num_tokens)
+            if reason is not None:
+                raise BackendError(f"tactic {tactic} cannot run {num_tokens} tokens: {reason}")
+            return tactic
+        if tactic == -1:
+            return tactics.default(self.problem, num_tokens)
+        raise BackendError(f"tactic must be -1 or a moestro.kernels.triton.Tactic, got {tactic!r}")
+
+    def get_valid_tactics(self, inputs: Sequence[Any], profile: Any) -> list[Tactic]:
+        num_tokens = inputs[1].shape[0]
+        return [t for t in tactics.TABLE if tactics.unfit(self.problem, t, num_tokens) is None]
+
+    def check_tactic(self, inputs: Sequence[Any], tactic: Any) -> None:
+        self._resolve(tactic, inputs[1].shape[0])
+
+    def plan(self, inputs: Sequence[Any], tactic: Any = -1) -> list[Launch]:
+        """The launches of a call."""
+        num_tokens = inputs[1].shape[0]
+        if num_tokens == 0:
+            return []
+        resolved = self._resolve(tactic, num_tokens)
+        scratch = carve(self._scratch(num_tokens, resolved), self._workspace, inputs[0].device)
+        pdl = not device.INTERPRETED
+        return Planner(
+            self.problem, self._experts, inputs, resolved, scratch, pdl, _processors(inputs[0].device)
+        ).build()
+
+    def compile(self, inputs: Sequence[Any], tactic: Any) -> None:
+        """Compile what a tactic needs for inputs like these, without running anything."""
+        for launch in self.plan(inputs, tactic):
+            launch.compile()
+
+    def tolerance(self, inputs: Sequence[Any]) -> float:
+        """Of the difference to the default tactic, as a ratio of norms: two roundings of bf16 sums."""
+        return 2e-2 if self.problem.input_format is not None else 1e-2
+
+    @torch.no_grad()
+    def forward(
+        self, inputs: Sequence[Any], tactic: Any = -1, do_preparation: bool = False, **kwargs: Any
+    ) -> torch.Tensor:
+        out: torch.Tensor = inputs[3]
+        if not do_preparation:
+            for launch in self.plan(inputs, tactic):
+                launch.run()
+        return out
+
+
+@lru_cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -1,0 +1,81 @@
+"""Sort pairs by expert and cut them into tiles of tokens, on the device: one launch for few pairs, two for many.
+
+Pair p is (token p // K, slot p % K). `count` makes one histogram per chunk of pairs; `place` turns the
+histograms into places. Within an expert the order of pairs is whatever the atomic counter gives: no result
+depends on it, since every pair has its own row and its own sums.
+
+Pairs of experts that are not local count as one more expert, L, which gets no tile.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from moestro.kernels.triton.device import launch_next, wait_for_previous
+
+CHUNK = 2048  # pairs of one program
+
+
+@triton.jit
+def _local(ids, p, P, OFFSET: tl.constexpr, L: tl.constexpr):
+    """Local expert of pairs p; L where the expert is of another rank, or nowhere."""
+    e = tl.load(ids + p, p < P, other=-1)
+    inside = (e >= OFFSET) & (e < OFFSET + L)
+    return tl.where(inside, e - OFFSET, L)
+
+
+@triton.jit
+def count(ids, counts, P, OFFSET: tl.constexpr, L: tl.constexpr, LB: tl.constexpr, CHUNK: tl.constexpr,
+          PDL: tl.constexpr):  # fmt: skip
+    """counts [chunks, LB] int32: pairs of each local expert in each chunk."""
+    launch_next(PDL)
+    wait_for_previous(PDL)
+    c = tl.program_id(0)
+    p = c * CHUNK + tl.arange(0, CHUNK)
+    e = _local(ids, p, P, OFFSET, L)
+    tl.store(counts + c * LB + tl.arange(0, LB), tl.histogram(e, LB))
+
+
+@triton.jit
+def place(ids, counts, cursors, sorted_pairs, tile_expert, tile_start, tile_end, num_tiles, P, num_chunks,
+          OFFSET: tl.constexpr, L: tl.constexpr, LB: tl.constexpr, CHUNK: tl.constexpr, BN: tl.constexpr,
+          PDL: tl.constexpr):  # fmt: skip
+    """sorted_pairs [P] (pairs by expert; those of no local expert last), and the tiles of BN of them.
+
+    Tile t is of expert tile_expert[t] and covers sorted_pairs[tile_start[t] : min(+BN, tile_end[t])];
+    tile_end is the end of the expert. counts is read if there is more than one chunk.
+    """
+    launch_next(PDL)
+    wait_for_previous(PDL)
+    c = tl.program_id(0)
+    p = c * CHUNK + tl.arange(0, CHUNK)
+    e = _local(ids, p, P, OFFSET, L)
+    bins = tl.arange(0, LB)
+    if num_chunks == 1:
+        total = tl.histogram(e, LB)
+        before = tl.zeros((LB,), tl.int32)
+    else:
+        total = tl.zeros((LB,), tl.int32)
+        before = tl.zeros((LB,), tl.int32)
+        rows = tl.arange(0, 16)
+        for first in range(0, num_chunks, 16):
+            r = first + rows
+            h = tl.load(counts + r[:, None] * LB + bins[None, :], (r < num_chunks)[:, None], other=0)
+            total += tl.sum(h, 0)
+            before += tl.sum(tl.where((r < c)[:, None], h, 0), 0)
+    ends = tl.cumsum(total, 0)
+    starts = ends - total
+    tl.store(cursors + c * LB + bins, starts + before)
+    tl.debug_barrier()
+    at = tl.atomic_add(cursors + c * LB + e, 1, mask=p < P, sem="relaxed")
+    tl.store(sorted_pairs + at, p, p < P)
+    if c == 0:
+        tiles = tl.where(bins < L, (total + BN - 1) // BN, 0)
+        first_tile = tl.cumsum(tiles, 0) - tiles
+        tl.store(num_tiles, tl.sum(tiles, 0))
+        for i in range(tl.max(tiles, 0)):
+            here = i < tiles
+            tl.store(tile_expert + first_tile + i, bins, here)
+            tl.store(tile_start + first_tile + i, starts + i * BN, here)
+            tl.store(tile_end + first_tile + i, ends, here)
