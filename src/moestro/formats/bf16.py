@@ -25,6 +25,7 @@ class BF16(Pieces):
     data: torch.Tensor  # [..., R, C]
 
     format: ClassVar[str] = "bf16"
+    piece_names: ClassVar[tuple[str, ...]] = ("data",)
     block: ClassVar[int] = 1  # columns that share a scale: C is a multiple of it
 
     def __post_init__(self) -> None:

@@ -60,7 +60,7 @@ def require_finite(name: str, dense: torch.Tensor, amax: torch.Tensor, format: s
     if bool(torch.isfinite(amax).all()):
         return
     nans, infs, first = 0, 0, None
-    for i, matrix in enumerate(dense.reshape(-1, *dense.shape[-2:])):
+    for i, matrix in enumerate(dense.flatten(0, -3) if dense.ndim > 2 else dense[None]):
         bad = ~torch.isfinite(matrix.float())  # float64 beyond float32 counts as infinite here
         if bool(bad.any()):
             nans += int(torch.isnan(matrix).sum())

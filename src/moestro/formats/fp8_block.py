@@ -21,7 +21,7 @@ from moestro.formats.checks import (
     require_one_device,
     require_shape,
 )
-from moestro.formats.pieces import CPU_CHUNK, DEVICE_CHUNK, Pieces, dense_out, join_rows, magnitude
+from moestro.formats.pieces import CPU_CHUNK, DEVICE_CHUNK, Pieces, dense_out, join_rows, magnitude, matrices
 
 BLOCK = 128
 MAX = 448.0  # the largest e4m3
@@ -39,6 +39,7 @@ class FP8Block(Pieces):
     scale_inv: torch.Tensor  # float32 [..., ceil(R/128), ceil(C/128)]; multiplies, for all its name
 
     format: ClassVar[str] = "fp8_block"
+    piece_names: ClassVar[tuple[str, ...]] = ("data", "scale_inv")
     block: ClassVar[int] = 1  # C need not be a multiple of anything
 
     def __post_init__(self) -> None:
@@ -111,7 +112,7 @@ def _block_row_chunks(
     rows, columns = first.shape[-2:]
     limit = CPU_CHUNK if first.device.type == "cpu" else DEVICE_CHUNK
     step = max(1, limit // (BLOCK * max(1, columns)))  # rows of blocks
-    for a, b, s in zip(*(t.reshape(-1, *t.shape[-2:]) for t in (first, second, scale)), strict=True):
+    for a, b, s in matrices(first, second, scale):
         for i in range(0, s.shape[0], step):
             at = slice(i * BLOCK, min(rows, (i + step) * BLOCK))
             yield a[at], b[at], s[i : i + step]

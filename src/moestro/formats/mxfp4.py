@@ -43,6 +43,7 @@ class MXFP4(Pieces):
     scale: torch.Tensor  # uint8 [..., R, C/32], e8m0: exponent + 127, 255 is NaN
 
     format: ClassVar[str] = "mxfp4"
+    piece_names: ClassVar[tuple[str, ...]] = ("packed", "scale")
     block: ClassVar[int] = BLOCK
 
     def __post_init__(self) -> None:

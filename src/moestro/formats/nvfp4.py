@@ -46,6 +46,7 @@ class NVFP4(Pieces):
     global_scale: torch.Tensor  # float32 [...] or [..., G]
 
     format: ClassVar[str] = "nvfp4"
+    piece_names: ClassVar[tuple[str, ...]] = ("packed", "scale", "global_scale")
     block: ClassVar[int] = BLOCK
 
     def __post_init__(self) -> None:

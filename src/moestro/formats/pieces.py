@@ -6,8 +6,8 @@ the experts first. Everything here treats the pieces alike; values are the busin
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from math import prod
 from typing import ClassVar, Self
 
 import torch
@@ -26,16 +26,12 @@ class Pieces:
     """The part of FormatTensor that is the same for every format in the checkpoint layout."""
 
     layout: ClassVar[str] = CHECKPOINT
-
-    @classmethod
-    def piece_names(cls) -> tuple[str, ...]:
-        """The names of the fields."""
-        return tuple(field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]
+    piece_names: ClassVar[tuple[str, ...]]  # the fields, in order; torch.compile cannot read dataclass fields
 
     @property
     def pieces(self) -> tuple[torch.Tensor, ...]:
         """The tensors, in the order of the fields."""
-        return tuple(getattr(self, name) for name in self.piece_names())
+        return tuple(getattr(self, name) for name in self.piece_names)
 
     @property
     def device(self) -> torch.device:
@@ -87,7 +83,7 @@ class Pieces:
         if not parts:
             raise ShapeError("parts must hold at least one tensor, got none")
         columns = list(zip(*(part.pieces for part in parts), strict=True))
-        for name, column in zip(cls.piece_names(), columns, strict=True):
+        for name, column in zip(cls.piece_names, columns, strict=True):
             first = column[0]
             for i, piece in enumerate(column):
                 expected = list(first.shape)
@@ -148,6 +144,12 @@ def _join(how: Callable[..., torch.Tensor], pieces: Sequence[torch.Tensor], dim:
     return how([piece.view(torch.uint8) for piece in pieces], dim=dim).view(dtype)
 
 
+def matrices(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The matrices [R, *] of tensors [..., R, *] with the same leading dimensions, together."""
+    count = prod(tensors[0].shape[:-2])
+    return zip(*(t.reshape(count, *t.shape[-2:]) for t in tensors), strict=True)
+
+
 def row_chunks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     """Views of the same rows of each tensor [..., R, *], a chunk at a time; the first decides how many rows.
 
@@ -158,7 +160,6 @@ def row_chunks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
         yield tensors
         return
     step = max(1, (CPU_CHUNK if tensors[0].device.type == "cpu" else DEVICE_CHUNK) // max(1, columns))
-    matrices = zip(*(t.reshape(-1, *t.shape[-2:]) for t in tensors), strict=True)
-    for matrix in matrices:
+    for matrix in matrices(*tensors):
         for start in range(0, rows, step):
             yield tuple(t[start : start + step] for t in matrix)

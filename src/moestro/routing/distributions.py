@@ -5,7 +5,7 @@ trick (Kool et al., arXiv 1903.06059): the k largest of log p + Gumbel noise are
 each proportional to p among the experts that are left. An expert's load is at most 1/top_k of the pairs, so
 loads are flatter than the popularities, the more the larger top_k / num_experts.
 
-All draws come from numpy's PCG64 seeded by `seed`: the same on every machine. For Uniform, Zipf and Dirichlet
+All draws come from numpy's PCG64 seeded by `seed`, so that machines agree. For Uniform, Zipf and Dirichlet
 the first tokens of a larger sample are the smaller sample.
 """
 
