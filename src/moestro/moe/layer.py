@@ -135,11 +135,7 @@ class FusedMoE(torch.nn.Module):
 
     def _output(self, x: torch.Tensor | NVFP4) -> torch.Tensor:
         """The owned output's first rows."""
-        dtype = result_dtype(x)
-        if dtype not in self._outputs:
-            shape = (self.max_num_tokens, self._limits.hidden_size)
-            self._outputs[dtype] = torch.empty(shape, dtype=dtype, device=self._limits.device)
-        out = self._outputs[dtype][: x.shape[0]]
+        out = self._owned(result_dtype(x))[: x.shape[0]]
         try:
             check_out(x, out)
         except ShapeError:
@@ -148,6 +144,12 @@ class FusedMoE(torch.nn.Module):
                 "clone it, or pass out="
             ) from None
         return out
+
+    def _owned(self, dtype: torch.dtype) -> torch.Tensor:
+        if dtype not in self._outputs:
+            shape = (self.max_num_tokens, self._limits.hidden_size)
+            self._outputs[dtype] = torch.empty(shape, dtype=dtype, device=self._limits.device)
+        return self._outputs[dtype]
 
     def _operation(self, kind: Kind) -> Operation:
         """The operation for inputs of this kind, made when first needed."""
@@ -185,7 +187,7 @@ class FusedMoE(torch.nn.Module):
         inputs = self._example(self.max_num_tokens, device="meta")
         for runner in operation.runners:
             runner.reserve(inputs, [-1, *runner.get_valid_tactics(inputs, None)])
-        self._output(inputs[0])
+        self._owned(operation.problem.dtype)
 
     # --- tuning --------------------------------------------------------------------------------------
     @property
