@@ -40,7 +40,7 @@ class Book:
     def __init__(self, key: StaticKey) -> None:
         self.key = key
         self.version = 0
-        self.warm: tuple[Record, ...] = ()  # winners elsewhere, to be tried first
+        self.too_large: set[Sizes] = set()  # buckets that did not fit into this process's memory
         self.banned: dict[str, str] = {}  # candidate -> why it is in quarantine
         self.sources: dict[tuple[tuple[str, ...], Sizes], str] = {}
         self._records: dict[tuple[str, ...], dict[Sizes, Record]] = {}

@@ -1,153 +1,136 @@
 """Tuning one static key: which buckets, in which order, and where between two buckets the winner changes.
 
 Order: the bucket of the call that is waiting, the largest (so that everything below is covered), then always
-the one in the middle of the widest gap: whenever the budget ends, what is known is spread over the sizes.
-Then the crossover search: between neighbours with different winners the middle is measured, among those two
-and the default only, until the boundary is known to RESOLUTION of the size. Between neighbours with the same
-winner nothing is measured.
+the middle of the widest gap: whenever the budget ends, what is known is spread over the sizes. Then the
+crossover search: between neighbours with different winners the middle is measured, among those two and the
+default only, until the boundary is known to 1/RESOLUTION of the size. Between neighbours with the same winner
+nothing is measured.
 """
 
 from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from moestro.errors import TuningWarning
 from moestro.tuning.decisions import Record
 from moestro.tuning.measure import Job, OutOfMemoryError, measure, record_name
 from moestro.tuning.specs import Sizes
 
-__all__ = ["tune"]
+__all__ = ["Campaign"]
 
-RESOLUTION = 32  # a boundary is searched to 1/32 of the size: 3 %, where both winners are nearly equal
+RESOLUTION = 32  # a boundary is searched to 3 % of the size, where both winners are nearly equal
 
 
-def tune(
-    job: Job,
-    known: Callable[[], Mapping[Sizes, Record]],
-    keep: Callable[[Record], None],
-    first: Sizes,
-    *,
-    crossover: bool = True,
-) -> bool:
-    """Decide every bucket up to job.sizes that is not known; True if nothing is left to do.
+@dataclass
+class Campaign:
+    """One tuning.
 
     known: the records so far, which others may add to. keep: called with each record at once. first: the
-    bucket that the waiting call needs.
+    bucket that the waiting call needs. too_large: buckets that do not fit into memory, left out and added to.
     """
-    grid = job.config.bucket_grid(job.sizes)
-    too_large: set[Sizes] = set()
-    job.budget.start()
-    try:
-        _decide(job, known, keep, grid, first, too_large)
-        if crossover and len(job.sizes) == 1 and job.budget.left > 0:
-            _search_crossovers(job, known, keep, too_large)
-        done = all(_settled(known().get(bucket)) or bucket in too_large for bucket in grid)
-        if done:
-            _mark_covered(job, known, keep)
-        return done
-    finally:
-        job.budget.stop()
+
+    job: Job
+    known: Callable[[], Mapping[Sizes, Record]]
+    keep: Callable[[Record], None]
+    first: Sizes
+    too_large: set[Sizes]
+    crossover: bool = True
+
+    def run(self) -> bool:
+        """Decide what is not known up to job.sizes, within the budget; True if nothing is left to do."""
+        self.job = replace(self.job, sizes=_reach(self.job.sizes, self.known()))
+        grid = self.job.config.bucket_grid(self.job.sizes)
+        self.job.budget.start()
+        try:
+            self._decide(grid)
+            searched = self._search_crossovers()
+            done = all(self._settled(bucket) for bucket in grid)
+            if done:
+                self._mark_covered()
+            return done and searched
+        finally:
+            self.job.budget.stop()
+
+    def _settled(self, bucket: Sizes) -> bool:
+        record = self.known().get(bucket)
+        return bucket in self.too_large or (record is not None and record.complete)
+
+    def _decide(self, grid: Sequence[Sizes]) -> None:
+        """Every bucket that has no decision with a share of the budget; then what the shares cut short, in full.
+
+        A share is half of what is left, or more: cut any finer, a small budget would be spent on races that end
+        before they have decided anything.
+        """
+        waiting = [bucket for bucket in _spread(grid, self.first) if not self._settled(bucket)]
+        for final in (False, True):
+            for done, bucket in enumerate(waiting):
+                if self.job.budget.left <= 0:
+                    return
+                if self._settled(bucket) or (bucket in self.known() and not final):
+                    continue  # also: another process has decided it meanwhile
+                self.job.progress(f"{self.job.key.op} {done + 1}/{len(waiting)}: bucket {_text(bucket)}")
+                share = 1.0 if final else max(0.5, 1 / (len(waiting) - done))
+                self._measure(bucket, share=share * self.job.budget.left)
+
+    def _measure(
+        self, bucket: Sizes, *, only: Sequence[Record] | None = None, share: float = float("inf")
+    ) -> Record | None:
+        neighbour = _neighbour(bucket, self.known())
+        deadline = self.job.budget.spent + share
+        try:
+            record = measure(self.job, bucket, preferred=neighbour, only=only, deadline=deadline)
+        except OutOfMemoryError as error:
+            self.too_large.add(bucket)
+            warnings.warn(
+                f"{self.job.key.op}: bucket {_text(bucket)} does not fit into memory: {error}",
+                TuningWarning,
+                stacklevel=2,
+            )
+            return None
+        if record is not None:
+            self.keep(replace(record, learned=only is not None))
+        return record
+
+    def _search_crossovers(self) -> bool:
+        """True if every boundary between neighbours is known well enough."""
+        if not self.crossover or len(self.job.sizes) != 1:
+            return True
+        for (low, _), (high, _) in itertools.pairwise(sorted(self.known().items())):
+            if not self._bisect(low[0], high[0]):
+                return False
+        return True
+
+    def _bisect(self, low: int, high: int) -> bool:
+        """Measure between two sizes until the boundary is known; False if the budget ended before."""
+        at_low, at_high = self.known()[(low,)], self.known()[(high,)]
+        if record_name(at_low) == record_name(at_high) or high - low <= max(1, high // RESOLUTION):
+            return True
+        if self.job.budget.left <= 0:
+            return False
+        middle = (low + high) // 2
+        self.job.progress(f"{self.job.key.op}: between {low} and {high} the winner changes, trying {middle}")
+        if self._measure((middle,), only=(at_low, at_high)) is None:
+            return (middle,) in self.too_large
+        return self._bisect(low, middle) and self._bisect(middle, high)
+
+    def _mark_covered(self) -> None:
+        """Note on the largest bucket that sizes up to job.sizes have been tuned for."""
+        records = self.known()
+        if records and self.job.sizes != _reach((), records):
+            self.keep(replace(records[max(records)], tuned_for=self.job.sizes))
 
 
-def _settled(record: Record | None) -> bool:
-    return record is not None and record.complete
+def _reach(sizes: Sizes, records: Mapping[Sizes, Record]) -> Sizes:
+    """The largest of these sizes and those that finished tunings were asked for.
 
-
-def _decide(
-    job: Job,
-    known: Callable[[], Mapping[Sizes, Record]],
-    keep: Callable[[Record], None],
-    grid: list[Sizes],
-    first: Sizes,
-    too_large: set[Sizes],
-) -> None:
-    open_ = [b for b in _ordered(grid, first) if not _settled(known().get(b))]
-    open_.sort(key=lambda b: b in known())  # what has no decision at all comes first
-    for done, bucket in enumerate(open_):
-        if job.budget.left <= 0:
-            return
-        if _settled(known().get(bucket)):
-            continue  # another process has decided it meanwhile
-        share = job.budget.left / (len(open_) - done)
-        job.progress(f"{job.key.op} {done + 1}/{len(open_)}: bucket {_text(bucket)}")
-        _attempt(job, bucket, known, keep, too_large, deadline=job.budget.spent + share)
-
-
-def _attempt(
-    job: Job,
-    bucket: Sizes,
-    known: Callable[[], Mapping[Sizes, Record]],
-    keep: Callable[[Record], None],
-    too_large: set[Sizes],
-    *,
-    only: Sequence[Record] | None = None,
-    deadline: float = float("inf"),
-) -> Record | None:
-    try:
-        record = measure(job, bucket, preferred=_neighbour(bucket, known()), only=only, deadline=deadline)
-    except OutOfMemoryError as error:
-        too_large.add(bucket)
-        warnings.warn(
-            f"{job.key.op}: bucket {_text(bucket)} does not fit into memory and is left out: {error}",
-            TuningWarning,
-            stacklevel=2,
-        )
-        return None
-    if record is not None:
-        keep(replace(record, learned=only is not None))
-    return record
-
-
-def _search_crossovers(
-    job: Job,
-    known: Callable[[], Mapping[Sizes, Record]],
-    keep: Callable[[Record], None],
-    too_large: set[Sizes],
-) -> None:
-    records = sorted(known().items())
-    for (low, at_low), (high, at_high) in itertools.pairwise(records):
-        for _ in _bisect(low[0], at_low, high[0], at_high, job, known, keep, too_large):
-            if job.budget.left <= 0:
-                return
-
-
-def _bisect(
-    low: int,
-    at_low: Record,
-    high: int,
-    at_high: Record,
-    job: Job,
-    known: Callable[[], Mapping[Sizes, Record]],
-    keep: Callable[[Record], None],
-    too_large: set[Sizes],
-) -> Iterator[Record]:
-    """Measure the middle of (low, high) and go on where the winners still differ."""
-    if record_name(at_low) == record_name(at_high) or high - low <= max(1, high // RESOLUTION):
-        return
-    middle = (low + high) // 2
-    job.progress(f"{job.key.op}: the winner changes between {low} and {high}, trying {middle}")
-    found = _attempt(job, (middle,), known, keep, too_large, only=(at_low, at_high))
-    if found is None:
-        return
-    yield found
-    yield from _bisect(low, at_low, middle, found, job, known, keep, too_large)
-    yield from _bisect(middle, found, high, at_high, job, known, keep, too_large)
-
-
-def _mark_covered(
-    job: Job, known: Callable[[], Mapping[Sizes, Record]], keep: Callable[[Record], None]
-) -> None:
-    """Note on the largest bucket that sizes up to job.sizes were tuned for, where it lies below them."""
-    records = known()
-    if not job.sizes or not records:
-        return
-    largest = records[max(records)]
-    reach = tuple(map(max, zip(largest.tuned_for or largest.bucket, job.sizes, strict=True)))
-    if reach != (largest.tuned_for or largest.bucket):
-        keep(replace(largest, tuned_for=reach))
+    Buckets are those of the reach: a generator that adds the size it is called with would else add one at
+    each call.
+    """
+    asked = [record.tuned_for for record in records.values() if record.tuned_for]
+    return tuple(map(max, zip(*filter(None, (sizes, *asked)), strict=True)))
 
 
 def _neighbour(bucket: Sizes, known: Mapping[Sizes, Record]) -> Record | None:
@@ -159,7 +142,7 @@ def _neighbour(bucket: Sizes, known: Mapping[Sizes, Record]) -> Record | None:
     return known[nearest]
 
 
-def _ordered(grid: Sequence[Sizes], first: Sizes) -> list[Sizes]:
+def _spread(grid: Sequence[Sizes], first: Sizes) -> list[Sizes]:
     """The grid with `first`, then the largest, then the smallest, then middles of ever smaller gaps."""
     ordered = sorted(grid)
     order = [b for b in (first,) if b in ordered] + [ordered[-1], ordered[0]]

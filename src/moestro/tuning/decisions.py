@@ -72,6 +72,7 @@ class Record:
     learned: bool = False  # a point of a crossover search, not a bucket of the scheme
     complete: bool = True  # False: the budget ended before the race did
     created: float = 0.0  # seconds since 1970
+    environment: str = ""  # where it was measured (environment.Environment.name)
     evidence: Evidence = Evidence()
 
     def to_json(self) -> dict[str, Any]:
@@ -126,5 +127,4 @@ class Decision:
     status: str
     evidence: Evidence
     record: Record
-    environment: str = ""  # where it was measured
     source: str = "memory"  # "memory" | a folder | a bundle

@@ -12,10 +12,8 @@ import dataclasses
 import functools
 import inspect
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +21,7 @@ from moestro.tuning.context import Budget
 from moestro.tuning.decisions import CandidateEvidence, Evidence, Record
 from moestro.tuning.keys import StaticKey, shapes_of
 from moestro.tuning.policy import MeasurementPolicy
+from moestro.tuning.precompile import precompile
 from moestro.tuning.race import RaceResult, race
 from moestro.tuning.runner import DEFAULT_TACTIC, tactic_key
 from moestro.tuning.scope import measured
@@ -141,9 +140,11 @@ class _Attempt:
         The others go into the evidence. Raises OutOfMemoryError if not one of them fits.
         """
         self._reserve(candidates)
-        self._compile(candidates)
+        broken = self._compile(candidates)
         if self.late:
             return None
+        candidates = [c for c in candidates if c.name not in broken]
+        evidence += broken.values()
         if not self.job.policy.verify:
             return candidates
         references: list[Reference] | None = None
@@ -175,24 +176,20 @@ class _Attempt:
                 if "do_preparation" in inspect.signature(runner.forward).parameters:
                     _run(runner, inputs, DEFAULT_TACTIC, {**self.job.kwargs, "do_preparation": True})
 
-    def _compile(self, candidates: list[Candidate]) -> None:
-        """Compile what has a `compile` hook, in parallel. What fails here fails again, and alone, in its
-        first run.
-        """
-        jobs = [c for c in candidates if callable(getattr(self.job.runners[c.index], "compile", None))]
-        if not jobs:
-            return
-        pool = ThreadPoolExecutor(max_workers=min(len(jobs), os.cpu_count() or 1))
-        try:
-            pending = [pool.submit(self.job.runners[c.index].compile, self.inputs[0], c.tactic) for c in jobs]
-            for done, future in enumerate(pending):
-                while not future.done() and not self.late:
-                    time.sleep(0.001)
-                self.job.progress(f"compiled {done + 1}/{len(pending)}")
-                if self.late:
-                    break
-        finally:
-            pool.shutdown(wait=not self.late, cancel_futures=True)
+    def _compile(self, candidates: list[Candidate]) -> dict[str, CandidateEvidence]:
+        """What could not be compiled, of the candidates whose runner has a `compile` hook."""
+        hooks = {c.name: getattr(self.job.runners[c.index], "compile", None) for c in candidates}
+        jobs = {
+            c.name: functools.partial(hook, self.inputs[0], c.tactic)
+            for c in candidates
+            if callable(hook := hooks[c.name])
+        }
+        failed = precompile(
+            jobs,
+            lambda: self.late,
+            lambda done, of: self.job.progress(f"bucket {self.bucket}: compiled {done}/{of}"),
+        )
+        return {c.name: self._broken(c, failed[c.name]) for c in candidates if c.name in failed}
 
     def _references(self, candidate: Candidate) -> list[Reference]:
         """What the candidate, which is to be the reference, gives for each probe."""

@@ -8,6 +8,7 @@ known, and looked up. A look-up takes no lock; a measurement holds one that only
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import threading
@@ -15,11 +16,12 @@ import time
 import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from moestro.errors import TuningError, TuningWarning
 from moestro.tuning.book import Book
-from moestro.tuning.campaign import tune
+from moestro.tuning.campaign import Campaign
 from moestro.tuning.context import Budget, Contexts, Options
 from moestro.tuning.decisions import Decision, Record
 from moestro.tuning.environment import Environment, environment_for
@@ -64,6 +66,7 @@ class AutoTuner:
         self._sites = Sites()
         self._books: dict[tuple[str, str], Book] = {}
         self._loaded: set[tuple[str, str, str]] = set()
+        self._shared: dict[tuple[str, str, str], int] = {}
         self._missed: set[tuple[str, Sizes]] = set()
         self._measuring = threading.RLock()
 
@@ -130,7 +133,10 @@ class AutoTuner:
         """
         contexts = self._contexts
         if not contexts.active or contexts.current is None:
-            site = self._sites.known.get((op, id(config), *map(id, runners)))
+            try:
+                site = self._sites.known.get((op, id(config), *map(id, runners)))
+            except TypeError:
+                site = None  # no sequence of runners; _choose says so
             if site is not None:
                 for guard, view in site.guards:
                     if guard(runners, inputs, kwargs):
@@ -193,7 +199,6 @@ class AutoTuner:
             status=record.status if within else "extrapolated",
             evidence=record.evidence,
             record=record,
-            environment=self._environment(runners, inputs, options).name,
             source=view.book.sources.get((record.probes, record.bucket), "memory"),
         )
 
@@ -263,6 +268,18 @@ class AutoTuner:
             if mark not in self._loaded:
                 self._loaded.add(mark)
                 self._read(book, store, self._environment(runners, inputs, options))
+            if options is not None and options.tune and self._shared.get(mark) != book.version:
+                self._share(book, store, self._environment(runners, inputs, options))
+                self._shared[mark] = book.version
+
+    def _share(self, book: Book, store: Store, environment: Environment) -> None:
+        """Write to a store what is known of this environment and not in it: a cache holds what its context
+        served.
+        """
+        there = {(record.probes, record.bucket) for record in store.load(environment, book.key)}
+        for record in book.everything():
+            if record.environment == environment.name and (record.probes, record.bucket) not in there:
+                store.put(environment, book.key, record)
 
     def _read(self, book: Book, store: Store, environment: Environment) -> None:
         book.add(store.load(environment, book.key), str(store.root))
@@ -292,6 +309,8 @@ class AutoTuner:
         store, book = options.store or self.store, view.book
 
         def keep(record: Record) -> None:
+            if not record.environment:
+                record = replace(record, environment=environment.name)
             book.add([record], str(store.root) if store is not None else "memory")
             if store is not None:
                 store.put(environment, book.key, record)
@@ -322,7 +341,8 @@ class AutoTuner:
                 spec.bucket_of(size)
                 for spec, size in zip(site.config.dynamic_tensor_specs, sizes, strict=True)
             )
-            if tune(job, lambda: book.records(view.probes), keep, first, crossover=options.crossover):
+            known = functools.partial(book.records, view.probes)
+            if Campaign(job, known, keep, first, book.too_large, options.crossover).run():
                 view.finished(sizes)
 
     def _missing(
