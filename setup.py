@@ -1,9 +1,9 @@
-"""Builds the CPU core (src/moestro/kernels/cpu/csrc) beside the package; everything else is in pyproject.toml.
+"""Builds the CPU core (src/moestro/kernels/cpu/csrc) beside the package; the rest is in pyproject.toml.
 
 The core is a plain shared library with a C interface, loaded with ctypes: it links against neither Python nor
-PyTorch. Each instruction set is one file with its own compiler flags, chosen at run time. It is optional: without a
-compiler the package installs and moestro's portable backend runs. MOESTRO_CPU_FLAGS adds compiler and linker flags
-(the sanitizer build uses it); MOESTRO_CPU_BUILD=0 skips the core.
+PyTorch. Each instruction set is one file with its own compiler flags, chosen at run time. It is optional:
+without a compiler the package installs and moestro's portable backend runs. MOESTRO_CPU_FLAGS adds compiler
+and linker flags; MOESTRO_CPU_BUILD=0 skips the core.
 """
 
 import os
@@ -16,7 +16,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path("src/moestro/kernels/cpu/csrc")
-COMMON = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra", "-fno-math-errno", "-fno-trapping-math", "-pthread"]
+COMMON = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra -pthread"
 AVX512 = "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx512bf16 -mfma -mf16c -mprefer-vector-width=512"
 # GCC 12's AVX-512 headers use undefined registers on purpose and warn about it.
 QUIET = "-Wno-uninitialized -Wno-maybe-uninitialized"
@@ -34,23 +34,23 @@ def sources() -> list[str]:
 
 
 class BuildCore(build_ext):
-    """Compiles each file with the flags of its instruction set, and links them without a Python module's symbols."""
+    """Compiles each file with its instruction set's flags, and links them; no Python module's symbols."""
 
     def build_extension(self, ext: Extension) -> None:
         extra = shlex.split(os.environ.get("MOESTRO_CPU_FLAGS", ""))
         objects = []
         for source in ext.sources:
-            flags = X86.get(Path(source).name, "").split()
+            flags = [*COMMON.split(), *X86.get(Path(source).name, "").split(), *extra]
             objects += self.compiler.compile(
-                [source], output_dir=self.build_temp, depends=ext.depends, extra_postargs=[*COMMON, *flags, *extra]
+                [source], output_dir=self.build_temp, depends=ext.depends, extra_postargs=flags
             )
         target = self.get_ext_fullpath(ext.name)
         Path(target).parent.mkdir(parents=True, exist_ok=True)
-        self.compiler.link_shared_object(objects, target, extra_postargs=["-pthread", *extra], target_lang="c++")
+        flags = ["-pthread", *extra]
+        self.compiler.link_shared_object(objects, target, extra_postargs=flags, target_lang="c++")
 
 
-core = Extension(
-    "moestro.kernels.cpu._core", sources(), depends=sorted(map(str, CSRC.glob("*.h"))), language="c++", optional=True
-)
 wanted = os.environ.get("MOESTRO_CPU_BUILD", "1") != "0" and sys.platform != "win32"
+headers = sorted(map(str, CSRC.glob("*.h")))
+core = Extension("moestro.kernels.cpu._core", sources(), depends=headers, language="c++", optional=True)
 setup(ext_modules=[core] if wanted else [], cmdclass={"build_ext": BuildCore})

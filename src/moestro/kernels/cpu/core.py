@@ -1,7 +1,9 @@
 """The compiled core: found, loaded with ctypes, and asked which instruction sets this machine has.
 
-MOESTRO_CPU_ISA forces one of "amx", "avx512", "avx2", "generic"; otherwise the first of these that the machine has
-is used. "amx_emulated" runs the AMX path with its tile instructions in plain C++, for tests. Parallel regions run on the OpenMP runtime that torch brought into the process, if there is one.
+MOESTRO_CPU_ISA forces one of "amx", "avx512", "avx2", "generic"; otherwise the first of these that the
+machine has is used. "amx_emulated" runs the AMX path with its tile instructions in plain C++, for tests.
+Parallel regions run on the OpenMP runtime that torch brought into the process, if there is one.
+MOESTRO_CPU_CORE names another build of the core to load.
 """
 
 from __future__ import annotations
@@ -24,37 +26,33 @@ FORMATS = {"bf16": 0, "nvfp4": 1}
 class Matrix(ctypes.Structure):
     """MoestroMatrix of csrc/moestro_cpu.h."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in ("codes", "scales", "row_scale", "bias")]  # noqa: RUF012
+    _fields_ = [(name, ctypes.c_void_p) for name in ("codes", "scales", "row_scale", "bias")]
 
 
 class Layer(ctypes.Structure):
     """MoestroLayer of csrc/moestro_cpu.h."""
 
-    _fields_ = [  # noqa: RUF012
-        *(
-            (name, ctypes.c_int32)
-            for name in (
-                "isa", "format", "experts", "expert_offset", "top_k", "hidden", "intermediate", "activation"
-            )
-        ),
-        ("alpha", ctypes.c_float),
-        ("limit", ctypes.c_float),
-        ("up_shift", ctypes.c_float),
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("isa", "format", "experts", "expert_offset", "top_k")),
+        *((name, ctypes.c_int32) for name in ("hidden", "intermediate", "activation")),
+        *((name, ctypes.c_float) for name in ("alpha", "limit", "up_shift")),
         ("gate_up", Matrix),
         ("down", Matrix),
-    ]  # fmt: skip
+    ]
 
 
 class TacticStruct(ctypes.Structure):
     """MoestroTactic of csrc/moestro_cpu.h."""
 
-    _fields_ = [(name, ctypes.c_int32) for name in ("token_tile", "row_tile", "dequant_from", "threads")]  # noqa: RUF012
+    _fields_ = [
+        (name, ctypes.c_int32) for name in ("token_tile", "row_tile", "dequant_from", "wave", "threads")
+    ]
 
 
 class Call(ctypes.Structure):
     """MoestroCall of csrc/moestro_cpu.h."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("tokens", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("x", "ids", "weights", "out", "workspace")),
         ("workspace_bytes", ctypes.c_int64),
@@ -122,7 +120,10 @@ def available_isas() -> tuple[str, ...]:
 
 
 def choose_isa() -> str:
-    """The forced instruction set, or the fastest. Raises BackendError if the forced one is unknown or not here."""
+    """The forced instruction set, or the fastest.
+
+    Raises BackendError if the forced one is unknown or this machine lacks it.
+    """
     available = available_isas()
     forced = os.environ.get(ISA_VARIABLE)
     if not forced:

@@ -1,14 +1,15 @@
 """The CPU's kernel layouts: panels of 16 rows (csrc/moestro_cpu.h describes the bytes).
 
-A packed tensor has as many bytes as the checkpoint layout (NVFP4 adds a float32 per row), holds the same values
-exactly, and answers everything a FormatTensor must. Packing goes expert by expert straight into the destination;
-with `donate` the destination is the source's own storage, and one expert is all the extra memory.
+A packed tensor has as many bytes as the checkpoint layout (NVFP4 adds a float32 per row), holds the same
+values exactly, and answers everything a FormatTensor must. Packing goes expert by expert straight into the
+destination; with `donate` that is the source's own storage, and one expert is all the extra memory.
 """
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 
@@ -17,6 +18,8 @@ from moestro.formats import BF16, NVFP4, FormatTensor
 from moestro.kernels.cpu import core
 
 PANEL = 16  # rows of a panel, columns of an NVFP4 block
+# source -> ((gated, versions), weak reference to its packed copy); a cache of identities
+_shared: Any = weakref.WeakKeyDictionary()
 SCALE_SHIFT = 256.0  # the core reads e4m3 bits as half: value · 2^-8; the rest is in row_scale
 
 
@@ -32,7 +35,10 @@ class PanelBF16:
 
     @classmethod
     def pack(cls, source: FormatTensor, gated: bool, donate: bool = False) -> Self:
-        """Pack a checkpoint-layout BF16 tensor of bfloat16. Raises DTypeError for another, ShapeError for its sizes."""
+        """Pack a checkpoint-layout BF16 tensor of bfloat16.
+
+        Raises DTypeError for another dtype, ShapeError for sizes that are no multiples of 16.
+        """
         if not isinstance(source, BF16) or source.data.dtype != torch.bfloat16:
             got = source.data.dtype if isinstance(source, BF16) else type(source).__name__
             raise DTypeError(f"the cpu backend packs bf16 weights of torch.bfloat16, got {got}")
@@ -95,7 +101,8 @@ class PanelNVFP4:
     def pack(cls, source: FormatTensor, gated: bool, donate: bool = False) -> Self:
         """Pack a checkpoint-layout NVFP4 tensor.
 
-        Raises FormatError for block scales that are negative or NaN, ShapeError for its sizes.
+        Raises FormatError for block scales that are negative or NaN, ShapeError for sizes that are no
+        multiples of 16.
         """
         if not isinstance(source, NVFP4):
             raise FormatError(f"the cpu backend packs NVFP4 tensors, got {type(source).__name__}")
@@ -133,12 +140,14 @@ class PanelNVFP4:
         return self.to_checkpoint().dequantize(dtype)
 
     def expert(self, index: int) -> PanelNVFP4:
-        pieces = (self.codes, self.scale, self.global_scale, self.row_scale)
-        return PanelNVFP4(*(piece[index] for piece in pieces), self.gated)
+        return PanelNVFP4(
+            self.codes[index], self.scale[index], self.global_scale[index], self.row_scale[index], self.gated
+        )
 
     def to(self, device: torch.device | str) -> Self:
-        pieces = (self.codes, self.scale, self.global_scale, self.row_scale)
-        return type(self)(*(piece.to(device) for piece in pieces), self.gated)
+        codes, scale = self.codes.to(device), self.scale.to(device)
+        global_scale, row_scale = self.global_scale.to(device), self.row_scale.to(device)
+        return type(self)(codes, scale, global_scale, row_scale, self.gated)
 
     def to_checkpoint(self) -> NVFP4:
         *lead, rows, columns = self.shape
@@ -157,13 +166,30 @@ class PanelNVFP4:
 
 
 def pack(source: FormatTensor, gated: bool, donate: bool = False) -> FormatTensor:
-    """`source` in panels; itself if it is already, or if it is in another kernel layout of this backend."""
+    """`source` in panels; itself if it is already."""
     if isinstance(source, PanelBF16 | PanelNVFP4):
         return source
-    source = source.to_checkpoint()
-    if source.format == "nvfp4":
-        return PanelNVFP4.pack(source, gated, donate)
-    return PanelBF16.pack(source, gated, donate)
+    cls = PanelNVFP4 if source.format == PanelNVFP4.format else PanelBF16
+    return cls.pack(source.to_checkpoint(), gated, donate)
+
+
+def shared(source: FormatTensor, gated: bool) -> FormatTensor:
+    """`source` in panels, one copy for all who ask while somebody holds it and the source is not changed."""
+    if isinstance(source, PanelBF16 | PanelNVFP4):
+        return source
+    versions = tuple(t._version for t in counted(source))
+    seen, copy = _shared.get(source, (None, None))
+    packed = copy() if copy is not None and seen == (gated, versions) else None
+    if packed is None:
+        packed = pack(source, gated)
+        _shared[source] = (gated, versions), weakref.ref(packed)
+    return packed
+
+
+def counted(source: FormatTensor) -> list[torch.Tensor]:
+    """The tensors of `source` whose changes in place torch counts (`_version`)."""
+    tensors = (value for value in vars(source).values() if isinstance(value, torch.Tensor))
+    return [t for t in tensors if not t.is_inference()]
 
 
 def in_panel_order(per_row: torch.Tensor, gated: bool) -> torch.Tensor:
@@ -175,7 +201,12 @@ def in_panel_order(per_row: torch.Tensor, gated: bool) -> torch.Tensor:
 
 
 def _pack_nvfp4(
-    codes: torch.Tensor, scales: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, gated: bool, copy: bool
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    gated: bool,
+    copy: bool,
 ) -> None:
     """One expert: `packed` [R, C/2] and `scale` [R, C/16] (bytes) to panels."""
     if bool(((scale & 0x7F) == 0x7F).any()) or bool((scale & 0x80).any()):
@@ -189,7 +220,7 @@ def _pack_nvfp4(
 def _require_panels(shape: tuple[int, ...], gated: bool) -> tuple[int, int, int]:
     if len(shape) != 3 or shape[1] % (PANEL * (2 if gated else 1)) or shape[2] % PANEL:
         raise ShapeError(
-            f"the cpu backend packs weights [E, R, C] with C (and each half of gated R) divisible by {PANEL}, "
+            f"the cpu backend packs [E, R, C] with C (and each half of gated R) divisible by {PANEL}, "
             f"got {list(shape)}"
         )
     experts, rows, columns = shape

@@ -1,7 +1,7 @@
 """The CPU backend: weights in panels, one call into the compiled core per layer call.
 
-A tactic says how the work is cut (see CpuTactic); every tactic gives a result that is bitwise independent of the
-number of threads. The default comes from a literal table that was measured; the tuner may find better.
+A tactic says how the work is cut (see CpuTactic); every tactic gives a result that is bitwise independent of
+the number of threads. The default comes from a table that was measured; the tuner may find better.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from moestro.kernels.cpu import core, layout
 from moestro.kernels.problem import Experts, MoeProblem, MoeRunner
 
 ACTIVATIONS = {SwiGLU: 0, GeGLUTanh: 1, ReLU2: 2}
-DENSE_ALWAYS, DENSE_NEVER = 1, 1 << 30
+DENSE_NEVER = 1 << 30
+WAVE_BYTES = 128 << 20  # gathered x: enough tokens per expert to amortise decoding, a bound for the workspace
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class CpuTactic:
     token_tile: int  # most tokens of an expert in one work item
     row_tile: int  # tiles of 32 rows in one work item
     dequant_from: int = DENSE_NEVER  # NVFP4: experts with so many tokens are decoded to bf16 in cache first
+    wave: int = 0  # most tokens gathered at once; 0: as many as WAVE_BYTES hold
 
 
 class CpuRunner(MoeRunner):
@@ -47,13 +49,22 @@ class CpuRunner(MoeRunner):
             raise BackendError(reason)
         self._core_cache = core.load()
         self.isa = core.choose_isa()
-        gated = problem.activation.gated
-        self._weights = (layout.pack(experts.gate_up, gated), layout.pack(experts.down, False))
+        self._pack()
+
+    def _pack(self) -> None:
+        """Bring weights and biases into the core's layouts; what prepare() made is used as it is."""
+        experts, gated = self._experts, self.problem.activation.gated
+        biases = [
+            b for b in (experts.gate_up_bias, experts.down_bias) if b is not None and not b.is_inference()
+        ]
+        self._sources = [*layout.counted(experts.gate_up), *layout.counted(experts.down), *biases]
+        self._versions = [t._version for t in self._sources]
+        self._weights = (layout.shared(experts.gate_up, gated), layout.shared(experts.down, False))
         self._biases = (
             _bias("gate_up_bias", experts.gate_up_bias, self._weights[0], gated),
             _bias("down_bias", experts.down_bias, self._weights[1], False),
         )
-        self._layer = _layer(problem, self.isa, self._weights, self._biases)
+        self._layer = _layer(self.problem, self.isa, self._weights, self._biases)
 
     @classmethod
     def why_not(cls, problem: MoeProblem) -> str | None:
@@ -63,8 +74,10 @@ class CpuRunner(MoeRunner):
             return reason
         if problem.weight_format not in core.FORMATS:
             return f"the cpu backend runs {' and '.join(core.FORMATS)} weights, not {problem.weight_format}"
+        if problem.weight_dtype not in (None, torch.bfloat16):
+            return f"the cpu backend runs dense weights of bfloat16, not {_name(problem.weight_dtype)}"
         if problem.dtype != torch.bfloat16:
-            return f"the cpu backend multiplies in bfloat16, not {str(problem.dtype).removeprefix('torch.')}"
+            return f"the cpu backend multiplies in bfloat16, not {_name(problem.dtype)}"
         if problem.input_format is not None:
             return "the cpu backend does not quantise activations (input_format)"
         if type(problem.activation) not in ACTIVATIONS:
@@ -82,8 +95,8 @@ class CpuRunner(MoeRunner):
     ) -> tuple[FormatTensor, FormatTensor]:
         """(gate_up, down) in panels.
 
-        With `donate`, contiguous weights are repacked in their own storage, one expert at a time: the checkpoint
-        tensors must not be used afterwards.
+        With `donate`, contiguous weights are repacked in their own storage, one expert at a time: the
+        checkpoint tensors must not be used afterwards.
         """
         gated = problem.activation.gated
         return layout.pack(experts.gate_up, gated, donate), layout.pack(experts.down, False, donate)
@@ -94,7 +107,7 @@ class CpuRunner(MoeRunner):
     def get_valid_tactics(self, inputs: Sequence[Any], profile: Any) -> list[Any]:
         num_tokens = inputs[0].shape[0]
         token_tiles = (64, 128, 256) if num_tokens > 64 else (64,)
-        dequant_from = (DENSE_NEVER,)
+        dequant_from: tuple[int, ...] = (DENSE_NEVER,)
         if self.problem.weight_format == "nvfp4" and num_tokens >= 8:
             dequant_from = (DENSE_NEVER, 32, 64, 128) if num_tokens >= 32 else (DENSE_NEVER, 8)
         return [CpuTactic(t, r, d) for t in token_tiles for r in (1, 2, 4) for d in dequant_from]
@@ -117,6 +130,8 @@ class CpuRunner(MoeRunner):
         x, ids, weights, out = inputs
         if do_preparation or not len(x):
             return out  # type: ignore[no-any-return]
+        if [t._version for t in self._sources] != self._versions:  # weights were changed in place
+            self._pack()
         cut = self._cut(len(x), tactic)
         layer, cut_at = ctypes.byref(self._layer), ctypes.byref(cut)
         workspace = self._workspace
@@ -134,10 +149,17 @@ class CpuRunner(MoeRunner):
 
     def _cut(self, num_tokens: int, tactic: Any) -> core.TacticStruct:
         chosen = self.default_tactic(num_tokens) if tactic == -1 else tactic
-        if not isinstance(chosen, CpuTactic) or min(chosen.token_tile, chosen.row_tile, chosen.dequant_from) < 1:
-            raise BackendError(f"tactic must be -1 or a CpuTactic with positive fields, got {tactic!r}")
+        if not isinstance(chosen, CpuTactic):
+            raise BackendError(f"tactic must be -1 or a CpuTactic, got {tactic!r}")
+        if min(chosen.token_tile, chosen.row_tile, chosen.dequant_from, chosen.wave + 1) < 1:
+            raise BackendError(f"tactic must have positive fields, got {tactic!r}")
+        wave = chosen.wave or max(256, WAVE_BYTES // (2 * self.problem.hidden_size * self.problem.top_k))
         threads = torch.get_num_threads()
-        return core.TacticStruct(chosen.token_tile, chosen.row_tile, chosen.dequant_from, threads)
+        return core.TacticStruct(chosen.token_tile, chosen.row_tile, chosen.dequant_from, wave, threads)
+
+
+def _name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _bias(name: str, bias: torch.Tensor | None, weights: FormatTensor, gated: bool) -> torch.Tensor | None:

@@ -5,9 +5,6 @@
 namespace moestro {
 namespace {
 
-// Gathered activations of a wave: enough tokens per expert to amortise decoding, little enough to bound the workspace.
-constexpr int64_t kWaveBytes = int64_t{128} << 20;
-
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 class Bump {
@@ -34,8 +31,7 @@ Sizes::Sizes(const MoestroLayer& layer, const MoestroTactic& tactic, int64_t tok
   a_columns = round_up(layer.intermediate, kChunk);
   tiles1 = gated ? layer.intermediate / kPanel : a_columns / kTileRows;
   tiles2 = x_columns / kTileRows;
-  const int64_t fit = std::max<int64_t>(256, kWaveBytes / (2 * x_columns * layer.top_k));
-  const int64_t waves = std::max<int64_t>(1, (tokens + fit - 1) / fit);
+  const int64_t waves = std::max<int64_t>(1, (tokens + tactic.wave - 1) / tactic.wave);
   wave = (tokens + waves - 1) / waves;
   const int64_t tile_rows = static_cast<int64_t>(tactic.row_tile) * kTileRows;
   const int64_t most = std::min<int64_t>(tactic.token_tile, std::max<int64_t>(wave, 1));
