@@ -56,22 +56,28 @@ class Gaps:
 
 
 def gaps(log_ratios: Floats) -> Gaps:
-    """Location and scale of log-ratios [rounds >= 2, candidates, probes]."""
-    n, *rest = log_ratios.shape
-    residual = log_ratios - _middle(log_ratios)
+    """Location and scale of log-ratios [rounds >= 2, 2, candidates, probes], two per round.
+
+    Both are the same number where both candidates ran once in that round. Each is clipped before the two are
+    averaged: the mean of two runs catches outliers twice as often as one run, and is a biased reference.
+    """
+    n, _, *rest = log_ratios.shape
+    table = log_ratios.reshape(2 * n, -1)
+    middle = _middle(table)
+    residual = table - middle
     size = np.abs(residual)
-    pairs = residual[0].size
-    # With odd n one residual of each pair is exactly 0: the quantile is moved up by it.
-    order = min(int(pairs * (n + 1) / 2), size.size - 1)
-    pooled = 1.4826 * np.partition(size, order, axis=None)[order]
+    pairs = len(middle)
+    # With odd n the residual of each pair's middle round is 0 and says nothing: the quantile moves up by it.
+    pooled = 1.4826 * np.partition(size, pairs * (n + 1) - 1, axis=None)[pairs * (n + 1) - 1]
     own = 1.4826 * _middle(size)
     clip = CLIP * np.sqrt(_shrink(own**2, pooled**2, n, pairs)) + SCALE_FLOOR
     clipped = np.clip(residual, -clip, clip)
-    location = log_ratios[0] - residual[0] + clipped.mean(axis=0)
-    squares = (clipped**2).sum(axis=0) / (n - 1)
-    variance = _shrink(squares, squares.mean(), n, pairs)
+    rounds = (clipped[::2] + clipped[1::2]) / 2
+    squares = (rounds**2).sum(axis=0) / (n - 1)
     freedom = (n - 1) + min(POOL_WEIGHT, (pairs - 1) * (n - 1))
-    variance = variance * (1 + 4 / freedom) + SCALE_FLOOR**2
+    inside = (clipped == residual).mean()  # a clipped mean moves by this much when the data move by 1
+    variance = _shrink(squares, squares.mean(), n, pairs) * (1 + 4 / freedom) / inside**2 + SCALE_FLOOR**2
+    location = middle + rounds.mean(axis=0)
     return Gaps(location.reshape(rest), np.sqrt(variance).reshape(rest), n)
 
 

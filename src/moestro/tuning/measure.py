@@ -99,7 +99,7 @@ def measure(
         return None
     if len(sound) > 1:
         return attempt.race(sound, evidence, preferred)
-    return attempt.without_choice(sound, evidence)
+    return None if attempt.late else attempt.without_choice(sound, evidence)
 
 
 class _Attempt:
@@ -250,6 +250,7 @@ class _Attempt:
             default=0,
             preferred=names.index(wanted) if wanted in names else None,
             stop=lambda: self.late,
+            abort=lambda: self.job.budget.left <= 0,
         )
         return self._conclude(fit, evidence, result)
 
@@ -305,7 +306,8 @@ class _Attempt:
             dataclasses.asdict(self.job.policy),
             result.ended,
         )
-        return self.record(fit[result.winner], "measured", whole, complete=result.ended != "budget")
+        whole_race = result.ended != "budget" and all(c.fate != "not measured" for c in evidence)
+        return self.record(fit[result.winner], "measured", whole, complete=whole_race)
 
     def _by_probe(self, medians: Sequence[float], ratios: Sequence[float]) -> dict[str, dict[str, float]]:
         names = self.job.probe_names or ("default",)

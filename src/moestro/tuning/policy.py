@@ -22,7 +22,7 @@ class MeasurementPolicy:
     tie: float = 0.005  # tactics closer than this are equal: the preferred one wins, then the first listed
     resolution: float = 0.005  # tie + resolution is always told apart from tie, given rounds enough
     min_rounds: int = 3  # before anything is eliminated but by screening
-    max_rounds: int = 600
+    max_rounds: int = 1000
     max_seconds: float | None = (
         10.0  # wall time of one race; None: only max_rounds and the caller's budget end it
     )
