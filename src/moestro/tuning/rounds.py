@@ -25,7 +25,7 @@ class Rounds:
 
     logs: log seconds [rounds, 2, candidates, probes]: both runs of a candidate in a round, or its only one
     twice; nan where it did not run. twins: log-ratio of the two runs of whoever ran twice, [probes] each.
-    logs: log seconds [rounds, 2, candidates, probes]: both runs of a candidate in a round, or the only one
+    failed: reasons of candidates whose sampler raised, here or on a rank. ended: "" | "time" | "budget".
     """
 
     def __init__(
