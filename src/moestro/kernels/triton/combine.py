@@ -12,8 +12,8 @@ from moestro.kernels.triton.device import launch_next, wait_for_previous
 def reduce_pairs(partial, ids, out, H, OFFSET: tl.constexpr, L: tl.constexpr, K: tl.constexpr, BH: tl.constexpr,
                  PDL: tl.constexpr):  # fmt: skip
     """out[n] = Σ_k partial[n * K + k] in order of k, in float32; pairs that are not local are not read."""
-    launch_next(PDL)
     wait_for_previous(PDL)
+    launch_next(PDL)
     n = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BH + tl.arange(0, BH)
     acc = tl.zeros((BH,), tl.float32)
@@ -27,7 +27,7 @@ def reduce_pairs(partial, ids, out, H, OFFSET: tl.constexpr, L: tl.constexpr, K:
 @triton.jit
 def round_sums(sums, out, size, B: tl.constexpr, PDL: tl.constexpr):
     """out = sums, rounded to out's dtype."""
-    launch_next(PDL)
     wait_for_previous(PDL)
+    launch_next(PDL)
     i = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     tl.store(out + i, tl.load(sums + i, i < size, other=0.0).to(out.dtype.element_ty), i < size)

@@ -18,8 +18,8 @@ from moestro.kernels.triton.gemm import ATOMIC
 @triton.jit
 def expand(words, scales, dense, num_blocks, columns, EVEN: tl.constexpr, COLS: tl.constexpr, PDL: tl.constexpr):
     """dense bfloat16 [strips * 64, columns]; a program does COLS blocks of one strip of 64 rows."""
-    launch_next(PDL)
     wait_for_previous(PDL)
+    launch_next(PDL)
     strip = tl.program_id(0).to(tl.int64)
     r, word, k = tl.arange(0, 64), tl.arange(0, 16), tl.arange(0, 64)
     for i in tl.static_range(COLS):
@@ -51,8 +51,8 @@ def dense_gemm(
     GATED (in STAGE 1 only): INTERLEAVED weights are in kernel row order, else gate and up are two halves. x by
     token, or pair (X_BY_PAIR), if GATHER; by place otherwise. The rest is as in gemm.moe_gemm.
     """
-    launch_next(PDL)
     wait_for_previous(PDL)
+    launch_next(PDL)
     pid = tl.program_id(0)
     if STAGE == 1 and COMBINE == ATOMIC:
         for first in range(pid * 1024, num_zeros, tl.num_programs(0) * 1024):

@@ -25,9 +25,34 @@ def wait_for_previous(PDL: tl.constexpr):
 
 @triton.jit
 def launch_next(PDL: tl.constexpr):
-    """With programmatic launch: the next kernel's programs may take the places that this one leaves."""
+    """With programmatic launch: the next kernel's programs may take the places that this one leaves.
+
+    Always after wait_for_previous: what the kernel before this one wrote is then visible to the next one from
+    its start, and it need wait only for what this one writes.
+    """
     if PDL:
         gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch(pointer, size):
+    """Start bringing `size` bytes (a multiple of 16) at a 16-byte aligned pointer to L2; one thread asks."""
+    if PTX:
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred p;
+            .reg .b32 t;
+            mov.u32 t, %tid.x;
+            setp.eq.u32 p, t, 0;
+            @p cp.async.bulk.prefetch.L2.global [$1], $2;
+            mov.u32 $0, 0;
+            }""",
+            "=r,l,r",
+            [pointer.to(tl.int64, bitcast=True), size],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit

@@ -1,12 +1,15 @@
 """One grouped matrix product for every weight format: out[pair] = f(W[expert of pair] @ rows[pair]).
 
-Swap-AB: BM rows of weights are the A operand, BN pairs of one expert the B operand, so that few tokens still use
-the tensor cores, and quantised weights are decoded in the registers that feed them. BM >= 64 with four warps or
-more gives wgmma with A in registers, less gives mma.sync, which needs no waiting between products.
+Swap-AB: BM rows of weights are the A operand, up to BN pairs of one expert the B operand, so that few tokens still
+use the tensor cores, and quantised weights are decoded in the registers that feed them. BM >= 64 with four warps
+or more gives wgmma with A in registers, less gives mma.sync, which needs no waiting between products.
 
 STAGE 1 gathers x, and its epilogue is bias and activation; STAGE 2 reads the intermediate, and its epilogue is
-bias and routing weight. A program finds its pairs in the tables of `sort.py`, or (ROUTE = DIRECT, few pairs) by
-itself: slot s belongs to pair s, and works if s is the first of BN pairs of its expert.
+bias and routing weight. A program finds its pairs in the tables of `sort.py`; or (DIRECT, few pairs) by itself:
+slot s belongs to pair s, and works if s is the first of BN pairs of its expert; or (SINGLE) it has pair s alone.
+
+A tile is as wide as it need be: with LADDER, one that has fewer than BN pairs runs a loop for a quarter, a half
+or three quarters of BN.
 """
 
 from __future__ import annotations
@@ -14,45 +17,38 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moestro.kernels.triton.device import NVFP4, RELU2, activate, decode_block, dot, launch_next, wait_for_previous
+from moestro.kernels.triton.device import (
+    NVFP4,
+    activate,
+    decode_block,
+    dot,
+    launch_next,
+    prefetch,
+    wait_for_previous,
+)
 
-DIRECT, SORTED = tl.constexpr(0), tl.constexpr(1)
+DIRECT, SORTED, SINGLE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 PARTIAL, ATOMIC = tl.constexpr(0), tl.constexpr(1)
 
 
 @triton.jit
-def _direct_tile(ids, slot, P, OFFSET: tl.constexpr, L: tl.constexpr, BN: tl.constexpr, PB: tl.constexpr):
-    """(expert, or -1 if another slot does this work; the BN pairs, -1 where there is none)."""
+def _direct_pairs(ids, slot, e, P, OFFSET, BN: tl.constexpr, PB: tl.constexpr):
+    """(whether slot is the first of BN pairs of its expert e; those pairs, -1 where there is none)."""
     p = tl.arange(0, PB)
-    all_ids = tl.load(ids + p, p < P, other=-1) - OFFSET
-    e = tl.load(ids + slot) - OFFSET
-    same = (all_ids == e) & (p < P)
+    same = (tl.load(ids + p, p < P, other=-1) - OFFSET == e) & (p < P)
     rank = tl.cumsum(same.to(tl.int32), 0) - 1
     mine = tl.sum((same & (p < slot)).to(tl.int32), 0)
     wanted = mine + tl.arange(0, BN)
     hit = same[:, None] & (rank[:, None] == wanted[None, :])
-    pairs = tl.sum(tl.where(hit, p[:, None] + 1, 0), 0) - 1
-    works = (e >= 0) & (e < L) & (mine % BN == 0)
-    return tl.where(works, e, -1), pairs
-
-
-@triton.jit
-def _sorted_tile(sorted_pairs, tile_expert, tile_start, tile_end, num_tiles, slot, BN: tl.constexpr):
-    """(expert, or -1 beyond the last tile; the BN places in the sorted order; their pairs, -1: none)."""
-    works = slot < tl.load(num_tiles)
-    e = tl.load(tile_expert + slot, works, other=-1)
-    at = tl.load(tile_start + slot, works, other=0) + tl.arange(0, BN)
-    there = at < tl.load(tile_end + slot, works, other=0)
-    return e, at, tl.load(sorted_pairs + at, there, other=-1)
+    return mine % BN == 0, tl.sum(tl.where(hit, p[:, None] + 1, 0), 0) - 1
 
 
 @triton.jit
 def _dense_rows(r, rows, GATED: tl.constexpr):
-    """Row of the checkpoint's matrix at kernel row r (8 of gate, 8 of up, alternating); may exceed `rows`."""
+    """(checkpoint row of kernel row r (8 of gate, 8 of up, alternating), whether there is one)."""
     if GATED:
-        half = rows // 2
         j = (r // 16) * 8 + r % 8
-        return tl.where(r % 16 < 8, j, half + j), j < half
+        return tl.where(r % 16 < 8, j, rows // 2 + j), j < rows // 2
     else:
         return r, r < rows
 
@@ -61,55 +57,147 @@ def _dense_rows(r, rows, GATED: tl.constexpr):
 def moe_gemm(
     x, x_scale, ids, pair_weights, sorted_pairs, tile_expert, tile_start, tile_end, num_tiles,
     w, w_scales, row_scale, bias, out, zeros,
-    P, slots, rows, columns, out_stride, num_zeros,
+    P, slots, rows, columns, out_stride, num_zeros, OFFSET, L, K,
     STAGE: tl.constexpr, ROUTE: tl.constexpr, COMBINE: tl.constexpr, FORMAT: tl.constexpr,
     GATED: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr,
     BIAS: tl.constexpr, X_SCALE: tl.constexpr, X_BY_PAIR: tl.constexpr, EVEN: tl.constexpr,
-    OFFSET: tl.constexpr, L: tl.constexpr, K: tl.constexpr, PB: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    PB: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, LADDER: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
+    GROUP: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """See the module. Kernel rows are in `layout.row_order`; `rows`, `columns` are the checkpoint's.
 
     x rows of `columns` values: by token (STAGE 1), by pair or place (STAGE 2, as STAGE 1 wrote them).
     x_scale float32: of each row of x, if X_SCALE. out: STAGE 1 [P, out_stride] in its dtype; STAGE 2 PARTIAL
     [P, out_stride] by pair, ATOMIC float32 [N, out_stride]. zeros: float32 [num_zeros] to clear for an ATOMIC
-    STAGE 2.
+    STAGE 2. GROUP slots walk the strips of BM rows together. AHEAD: blocks of weights asked for ahead.
     """
     pid = tl.program_id(0)
-    slot = pid % slots
-    m = pid // slots
-    launch_next(PDL)
-    wait_for_previous(PDL)
+    strips = tl.num_programs(0) // slots  # the grid is slots (a multiple of GROUP) x strips
+    slot = pid // (GROUP * strips) * GROUP + pid % GROUP
+    m = pid % (GROUP * strips) // GROUP
+    if STAGE == 1:  # STAGE 2 needs the pairs, which are there already, before it waits for STAGE 1
+        wait_for_previous(PDL)
     if STAGE == 1 and COMBINE == ATOMIC:
-        span = tl.num_programs(0) * 1024
-        for first in range(pid * 1024, num_zeros, span):
+        for first in range(pid * 1024, num_zeros, tl.num_programs(0) * 1024):
             i = first + tl.arange(0, 1024)
             tl.store(zeros + i, tl.zeros((1024,), tl.float32), i < num_zeros)
-    if ROUTE == DIRECT:
-        e, pairs = _direct_tile(ids, slot, P, OFFSET, L, BN, PB)
+    if ROUTE == SORTED:
+        works = slot < tl.load(num_tiles, cache_modifier=".cg")
+        e = tl.load(tile_expert + slot, works, other=-1, cache_modifier=".cg")
+        start = tl.load(tile_start + slot, works, other=0, cache_modifier=".cg")
+        count = tl.load(tile_end + slot, works, other=0, cache_modifier=".cg") - start
+        if e < 0:
+            wait_for_previous(PDL)  # a launch must not be over before those that it waits for
+            return
+        place = start
+    else:
+        e = tl.load(ids + slot, slot < P, other=-1, cache_modifier=".cg") - OFFSET
+        if (e < 0) | (e >= L):
+            wait_for_previous(PDL)
+            return
+        count = BN
+        place = slot
+    if FORMAT == NVFP4:
+        _ask_first(w, w_scales, e, m, rows, columns, GATED, BM, AHEAD)
+    args = (x, x_scale, ids, pair_weights, sorted_pairs, w, w_scales, row_scale, bias, out, P, rows, columns,
+            out_stride, OFFSET, K, e, m, place, count)  # fmt: skip
+    QUARTER: tl.constexpr = BN // 4
+    if LADDER and count <= QUARTER:
+        _tile(args, STAGE, ROUTE, COMBINE, FORMAT, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS, X_SCALE, X_BY_PAIR, EVEN,
+              PB, BM, QUARTER, 0, UNROLL, STAGES, AHEAD, PDL)  # fmt: skip
+    elif LADDER and count <= 2 * QUARTER:
+        _tile(args, STAGE, ROUTE, COMBINE, FORMAT, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS, X_SCALE, X_BY_PAIR, EVEN,
+              PB, BM, 2 * QUARTER, 0, UNROLL, STAGES, AHEAD, PDL)  # fmt: skip
+    elif LADDER and count <= 3 * QUARTER:
+        _tile(args, STAGE, ROUTE, COMBINE, FORMAT, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS, X_SCALE, X_BY_PAIR, EVEN,
+              PB, BM, 2 * QUARTER, QUARTER, UNROLL, STAGES, AHEAD, PDL)  # fmt: skip
+    else:
+        _tile(args, STAGE, ROUTE, COMBINE, FORMAT, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS, X_SCALE, X_BY_PAIR, EVEN,
+              PB, BM, BN, 0, UNROLL, STAGES, AHEAD, PDL)  # fmt: skip
+
+
+@triton.jit
+def _tile(
+    args, STAGE: tl.constexpr, ROUTE: tl.constexpr, COMBINE: tl.constexpr, FORMAT: tl.constexpr,
+    GATED: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr,
+    BIAS: tl.constexpr, X_SCALE: tl.constexpr, X_BY_PAIR: tl.constexpr, EVEN: tl.constexpr,
+    PB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BN2: tl.constexpr,
+    UNROLL: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """BM rows of expert e for BN pairs, and BN2 more where BN2 is not 0 (B operands are powers of two wide)."""
+    (x, x_scale, ids, pair_weights, sorted_pairs, w, w_scales, row_scale, bias, out, P, rows, columns, out_stride,
+     OFFSET, K, e, m, place, count) = args  # fmt: skip
+    HAS2: tl.constexpr = BN2 > 0
+    WIDTH2: tl.constexpr = BN2 if HAS2 else BN
+    first = tl.arange(0, BN)
+    second = BN + tl.arange(0, WIDTH2)
+    works = True
+    if ROUTE == SORTED:
+        pairs = tl.load(sorted_pairs + place + first, first < count, other=-1, cache_modifier=".cg")
+        places = place + first
+    elif ROUTE == SINGLE:
+        pairs = tl.where(first == 0, place, -1)
         places = pairs
     else:
-        e, places, pairs = _sorted_tile(sorted_pairs, tile_expert, tile_start, tile_end, num_tiles, slot, BN)
-    if e < 0:
-        return
-    there = pairs >= 0
-    if STAGE == 1 and not X_BY_PAIR:
-        x_rows = tl.where(there, pairs // K, 0)
-    elif STAGE == 1:
-        x_rows = tl.where(there, pairs, 0)
+        works, pairs = _direct_pairs(ids, place, e, P, OFFSET, BN, PB)
+        places = pairs
+    if HAS2:
+        pairs2 = tl.load(sorted_pairs + place + second, second < count, other=-1, cache_modifier=".cg")
     else:
-        x_rows = tl.where(there, places, 0)
-    acc = _product(x, x_rows, there, w, w_scales, e.to(tl.int64), m, rows, columns, FORMAT, GATED, EVEN, BM, BN,
-                   UNROLL, STAGES)  # fmt: skip
-    r = m * BM + tl.arange(0, BM)
-    dense_r, real = _dense_rows(r, rows, GATED)
+        pairs2 = second
+    if works:
+        r = m * BM + tl.arange(0, BM)
+        dense_r, real = _dense_rows(r, rows, GATED)
+        # what the epilogue needs is asked for before the loop, which hides its way from memory
+        if FORMAT == NVFP4:
+            padded = tl.cdiv(rows // 2, 32) * 64 if GATED else tl.cdiv(rows, 64) * 64
+            scale = tl.load(row_scale + e.to(tl.int64) * padded + r, real, other=0.0)
+        else:
+            scale = tl.full((BM,), 1.0, tl.float32)
+        if BIAS:
+            shift = tl.load(bias + e * rows + dense_r, real, other=0.0).to(tl.float32)
+        else:
+            shift = tl.zeros((BM,), tl.float32)
+        if STAGE == 2:
+            wait_for_previous(PDL)
+        launch_next(PDL)
+        x_rows = _x_rows(pairs, places, K, STAGE, X_BY_PAIR)
+        x_rows2 = _x_rows(pairs2, place + second, K, STAGE, X_BY_PAIR)
+        acc, acc2 = _product(x, x_rows, pairs >= 0, x_rows2, pairs2 >= 0, w, w_scales, e.to(tl.int64), m, rows,
+                             columns, FORMAT, GATED, EVEN, BM, BN, BN2, UNROLL, STAGES, AHEAD)  # fmt: skip
+        _finish(acc, scale, shift, x_scale, x_rows, pairs, places, pair_weights, out, m, r, real, rows, out_stride, K,
+                STAGE, COMBINE, FORMAT, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS, X_SCALE, BM, BN)  # fmt: skip
+        if HAS2:
+            _finish(acc2, scale, shift, x_scale, x_rows2, pairs2, place + second, pair_weights, out, m, r, real, rows,
+                    out_stride, K, STAGE, COMBINE, FORMAT, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS, X_SCALE, BM,
+                    BN2)  # fmt: skip
+
+
+@triton.jit
+def _x_rows(pairs, places, K, STAGE: tl.constexpr, X_BY_PAIR: tl.constexpr):
+    if STAGE == 2:
+        rows = places
+    elif X_BY_PAIR:
+        rows = pairs
+    else:
+        rows = pairs // K
+    return tl.where(pairs >= 0, rows, 0)
+
+
+@triton.jit
+def _finish(acc, scale, shift, x_scale, x_rows, pairs, places, pair_weights, out, m, r, real, rows, out_stride, K,
+            STAGE: tl.constexpr, COMBINE: tl.constexpr, FORMAT: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr,
+            ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr, BIAS: tl.constexpr,
+            X_SCALE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """Scales, bias, then the activation (STAGE 1) or the routing weight (STAGE 2), and out."""
+    there = pairs >= 0
     if FORMAT == NVFP4:
-        padded = (tl.cdiv(rows // (2 if GATED else 1), 64 // (2 if GATED else 1))) * 64
-        acc *= tl.load(row_scale + e.to(tl.int64) * padded + r, real, other=0.0)[:, None]
+        acc *= scale[:, None]
     if X_SCALE:
         acc *= tl.load(x_scale + x_rows, there, other=0.0)[None, :]
     if BIAS:
-        acc += tl.load(bias + e * rows + dense_r, real, other=0.0).to(tl.float32)[:, None]
+        acc += shift[:, None]
     if STAGE == 1:
         _store_activated(acc, out, places, there, m, rows, out_stride, GATED, ACT, ALPHA, LIMIT, SHIFT, BM, BN)
     else:
@@ -124,14 +212,33 @@ def moe_gemm(
 
 
 @triton.jit
-def _product(x, x_rows, there, w, w_scales, e, m, rows, columns, FORMAT: tl.constexpr, GATED: tl.constexpr,
-             EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UNROLL: tl.constexpr,
-             STAGES: tl.constexpr):  # fmt: skip
-    """float32 [BM, BN]: kernel rows m * BM ... of expert e, times the rows x_rows of x. UNROLL divides the blocks."""
+def _ask_first(w, w_scales, e, m, rows, columns, GATED: tl.constexpr, BM: tl.constexpr, AHEAD: tl.constexpr):
+    """Start bringing the first AHEAD blocks of the strip's first 64 rows (or fewer rows) to L2."""
+    if AHEAD > 0:
+        blocks = tl.cdiv(columns, 64)
+        row_blocks = tl.cdiv(rows // 2, 32) if GATED else tl.cdiv(rows, 64)
+        strip = e.to(tl.int64) * row_blocks + m * BM // 64
+        size = tl.minimum(blocks, AHEAD)
+        for i in tl.static_range(max(BM // 64, 1)):
+            if m * BM // 64 + i < row_blocks:
+                prefetch(w + (strip + i) * blocks * 1024, size * 2048)
+                prefetch(w_scales + (strip + i) * blocks * 64, size * 256)
+
+
+@triton.jit
+def _product(x, x_rows, there, x_rows2, there2, w, w_scales, e, m, rows, columns, FORMAT: tl.constexpr,
+             GATED: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BN2: tl.constexpr,
+             UNROLL: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr):  # fmt: skip
+    """float32 [BM, BN] and [BM, BN2]: kernel rows m * BM ... of expert e, times rows of x.
+
+    UNROLL divides the blocks of 64 columns.
+    """
+    HAS2: tl.constexpr = BN2 > 0
     k = tl.arange(0, 64)
     r = m * BM + tl.arange(0, BM)
     blocks = tl.cdiv(columns, 64)
     xp = x + x_rows.to(tl.int64)[None, :] * columns + k[:, None]
+    xp2 = x + x_rows2.to(tl.int64)[None, :] * columns + k[:, None]
     if FORMAT == NVFP4:
         row_blocks = tl.cdiv(rows // 2, 32) if GATED else tl.cdiv(rows, 64)
         strip = tl.minimum(r // 64, row_blocks - 1) * blocks  # the last strip again where BM overhangs
@@ -143,31 +250,39 @@ def _product(x, x_rows, there, w, w_scales, e, m, rows, columns, FORMAT: tl.cons
         wp = w + e * rows * columns + tl.where(real, dense_r, 0).to(tl.int64)[:, None] * columns + k[None, :]
         sp = wp
     acc = tl.zeros((BM, BN), tl.float32)
+    acc2 = tl.zeros((BM, BN2 if HAS2 else 16), tl.float32)
     for b in tl.range(0, blocks, UNROLL, num_stages=STAGES):
         for u in tl.static_range(UNROLL):
-            if EVEN:
-                x_mask = there[None, :]
-            else:
-                x_mask = there[None, :] & (k[:, None] < columns - (b + u) * 64)
+            left = columns - (b + u) * 64
+            x_mask = there[None, :]
+            x_mask2 = there2[None, :]
+            if not EVEN:
+                x_mask = x_mask & (k[:, None] < left)
+                x_mask2 = x_mask2 & (k[:, None] < left)
             if FORMAT == NVFP4:
-                words = tl.load(wp + u * 1024)
-                scale = tl.load(sp + u * 64)
-                xb = tl.load(xp + u * 64, x_mask, other=0.0)
-                acc = dot(decode_block(words, scale), xb, acc)
+                a = decode_block(tl.load(wp + u * 1024), tl.load(sp + u * 64))
+            elif EVEN:
+                a = tl.load(wp + u * 64)
             else:
-                if EVEN:
-                    wb = tl.load(wp + u * 64)
-                else:
-                    wb = tl.load(wp + u * 64, k[None, :] < columns - (b + u) * 64, other=0.0)
-                xb = tl.load(xp + u * 64, x_mask, other=0.0)
-                acc = dot(wb, xb, acc)
-        xp += UNROLL * 64
+                a = tl.load(wp + u * 64, k[None, :] < left, other=0.0)
+            acc = dot(a, tl.load(xp + u * 64, x_mask, other=0.0), acc)
+            if HAS2:
+                acc2 = dot(a, tl.load(xp2 + u * 64, x_mask2, other=0.0), acc2)
         if FORMAT == NVFP4:
+            if AHEAD > 0:
+                if b + AHEAD < blocks:
+                    base = (e * row_blocks + m * BM // 64) * blocks + b + AHEAD
+                    for i in tl.static_range(max(BM // 64, 1)):
+                        if m * BM // 64 + i < row_blocks:
+                            prefetch(w + (base + i * blocks) * 1024, 2048 * UNROLL)
+                            prefetch(w_scales + (base + i * blocks) * 64, 256 * UNROLL)
             wp += UNROLL * 1024
             sp += UNROLL * 64
         else:
             wp += UNROLL * 64
-    return acc
+        xp += UNROLL * 64
+        xp2 += UNROLL * 64
+    return acc, acc2
 
 
 @triton.jit

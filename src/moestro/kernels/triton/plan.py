@@ -18,7 +18,6 @@ from moestro.kernels.triton.layout import TritonNVFP4
 from moestro.kernels.triton.tactics import Tactic
 
 WIDE_PAIRS = 4096  # up to here the pairs' results are kept in float32 until they are summed
-GROUP = 8  # token tiles that walk the rows of weights together
 
 
 @dataclass(frozen=True)
@@ -172,7 +171,6 @@ class Planner:
             "BIAS": bias is not None,
             "X_SCALE": x_scale is not None,
             "X_BY_PAIR": by_pair and stage == 1,
-            "K": self.p.top_k,
         }
         return weights, bias, meta
 
@@ -195,17 +193,20 @@ class Planner:
         bm, unroll, warps, stages = self.tactic.tiles[stage - 1]
         packed = isinstance(weights, TritonNVFP4)
         w = (weights.words, weights.scales, weights.row_scale) if packed else (weights.data,) * 3  # type: ignore[attr-defined]
-        direct = self.tactic.route == "direct"
+        direct, group = self.tactic.route == "direct", self.tactic.group
+        route = gemm.SORTED if not direct else gemm.SINGLE if self.num_tokens == 1 else gemm.DIRECT
         slots = self.pairs if direct else num_slots(self.p, self.pairs, self.tactic)
+        slots = triton.cdiv(slots, group) * group
         strips = triton.cdiv(kernel_rows(rows, meta["GATED"]), bm)
         zeros, num_zeros = self._zeros()
         self._add(
             gemm.moe_gemm, (slots * strips,), x, x if x_scale is None else x_scale, self.ids, self.weights,
             *self._tables(), *w, x if bias is None else bias, out, zeros, self.pairs, slots, rows, columns,
-            out.shape[1], num_zeros, ROUTE=(gemm.DIRECT if direct else gemm.SORTED).value,
+            out.shape[1], num_zeros, self.p.expert_offset,
+            self.p.num_local_experts, self.p.top_k, ROUTE=route.value, LADDER=self.tactic.ladder, AHEAD=self.tactic.ahead, GROUP=group,
             FORMAT=(device.NVFP4 if packed else device.BF16).value, EVEN=columns % 64 == 0,
             PB=max(16, triton.next_power_of_2(self.pairs)) if direct else 16, BM=bm, BN=self.tactic.tokens,
-            UNROLL=unroll, STAGES=stages, num_warps=warps, **meta, **self._locality,
+            UNROLL=unroll, STAGES=stages, num_warps=warps, **meta,
         )  # fmt: skip
 
     def _dense(self, stage: int, x: torch.Tensor, x_scale: torch.Tensor | None, out: torch.Tensor) -> None:
@@ -221,15 +222,16 @@ class Planner:
         x_block = [bt, bk]
         w_desc = TensorDescriptor.from_tensor(flat, [br // 2 if split else br, bk])
         x_desc = w_desc if gather else TensorDescriptor.from_tensor(x, x_block)
-        tiles = triton.cdiv(num_slots(self.p, self.pairs, self.tactic), GROUP) * GROUP * triton.cdiv(rows, br)
+        group = self.tactic.group
+        tiles = triton.cdiv(num_slots(self.p, self.pairs, self.tactic), group) * group * triton.cdiv(rows, br)
         grid = min(tiles, self.processors * self.tactic.persistent) if self.tactic.persistent else tiles
         zeros, num_zeros = self._zeros()
         self._add(
             dense.dense_gemm, (grid,), x, x_desc, w_desc, x if x_scale is None else x_scale, self.weights,
             *self._tables(), weights.row_scale if packed else x, x if bias is None else bias, out, zeros,  # type: ignore[attr-defined]
             rows, padded, columns, out.shape[1], num_zeros, ROW_SCALE=packed, INTERLEAVED=packed, GATHER=gather,
-            BT=bt, BR=br, BK=bk, STAGES=stages, GROUP=GROUP, PERSISTENT=self.tactic.persistent > 0,
-            num_warps=warps, **meta,
+            BT=bt, BR=br, BK=bk, STAGES=stages, GROUP=group, PERSISTENT=self.tactic.persistent > 0,
+            num_warps=warps, K=self.p.top_k, **meta,
         )  # fmt: skip
 
     def _expanded(self, weights: TritonNVFP4, padded: int, columns: int) -> torch.Tensor:

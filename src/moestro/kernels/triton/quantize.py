@@ -23,6 +23,14 @@ def _nearest_e2m1(v):
 
 
 @triton.jit
+def _nearest_e4m3(v):
+    """v in 0 .. 448 to the nearest e4m3, ties to even, subnormals included."""
+    power = (v.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    step = tl.maximum(power, 0.015625) * 0.125  # 3 mantissa bits, the exponent not below -6
+    return ((v / step + MAGIC) - MAGIC) * step
+
+
+@triton.jit
 def quantize_rows(x, pairs_of, ids, given, values, row_scale, num_rows, columns, K: tl.constexpr,
                   OFFSET: tl.constexpr, L: tl.constexpr, SCALE: tl.constexpr, BY_PAIR: tl.constexpr,
                   SORTED: tl.constexpr, B: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
@@ -31,8 +39,8 @@ def quantize_rows(x, pairs_of, ids, given, values, row_scale, num_rows, columns,
     BY_PAIR: row r is of pair r and reads x[r // K]; otherwise it reads x[r]. Under a PER_EXPERT global scale
     the expert is that of pair r, or of pairs_of[r] if SORTED.
     """
-    launch_next(PDL)
     wait_for_previous(PDL)
+    launch_next(PDL)
     r = tl.program_id(0)
     source = x + (r // K if BY_PAIR else r).to(tl.int64) * columns
     c = tl.arange(0, B)
@@ -52,7 +60,7 @@ def quantize_rows(x, pairs_of, ids, given, values, row_scale, num_rows, columns,
     for first in range(0, columns, B):
         v = tl.load(source + first + c, first + c < columns, other=0.0).to(tl.float32).reshape(B // 16, 16)
         amax = tl.max(tl.abs(v), 1)
-        block = tl.minimum(tl.div_rn(amax, 6.0 * scale), 448.0).to(tl.float8e4nv).to(tl.float32)
+        block = _nearest_e4m3(tl.minimum(tl.div_rn(amax, 6.0 * scale), 448.0))
         step = block * scale
         # a block whose scale rounded to zero has zero codes
         codes = tl.where(step[:, None] == 0.0, 0.0, tl.div_rn(tl.abs(v), (step + (step == 0.0))[:, None]))
@@ -64,8 +72,8 @@ def quantize_rows(x, pairs_of, ids, given, values, row_scale, num_rows, columns,
 @triton.jit
 def unpack_rows(packed, scale, values, columns, B: tl.constexpr, PDL: tl.constexpr):
     """values [N, columns] bfloat16 = e2m1 · scale of rows that came quantised (checkpoint layout)."""
-    launch_next(PDL)
     wait_for_previous(PDL)
+    launch_next(PDL)
     r = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, B)
     for first in range(0, columns, B):

@@ -89,7 +89,7 @@ class TritonRunner(MoeRunner):
 
     def get_valid_tactics(self, inputs: Sequence[Any], profile: Any) -> list[Tactic]:
         num_tokens = inputs[1].shape[0]
-        return [t for t in tactics.TABLE if tactics.unfit(self.problem, t, num_tokens) is None]
+        return tactics.candidates(self.problem, num_tokens)
 
     def check_tactic(self, inputs: Sequence[Any], tactic: Any) -> None:
         self._resolve(tactic, inputs[1].shape[0])

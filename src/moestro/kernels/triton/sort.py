@@ -29,8 +29,8 @@ def _local(ids, p, P, OFFSET: tl.constexpr, L: tl.constexpr):
 def count(ids, counts, P, OFFSET: tl.constexpr, L: tl.constexpr, LB: tl.constexpr, CHUNK: tl.constexpr,
           PDL: tl.constexpr):  # fmt: skip
     """counts [chunks, LB] int32: pairs of each local expert in each chunk."""
-    launch_next(PDL)
     wait_for_previous(PDL)
+    launch_next(PDL)
     c = tl.program_id(0)
     p = c * CHUNK + tl.arange(0, CHUNK)
     e = _local(ids, p, P, OFFSET, L)
@@ -46,8 +46,8 @@ def place(ids, counts, cursors, sorted_pairs, tile_expert, tile_start, tile_end,
     Tile t is of expert tile_expert[t] and covers sorted_pairs[tile_start[t] : min(+BN, tile_end[t])];
     tile_end is the end of the expert. counts is read if there is more than one chunk.
     """
-    launch_next(PDL)
     wait_for_previous(PDL)
+    launch_next(PDL)
     c = tl.program_id(0)
     p = c * CHUNK + tl.arange(0, CHUNK)
     e = _local(ids, p, P, OFFSET, L)

@@ -6,13 +6,15 @@ order candidates (the tuner measures them).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moestro.kernels.problem import MoeProblem
 
 SHARED_BYTES = 232_448  # of a program on sm_90
 DIRECT_PAIRS = 64  # beyond this, sorting costs less than every program finding its own pairs
 MAX_PAIRS = 1 << 22
+
+Tile = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -27,31 +29,56 @@ class Tactic:
     route: str  # "direct" (every program finds its pairs) | "sorted"
     combine: str  # "reduce" (deterministic) | "atomic"
     tokens: int
-    first: tuple[int, int, int, int]
-    second: tuple[int, int, int, int]
-    persistent: int = 0
+    first: Tile
+    second: Tile
+    ladder: int = 0  # 1: fused tiles that are not full run narrower
+    ahead: int = 0  # blocks of weights that a fused program asks L2 for, ahead of its pipeline
+    group: int = 8  # tiles of pairs that walk the rows of weights together
+    persistent: int = 0  # programs per processor of the dense product; 0: one per tile
 
     @property
-    def tiles(self) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
+    def tiles(self) -> tuple[Tile, Tile]:
         return self.first, self.second
 
 
-def fused(route: str, tokens: int, first: tuple[int, int, int, int], second: tuple[int, int, int, int]) -> Tactic:
-    return Tactic("fused", route, "reduce", tokens, first, second)
+def fused(tokens: int, first: Tile, second: Tile, route: str = "sorted", **rest: int) -> Tactic:
+    return Tactic("fused", route, "reduce", tokens, first, second, **rest)
 
 
+# UNROLL (the second number of a tile) is halved until it divides a problem's blocks.
 TABLE: tuple[Tactic, ...] = (
-    fused("direct", 8, (64, 1, 4, 4), (64, 1, 4, 4)),
-    fused("sorted", 8, (128, 1, 4, 4), (128, 1, 4, 4)),
-    fused("sorted", 16, (128, 1, 4, 4), (128, 1, 4, 4)),
-    fused("sorted", 32, (128, 1, 4, 4), (128, 1, 4, 4)),
-    fused("sorted", 64, (128, 1, 4, 4), (128, 1, 4, 4)),
-    fused("sorted", 128, (128, 1, 8, 4), (128, 1, 8, 4)),
-    Tactic("dense", "sorted", "reduce", 128, (256, 1, 8, 3), (256, 1, 8, 3)),
+    fused(8, (64, 2, 4, 4), (64, 2, 4, 4), "direct", ahead=8),
+    fused(8, (64, 2, 4, 4), (64, 2, 4, 4), ahead=8),
+    fused(16, (64, 2, 4, 4), (64, 2, 4, 4)),
+    fused(32, (128, 2, 4, 3), (128, 2, 4, 3)),
+    fused(32, (128, 2, 4, 3), (128, 2, 4, 3), ladder=1),
+    fused(64, (128, 2, 4, 3), (128, 1, 4, 4)),
+    fused(128, (256, 1, 8, 4), (128, 1, 4, 4), ladder=1),
+    Tactic("dense", "sorted", "reduce", 128, (256, 1, 8, 4), (256, 1, 8, 4)),
 )
 
 
-def shared_bytes(problem: MoeProblem, tactic: Tactic, tile: tuple[int, int, int, int]) -> int:
+def fitted(problem: MoeProblem, tactic: Tactic) -> Tactic:
+    """The tactic with steps that divide the problem's columns."""
+    if tactic.path == "dense":
+        return tactic
+    tiles = []
+    for size, (rows, unroll, warps, stages) in zip(
+        (problem.hidden_size, problem.intermediate_size), tactic.tiles, strict=True
+    ):
+        while -(-size // 64) % unroll:
+            unroll //= 2
+        tiles.append((rows, unroll, warps, stages))
+    return replace(tactic, first=tiles[0], second=tiles[1])
+
+
+def candidates(problem: MoeProblem, num_tokens: int) -> list[Tactic]:
+    """The tactics that can run this many tokens."""
+    found = dict.fromkeys(fitted(problem, t) for t in TABLE)
+    return [t for t in found if unfit(problem, t, num_tokens) is None]
+
+
+def shared_bytes(problem: MoeProblem, tactic: Tactic, tile: Tile) -> int:
     """Shared memory of the pipeline buffers."""
     rows, unroll, _, stages = tile
     if tactic.path == "dense":
@@ -65,6 +92,8 @@ def unfit(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> str | None:
     pairs = num_tokens * problem.top_k
     if tactic.route == "direct" and pairs > DIRECT_PAIRS:
         return f"direct routing takes at most {DIRECT_PAIRS} pairs"
+    if tactic.ladder and (tactic.route != "sorted" or tactic.tokens < 32):
+        return "narrower tiles need sorted pairs, and 8 tokens at least in the narrowest"
     if pairs > MAX_PAIRS:
         return f"more than {MAX_PAIRS} pairs"
     if problem.deterministic and tactic.combine != "reduce":
@@ -86,11 +115,11 @@ def unfit(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> str | None:
 def default(problem: MoeProblem, num_tokens: int) -> Tactic:
     """What runs before anything is tuned: by pairs per expert."""
     pairs = num_tokens * problem.top_k
-    if pairs <= DIRECT_PAIRS:
-        return TABLE[0]
+    if pairs <= DIRECT_PAIRS // 2:
+        return fitted(problem, TABLE[0])
     per_expert = pairs / min(problem.num_experts, pairs)
-    for tactic in TABLE[1:-1]:
-        if per_expert * 1.5 <= tactic.tokens:
+    choices = [t for t in candidates(problem, num_tokens) if t.route == "sorted"]
+    for tactic in choices:
+        if per_expert * 1.25 <= tactic.tokens:
             return tactic
-    dense = TABLE[-1]
-    return dense if unfit(problem, dense, num_tokens) is None else TABLE[-2]
+    return choices[-1]

@@ -1,0 +1,435 @@
+"""Check and time the Triton kernels on a CUDA device: every variant in one process, no tuner in between.
+
+    python benchmarks/gpu_kernels.py check                        numbers against the float32 reference
+    python benchmarks/gpu_kernels.py stages qwen3 --tokens 1,16   each kernel of each variant alone
+    python benchmarks/gpu_kernels.py layer qwen3 --tokens 1,16    whole layers, with torch._grouped_mm beside
+
+Protocol: CUDA-graph replay between two events, 256 MiB written before each (cold L2), variants alternate, median of
+`--rounds`. Routing is top-k of softmax(randn), seed 0. Results go to `--json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from moestro.formats import BF16, NVFP4
+from moestro.kernels.activations import GeGLUTanh, ReLU2, SwiGLU
+from moestro.kernels.problem import MoeProblem
+from moestro.kernels.triton import Tactic, TritonRunner
+from moestro.kernels.triton import tactics as table
+from moestro.moe import reference
+
+MODELS = {  # L, K, H, I; all pairs local
+    "qwen3": (128, 8, 2048, 768),
+    "mixtral": (8, 2, 4096, 14336),
+    "deepseek": (32, 8, 7168, 2048),
+    "gptoss20": (32, 4, 2880, 2880),
+}
+DEV = "cuda"
+
+
+def random_nvfp4(experts: int, rows: int, columns: int, groups: int, gen: torch.Generator) -> NVFP4:
+    """Random codes; scales around 1, one in 64 of them subnormal."""
+    packed = torch.randint(
+        0, 256, (experts, rows, columns // 2), dtype=torch.uint8, device=DEV, generator=gen
+    )
+    scale = torch.rand(experts, rows, columns // 16, device=DEV, generator=gen) + 0.5
+    tiny = torch.rand(scale.shape, device=DEV, generator=gen) < 1 / 64
+    scale = torch.where(tiny, scale * 2.0**-8, scale).to(torch.float8_e4m3fn)
+    g = (torch.rand(experts, groups, device=DEV, generator=gen) + 0.5) * (0.33 / columns**0.5)
+    return NVFP4(packed, scale, g if groups > 1 else g[:, 0])
+
+
+def make(L: int, K: int, H: int, I: int, fmt: str, act: Any = None, bias: bool = False, inf: str | None = None,
+         E: int = 0, offset: int = 0, seed: int = 0) -> tuple[TritonRunner, Any]:  # noqa: E741  # fmt: skip
+    act = act or SwiGLU()
+    gen = torch.Generator(DEV).manual_seed(seed)
+    rows = 2 * I if act.gated else I
+    if fmt == "nvfp4":
+        gate_up: Any = random_nvfp4(L, rows, H, 2 if act.gated else 1, gen)
+        down: Any = random_nvfp4(L, H, I, 1, gen)
+    else:
+        gate_up = torch.empty(L, rows, H, dtype=torch.bfloat16, device=DEV)
+        down = torch.empty(L, H, I, dtype=torch.bfloat16, device=DEV)
+        for e in range(L):
+            gate_up[e] = torch.randn(rows, H, device=DEV, generator=gen) / H**0.5
+            down[e] = torch.randn(H, I, device=DEV, generator=gen) / I**0.5
+        gate_up, down = BF16(gate_up), BF16(down)
+    rest = {
+        "gate_up_bias": torch.randn(L, rows, device=DEV, generator=gen) if bias else None,
+        "down_bias": torch.randn(L, H, device=DEV, generator=gen) if bias else None,
+        "gate_up_input_scale": None,
+        "down_input_scale": None,
+    }
+    p = MoeProblem(E or L, L, offset, K, H, I, fmt, act, inf, torch.bfloat16, "cuda",
+                   weight_dtype=None if fmt == "nvfp4" else torch.bfloat16)  # fmt: skip
+    plain = SimpleNamespace(gate_up=gate_up, down=down, **rest)
+    g, d = TritonRunner.prepare(p, plain)
+    runner = TritonRunner(p, SimpleNamespace(gate_up=g, down=d, **rest))
+    return runner, plain
+
+
+def inputs_of(runner: TritonRunner, n: int, seed: int = 0) -> list[torch.Tensor]:
+    p = runner.problem
+    gen = torch.Generator(DEV).manual_seed(seed)
+    logits = torch.randn(n, p.num_experts, device=DEV, generator=gen)
+    weights, ids = logits.softmax(-1).topk(p.top_k, -1)
+    weights = weights / weights.sum(-1, keepdim=True)
+    x = torch.randn(n, p.hidden_size, device=DEV, generator=gen).bfloat16()
+    out = torch.full_like(x, float("nan"))
+    return [x, ids.int().contiguous(), weights.float().contiguous(), out]
+
+
+def error(
+    runner: TritonRunner, plain: Any, inputs: list[torch.Tensor], tactic: Any, truth: Any = None
+) -> float:
+    p = runner.problem
+    x, ids, weights, out = inputs
+    if truth is None:
+        truth = truth_of(runner, plain, inputs)
+    need = runner.workspace_bytes(len(x), tactic)
+    runner.use_workspace(torch.full((need,), 0xFF, dtype=torch.uint8, device=DEV))  # NaN everywhere
+    out.fill_(float("nan"))
+    runner.forward(inputs, tactic)
+    del p
+    return ((out.float() - truth).norm() / truth.norm()).item()
+
+
+def truth_of(runner: TritonRunner, plain: Any, inputs: list[torch.Tensor]) -> torch.Tensor:
+    p = runner.problem
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return reference.fused_moe(*inputs[:3], plain, activation=p.activation, input_format=p.input_format,
+                               expert_offset=p.expert_offset)  # fmt: skip
+
+
+def candidates(runner: TritonRunner, n: int) -> list[Tactic]:
+    """The table, and its tactics with atomic sums."""
+    valid = [t for t in table.TABLE if table.unfit(runner.problem, t, n) is None]
+    return valid + [replace(t, combine="atomic") for t in valid]
+
+
+def check() -> int:
+    """Odd sizes, all activations, biases, offsets, foreign and invalid ids, W4A4, repeatability."""
+    bad = 0
+    cases = itertools.product(
+        ("nvfp4", "bf16"), (SwiGLU(), SwiGLU(1.702, 7.0, 1.0), GeGLUTanh(), ReLU2()), (1, 3, 17, 64, 257)
+    )
+    for i, (fmt, act, n) in enumerate(cases):
+        sizes = ((8, 2, 272, 176), (6, 3, 512, 320), (16, 4, 144, 1040))[i % 3]
+        runner, plain = make(*sizes, fmt, act, bias=i % 2 == 0, E=sizes[0] + 4, offset=2, seed=i)
+        inputs = inputs_of(runner, n, i)
+        inputs[1][0, 0] = (-7, 1 << 30, 10**6)[i % 3]
+        truth = truth_of(runner, plain, inputs)
+        for tactic in candidates(runner, n):
+            e = error(runner, plain, inputs, tactic, truth)
+            if not e < 1e-2:
+                bad += 1
+                print("BAD", fmt, act, n, sizes, tactic, e)
+            if tactic.combine == "reduce":
+                first = inputs[3].clone()
+                runner.forward(inputs, tactic)
+                if not torch.equal(first, inputs[3]):
+                    bad += 1
+                    print("NOT REPEATABLE", fmt, act, n, tactic)
+    for n, dynamic in itertools.product((1, 17, 64), (True, False)):
+        runner, plain = make(8, 2, 272, 176, "nvfp4", inf="nvfp4", seed=n)
+        if not dynamic:
+            for e in (plain, runner._experts):
+                e.gate_up_input_scale = torch.rand(8, device=DEV) * 0 + 0.002
+                e.down_input_scale = torch.tensor(0.004, device=DEV)
+        inputs = inputs_of(runner, n, n)
+        truth = truth_of(runner, plain, inputs)
+        for tactic in candidates(runner, n):
+            e = error(runner, plain, inputs, tactic, truth)
+            print("w4a4", n, dynamic, tactic.path, tactic.route, tactic.combine, f"{e:.2e}")
+            bad += not e < 1e-2
+    torch.cuda.synchronize()
+    print("check:", "FAILED" if bad else "ok", bad)
+    return bad
+
+
+# ---------------------------------------------------------------------------------------------------- timing
+class Clock:
+    def __init__(self) -> None:
+        self.flush = torch.empty(256 << 20, dtype=torch.uint8, device=DEV)
+
+    def graph(self, run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            run()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            run()
+        return graph
+
+    def once(self, replay: Callable[[], Any]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.flush.zero_()
+        start.record()
+        replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e3  # µs
+
+    def medians(self, runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+        samples: dict[str, list[float]] = {name: [] for name in runs}
+        names = list(runs)
+        for i in range(rounds + 2):
+            for name in names[i % len(names) :] + names[: i % len(names)]:
+                t = self.once(runs[name])
+                if i >= 2:
+                    samples[name].append(t)
+        return {name: statistics.median(s) for name, s in samples.items()}
+
+
+def bytes_of(runner: TritonRunner, inputs: list[torch.Tensor]) -> tuple[int, int]:
+    """Weight bytes of the experts that are hit: (GEMM 1, GEMM 2)."""
+    p = runner.problem
+    hit = len(torch.unique(inputs[1]))
+    per = 0.5625 if p.weight_format == "nvfp4" else 2.0
+    return int(hit * p.gate_up_rows * p.hidden_size * per), int(
+        hit * p.hidden_size * p.intermediate_size * per
+    )
+
+
+def flops_of(runner: TritonRunner, n: int) -> tuple[int, int]:
+    p = runner.problem
+    pairs = n * p.top_k
+    return 2 * pairs * p.gate_up_rows * p.hidden_size, 2 * pairs * p.hidden_size * p.intermediate_size
+
+
+def compile_all(runner: TritonRunner, jobs: list[tuple[list[torch.Tensor], Tactic]]) -> dict[int, str]:
+    """Compile in threads; index -> why it failed."""
+    failed = {}
+
+    def one(i: int) -> None:
+        try:
+            runner.compile(*jobs[i])
+        except Exception as error:
+            failed[i] = f"{type(error).__name__}: {str(error)[:200]}"
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(one, range(len(jobs))))
+    return failed
+
+
+def space(n: int, per_expert: float) -> list[Tactic]:
+    """Variants worth a look at n tokens."""
+    out = []
+    tiles = [(64, 1, 4, 4), (64, 2, 4, 3), (64, 2, 4, 4), (128, 1, 4, 4), (128, 1, 4, 6), (128, 2, 4, 3), (128, 2, 4, 4),
+             (64, 2, 2, 3), (64, 4, 4, 3), (32, 2, 1, 4), (64, 2, 1, 3), (32, 4, 2, 3), (128, 4, 4, 2), (128, 2, 8, 3)]  # fmt: skip
+    big = [(128, 1, 8, 4), (128, 2, 8, 3), (128, 1, 4, 4), (128, 2, 4, 3), (64, 2, 4, 3), (256, 1, 8, 4)]
+    for bn in (8, 16, 32, 64, 128):
+        if bn < per_expert * 0.6 or bn > max(16, per_expert * 2.7):
+            continue
+        for tile in tiles if bn <= 16 else big:
+            if bn == 8 and tile[2] == 8:
+                continue
+            route = "direct" if n <= 4 else "sorted"
+            out.append(Tactic("fused", route, "reduce", bn, tile, tile))
+    if per_expert >= 48:
+        for bn, tile, persistent in (
+            (128, (256, 1, 8, 3), 0), (128, (256, 1, 8, 4), 0), (128, (128, 1, 4, 3), 0), (128, (128, 1, 8, 4), 0),
+            (128, (128, 1, 4, 4), 0), (64, (256, 1, 8, 4), 0), (256, (128, 1, 8, 4), 0), (128, (256, 1, 8, 4), 1),
+            (128, (128, 1, 4, 3), 2), (64, (256, 1, 4, 3), 0), (64, (128, 1, 4, 4), 0), (64, (64, 1, 4, 4), 0),
+        ):  # fmt: skip
+            out.append(Tactic("dense", "sorted", "reduce", bn, tile, tile, persistent))
+    return out
+
+
+def stages(model: str, fmt: str, tokens: list[int], rounds: int) -> list[dict[str, Any]]:
+    """Every kernel alone, for every variant."""
+    runner, _ = make(*MODELS[model], fmt)
+    clock, rows = Clock(), []
+    for n in tokens:
+        per_expert = n * runner.problem.top_k / min(runner.problem.num_experts, n * runner.problem.top_k)
+        inputs = inputs_of(runner, n)
+        variants = [t for t in space(n, per_expert) if table.unfit(runner.problem, t, n) is None]
+        biggest = max(runner.workspace_bytes(n, t) for t in variants)
+        runner.use_workspace(torch.empty(biggest, dtype=torch.uint8, device=DEV))
+        began = time.time()
+        failed = compile_all(runner, [(inputs, t) for t in variants])
+        compiled = time.time() - began
+        runs: dict[str, Callable[[], Any]] = {}
+        keep = []
+        for i, tactic in enumerate(variants):
+            if i in failed:
+                print("  failed", tactic, failed[i])
+                continue
+            launches = runner.plan(inputs, tactic)
+            try:
+                for launch in launches:
+                    launch.run()
+                torch.cuda.synchronize()
+                for j, launch in enumerate(launches):
+                    name = launch.kernel.__name__ + str(launch.meta.get("STAGE", ""))
+                    graph = clock.graph(launch.run)
+                    keep.append(graph)
+                    runs[f"{i}|{j}|{name}"] = graph.replay
+            except Exception as error:
+                print("  failed", tactic, str(error)[:150])
+        times = clock.medians(runs, rounds)
+        nbytes, flops = bytes_of(runner, inputs), flops_of(runner, n)
+        print(f"== {model} {fmt} N={n}: {len(variants)} variants, compiled in {compiled:.1f} s")
+        best: dict[str, list[tuple[float, str]]] = {}
+        for key, t in times.items():
+            i, _, name = key.split("|")
+            best.setdefault(name, []).append((t, short(variants[int(i)])))
+            rows.append(
+                {
+                    "model": model,
+                    "format": fmt,
+                    "tokens": n,
+                    "kernel": name,
+                    "us": t,
+                    "tactic": asdict(variants[int(i)]),
+                }
+            )
+        for name, results in best.items():
+            results.sort()
+            s = 0 if name.endswith("1") else 1
+            extra = ""
+            if "gemm" in name:
+                extra = f"  {nbytes[s] / results[0][0] / 1e6:.2f} TB/s {flops[s] / results[0][0] / 1e6:.0f} TFLOP/s"
+            print(
+                f"  {name}: "
+                + ", ".join(f"{t:.1f} {v}" for t, v in results[: 5 if "gemm" in name else 2])
+                + extra
+            )
+        del keep, runs
+    return rows
+
+
+def short(t: Tactic) -> str:
+    same = "" if t.first == t.second else f"+{t.second}"
+    return f"{t.path[0]}{t.route[0]}{t.combine[0]}{t.tokens}{t.first}{same}{'p' + str(t.persistent) if t.persistent else ''}".replace(
+        " ", ""
+    )
+
+
+def grouped_mm(inputs: list[torch.Tensor], gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """The layer on torch._grouped_mm, as Transformers' grouped_mm experts do it: sort, two products, reduce."""
+    x, ids, weights, _ = inputs
+    n, k = ids.shape
+    order = torch.argsort(ids.flatten(), stable=True)
+    sorted_ids = ids.flatten()[order]
+    bounds = torch.arange(gate_up.shape[0], device=x.device, dtype=ids.dtype)
+    ends = torch.searchsorted(sorted_ids, bounds, right=True, out_int32=True)
+    h = torch._grouped_mm(x[order // k], gate_up.transpose(-1, -2), offs=ends)
+    gate, up = h.chunk(2, -1)
+    y = torch._grouped_mm(torch.nn.functional.silu(gate) * up, down.transpose(-1, -2), offs=ends)
+    y = y * weights.flatten()[order, None]
+    back = torch.empty_like(y)
+    back[order] = y.to(back.dtype)
+    return back.view(n, k, -1).sum(1)
+
+
+def layer(model: str, fmt: str, tokens: list[int], rounds: int, tactics: dict[int, list[Tactic]], verify: bool,
+          baseline: bool) -> list[dict[str, Any]]:  # fmt: skip
+    runner, plain = make(*MODELS[model], fmt)
+    clock, rows = Clock(), []
+    for n in tokens:
+        inputs = inputs_of(runner, n)
+        chosen = [
+            t
+            for t in tactics.get(n, [table.default(runner.problem, n)])
+            if table.unfit(runner.problem, t, n) is None
+        ]
+        runner.use_workspace(
+            torch.empty(max(runner.workspace_bytes(n, t) for t in chosen), dtype=torch.uint8, device=DEV)
+        )
+        compile_all(runner, [(inputs, t) for t in chosen])
+        truth = truth_of(runner, plain, inputs) if verify and n <= 1024 else None
+        runs, errors, keep = {}, {}, []
+        for t in chosen:
+            name = short(t)
+            if truth is not None:
+                errors[name] = error(runner, plain, inputs, t, truth)
+            graph = clock.graph(lambda t=t: runner.forward(inputs, t))
+            keep.append((graph, runner._workspace))
+            runs[name] = graph.replay
+        if baseline and fmt == "bf16":
+            runs["grouped_mm eager"] = lambda: grouped_mm(inputs, plain.gate_up.data, plain.down.data)
+            graph = clock.graph(runs["grouped_mm eager"])
+            keep.append((graph, None))
+            runs["grouped_mm graph"] = graph.replay
+        times = clock.medians(runs, rounds)
+        nbytes, flops = sum(bytes_of(runner, inputs)), sum(flops_of(runner, n))
+        for name, t in sorted(times.items(), key=lambda kv: kv[1]):
+            rows.append({"model": model, "format": fmt, "tokens": n, "what": name, "us": t, "error": errors.get(name),
+                         "tb_per_s": nbytes / t / 1e6, "tflops": flops / t / 1e6})  # fmt: skip
+            print(f"{model} {fmt} N={n:6d} {t:9.1f} us {nbytes / t / 1e6:5.2f} TB/s {flops / t / 1e6:6.1f} TFLOP/s"
+                  f" err {errors.get(name, float('nan')):.1e} {name}")  # fmt: skip
+    return rows
+
+
+def ceilings() -> dict[str, float]:
+    clock = Clock()
+    a = torch.empty(1 << 30, dtype=torch.uint8, device=DEV)
+    b = torch.empty_like(a)
+    copy = statistics.median(clock.once(lambda: b.copy_(a)) for _ in range(9))
+    m = torch.randn(8192, 8192, device=DEV).bfloat16()
+    mm = statistics.median(clock.once(lambda: m @ m) for _ in range(9))
+    one = torch.zeros(1, device=DEV)
+    graph = clock.graph(lambda: one.add_(1))
+    empty = statistics.median(clock.once(graph.replay) for _ in range(21))
+    found = {
+        "copy_tb_s": 2 * a.numel() / copy / 1e6,
+        "bf16_tflops": 2 * 8192**3 / mm / 1e6,
+        "trivial_graph_us": empty,
+    }
+    print(found)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("command", choices=("check", "stages", "layer", "ceilings"))
+    parser.add_argument("model", nargs="?", choices=MODELS)
+    parser.add_argument("--format", default="nvfp4")
+    parser.add_argument("--tokens", default="1,16,64")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--tactics", help="JSON file: model -> tokens -> list of tactics")
+    parser.add_argument("--verify", action="store_true")
+    parser.add_argument("--baseline", action="store_true")
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    tokens = [int(t) for t in args.tokens.split(",")]
+    if args.command == "check":
+        return int(check() > 0)
+    if args.command == "ceilings":
+        rows: Any = ceilings()
+    elif args.command == "stages":
+        rows = stages(args.model, args.format, tokens, args.rounds)
+    else:
+        chosen: dict[int, list[Tactic]] = {}
+        if args.tactics:
+            with open(args.tactics) as f:
+                loaded = json.load(f).get(f"{args.model}/{args.format}", {})
+            for n, items in loaded.items():
+                chosen[int(n)] = [
+                    Tactic(**{**t, "first": tuple(t["first"]), "second": tuple(t["second"])}) for t in items
+                ]
+        rows = layer(args.model, args.format, tokens, args.rounds, chosen, args.verify, args.baseline)
+    if args.json:
+        with open(args.json, "w") as f:
+            json.dump({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "argv": sys.argv[1:],
+                       "rows": rows}, f, indent=1)  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
