@@ -106,10 +106,9 @@ def test_what_cannot_be_read_is_a_miss_with_one_warning_and_stays(store: Path, t
     clock = quiet_clock()
     runner, cfg, t = Kernel(clock, TIMES), config((64, 100)), tuner(clock, store)
     with pytest.warns(StoreWarning, match=r"64\.json") as caught:
-        assert t.choose_one("my/op", [runner], cfg, inputs(100)) == (runner, (128, "swap"))
-        for n in (1, 64, 100):
-            t.choose_one("my/op", [runner], cfg, inputs(n))
+        found = [t.choose_one("my/op", [runner], cfg, inputs(n)) for n in (100, 1, 64, 100)]
     assert len(caught) == 1
+    assert found == [(runner, (128, "swap"))] * 4
     assert broken.read_text() == text
     with t.autotune(True), warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -150,7 +149,7 @@ def test_a_store_that_cannot_be_written_leaves_decisions_in_memory_with_one_warn
 def test_a_decision_of_another_environment_is_not_used_but_tried_first(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    many = {-1: 1e-3, **{k: 6e-4 for k in range(6)}, 7: 4e-4}
+    many = {-1: 1e-3, **dict.fromkeys(range(6), 0.0006), 7: 4e-4}
     tune(store, times=many, cfg=config((64,)))
     monkeypatch.setattr("moestro.tuning.environment._version", lambda package: "99.0")
     assert fresh(store, times=many, cfg=config((64,))) == -1
@@ -192,8 +191,8 @@ def test_a_miss_is_logged_once_for_each_doubling(store: Path) -> None:
     clock = quiet_clock()
     runner, cfg, t = Kernel(clock, TIMES), config(), tuner(clock, store)
     with pytest.warns(TuningWarning) as caught:
-        for n in [*range(101, 1200, 7), 20_000]:
-            t.choose_one("my/op", [runner], cfg, inputs(n))
+        found = [t.choose_one("my/op", [runner], cfg, inputs(n)) for n in [*range(101, 1200, 7), 20_000]]
+    assert set(found) == {(runner, (128, "swap"))}
     assert len(caught) == 6  # 128, 256, 512, 1024, 2048 and 32768
     assert len(list(store.rglob("miss-*.json"))) == 6
 

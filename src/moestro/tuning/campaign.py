@@ -59,10 +59,11 @@ class Campaign:
         return bucket in self.too_large or (record is not None and record.complete)
 
     def _decide(self, grid: Sequence[Sizes]) -> None:
-        """Every bucket that has no decision with a share of the budget; then what the shares cut short, in full.
+        """Every bucket that has no decision with a share of the budget; then what the shares cut short, in
+        full.
 
-        A share is half of what is left, or more: cut any finer, a small budget would be spent on races that end
-        before they have decided anything.
+        A share is half of what is left, or more: cut any finer, a small budget would be spent on races that
+        end before they have decided anything.
         """
         waiting = [bucket for bucket in _spread(grid, self.first) if not self._settled(bucket)]
         for final in (False, True):

@@ -22,14 +22,17 @@ __all__ = ["Environment", "environment_for"]
 
 @dataclass(frozen=True)
 class Environment:
-    """Facts under which a decision was measured. `name` is a folder's name: the device and a digest of the
-    facts.
+    """Facts under which a decision was measured. Its name, also a folder's, is the device and a digest of
+    them.
     """
 
     facts: Mapping[str, Any]
+    given: str = ""
 
     @functools.cached_property
     def name(self) -> str:
+        if self.given:
+            return self.given
         device = re.sub(r"[^a-z0-9]+", "-", str(self.facts.get("device", "device")).lower()).strip("-")
         return f"{device[:40]}-{digest(dict(self.facts))}"
 

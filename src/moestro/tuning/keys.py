@@ -31,6 +31,11 @@ class StaticKey:
     runners: tuple[str, ...]  # identities in short, in order; the first one's default tactic is the default
     fields: Mapping[str, Any]
 
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> StaticKey:
+        """The key with these fields, as written in a store. Raises KeyError or TypeError for what is none."""
+        return cls(str(fields["op"]), digest(fields), tuple(map(identity_text, fields["runners"])), fields)
+
     def __hash__(self) -> int:
         return hash((self.op, self.text))
 
@@ -77,7 +82,7 @@ def static_key(
         "extras": [_extras(runner, inputs) for runner in runners],
         "kwargs": {name: _plain(value) for name, value in sorted(kwargs.items())},
     }
-    return StaticKey(op, digest(fields), tuple(map(identity_text, identities)), fields)
+    return StaticKey.from_fields(fields)
 
 
 def _describe(index: int, value: Any, moving: set[tuple[int, int]]) -> Any:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moestro.errors import StoreWarning
+from moestro.errors import StoreWarning, TuningError
 from moestro.tuning.decisions import SCHEMA, Record
 from moestro.tuning.environment import Environment
 from moestro.tuning.keys import StaticKey
@@ -34,7 +34,6 @@ __all__ = ["Entry", "Store", "default_root"]
 
 KINDS = {"decision", "quarantine", "miss"}
 ELSEWHERE = 8  # other environments that a warm start looks into, the newest first
-BUNDLES = Path(__file__).parent / "bundles"
 
 
 def default_root() -> Path:
@@ -62,6 +61,11 @@ class Entry:
     def record(self) -> Record:
         """The decision in it. Raises what Record.from_json raises."""
         return Record.from_json(self.data["record"])
+
+
+def created(data: Mapping[str, Any]) -> float:
+    """When an entry's content was made, in seconds since 1970."""
+    return float(data.get("created", data.get("record", {}).get("created", 0.0)))
 
 
 def folder_of(key: StaticKey) -> str:
@@ -94,6 +98,24 @@ class Store:
         """Write a decision; False, with one warning, if that cannot be."""
         data = {"record": record.to_json()}
         return self._write(environment, key, _file_of(record.bucket, record.probes), "decision", data)
+
+    def put_entry(self, environment: Environment, entry: Entry) -> bool:
+        """Write another store's entry; False if what is here is as new. TuningError if it cannot be."""
+        key = StaticKey.from_fields(entry.key)
+        if entry.kind == "decision":
+            name = _file_of(entry.record.bucket, entry.record.probes)
+        else:
+            name = f"quarantine-{digest(entry.data['candidate'])}.json"
+        path = self.root / environment.name / folder_of(key) / name
+        here = self._read(path)
+        if here is not None and created(here) >= created(entry.data):
+            return False
+        data = {
+            k: v for k, v in entry.data.items() if k not in {"schema", "kind", "op", "key", "environment"}
+        }
+        if not self._write(environment, key, name, entry.kind, data):
+            raise TuningError(f"the store {self.root} cannot be written")
+        return True
 
     def elsewhere(self, environment: Environment, key: StaticKey) -> list[Record]:
         """Decisions for the same key in other environments, the newest first: a warm start."""

@@ -16,20 +16,19 @@ import time
 import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 from moestro.errors import TuningError, TuningWarning
-from moestro.tuning.book import Book
 from moestro.tuning.campaign import Campaign
 from moestro.tuning.context import Budget, Contexts, Options
 from moestro.tuning.decisions import Decision, Record
 from moestro.tuning.environment import Environment, environment_for
 from moestro.tuning.keys import device_of, shapes_of, static_key
-from moestro.tuning.lookup import Site, Sites, View, label_of
-from moestro.tuning.measure import Candidate, Job
+from moestro.tuning.lookup import Site, Sites, View
+from moestro.tuning.measure import Job
 from moestro.tuning.policy import MeasurementPolicy
 from moestro.tuning.runner import DEFAULT_TACTIC, check_runners
+from moestro.tuning.shelf import Shelf
 from moestro.tuning.specs import Probe, Sizes, TuningConfig
 from moestro.tuning.store import Store, default_root
 from moestro.tuning.timers import Timer, default_timer
@@ -64,10 +63,7 @@ class AutoTuner:
         self._clock = clock
         self._contexts = Contexts()
         self._sites = Sites()
-        self._books: dict[tuple[str, str], Book] = {}
-        self._loaded: set[tuple[str, str, str]] = set()
-        self._shared: dict[tuple[str, str, str], int] = {}
-        self._missed: set[tuple[str, Sizes]] = set()
+        self._shelf = Shelf(self.store)
         self._measuring = threading.RLock()
 
     @classmethod
@@ -220,7 +216,7 @@ class AutoTuner:
             self._tune(site, view, runners, inputs, kwargs, sizes, options)
         record, within = view.find(sizes)
         if record is not None and not within:
-            self._missing(view, inputs, runners, sizes, record)
+            self._missing(site, view, runners, inputs, sizes, record)
         index, tactic = view.pick(record)
         return (runners[index], tactic), view
 
@@ -238,17 +234,19 @@ class AutoTuner:
         if view is None:
             key = static_key(op, runners, site.config, inputs, kwargs)
             device = device_of(inputs)
-            view = site.view(key, device, lambda: self._books.setdefault((key.text, device), Book(key)))
+            view = site.view(key, device, lambda: self._shelf.book(key, device))
             site.guard(view, runners, inputs, kwargs)
-        self._load(view.book, runners, inputs, options)
+        environment = functools.partial(self._environment, site.config, runners, inputs, options)
+        self._shelf.open(view.book, device_of(inputs), options, environment)
         return site, view, site.config.sizes(shapes_of(inputs))
 
     def _environment(
-        self, runners: Sequence[Any], inputs: Sequence[Any], options: Options | None
+        self, config: TuningConfig, runners: Sequence[Any], inputs: Sequence[Any], options: Options | None
     ) -> Environment:
         policy = (options and options.policy) or self.policy
         device = device_of(inputs)
-        return environment_for(device, runners, policy, self._timer_for(device, policy, False).name)
+        clock = self._timer_for(device, policy, config.use_cuda_graph).name
+        return environment_for(device, runners, policy, clock)
 
     def _timer_for(self, device: str, policy: MeasurementPolicy, graph: bool) -> Timer:
         if self._timer is not None:
@@ -257,33 +255,6 @@ class AutoTuner:
         if known is None:
             known = self._timers[device, policy, graph] = default_timer(device, policy, graph=graph)
         return known
-
-    def _load(
-        self, book: Book, runners: Sequence[Any], inputs: Sequence[Any], options: Options | None
-    ) -> None:
-        for store in (self.store, options.store if options is not None else None):
-            if store is None:
-                continue
-            mark = (str(store.root), book.key.text, device_of(inputs))
-            if mark not in self._loaded:
-                self._loaded.add(mark)
-                self._read(book, store, self._environment(runners, inputs, options))
-            if options is not None and options.tune and self._shared.get(mark) != book.version:
-                self._share(book, store, self._environment(runners, inputs, options))
-                self._shared[mark] = book.version
-
-    def _share(self, book: Book, store: Store, environment: Environment) -> None:
-        """Write to a store what is known of this environment and not in it: a cache holds what its context
-        served.
-        """
-        there = {(record.probes, record.bucket) for record in store.load(environment, book.key)}
-        for record in book.everything():
-            if record.environment == environment.name and (record.probes, record.bucket) not in there:
-                store.put(environment, book.key, record)
-
-    def _read(self, book: Book, store: Store, environment: Environment) -> None:
-        book.add(store.load(environment, book.key), str(store.root))
-        book.banned.update(store.banned(environment, book.key))
 
     def _tune(
         self,
@@ -305,24 +276,10 @@ class AutoTuner:
         policy = options.policy or self.policy
         device = device_of(inputs)
         timer = self._timer_for(device, policy, site.config.use_cuda_graph)
-        environment = self._environment(runners, inputs, options)
-        store, book = options.store or self.store, view.book
-
-        def keep(record: Record) -> None:
-            if not record.environment:
-                record = replace(record, environment=environment.name)
-            book.add([record], str(store.root) if store is not None else "memory")
-            if store is not None:
-                store.put(environment, book.key, record)
-
-        def ban(candidate: Candidate, reason: str) -> None:
-            book.banned[candidate.name] = reason
-            if store is not None:
-                store.ban(environment, book.key, candidate.name, reason)
-
+        environment = self._environment(site.config, runners, inputs, options)
+        shelf, store, book = self._shelf, self._shelf.target(options), view.book
         with self._measuring:
-            if store is not None:
-                self._read(book, store, environment)
+            shelf.refresh(book, store, environment)
             job = Job(
                 key=book.key,
                 runners=runners,
@@ -334,36 +291,37 @@ class AutoTuner:
                 budget=options.budget,
                 sizes=sizes,
                 banned=book.banned,
-                ban=ban,
-                warm=store.elsewhere(environment, book.key) if store is not None else (),
+                ban=lambda candidate, reason: shelf.ban(book, store, environment, candidate.name, reason),
+                warm=shelf.warm(book, store, environment),
             )
             first = tuple(
                 spec.bucket_of(size)
                 for spec, size in zip(site.config.dynamic_tensor_specs, sizes, strict=True)
             )
             known = functools.partial(book.records, view.probes)
+            keep = functools.partial(shelf.keep, book, store, environment)
             if Campaign(job, known, keep, first, book.too_large, options.crossover).run():
                 view.finished(sizes)
 
     def _missing(
-        self, view: View, inputs: Sequence[Any], runners: Sequence[Any], sizes: Sizes, record: Record
+        self,
+        site: Site,
+        view: View,
+        runners: Sequence[Any],
+        inputs: Sequence[Any],
+        sizes: Sizes,
+        record: Record,
     ) -> None:
         """Warn, once, that sizes are beyond what was tuned, and remember them."""
-        label = label_of(sizes)
-        book = view.book
-        if (book.key.text, label) not in self._missed:
-            self._missed.add((book.key.text, label))
-            options = self._contexts.current
-            store = options.store if options is not None and options.store is not None else self.store
-            if store is not None:
-                miss = {"sizes": list(sizes), "bucket": list(record.bucket), "created": time.time()}
-                store.log_miss(self._environment(runners, inputs, options), book.key, label, miss)
+        options = self._contexts.current
+        environment = functools.partial(self._environment, site.config, runners, inputs, options)
+        if self._shelf.miss(view.book, self._shelf.target(options), sizes, record, environment):
             asked, used = (" x ".join(map(str, s)) for s in (sizes, record.bucket))
             warnings.warn(
-                f"{book.key.op}: size {asked} is beyond everything tuned; the decision for {used} is used. "
+                f"{site.op}: size {asked} is beyond everything tuned; the decision for {used} is used. "
                 "Tune at this size, or run `moestro tune --from-misses`",
                 TuningWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         view.accept(sizes)
 

@@ -1,0 +1,130 @@
+"""The books of a tuner, and the stores that they are read from and written to.
+
+There is the tuner's own store and, inside a context with a `cache`, that one. Both are read when a key is
+first seen; bundles that ship with the package fill what neither has. What is measured is written to the
+innermost one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from moestro.tuning.book import Book
+from moestro.tuning.bundle import shipped
+from moestro.tuning.context import Options
+from moestro.tuning.decisions import Record
+from moestro.tuning.environment import Environment
+from moestro.tuning.hints import hints_for
+from moestro.tuning.keys import StaticKey
+from moestro.tuning.lookup import label_of
+from moestro.tuning.specs import Sizes
+from moestro.tuning.store import Store
+
+__all__ = ["Shelf"]
+
+MEMORY = "memory"
+
+
+class Shelf:
+    """One book for each static key and device."""
+
+    def __init__(self, store: Store | None) -> None:
+        self.store = store
+        self._books: dict[tuple[str, str], Book] = {}
+        self._read: set[tuple[str, str, str]] = set()
+        self._shared: dict[tuple[str, str, str], int] = {}
+        self._missed: set[tuple[str, Sizes]] = set()
+
+    def book(self, key: StaticKey, device: str) -> Book:
+        """The book of a key on a device such as "cuda:0"."""
+        return self._books.setdefault((key.text, device), Book(key))
+
+    def books(self) -> list[Book]:
+        """All books."""
+        return list(self._books.values())
+
+    def target(self, options: Options | None) -> Store | None:
+        """Where decisions made under these options are written."""
+        return options.store if options is not None and options.store is not None else self.store
+
+    def open(
+        self, book: Book, device: str, options: Options | None, environment: Callable[[], Environment]
+    ) -> None:
+        """Read the stores in reach, and let a tuning context's own hold what is known."""
+        own = options.store if options is not None else None
+        for store in (self.store, own):
+            mark = (str(store.root) if store is not None else MEMORY, book.key.text, device)
+            if mark not in self._read:
+                self._read.add(mark)
+                self.refresh(book, store, environment())
+        if own is not None and options is not None and options.tune:
+            mark = (str(own.root), book.key.text, device)
+            if self._shared.get(mark) != book.version:
+                self._share(book, own, environment())
+                self._shared[mark] = book.version
+
+    def refresh(self, book: Book, store: Store | None, environment: Environment) -> None:
+        """Read what a store has for a book: other processes may have added to it."""
+        if store is not None:
+            book.add(store.load(environment, book.key), str(store.root))
+            book.banned.update(store.banned(environment, book.key))
+        known = {(record.probes, record.bucket) for record in book.everything()}
+        for name, record in shipped(book.key, environment.name):
+            if (record.probes, record.bucket) not in known:
+                book.add([record], f"bundle {name}")
+
+    def _share(self, book: Book, store: Store, environment: Environment) -> None:
+        """Write what is known of this environment: a cache holds what its context served."""
+        there = {(record.probes, record.bucket) for record in store.load(environment, book.key)}
+        for record in book.everything():
+            if record.environment == environment.name and (record.probes, record.bucket) not in there:
+                store.put(environment, book.key, record)
+
+    def keep(self, book: Book, store: Store | None, environment: Environment, record: Record) -> None:
+        """A decision has been made: on disk first, so that nothing is served that a crash would lose."""
+        if not record.environment:
+            record = replace(record, environment=environment.name)
+        written = store is not None and store.put(environment, book.key, record)
+        book.add([record], str(store.root) if store is not None and written else MEMORY)
+
+    def ban(
+        self, book: Book, store: Store | None, environment: Environment, candidate: str, reason: str
+    ) -> None:
+        """A candidate must not be tried again in this environment."""
+        book.banned[candidate] = reason
+        if store is not None:
+            store.ban(environment, book.key, candidate, reason)
+
+    def warm(self, book: Book, store: Store | None, environment: Environment) -> list[Record]:
+        """Decisions made elsewhere, which are worth trying first."""
+        found = [record for _, record in shipped(book.key, None)]
+        if store is not None:
+            found = [*store.elsewhere(environment, book.key), *hints_for(store.root, book.key), *found]
+        return found
+
+    def miss(
+        self,
+        book: Book,
+        store: Store | None,
+        sizes: Sizes,
+        record: Record,
+        environment: Callable[[], Environment],
+    ) -> bool:
+        """Note sizes beyond what was tuned; False if that was done before, for sizes up to the next powers of
+        two.
+        """
+        label = label_of(sizes)
+        if (book.key.text, label) in self._missed:
+            return False
+        self._missed.add((book.key.text, label))
+        if store is not None:
+            data: Mapping[str, Any] = {
+                "sizes": list(sizes),
+                "bucket": list(record.bucket),
+                "created": time.time(),
+            }
+            store.log_miss(environment(), book.key, label, data)
+        return True
