@@ -6,14 +6,18 @@ the same weights (peers.py; GPU peers register there too). All of them get the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 
-from moestro.bench.layers import Case
+from moestro.bench.layers import Case, LayerSource, activation_of
+from moestro.errors import BackendError
+from moestro.moe.layer import FusedMoE
+from moestro.tuning import AutoTuner
 
-__all__ = ["Call", "Contender"]
+__all__ = ["Call", "Contender", "MoestroLayers", "make_layer", "moestro_contenders"]
 
 Call = Callable[[], torch.Tensor]
 
@@ -45,3 +49,79 @@ class Contender(Protocol):
 
     def facts(self, case: Case) -> dict[str, Any]:
         """What the results should say about this case, e.g. the tactic that was chosen."""
+
+
+def make_layer(
+    source: LayerSource, format: str, backend: str, max_num_tokens: int, tuner: AutoTuner | None = None
+) -> FusedMoE:
+    """A source's layer as it is served, in a format, on a backend ("auto": the best that runs)."""
+    shape = source.shape
+    return FusedMoE(
+        source.weights(format),
+        top_k=shape.top_k,
+        max_num_tokens=max_num_tokens,
+        use_cuda_graph=source.device.startswith("cuda"),
+        activation=activation_of(shape),
+        num_experts=shape.num_local_experts if shape.local_pairs else shape.num_experts,
+        backend=backend,
+        dtype=source.dtype,
+        tuner=tuner,
+    )
+
+
+class MoestroLayers:
+    """Moestro in one format on one backend, over the layers of `sources`."""
+
+    ours = True
+
+    def __init__(
+        self,
+        sources: Sequence[LayerSource],
+        format: str,
+        backend: str,
+        max_num_tokens: int,
+        name: str,
+        tuner: AutoTuner | None = None,
+    ) -> None:
+        self.name = name
+        self.format = format
+        self._layers = [make_layer(source, format, backend, max_num_tokens, tuner) for source in sources]
+
+    @property
+    def nbytes(self) -> int:
+        return self._layers[0].weights.nbytes
+
+    def why_not(self, case: Case) -> str | None:
+        return None
+
+    def calls(self, case: Case) -> Sequence[Call]:
+        return [functools.partial(layer, case.x, case.ids, case.weights) for layer in self._layers]
+
+    def facts(self, case: Case) -> dict[str, Any]:
+        layer = self._layers[0]
+        decision = layer.decision(case.num_tokens)
+        if decision is None:
+            return {"backend": layer.runners[0].backend, "tactic": None, "status": "default"}
+        return {
+            "backend": decision.runner.backend,
+            "tactic": str(decision.tactic),
+            "status": decision.status,
+            "bucket": decision.bucket,
+        }
+
+
+def moestro_contenders(
+    sources: Sequence[LayerSource],
+    formats: Sequence[str],
+    backends: Sequence[str],
+    max_num_tokens: int,
+    tuner: AutoTuner | None = None,
+) -> Iterator[tuple[Contender | str, str]]:
+    """Ours per format and backend: (contender, ""), or (its name, why it cannot take part), one by one."""
+    for format in formats:
+        for backend in backends:
+            name = f"moestro {format}" if len(backends) == 1 else f"moestro {format} {backend}"
+            try:
+                yield MoestroLayers(sources, format, backend, max_num_tokens, name, tuner), ""
+            except BackendError as error:
+                yield name, str(error)

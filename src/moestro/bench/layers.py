@@ -7,9 +7,13 @@ gets, all get.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -22,6 +26,8 @@ if TYPE_CHECKING:
     from moestro.moe.weights import ExpertWeights
 
 __all__ = ["Case", "LayerSource", "activation_of", "make_case"]
+
+T = TypeVar("T")
 
 GPT_OSS_SWIGLU = SwiGLU(alpha=1.702, limit=7.0, up_shift=1.0)
 
@@ -68,8 +74,11 @@ class LayerSource:
         rows, hidden, inter = shape.gate_up_rows, shape.hidden_size, shape.intermediate_size
         gate_up = torch.empty(shape.num_local_experts, rows, hidden, dtype=self.dtype, device=self.device)
         down = torch.empty(shape.num_local_experts, hidden, inter, dtype=self.dtype, device=self.device)
-        for index in range(shape.num_local_experts):
+
+        def fill(index: int) -> None:
             gate_up[index], down[index] = self.expert(index)
+
+        self._for_experts(fill)
         return gate_up, down
 
     @cached_property
@@ -86,6 +95,21 @@ class LayerSource:
         )
         return first, second
 
+    def _for_experts(self, make: Callable[[int], T]) -> list[T]:
+        """make(index) for every local expert, in order; on a CPU each expert in one thread.
+
+        torch's own threads within an expert cost more in waiting than they save, above all on a busy machine.
+        """
+        indices = range(self.shape.num_local_experts)
+        if self.device != "cpu":
+            return [make(index) for index in indices]
+        with ThreadPoolExecutor(
+            torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)
+        ) as pool:
+            made = list(pool.map(make, indices))
+        _return_memory()
+        return made
+
     def weights(self, format: str) -> ExpertWeights:
         """The layer in a number format.
 
@@ -97,13 +121,15 @@ class LayerSource:
         if format == "bf16":
             gate_up, down = (kind.quantize(part) for part in self.dense)
         else:
-            have_dense = "dense" in self.__dict__
-            pieces = []
-            for index in range(self.shape.num_local_experts):
-                pair = (self.dense[0][index], self.dense[1][index]) if have_dense else self.expert(index)
-                pieces.append((kind.quantize(pair[0]), kind.quantize(pair[1])))
+            pieces = self._for_experts(lambda index: tuple(map(kind.quantize, self.expert(index))))
             gate_up, down = (kind.stack([piece[side] for piece in pieces]) for side in (0, 1))
         return ExpertWeights(gate_up, down, *self.biases)
+
+
+def _return_memory() -> None:
+    """Hand freed memory back: glibc keeps 0.2 to 0.5 GB of the threads' temporaries otherwise (measured)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def make_case(

@@ -165,5 +165,4 @@ def from_sizes(text: str, activation: str = "silu") -> MoeShape:
     experts, top_k, hidden, intermediate = sizes
     if top_k > experts:
         raise ModelError(f"sizes: top_k = {top_k} is more than the {experts} experts in {text!r}")
-    name = f"E{experts}K{top_k}H{hidden}I{intermediate}"
-    return MoeShape(name, hidden, intermediate, experts, top_k, activation=activation)
+    return MoeShape("custom", hidden, intermediate, experts, top_k, activation=activation)

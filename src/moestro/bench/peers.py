@@ -20,7 +20,14 @@ from moestro.bench.contenders import Call, Contender
 from moestro.bench.layers import GPT_OSS_SWIGLU, Case, LayerSource
 from moestro.bench.models import MoeShape
 
-__all__ = ["IMPLEMENTATIONS", "TransformersExperts", "transformers_missing", "transformers_peers"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "TransformersExperts",
+    "experts_module",
+    "peer_names",
+    "transformers_missing",
+    "transformers_peers",
+]
 
 NO_SENTINEL = ("swiglu_oai", "relu2")  # GptOssExperts and NemotronHExperts index by the sentinel id
 
@@ -167,3 +174,8 @@ def transformers_peers(
     """
     modules = [experts_module(source) for source in sources]
     return [TransformersExperts(name, modules, sources[0].shape, memory) for name in names]
+
+
+def peer_names(device: str) -> tuple[str, ...]:
+    """Every peer that can be asked for on a device."""
+    return IMPLEMENTATIONS

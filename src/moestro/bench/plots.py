@@ -49,9 +49,15 @@ def ratio(result: BenchResult) -> str:
     with _figure("Speed against the fastest peer", "× (2 = twice as fast)") as (figure, axes):
         axes.axhline(1.0, color="#111827", linewidth=1.0, linestyle=(0, (4, 3)))
         axes.annotate(
-            "fastest peer", (0.995, 1.0), xycoords=("axes fraction", "data"), xytext=(0, 4),
-            textcoords="offset points", ha="right", fontsize=8.5, color="#374151",
-        )  # fmt: skip
+            "fastest peer",
+            (0.995, 1.0),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 4),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8.5,
+            color="#374151",
+        )
         for contender, style in _styles(result):
             rows = [row for row in _rows(result, contender) if row.ratio_to_best_peer is not None]
             if not rows or not rows[0].ours:
@@ -60,9 +66,14 @@ def ratio(result: BenchResult) -> str:
             axes.plot(ns, ratios, label=contender, **style)
             for tokens, value in zip(ns, ratios, strict=True):
                 axes.annotate(
-                    f"{value:.2g}" if value < 10 else f"{value:.0f}", (tokens, value), xytext=(0, 7),
-                    textcoords="offset points", ha="center", fontsize=8, color=style["color"],
-                )  # fmt: skip
+                    f"{value:.2g}" if value < 10 else f"{value:.0f}",
+                    (tokens, value),
+                    xytext=(0, 7),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=8,
+                    color=style["color"],
+                )
         low, high = axes.get_ylim()
         axes.set_ylim(min(0.0, low), high * 1.06)
         _tokens_axis(axes, result)
@@ -132,15 +143,26 @@ def _styles(result: BenchResult) -> Iterator[tuple[str, dict[str, Any]]]:
     ours = {row.contender for row in result.rows if row.ours}
     peers = [name for name in result.contenders if name not in ours]
     for index, name in enumerate(peers):
-        yield name, {
-            "color": PEERS[index % len(PEERS)], "marker": PEER_MARKERS[index % len(PEER_MARKERS)],
-            "linewidth": 1.4, "markersize": 5, "linestyle": "--",
-        }  # fmt: skip
+        yield (
+            name,
+            {
+                "color": PEERS[index % len(PEERS)],
+                "marker": PEER_MARKERS[index % len(PEER_MARKERS)],
+                "linewidth": 1.4,
+                "markersize": 5,
+                "linestyle": "--",
+            },
+        )
     for index, name in enumerate(name for name in result.contenders if name in ours):
-        yield name, {
-            "color": OURS[index % len(OURS)], "marker": OUR_MARKERS[index % len(OUR_MARKERS)],
-            "linewidth": 2.2, "markersize": 5.5,
-        }  # fmt: skip
+        yield (
+            name,
+            {
+                "color": OURS[index % len(OURS)],
+                "marker": OUR_MARKERS[index % len(OUR_MARKERS)],
+                "linewidth": 2.2,
+                "markersize": 5.5,
+            },
+        )
 
 
 @contextmanager
@@ -149,16 +171,33 @@ def _figure(title: str, subtitle: str, size: tuple[float, float] = (7.2, 4.1)) -
     from matplotlib.figure import Figure
 
     style = {
-        "svg.hashsalt": title, "font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
-        "axes.edgecolor": "#9ca3af", "axes.grid": True, "grid.color": "#e5e7eb", "grid.linewidth": 0.8,
-        "axes.axisbelow": True, "xtick.color": "#374151", "ytick.color": "#374151",
-    }  # fmt: skip
+        "svg.hashsalt": title,
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": "#9ca3af",
+        "axes.grid": True,
+        "grid.color": "#e5e7eb",
+        "grid.linewidth": 0.8,
+        "axes.axisbelow": True,
+        "xtick.color": "#374151",
+        "ytick.color": "#374151",
+    }
     with rc_context(style):
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
         axes.set_title(title, loc="left", fontsize=12.5, fontweight="bold", color="#111827", pad=24)
-        axes.text(0, 1, subtitle, transform=axes.transAxes, fontsize=9, color="#6b7280", va="bottom",
-                  ha="left", clip_on=False).set_position((0, 1.025))  # fmt: skip
+        axes.text(
+            0,
+            1,
+            subtitle,
+            transform=axes.transAxes,
+            fontsize=9,
+            color="#6b7280",
+            va="bottom",
+            ha="left",
+            clip_on=False,
+        ).set_position((0, 1.025))
         yield figure, axes
 
 

@@ -14,13 +14,23 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from moestro.bench import machine
 from moestro.errors import MoestroError
 
-__all__ = ["SCHEMA", "BenchResult", "Row", "command_line", "cpu_name", "environment", "now", "read", "write"]
+__all__ = [
+    "SCHEMA",
+    "BenchResult",
+    "Row",
+    "command_line",
+    "environment",
+    "now",
+    "read",
+    "write",
+    "write_json",
+]
 
 SCHEMA = "moestro.bench/1"
 
@@ -80,9 +90,14 @@ class BenchResult:
 
 def write(result: BenchResult, path: Path) -> None:
     """Write the JSON file, making its folder. Raises MoestroError if it cannot be written."""
+    write_json(path, {"schema": SCHEMA, **asdict(result)})
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write an object as JSON, making the folder. Raises MoestroError if it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"schema": SCHEMA, **asdict(result)}, indent=1) + "\n")
+        path.write_text(json.dumps(data, indent=1) + "\n")
     except OSError as error:
         raise MoestroError(f"json: cannot write {path}: {error.strerror or error}") from error
 
@@ -115,39 +130,23 @@ def command_line(argv: Sequence[str] | None = None) -> str:
     return shlex.join(["moestro", *arguments])
 
 
-def cpu_name() -> str:
-    """The processor's name as the system gives it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def environment(device: str) -> dict[str, Any]:
     """Device, versions and threads: what the figures of a run depend on."""
     import torch
 
     found: dict[str, Any] = {
         "device": device,
-        "device_name": cpu_name(),
+        "device_name": machine.cpu().name,
+        "cpu_features": list(machine.cpu().features),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "python": platform.python_version(),
     }
     for package in ("moestro", "torch", "triton", "transformers"):
-        found[package] = _version(package)
+        found[package] = machine.version(package)
     if device.startswith("cuda"):
         found["device_name"] = torch.cuda.get_device_name(device)
         found["capability"] = ".".join(map(str, torch.cuda.get_device_capability(device)))
         found["cuda"] = torch.version.cuda
+        found["driver"] = machine.driver()
     return found

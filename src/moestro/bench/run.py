@@ -1,0 +1,209 @@
+"""One run of the bench: build the contenders, measure every case, gather the rows.
+
+The order bounds the memory: quantised formats first, expert by expert, with nothing dense about; then the
+dense weights, which the peers and Moestro's bf16 are made of. Without these two no dense layer is ever
+made.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moestro.bench import results, roofline
+from moestro.bench.contenders import Contender, moestro_contenders
+from moestro.bench.layers import Case, LayerSource, make_case
+from moestro.bench.measure import Measured, Outcome, Plan, Timer, measure_case, quartiles
+from moestro.bench.models import MoeShape
+from moestro.bench.peers import IMPLEMENTATIONS, transformers_missing, transformers_peers
+from moestro.bench.progress import Listener
+from moestro.bench.results import BenchResult, Row
+from moestro.errors import MoestroError
+from moestro.routing import Distribution
+from moestro.tuning import AutoTuner
+from moestro.tuning.store import default_root
+
+__all__ = ["BenchSpec", "build", "run"]
+
+
+@dataclass(frozen=True)
+class BenchSpec:
+    """What to measure."""
+
+    shape: MoeShape
+    tokens: tuple[int, ...]
+    routing: Distribution
+    formats: tuple[str, ...] = ("bf16", "nvfp4")
+    backends: tuple[str, ...] = ("auto",)
+    peers: tuple[str, ...] = IMPLEMENTATIONS
+    device: str = "cpu"
+    layers: int = 1
+    seed: int = 0
+    store: Path | None = None  # of decisions; the user's if None. Nothing is tuned here.
+    peer_memory: int = 1 << 30  # bytes of weights that a peer may copy in one call
+    plan: Plan = field(default_factory=Plan)
+
+
+def build(spec: BenchSpec, listener: Listener) -> tuple[list[Contender], list[dict[str, Any]]]:
+    """The contenders, peers first, and those that cannot take part: {contender, reason}."""
+    sources = [
+        LayerSource(spec.shape, layer=index, seed=spec.seed, device=spec.device)
+        for index in range(spec.layers)
+    ]
+    tuner = AutoTuner(store=spec.store or default_root())
+    missing: list[dict[str, Any]] = []
+    listener.stage("making weights", len(spec.formats) + bool(spec.peers))
+
+    def ours(format: str) -> list[Contender]:
+        listener.step(format)
+        made = list(moestro_contenders(sources, [format], spec.backends, max(spec.tokens), tuner))
+        missing.extend({"contender": who, "reason": why} for who, why in made if isinstance(who, str))
+        listener.done()
+        return [who for who, _ in made if not isinstance(who, str)]
+
+    by_format = {format: ours(format) for format in spec.formats if format != "bf16"}
+    peers: list[Contender] = []
+    if spec.peers:
+        listener.step("dense weights for the peers")
+        reason = transformers_missing()
+        if reason is None:
+            peers = transformers_peers(sources, spec.peers, spec.peer_memory)
+        else:
+            missing += [{"contender": f"transformers {name}", "reason": reason} for name in spec.peers]
+        listener.done()
+    if "bf16" in spec.formats:
+        by_format["bf16"] = ours("bf16")
+    return [*peers, *(who for format in spec.formats for who in by_format[format])], missing
+
+
+def run(
+    spec: BenchSpec,
+    timer_of: Callable[[Contender], Timer],
+    command: str,
+    listener: Listener | None = None,
+) -> BenchResult:
+    """Measure everything that `spec` names. KeyboardInterrupt ends it; the result holds what was measured."""
+    listener = listener or Listener()
+    listener.stage("measuring this machine's ceilings", 1)
+    ceilings = roofline.measure_ceilings(spec.device)
+    contenders, missing = build(spec, listener)
+    result = BenchResult(
+        command=command,
+        date=results.now(),
+        environment=results.environment(spec.device),
+        problem=spec.shape.to_json(),
+        conditions={
+            "routing": spec.routing.name,
+            "layers": spec.layers,
+            "seed": spec.seed,
+            **asdict(spec.plan),
+        },
+        ceilings=asdict(ceilings),
+        memory=_memory(spec.shape, contenders),
+        rows=[],
+        skipped=[{"tokens": None, **entry} for entry in missing],
+    )
+    return _measure(spec, contenders, ceilings, timer_of, result, listener)
+
+
+def _measure(
+    spec: BenchSpec,
+    contenders: Sequence[Contender],
+    ceilings: roofline.Ceilings,
+    timer_of: Callable[[Contender], Timer],
+    result: BenchResult,
+    listener: Listener,
+) -> BenchResult:
+    listener.stage("measuring", len(spec.tokens))
+    interrupted = False
+    for tokens in spec.tokens:
+        try:
+            case = make_case(spec.shape, tokens, spec.routing, seed=spec.seed + tokens, device=spec.device)
+        except KeyboardInterrupt:
+            interrupted = True
+            break
+        outcome = measure_case(
+            contenders, case, timer_of, spec.plan, functools.partial(_say, listener, tokens)
+        )
+        result.rows.extend(_rows(spec.shape, contenders, case, ceilings, outcome))
+        for reasons, entries in ((outcome.skipped, result.skipped), (outcome.failed, result.failed)):
+            entries.extend(
+                {"tokens": tokens, "contender": name, "reason": why} for name, why in reasons.items()
+            )
+        if outcome.interrupted:
+            interrupted = True
+            break
+        listener.done()
+    return BenchResult(**{**vars(result), "interrupted": interrupted})
+
+
+def _say(listener: Listener, tokens: int, text: str) -> None:
+    listener.step(f"N = {tokens}: {text}")
+
+
+def _rows(
+    shape: MoeShape,
+    contenders: Iterable[Contender],
+    case: Case,
+    ceilings: roofline.Ceilings,
+    outcome: Outcome,
+) -> list[Row]:
+    by_name = {contender.name: contender for contender in contenders}
+    peers = [m.median for m in outcome.measured if not by_name[m.contender].ours]
+    best = min(peers, default=None)
+    return [_row(shape, by_name[m.contender], case, ceilings, m, best) for m in outcome.measured]
+
+
+def _row(
+    shape: MoeShape,
+    contender: Contender,
+    case: Case,
+    ceilings: roofline.Ceilings,
+    measured: Measured,
+    best_peer: float | None,
+) -> Row:
+    work = roofline.count_work(shape, case, contender.nbytes)
+    low, high = quartiles(measured.seconds)
+    return Row(
+        tokens=case.num_tokens,
+        contender=contender.name,
+        ours=contender.ours,
+        format=contender.format,
+        median_s=measured.median,
+        low_s=low,
+        high_s=high,
+        samples=len(measured.seconds),
+        clock=measured.clock,
+        experts_hit=work.experts_hit,
+        tflops=work.flops / measured.median / 1e12,
+        weight_bytes_per_s=work.weight_bytes / measured.median,
+        roofline=ceilings.seconds(work) / measured.median,
+        ratio_to_best_peer=None if best_peer is None else best_peer / measured.median,
+        difference=measured.difference,
+        facts=contender.facts(case),
+    )
+
+
+def _memory(shape: MoeShape, contenders: Iterable[Contender]) -> list[dict[str, Any]]:
+    biases = shape.num_local_experts * (shape.gate_up_rows + shape.hidden_size) if shape.biases else 0
+    bf16 = 2 * (shape.num_weights + biases)
+    return [
+        {
+            "contender": contender.name,
+            "format": contender.format,
+            "bytes": contender.nbytes,
+            "ratio_to_bf16": contender.nbytes / bf16,
+        }
+        for contender in contenders
+    ]
+
+
+def check_measured(result: BenchResult) -> None:
+    """Raises MoestroError if a contender of ours failed, naming each."""
+    ours = [entry for entry in result.failed if entry["contender"].startswith("moestro")]
+    if ours:
+        lines = [f"{entry['contender']} at N = {entry['tokens']}: {entry['reason']}" for entry in ours]
+        raise MoestroError("\n".join(["moestro failed where it should have run:", *lines]))

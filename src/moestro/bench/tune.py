@@ -1,0 +1,233 @@
+"""Tuning a layer ahead of serving: behind `moestro tune`.
+
+One layer per format is made and tuned bucket by bucket, so that progress can be shown and an interruption
+loses no finished bucket; the crossover search between buckets comes last. Decisions depend on shapes, not
+on weights: further layers of the same model find them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moestro.bench import results
+from moestro.bench.contenders import make_layer
+from moestro.bench.layers import LayerSource, make_case
+from moestro.bench.models import MoeShape
+from moestro.bench.progress import Listener
+from moestro.errors import BackendError
+from moestro.moe.layer import FusedMoE
+from moestro.moe.operation import as_inputs
+from moestro.moe.tuning_config import OP, as_probes
+from moestro.routing import Distribution, Uniform
+from moestro.tuning import AutoTuner, Decision, Store
+from moestro.tuning.keys import static_key
+from moestro.tuning.store import Entry, default_root, folder_of
+
+__all__ = ["SCHEMA", "TuneResult", "TuneRow", "TuneSpec", "run"]
+
+SCHEMA = "moestro.tune/1"
+
+
+@dataclass(frozen=True)
+class TuneSpec:
+    """What to tune."""
+
+    shape: MoeShape
+    tokens: tuple[int, ...]
+    routings: tuple[Distribution, ...] = ()  # the layer's own probes if empty: uniform and Zipf(1.0)
+    formats: tuple[str, ...] = ("nvfp4",)
+    backends: tuple[str, ...] = ("auto",)
+    device: str = "cpu"
+    layers: int = 1
+    seed: int = 0
+    store: Path | None = None
+    budget_s: float | None = None  # of all tuning together
+    from_misses: bool = False
+
+    @property
+    def store_root(self) -> Path:
+        return self.store or default_root()
+
+
+@dataclass(frozen=True)
+class TuneRow:
+    """One decision."""
+
+    format: str
+    backend: str  # as asked for
+    tokens: int
+    bucket: int
+    runner: str  # backend that was chosen
+    tactic: str
+    status: str
+    gain: float | None  # default's time / chosen time: 1.2 is 20 % faster than without tuning
+    noise_floor: float
+    candidates: int
+    samples: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """One run of `moestro tune`."""
+
+    command: str
+    date: str
+    environment: dict[str, Any]
+    problem: dict[str, Any]
+    conditions: dict[str, Any]
+    store: str
+    rows: list[TuneRow]
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    open: list[dict[str, Any]] = field(default_factory=list)  # what the budget or Ctrl-C left undecided
+    seconds: float = 0.0
+    interrupted: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, **asdict(self)}
+
+
+def run(spec: TuneSpec, command: str, listener: Listener | None = None) -> TuneResult:
+    """Tune everything that `spec` names. KeyboardInterrupt ends it; the result and the store hold what is
+    decided.
+    """
+    listener = listener or Listener()
+    start = time.monotonic()
+    result = TuneResult(
+        command=command,
+        date=results.now(),
+        environment=results.environment(spec.device),
+        problem=spec.shape.to_json(),
+        conditions={
+            "routings": [r.name for r in spec.routings],
+            "layers": spec.layers,
+            "budget_s": spec.budget_s,
+        },
+        store=str(spec.store_root),
+        rows=[],
+    )
+    store = Store(spec.store_root)
+    with contextlib.ExitStack() as stack:
+        tuner = AutoTuner(store=store)
+        # One context around everything: the budget is that of the whole run.
+        stack.enter_context(tuner.autotune(True, budget_s=spec.budget_s))
+        try:
+            for format in spec.formats:
+                for backend in spec.backends:
+                    _tune_format(spec, format, backend, tuner, result, listener)
+        except KeyboardInterrupt:
+            result = TuneResult(**{**vars(result), "interrupted": True})
+    return TuneResult(**{**vars(result), "seconds": time.monotonic() - start})
+
+
+def _tune_format(
+    spec: TuneSpec, format: str, backend: str, tuner: AutoTuner, result: TuneResult, listener: Listener
+) -> None:
+    for index in range(spec.layers):
+        name = f"{format} layer" if spec.layers == 1 else f"{format} layer {index + 1}"
+        listener.stage(f"making the {name}", 1)
+        source = LayerSource(spec.shape, layer=index, seed=spec.seed, device=spec.device)
+        try:
+            layer = make_layer(source, format, backend, _most(spec), tuner=tuner)
+        except BackendError as error:
+            result.skipped.append({"format": format, "backend": backend, "reason": str(error)})
+            return
+        misses = _misses(spec, layer) if spec.from_misses else {}
+        tokens = sorted(misses) if spec.from_misses else list(spec.tokens)
+        if not tokens:
+            reason = f"the store {spec.store_root} has no misses of this layer"
+            result.skipped.append({"format": format, "backend": backend, "reason": reason})
+            return
+        with _shown(layer, format, backend, tokens, result, first=index == 0):
+            _tune_layer(layer, spec, tokens, tuner, listener, f"tuning the {name}")
+        for size, entries in misses.items():
+            if layer.decision(size) is not None:
+                for entry in entries:
+                    entry.path.unlink(missing_ok=True)
+
+
+def _most(spec: TuneSpec) -> int:
+    """max_num_tokens of the layer: everything that may be tuned."""
+    if not spec.from_misses:
+        return max(spec.tokens)
+    sizes = [
+        size for entry in Store(spec.store_root).entries(("miss",)) for size in entry.data.get("sizes", [])
+    ]
+    return max([1, *map(int, sizes)])
+
+
+def _tune_layer(
+    layer: FusedMoE, spec: TuneSpec, tokens: Sequence[int], tuner: AutoTuner, listener: Listener, title: str
+) -> None:
+    """Bucket by bucket, the largest first (it covers the smaller ones); then the crossovers between them."""
+    probes = as_probes(layer.runners[0].problem, spec.routings) if spec.routings else None
+    listener.stage(title, len(tokens) + 1)
+    order = [tokens[-1], *tokens[:-1]]
+    for size in order:
+        listener.step(f"N = {size}")
+        with tuner.autotune(True, tuning_buckets=(size,), round_up=True, probes=probes, crossover=False):
+            tuner.choose_one(OP, layer.runners, layer.tuning_config, _inputs(spec, size))
+        listener.done()
+    listener.step("where winners change")
+    with tuner.autotune(True, tuning_buckets=tokens, round_up=True, probes=probes, crossover=True):
+        tuner.choose_one(OP, layer.runners, layer.tuning_config, _inputs(spec, tokens[-1]))
+    listener.done()
+
+
+@contextlib.contextmanager
+def _shown(
+    layer: FusedMoE, format: str, backend: str, tokens: Sequence[int], result: TuneResult, first: bool
+) -> Iterator[None]:
+    """Whatever happens inside, what is decided when it ends goes into the result (once per format)."""
+    try:
+        yield
+    finally:
+        for size in tokens if first else ():
+            decision = layer.decision(size)
+            if decision is None or decision.status == "extrapolated":
+                result.open.append({"format": format, "backend": backend, "tokens": size})
+            else:
+                result.rows.append(_row(format, backend, size, decision))
+
+
+def _inputs(spec: TuneSpec, num_tokens: int) -> list[torch.Tensor]:
+    case = make_case(spec.shape, num_tokens, Uniform(), seed=spec.seed, device=spec.device)
+    return as_inputs(case.x, case.ids, case.weights, torch.empty_like(case.x))
+
+
+def _row(format: str, backend: str, tokens: int, decision: Decision) -> TuneRow:
+    evidence = decision.evidence
+    chosen = evidence.of(decision.record.runner, decision.tactic)
+    gain = 1 / chosen.ratio if chosen is not None and chosen.ratio else None
+    return TuneRow(
+        format=format,
+        backend=backend,
+        tokens=tokens,
+        bucket=decision.bucket if isinstance(decision.bucket, int) else decision.bucket[0],
+        runner=decision.runner.backend,
+        tactic=str(decision.tactic),
+        status=decision.status,
+        gain=gain,
+        noise_floor=evidence.noise_floor,
+        candidates=len(evidence.candidates),
+        samples=evidence.samples,
+        seconds=evidence.seconds,
+    )
+
+
+def _misses(spec: TuneSpec, layer: FusedMoE) -> dict[int, list[Entry]]:
+    """Sizes of this layer's miss log, with their files."""
+    key = static_key(OP, layer.runners, layer.tuning_config, _inputs(spec, 1), {})
+    folder = folder_of(key)
+    found: dict[int, list[Entry]] = {}
+    for entry in Store(spec.store_root).entries(("miss",)):
+        if entry.path.parent.name == folder:
+            found.setdefault(int(entry.data["sizes"][0]), []).append(entry)
+    return found

@@ -1,0 +1,83 @@
+"""The command `moestro`: the app, how errors look, and the exit statuses.
+
+0: done. 1: a failure of ours (one message; --debug shows the traceback). 2: wrong usage. 130: interrupted,
+with what was measured kept. Commands live beside this file and import torch only when they run.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from moestro.cli import bench, doctor, report, tune
+from moestro.cli.console import errors
+from moestro.errors import MoestroError
+
+__all__ = ["app", "main"]
+
+ORDER = ("doctor", "tune", "bench", "explain", "cache", "report")  # as --help lists them: the order of use
+
+
+class MoestroGroup(TyperGroup):
+    """Shows our errors as one message; takes --debug anywhere on the line."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.obj = {"debug": "--debug" in args}
+        return super().parse_args(ctx, [arg for arg in args if arg != "--debug"])
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        known = super().list_commands(ctx)
+        return [name for name in ORDER if name in known] + [name for name in known if name not in ORDER]
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MoestroError as error:
+            if ctx.obj["debug"]:
+                raise
+            errors.print(f"[bold red]error:[/] {type(error).__name__}", highlight=False)
+            errors.print(str(error), markup=False, highlight=False)
+            errors.print("[dim]--debug shows where it happened[/]", highlight=False)
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    cls=MoestroGroup,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+    help="Fused Mixture-of-Experts layers, and the autotuner that keeps them fast.",
+    epilog="Start with [bold]moestro doctor[/], then [bold]moestro bench --model qwen3-30b-a3b[/].",
+)
+app.command("tune", epilog=tune.EXAMPLES)(tune.tune)
+app.add_typer(bench.app, name="bench")
+app.command("doctor")(doctor.doctor)
+app.command("report")(report.report)
+
+
+def _version(value: bool) -> None:
+    if value:
+        from importlib import metadata
+
+        typer.echo(f"moestro {metadata.version('moestro')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error; may stand anywhere on the line.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """The entry point of the console script."""
+    app()

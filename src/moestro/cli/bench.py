@@ -1,0 +1,211 @@
+"""`moestro bench`: measure Moestro beside what people use today; `parity` repeats whole runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moestro.cli import options as opt
+from moestro.cli.console import ProgressListener, errors, output, progress, quiet
+
+__all__ = ["app"]
+
+EXAMPLES = """
+[bold]Examples[/]
+
+[cyan]moestro bench --model qwen3-30b-a3b[/]
+  bf16 and NVFP4 beside Transformers, 1 to 1024 tokens
+
+[cyan]moestro bench --model deepseek-v3 --ep 8 --local-pairs --format nvfp4 --device cuda --tokens 1..16384[/]
+  the slice of one of eight ranks on a GPU
+
+[cyan]moestro bench --sizes 64,8,2048,1024 --routing zipf:1.2 --json out.json --report out.html[/]
+  a layer of your own, under skewed routing, with results to keep
+"""
+
+app = typer.Typer(
+    invoke_without_command=True,
+    help="Measure Moestro beside Transformers' experts (and GPU peers), in one run, alternating.\n\n"
+    "All contenders run the same weights and inputs from cold caches; ratios are against the fastest peer of "
+    "the same run. Decisions come from the store that [bold]moestro tune[/] fills.",
+    epilog=EXAMPLES,
+    rich_markup_mode="rich",
+)
+
+
+PeersOption = Annotated[
+    str,
+    typer.Option(
+        "--peers",
+        metavar="LIST",
+        help="all, none, or names: eager, batched_mm, grouped_mm (Transformers), and GPU peers.",
+    ),
+]
+PeerMemoryOption = Annotated[
+    float,
+    typer.Option(
+        "--peer-memory", min=0.0, metavar="GIB", help="Weights that a peer may copy in one call (batched_mm)."
+    ),
+]
+SecondsOption = Annotated[
+    float, typer.Option("--seconds", min=0.0, help="Time per contender and number of tokens.")
+]
+RoundsOption = Annotated[int, typer.Option("--rounds", min=1, help="Alternating rounds at least.")]
+ReportOption = Annotated[
+    Path | None,
+    typer.Option("--report", metavar="FILE", rich_help_panel="Output", help="Write report.html with plots."),
+]
+
+
+@app.callback()
+def bench(
+    ctx: typer.Context,
+    model: opt.ModelOption = None,
+    sizes: opt.SizesOption = None,
+    format: opt.FormatOption = None,
+    backend: opt.BackendOption = None,
+    device: opt.DeviceOption = None,
+    tokens: opt.TokensOption = "1..1024",
+    routing: opt.RoutingOption = "uniform",
+    layers: opt.LayersOption = 1,
+    ep: opt.EpOption = 1,
+    local_pairs: opt.LocalPairsOption = False,
+    seed: opt.SeedOption = 0,
+    peers: PeersOption = "all",
+    peer_memory: PeerMemoryOption = 1.0,
+    seconds: SecondsOption = 1.0,
+    rounds: RoundsOption = 7,
+    store: opt.StoreOption = None,
+    json_file: opt.JsonOption = None,
+    report: ReportOption = None,
+) -> None:
+    if ctx.invoked_subcommand is not None:
+        return
+    shape = opt.parse_shape(model, sizes, ep, local_pairs)
+    chosen_tokens = opt.parse_tokens(tokens)
+    from moestro.bench import run as runs
+    from moestro.bench.measure import Plan
+
+    if report is not None:
+        _check_report()
+    where = opt.parse_device(device)
+    spec = runs.BenchSpec(
+        shape=shape,
+        tokens=tuple(chosen_tokens),
+        routing=opt.parse_routing(routing),
+        formats=tuple(opt.parse_formats(format, ("bf16", "nvfp4"))),
+        backends=tuple(opt.parse_backends(backend)),
+        peers=_parse_peers(peers, where),
+        device=where,
+        layers=layers,
+        seed=seed,
+        store=store,
+        peer_memory=round(peer_memory * 2**30),
+        plan=Plan(min_rounds=rounds, max_rounds=max(rounds, 101), seconds=seconds),
+    )
+    result = _run(spec)
+    _deliver(result, json_file, report, store)
+
+
+def _run(spec: Any) -> Any:
+    from moestro.bench import results, timing
+    from moestro.bench import run as runs
+
+    with progress() as bar, quiet():
+        return runs.run(spec, timing.timer_for(spec.device), results.command_line(), ProgressListener(bar))
+
+
+def _deliver(result: Any, json_file: Path | None, report: Path | None, store: Path | None) -> None:
+    from moestro.bench import results
+    from moestro.bench import run as runs
+    from moestro.cli.tables import bench_view
+
+    output.print(bench_view(result))
+    if json_file is not None:
+        results.write(result, json_file)
+        errors.print(f"[dim]results: {json_file}[/]")
+    if report is not None and result.rows:
+        from moestro.bench.report import write_report
+
+        write_report(report, [result], store)
+        errors.print(f"[dim]report: {report}[/]")
+    if result.interrupted:
+        raise typer.Exit(130)
+    runs.check_measured(result)
+
+
+def _parse_peers(text: str, device: str) -> tuple[str, ...]:
+    from moestro.bench.peers import peer_names
+    from moestro.errors import BackendError, unknown_name
+
+    known = peer_names(device)
+    if text in ("all", "none"):
+        return known if text == "all" else ()
+    chosen = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    with opt.usage("--peers"):
+        for name in chosen:
+            if name not in known:
+                raise BackendError(unknown_name("peer", name, {"all", "none", *known}))
+    return chosen
+
+
+def _check_report() -> None:
+    from moestro.bench import plots
+    from moestro.errors import MoestroError
+
+    if (reason := plots.why_not()) is not None:
+        raise MoestroError(f"report: {reason}")
+
+
+@app.command(
+    "parity",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="[bold]Example[/]\n\n[cyan]moestro bench parity --model deepseek-v3 --device cuda --format nvfp4 "
+    "--ep 8 --ep 16 --runs 3 --tokens 1024..16384[/]",
+)
+def parity(
+    ctx: typer.Context,
+    runs: Annotated[int, typer.Option("--runs", min=2, help="Whole runs, each a process of its own.")] = 3,
+    ep: Annotated[list[int] | None, typer.Option("--ep", min=1, help="Repeat for several.")] = None,
+    against: Annotated[
+        str | None,
+        typer.Option("--against", metavar="PEER", help="A peer's name; default: the fastest of each run."),
+    ] = None,
+    keep: Annotated[Path | None, typer.Option("--keep", metavar="DIR", help="Keep every run's JSON.")] = None,
+    json_file: opt.JsonOption = None,
+) -> None:
+    """Repeat whole runs and print how far Moestro is from a peer: Δ% per N and EP, mean and spread.
+
+    Every other option is handed to `moestro bench`.
+    """
+    from moestro.bench import parity as runs_of
+    from moestro.cli.tables import parity_view
+
+    eps = ep or [1]
+    with progress() as bar:
+        task = bar.add_task("runs", total=runs * len(eps))
+
+        def on_run(ranks: int, run: int) -> None:
+            bar.update(
+                task, completed=run * len(eps) + eps.index(ranks), description=f"EP{ranks}, run {run + 1}"
+            )
+
+        done = runs_of.repeat(ctx.args, runs, eps, on_run, keep)
+    found = runs_of.deltas(done, against)
+    if not found:
+        raise _nothing_to_compare(against)
+    output.print(parity_view(found, done))
+    if json_file is not None:
+        runs_of.write(json_file, found, done)
+        errors.print(f"[dim]results: {json_file}[/]")
+    if len(done) < runs * len(eps):
+        raise typer.Exit(130)
+
+
+def _nothing_to_compare(against: str | None) -> Exception:
+    from moestro.errors import MoestroError
+
+    wanted = "no peer" if against is None else f"no peer {against!r}"
+    return MoestroError(f"parity: {wanted} was measured beside moestro, so there is nothing to compare")

@@ -1,0 +1,83 @@
+"""The terminal: one console for output, one for errors, and progress that vanishes when it is done."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from moestro.bench.progress import Listener
+from moestro.errors import TuningWarning
+
+__all__ = ["ProgressListener", "bytes_text", "errors", "output", "progress", "quiet", "seconds_text"]
+
+output = Console()
+errors = Console(stderr=True)
+
+
+def progress() -> Progress:
+    """A progress bar on stderr, so that output can be piped."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=errors,
+        transient=True,
+    )
+
+
+def seconds_text(seconds: float) -> str:
+    """Three significant digits in the unit that fits: 63.2 µs, 1.52 ms, 2.00 s."""
+    for unit, scale in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
+        value = seconds * scale
+        if value >= 1 or unit == "µs":
+            return f"{value:.{max(0, 2 - max(0, len(str(int(value))) - 1))}f} {unit}"
+    raise AssertionError("unreachable")
+
+
+def bytes_text(count: float) -> str:
+    """Binary units with three significant digits or so: 324 MiB, 1.13 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1000 or unit == "GiB":
+            return f"{count:.0f} {unit}" if count >= 100 or unit == "B" else f"{count:.3g} {unit}"
+        count /= 1024
+    raise AssertionError("unreachable")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without TuningWarning: results say for each row whether its decision was measured, and where."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TuningWarning)
+        yield
+
+
+class ProgressListener(Listener):
+    """Draws a run's stages as one progress bar."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar = bar
+        self._task = bar.add_task("starting", total=None)
+        self._title = ""
+
+    def stage(self, text: str, total: int) -> None:
+        self._title = text
+        self._bar.reset(self._task, total=total, description=text)
+
+    def step(self, text: str) -> None:
+        self._bar.update(self._task, description=f"{self._title} [dim]{text}[/]")
+
+    def done(self) -> None:
+        self._bar.advance(self._task)

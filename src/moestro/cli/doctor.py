@@ -1,0 +1,102 @@
+"""`moestro doctor`: what this machine has, and which backends will run which formats, or why not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from moestro.cli.console import bytes_text, output
+
+__all__ = ["doctor"]
+
+
+def doctor(
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write the findings as JSON; - for the terminal."),
+    ] = None,
+) -> None:
+    """What this machine has, and which backends will run: with the reason for each that won't.
+
+    Exit status 0 as long as one backend runs NVFP4 and bf16 on some device.
+    """
+    from moestro.bench import checkup
+
+    found = checkup.examine()
+    if json_file is not None and str(json_file) == "-":
+        typer.echo(json.dumps(found, indent=1))
+    else:
+        _show(found)
+        if json_file is not None:
+            json_file.write_text(json.dumps(found, indent=1) + "\n")
+    if not any(entry["runs"] for entry in found["backends"]):
+        raise typer.Exit(1)
+
+
+def _show(found: dict[str, Any]) -> None:
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in _machine_lines(found):
+        table.add_row(name, text)
+    output.print(table)
+    output.print()
+    backends = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for title in ("device", "backend", "formats", "runs"):
+        backends.add_column(title, overflow="fold")
+    for (device, backend, verdict), names in _grouped(found["backends"]).items():
+        runs = verdict is None
+        said = Text("yes", style="green") if runs else Text(f"no: {verdict}", style="yellow")
+        backends.add_row(device, backend, " ".join(names), said)
+    output.print(backends)
+    chosen = [
+        f"{e['format']} on {e['device']}: {e['backend']}" for e in found["backends"] if e["first_choice"]
+    ]
+    if chosen:
+        output.print(Text(f"backend='auto' takes  {',  '.join(chosen)}", style="dim"))
+
+
+def _grouped(entries: list[dict[str, Any]]) -> dict[tuple[str, str, str | None], list[str]]:
+    """(device, backend, why not) -> formats; a reason that all backends of a device share is said once."""
+    groups: dict[tuple[str, str, str | None], list[str]] = {}
+    for device in dict.fromkeys(entry["device"] for entry in entries):
+        here = [entry for entry in entries if entry["device"] == device]
+        reasons = {entry["why_not"] for entry in here}
+        if len(reasons) == 1 and reasons != {None}:
+            groups[device, "all", reasons.pop()] = ["all"]
+            continue
+        for entry in here:
+            groups.setdefault((device, entry["backend"], entry["why_not"]), []).append(entry["format"])
+    return groups
+
+
+def _machine_lines(found: dict[str, Any]) -> list[tuple[str, str]]:
+    cpu, memory, software = found["cpu"], found["memory"], found["software"]
+    cache = f", {bytes_text(cpu['cache_bytes'])} last-level cache" if cpu["cache_bytes"] else ""
+    lines = [
+        ("processor", f"{cpu['name']}, {cpu['cores']} cores for this process{cache}"),
+        ("features", ", ".join(cpu["features"]) or "none that the kernels use"),
+    ]
+    if memory:
+        lines.append(
+            ("memory", f"{bytes_text(memory['total'])}, {bytes_text(memory['available'])} available")
+        )
+    if isinstance(found["gpus"], str):
+        lines.append(("GPU", f"none: {found['gpus']}"))
+    for gpu in found["gpus"] if not isinstance(found["gpus"], str) else []:
+        lines.append(
+            (
+                f"GPU {gpu['index']}",
+                f"{gpu['name']}, sm_{gpu['capability'].replace('.', '')}, {bytes_text(gpu['memory'])}",
+            )
+        )
+    lines.append(("driver", software.pop("driver", None) or "none"))
+    for name, value in software.items():
+        lines.append((name, value or "not installed"))
+    lines.append(("store", f"{found['store']['path']} ({found['store']['decisions']} decisions)"))
+    return lines

@@ -1,0 +1,230 @@
+"""Bench results on a terminal: one row per number of tokens, one column group per contender."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from moestro.bench.parity import Delta
+from moestro.bench.results import BenchResult, Row
+from moestro.bench.tune import TuneResult
+from moestro.cli.console import bytes_text, seconds_text
+
+__all__ = ["bench_view", "heading", "parity_view", "tune_view"]
+
+NOISY = 0.1  # a median spread above this says more of the machine than of the contenders
+
+
+def heading(result: BenchResult) -> Text:
+    """What was measured, where, and the ceilings."""
+    problem, where, ceilings = result.problem, result.environment, result.ceilings
+    ranks = f" · EP{problem['ep']}" if problem["ep"] > 1 else ""
+    sizes = "E{num_experts} K{top_k} H{hidden_size} I{intermediate_size}".format(**problem)
+    layers = f" · {result.conditions['layers']} layers" if result.conditions["layers"] > 1 else ""
+    text = Text()
+    text.append(problem["name"], style="bold")
+    text.append(f"  {sizes}{ranks}{layers} · routing {result.conditions['routing']}\n")
+    text.append(
+        f"{where['device_name']}, {where['threads']} threads, torch {where['torch']} · "
+        f"memory {ceilings['bytes_per_s'] / 1e9:.1f} GB/s, {ceilings['dtype']} "
+        f"{ceilings['flops_per_s'] / 1e12:.3g} TFLOP/s\n",
+        style="dim",
+    )
+    return text
+
+
+def bench_view(result: BenchResult) -> RenderableType:
+    """The whole result: heading, times, memory, what was left out."""
+    parts: list[RenderableType] = [heading(result)]
+    if result.rows:
+        parts += [_times(result), _legend(result)]
+    if result.memory:
+        parts.append(_memory(result))
+    parts += _left_out(result)
+    if result.interrupted:
+        parts.append(Text("interrupted: what was measured is above", style="yellow"))
+    return Group(*parts)
+
+
+def _times(result: BenchResult) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("\nN", justify="right")
+    ours = {row.contender for row in result.rows if row.ours}
+    scale, unit = _unit(result)
+    for name in result.contenders:
+        brand, _, kind = name.partition(" ")
+        if name in ours:
+            table.add_column(f"{brand}\n{kind} {unit}", justify="right")
+            table.add_column("×\npeer", justify="right")
+            table.add_column("roof\n%", justify="right")
+        else:
+            table.add_column(f"{kind or brand}\n{unit}", justify="right", style="dim")
+    for tokens in result.tokens:
+        cells = [Text(str(tokens), style="bold")]
+        rows = [result.row(name, tokens) for name in result.contenders]
+        best = min((row.median_s for row in rows if row and not row.ours), default=None)
+        for name, row in zip(result.contenders, rows, strict=True):
+            cells += _cells(row, best, name in ours, scale)
+        table.add_row(*cells)
+    return table
+
+
+def _unit(result: BenchResult) -> tuple[float, str]:
+    """One unit for the whole table, so that its columns can be compared at a glance."""
+    return (1e3, "ms") if max(row.median_s for row in result.rows) >= 5e-3 else (1e6, "µs")
+
+
+def _cells(row: Row | None, best_peer: float | None, ours: bool, scale: float) -> list[Text]:
+    if row is None:
+        return [Text("–", style="dim")] * (3 if ours else 1)
+    time = Text(_digits(row.median_s * scale), style="bold not dim" if row.median_s == best_peer else "")
+    time.append(f" ±{min(99, 100 * _spread(row)):.0f}%", style="dim not bold")
+    if not ours:
+        return [time]
+    if row.ratio_to_best_peer is None:
+        ratio = Text("–", style="dim")
+    else:
+        color = (
+            "green" if row.ratio_to_best_peer >= 1 else "yellow" if row.ratio_to_best_peer >= 0.95 else "red"
+        )
+        ratio = Text(f"{row.ratio_to_best_peer:.2f}", style=f"bold {color}")
+    return [time, ratio, Text(f"{100 * row.roofline:.0f}")]
+
+
+def _spread(row: Row) -> float:
+    """Half the distance between the quartiles, relative to the median."""
+    return (row.high_s - row.low_s) / (2 * row.median_s)
+
+
+def _digits(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _legend(result: BenchResult) -> Text:
+    clocks = " / ".join(sorted({row.clock for row in result.rows}))
+    low, high = (f(row.samples for row in result.rows) for f in (min, max))
+    samples = f"{low}" if low == high else f"{low} to {high}"
+    peers = list(dict.fromkeys(f"{r.contender.split()[0]} {r.format}" for r in result.rows if not r.ours))
+    text = Text(
+        (f"Peers: {', '.join(peers)}; the fastest of each row is bold. " if peers else "")
+        + f"Medians of {samples} samples in alternating rounds ({clocks}), ± half the middle half. "
+        "× peer: speed against the fastest peer, 2.00 is twice as fast. "
+        "roof: % of what memory and matrix rate allow for the format's bytes.\n",
+        style="dim",
+    )
+    if statistics.median(_spread(row) for row in result.rows) > NOISY:
+        text.append(
+            "This machine was busy: the spreads are large. Measure again when it is quiet.\n", "yellow"
+        )
+    return text
+
+
+def _memory(result: BenchResult) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold")
+    table.add_column("weights of one layer")
+    table.add_column("bytes", justify="right")
+    table.add_column("× bf16", justify="right")
+    seen: set[tuple[str, int]] = set()
+    for entry in result.memory:
+        label = entry["contender"]
+        if not label.startswith("moestro"):
+            label = f"{label.split()[0]} {entry['format']}"
+        if (label, entry["bytes"]) not in seen:
+            seen.add((label, entry["bytes"]))
+            table.add_row(label, bytes_text(entry["bytes"]), f"{entry['ratio_to_bf16']:.3f}")
+    return table
+
+
+def _left_out(result: BenchResult) -> list[RenderableType]:
+    """Reasons for what is missing, the numbers of tokens with the same reason together."""
+    parts: list[RenderableType] = []
+    for entries, word, style in ((result.skipped, "not run", "dim"), (result.failed, "failed", "red")):
+        grouped: dict[tuple[str, str], list[int]] = {}
+        for entry in entries:
+            reason = entry["reason"]
+            key = (entry["contender"], _without_numbers(reason))
+            grouped.setdefault(key, [])
+            if entry["tokens"] is not None:
+                grouped[key].append(entry["tokens"])
+        first = {(e["contender"], _without_numbers(e["reason"])): e["reason"] for e in reversed(entries)}
+        for (contender, kind), tokens in grouped.items():
+            where = f" at N = {', '.join(map(str, tokens))}" if tokens else ""
+            parts.append(Text(f"{contender} {word}{where}: {first[contender, kind]}", style=style))
+    return [Text(""), *parts] if parts else []
+
+
+def _without_numbers(reason: str) -> str:
+    return "".join(char for char in reason if not char.isdigit() and char != ".")
+
+
+def parity_view(found: Sequence[Delta], runs: Sequence[BenchResult]) -> RenderableType:
+    """Δ% per N and EP: mean, spread, and every run."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold")
+    for title in ("EP", "N", "Δ mean", "spread", "runs"):
+        table.add_column(title, justify="right")
+    table.add_column("contender")
+    table.add_column("against")
+    for delta in found:
+        color = "green" if delta.mean <= 0 else "red"
+        every = "  ".join(f"{value:+.1f}" for value in delta.percent)
+        table.add_row(
+            str(delta.ep),
+            str(delta.tokens),
+            Text(f"{delta.mean:+.1f}%", style=f"bold {color}"),
+            f"{delta.spread:.1f}",
+            Text(every, style="dim"),
+            delta.contender,
+            Text(delta.peer, style="dim"),
+        )
+    note = Text(
+        "Δ = our median / the peer's - 1 per run: negative is faster. Spread: points between runs.", "dim"
+    )
+    return Group(heading(runs[0]), table, note)
+
+
+def tune_view(result: TuneResult) -> RenderableType:
+    """What was decided, per format and number of tokens, and what tuning gained over the default."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold")
+    table.add_column("format")
+    table.add_column("N", justify="right")
+    for title in ("chosen", "× default"):
+        table.add_column(title, justify="right" if "×" in title else "left")
+    for title in ("noise", "candidates", "samples", "time"):
+        table.add_column(title, justify="right", style="dim")
+    for row in result.rows:
+        kept = row.tactic == "-1"
+        chosen = Text(f"{row.runner} {'default' if kept else row.tactic}")
+        if row.status != "measured":
+            chosen.append(f"  ({row.status})", style="yellow")
+        gain = Text("1 (kept)" if kept else "–" if row.gain is None else f"{row.gain:.2f}")
+        table.add_row(
+            row.format,
+            str(row.tokens),
+            chosen,
+            Text("–", style="dim") if row.gain is None and not kept else gain,
+            f"{100 * row.noise_floor:.1f}%",
+            str(row.candidates),
+            str(row.samples),
+            seconds_text(row.seconds),
+        )
+    problem, where = result.problem, result.environment
+    head = Text()
+    head.append(problem["name"], style="bold")
+    head.append("  E{num_experts} K{top_k} H{hidden_size} I{intermediate_size}".format(**problem))
+    head.append(f" · {where['device_name']}\n", style="dim")
+    parts: list[RenderableType] = [head, *([table] if result.rows else [])]
+    for entry in result.skipped:
+        parts.append(Text(f"{entry['format']} {entry['backend']}: {entry['reason']}", style="yellow"))
+    if result.open:
+        left = ", ".join(f"{entry['format']} N = {entry['tokens']}" for entry in result.open)
+        parts.append(Text(f"not decided: {left}; run again to go on from here", style="yellow"))
+    stopped = "interrupted after" if result.interrupted else "in"
+    parts.append(
+        Text(f"\n{len(result.rows)} decisions {stopped} {result.seconds:.0f} s, in {result.store}", "dim")
+    )
+    return Group(*parts)

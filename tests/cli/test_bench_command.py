@@ -1,0 +1,182 @@
+"""`moestro bench`: its table, its JSON, its exit statuses, and what Ctrl-C leaves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from cli_tools import QUICK, TINY, Run
+
+from moestro.bench import measure, results
+from moestro.bench.peers import IMPLEMENTATIONS, transformers_missing
+
+ROW_FIELDS = {
+    "tokens": int,
+    "contender": str,
+    "ours": bool,
+    "format": str,
+    "median_s": float,
+    "low_s": float,
+    "high_s": float,
+    "samples": int,
+    "clock": str,
+    "experts_hit": int,
+    "tflops": float,
+    "weight_bytes_per_s": float,
+    "roofline": float,
+    "facts": dict,
+}
+
+
+def test_measures_every_contender_at_every_size(run: Run) -> None:
+    done = run("bench", *TINY, *QUICK, "--tokens", "1,5", "--json", "out/o.json")
+    assert done.exit_code == 0, done.output
+    data = json.loads(Path("out/o.json").read_text())
+    assert data["schema"] == "moestro.bench/1"
+    peers = [] if transformers_missing() else [f"transformers {name}" for name in IMPLEMENTATIONS]
+    expected = {(n, name) for n in (1, 5) for name in [*peers, "moestro bf16", "moestro nvfp4"]}
+    assert {(row["tokens"], row["contender"]) for row in data["rows"]} == expected
+    for row in data["rows"]:
+        for name, kind in ROW_FIELDS.items():
+            assert isinstance(row[name], kind), (name, row)
+        assert row["samples"] == 2
+        assert 0 < row["low_s"] <= row["median_s"] <= row["high_s"]
+
+
+def test_json_says_under_which_conditions(run: Run) -> None:
+    run("bench", *TINY, *QUICK, "--tokens", "2", "--routing", "zipf:1.2", "--seed", "7", "--json", "o.json")
+    data = json.loads(Path("o.json").read_text())
+    assert data["environment"]["torch"]
+    assert data["environment"]["device_name"]
+    assert data["date"].endswith("Z")
+    assert data["command"].startswith("moestro ")
+    assert data["conditions"] | {"routing": "zipf(1.2)", "seed": 7, "layers": 1} == data["conditions"]
+    assert data["ceilings"]["bytes_per_s"] > 0
+    assert data["problem"]["num_experts"] == 8
+
+
+def test_ratios_are_against_the_fastest_peer_of_the_row(run: Run) -> None:
+    run("bench", *TINY, *QUICK, "--tokens", "3", "--json", "o.json")
+    rows = results.read(Path("o.json")).rows
+    best = min(row.median_s for row in rows if not row.ours)
+    for row in rows:
+        assert row.ratio_to_best_peer == pytest.approx(best / row.median_s)
+
+
+def test_memory_is_in_table_and_json(run: Run) -> None:
+    done = run("bench", *TINY, *QUICK, "--tokens", "1", "--peers", "none", "--json", "o.json")
+    memory = {entry["contender"]: entry for entry in json.loads(Path("o.json").read_text())["memory"]}
+    assert memory["moestro bf16"]["bytes"] == 2 * 8 * 3 * 64 * 32
+    assert memory["moestro bf16"]["ratio_to_bf16"] == 1.0
+    # 4 bits a weight, 8 a block of 16, and a float32 or two a matrix
+    assert 0.28125 <= memory["moestro nvfp4"]["ratio_to_bf16"] < 0.30
+    assert "× bf16" in done.output
+    assert "0.28" in done.output
+
+
+def test_table_shows_ratios_and_roofline(run: Run) -> None:
+    done = run("bench", *TINY, *QUICK, "--tokens", "1,9")
+    for word in ("grouped_mm", "batched_mm", "eager", "nvfp4", "roof", "peer"):
+        assert word in done.output
+
+
+def test_several_layers_have_weights_of_their_own(run: Run) -> None:
+    done = run("bench", *TINY, *QUICK, "--tokens", "1", "--layers", "2", "--json", "o.json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(Path("o.json").read_text())["conditions"]["layers"] == 2
+
+
+@pytest.mark.parametrize("extra", [["--ep", "2"], ["--ep", "2", "--local-pairs"]])
+def test_a_slice_of_expert_parallelism_is_measured(run: Run, extra: list[str]) -> None:
+    done = run("bench", *TINY, *QUICK, "--tokens", "6", *extra, "--json", "o.json")
+    assert done.exit_code == 0, done.output
+    data = json.loads(Path("o.json").read_text())
+    assert (data["problem"]["ep"], data["problem"]["num_local_experts"]) == (2, 4)
+    assert data["failed"] == []
+
+
+def test_named_backends_are_contenders_of_their_own(run: Run) -> None:
+    done = run(
+        "bench",
+        *TINY,
+        *QUICK,
+        "--tokens",
+        "2",
+        "--backend",
+        "portable",
+        "--backend",
+        "auto",
+        "--json",
+        "o.json",
+    )
+    assert done.exit_code == 0, done.output
+    names = results.read(Path("o.json")).contenders
+    assert {"moestro bf16 portable", "moestro nvfp4 portable", "moestro bf16 auto"} <= set(names)
+
+
+def test_batched_mm_beyond_its_memory_is_said_not_to_run(run: Run) -> None:
+    done = run("bench", *TINY, *QUICK, "--tokens", "4", "--peer-memory", "0.00001")
+    assert done.exit_code == 0
+    assert "batched_mm not run at N = 4: would copy" in done.output
+
+
+def test_only_the_peers_that_are_asked_for_run(run: Run) -> None:
+    run("bench", *TINY, *QUICK, "--tokens", "1", "--peers", "eager", "--json", "o.json")
+    names = results.read(Path("o.json")).contenders
+    assert [name for name in names if name.startswith("transformers")] == ["transformers eager"]
+
+
+def test_ctrl_c_keeps_what_is_measured(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = measure.measure_case
+
+    def interrupted(contenders, case, *rest):  # type: ignore[no-untyped-def]
+        if case.num_tokens == 5:
+            raise KeyboardInterrupt
+        return real(contenders, case, *rest)
+
+    monkeypatch.setattr("moestro.bench.run.measure_case", interrupted)
+    done = run("bench", *TINY, *QUICK, "--tokens", "1,5,9", "--json", "o.json")
+    assert done.exit_code == 130
+    assert "interrupted" in done.output
+    data = json.loads(Path("o.json").read_text())
+    assert data["interrupted"] is True
+    assert {row["tokens"] for row in data["rows"]} == {1}
+
+
+def test_a_failure_of_ours_is_status_1_after_the_table(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self, case):  # type: ignore[no-untyped-def]
+        raise RuntimeError("the kernel is on fire")
+
+    monkeypatch.setattr("moestro.bench.contenders.MoestroLayers.calls", broken)
+    done = run("bench", *TINY, *QUICK, "--tokens", "1")
+    assert done.exit_code == 1
+    assert "moestro bf16 at N = 1: RuntimeError: the kernel is on fire" in done.output
+    assert "Traceback" not in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "qwen3-30b-a3"], "did you mean 'qwen3-30b-a3b'"),
+        ([], "--model"),
+        (["--model", "mixtral-8x7b", "--sizes", "8,2,64,32"], "both"),
+        (["--sizes", "8,2,64"], "four positive integers"),
+        ([*TINY, "--tokens", "0"], "expected positive integers"),
+        ([*TINY, "--tokens", "8..4"], "expected positive integers"),
+        ([*TINY, "--format", "nvpf4"], "did you mean 'nvfp4'"),
+        ([*TINY, "--backend", "tritom"], "did you mean 'triton'"),
+        ([*TINY, "--routing", "zip:1"], "did you mean 'zipf'"),
+        ([*TINY, "--peers", "eger"], "did you mean 'eager'"),
+        (["--sizes", "8,2,64,32", "--device", "tpu"], "expected cpu"),
+        ([*TINY, "--ep", "3"], "divides the 8 experts"),
+        ([*TINY, "--local-pairs"], "without --ep"),
+        ([*TINY, "--no-such-option"], "No such option"),
+    ],
+)
+def test_wrong_usage_is_status_2_and_says_what_is_meant(run: Run, arguments: list[str], said: str) -> None:
+    done = run("bench", *arguments)
+    assert done.exit_code == 2
+    flat = " ".join(done.output.replace("│", " ").split())
+    assert said in flat
+    assert "Traceback" not in done.output

@@ -1,0 +1,109 @@
+"""`moestro tune`: decisions in the store, Ctrl-C, budgets, and the miss log."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from cli_tools import QUICK, TINY, Run
+
+from moestro.bench.contenders import make_layer
+from moestro.bench.layers import LayerSource, make_case
+from moestro.bench.models import from_sizes
+from moestro.errors import TuningWarning
+from moestro.routing import Uniform
+from moestro.tuning import AutoTuner, Store
+
+TUNE = ["tune", *TINY, "--store", "s"]
+
+
+def test_decisions_are_in_the_store_and_bench_serves_them(run: Run) -> None:
+    done = run(*TUNE, "--tokens", "1,4", "--routing", "zipf:1.0", "--json", "t.json", "--budget", "20")
+    assert done.exit_code == 0, done.output
+    data = json.loads(Path("t.json").read_text())
+    assert [(row["format"], row["tokens"], row["bucket"]) for row in data["rows"]] == [
+        ("nvfp4", 1, 1),
+        ("nvfp4", 4, 4),
+    ]
+    assert len(Store("s").entries()) >= 2
+    served = run(
+        "bench", *TINY, *QUICK, "--tokens", "4", "--store", "s", "--format", "nvfp4", "--json", "b.json"
+    )
+    assert served.exit_code == 0, served.output
+    (ours,) = [row for row in json.loads(Path("b.json").read_text())["rows"] if row["ours"]]
+    assert ours["facts"]["status"] in ("measured", "default")
+    assert ours["facts"]["bucket"] == 4
+
+
+def test_tuning_again_measures_nothing_again(run: Run) -> None:
+    arguments = [*TUNE, "--tokens", "2", "--budget", "20", "--json", "t.json"]
+    assert run(*arguments).exit_code == 0
+    before = {path: path.stat().st_mtime_ns for path in Path("s").rglob("*.json")}
+    assert run(*arguments).exit_code == 0
+    assert {path: path.stat().st_mtime_ns for path in Path("s").rglob("*.json")} == before
+
+
+def test_formats_are_repeatable(run: Run) -> None:
+    done = run(
+        *TUNE, "--tokens", "1", "--format", "bf16", "--format", "nvfp4", "--json", "t.json", "--budget", "20"
+    )
+    assert done.exit_code == 0, done.output
+    assert [row["format"] for row in json.loads(Path("t.json").read_text())["rows"]] == ["bf16", "nvfp4"]
+
+
+def test_ctrl_c_keeps_finished_buckets(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = AutoTuner.choose_one
+
+    def interrupted(self, op, runners, config, inputs, **kwargs):  # type: ignore[no-untyped-def]
+        if inputs[0].shape[0] == 2:
+            raise KeyboardInterrupt
+        return real(self, op, runners, config, inputs, **kwargs)
+
+    monkeypatch.setattr(AutoTuner, "choose_one", interrupted)
+    done = run(*TUNE, "--tokens", "1,2,8", "--budget", "20", "--json", "t.json")
+    assert done.exit_code == 130
+    data = json.loads(Path("t.json").read_text())
+    assert data["interrupted"] is True
+    assert {1, 8} <= {row["tokens"] for row in data["rows"]}
+    buckets = {entry.record.bucket for entry in Store("s").entries()}
+    assert {(1,), (8,)} <= buckets
+    assert (2,) not in buckets
+
+
+def test_a_budget_of_nothing_leaves_everything_open(run: Run) -> None:
+    done = run(*TUNE, "--tokens", "1,2", "--budget", "0", "--json", "t.json")
+    assert done.exit_code == 0, done.output
+    data = json.loads(Path("t.json").read_text())
+    assert data["rows"] == []
+    assert [entry["tokens"] for entry in data["open"]] == [1, 2]
+    assert "not decided" in done.output
+
+
+def test_from_misses_works_off_the_miss_log(run: Run) -> None:
+    assert run(*TUNE, "--tokens", "1,2", "--budget", "20").exit_code == 0
+    shape = from_sizes("8,2,64,32")
+    layer = make_layer(LayerSource(shape), "nvfp4", "auto", 64, AutoTuner(store="s"))
+    case = make_case(shape, 11, Uniform())
+    with pytest.warns(TuningWarning), torch.inference_mode():
+        layer(case.x, case.ids, case.weights)
+    assert len(Store("s").entries(("miss",))) == 1
+    done = run(*TUNE, "--from-misses", "--budget", "20", "--json", "t.json")
+    assert done.exit_code == 0, done.output
+    assert 11 in [row["tokens"] for row in json.loads(Path("t.json").read_text())["rows"]]
+    assert Store("s").entries(("miss",)) == []
+    assert (11,) in {entry.record.bucket for entry in Store("s").entries()}
+
+
+def test_from_misses_of_an_empty_store_says_so(run: Run) -> None:
+    done = run(*TUNE, "--from-misses")
+    assert done.exit_code == 0
+    assert "has no misses of this layer" in done.output
+
+
+def test_a_backend_that_cannot_run_is_said_with_its_reason(run: Run) -> None:
+    done = run(*TUNE, "--tokens", "1", "--backend", "triton")
+    assert done.exit_code == 1
+    assert "triton" in done.output
+    assert "nothing could be tuned" in done.output
