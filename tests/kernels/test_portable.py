@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import (
 from moestro import ExpertWeights, SwiGLU, formats, reference
 from moestro.errors import BackendError, ShapeError
 from moestro.formats import NVFP4
+from moestro.kernels import portable
 from moestro.kernels.activations import Activation, resolve_activation
 from moestro.kernels.portable import MAX_PAIRS, PortableRunner
 from moestro.kernels.problem import MoeProblem
@@ -329,6 +330,19 @@ def test_a_tactic_that_does_not_fit_is_an_error_with_its_reason() -> None:
         case.runner.forward(case.inputs(100), "pairs")
     with pytest.raises(BackendError, match="dense copy of all"):
         case.runner.forward(case.inputs(2), ("grouped", 0))
+
+
+def test_copies_of_experts_are_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    expert = 2 * 80 * 48 * 2  # bytes of gate_up in bf16
+    monkeypatch.setattr(portable, "COPY_BYTES", 3 * expert)
+    dense, quantised = make("bf16").runner, make("nvfp4").runner
+    for name in ("pairs", "masked"):
+        assert dense.unfit((name, 3), 2) is None
+        assert "dense copies of 4 experts" in (dense.unfit((name, 4), 2) or "")
+    assert dense.unfit(("grouped", 4), 2) is None  # reads them where they are
+    assert "dense copies of 4 experts" in (quantised.unfit(("grouped", 4), 2) or "")
+    monkeypatch.setattr(portable, "COPY_BYTES", 1)
+    assert quantised.unfit(("pairs", 1), 2) is None  # one expert at a time always goes
 
 
 def test_a_tactic_can_be_named_without_its_knob() -> None:

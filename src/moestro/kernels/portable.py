@@ -25,14 +25,17 @@ LISTED: tuple[Tactic, ...] = (
     ("loop", 1),
     ("pairs", 2),
     ("pairs", 8),
-    ("grouped", 8),
-    ("grouped", 32),
+    ("grouped", 4),
+    ("grouped", 16),
+    ("grouped", 64),
     ("grouped", 0),  # all experts at once
     ("masked", 4),
 )
 MAX_PAIRS = 256  # of the tactic `pairs`, which reads an expert once per pair
 MASKED_WASTE = 8  # `masked` is listed where it computes at most so many times the products needed
 GROUPED_ALIGNMENT = 16  # bytes, of every row, in torch._grouped_mm
+GROUPED_ROWS = 2048  # pairs in a chunk of the default on CPUs: its buffers stay in the last-level cache
+COPY_BYTES = 512 << 20  # of dense weights that a tactic may make at once, if that is more than one expert
 
 
 class PortableRunner(MoeRunner):
@@ -62,6 +65,9 @@ class PortableRunner(MoeRunner):
         name, knob = tactic
         if self.problem.cuda_graph and self._waits(tactic):
             return "it waits for the device, which a CUDA graph cannot hold"
+        copies = name in {"pairs", "masked"} or not self._used_as_they_are
+        if copies and knob > self._most_copied:
+            return f"dense copies of {knob} experts at once would be more than {COPY_BYTES >> 20} MiB"
         if name == "pairs":
             if num_tokens * self.problem.top_k > MAX_PAIRS:
                 return f"it takes at most {MAX_PAIRS} pairs"
@@ -128,17 +134,28 @@ class PortableRunner(MoeRunner):
         )
 
     def _default(self, num_tokens: int) -> Tactic:
-        """`loop` wherever the device may be waited for; else what needs no waiting."""
-        if self.problem.device != "cuda":
+        """`grouped` for dense weights; else `loop`; else, in a CUDA graph, what never waits."""
+        p, pairs = self.problem, num_tokens * self.problem.top_k
+        if self._used_as_they_are and self._no_grouped_mm(0) is None:
+            chunks = 1 if p.device == "cuda" else -(-pairs // GROUPED_ROWS)
+            return "grouped", -(-p.num_local_experts // chunks)
+        if p.device != "cuda" or not (p.cuda_graph or torch.cuda.is_current_stream_capturing()):
             return "loop", 1
-        whole = ("grouped", 0)
-        if self.problem.weight_dtype == compute_dtype(self.problem) and self._no_grouped_mm(0) is None:
-            return whole
-        if not (self.problem.cuda_graph or torch.cuda.is_current_stream_capturing()):
-            return "loop", 1
-        pairs = ("pairs", 8)
-        few = num_tokens * self.problem.top_k <= self.problem.num_local_experts
-        return pairs if few and self.unfit(pairs, num_tokens) is None else ("masked", 4)
+        few = ("pairs", min(8, self._most_copied))
+        if pairs <= p.num_local_experts and self.unfit(few, num_tokens) is None:
+            return few
+        return "masked", min(4, self._most_copied)
+
+    @property
+    def _used_as_they_are(self) -> bool:
+        """Whether the products take the weights without a dense copy."""
+        return self.problem.weight_dtype == compute_dtype(self.problem)
+
+    @property
+    def _most_copied(self) -> int:
+        """How many experts' larger matrices fit COPY_BYTES; at least 1."""
+        p = self.problem
+        return max(1, COPY_BYTES // (p.gate_up_rows * p.hidden_size * compute_dtype(p).itemsize))
 
     def _waits(self, tactic: Tactic) -> bool:
         """Whether the tactic waits for the device."""
@@ -158,6 +175,6 @@ class PortableRunner(MoeRunner):
             size: int = getattr(self.problem, name)
             if size * dtype.itemsize % GROUPED_ALIGNMENT:
                 return f"torch._grouped_mm needs rows of a multiple of 16 bytes, {name} is {size} in {dtype}"
-        if self.problem.weight_dtype != dtype and not 0 < chunk < self.problem.num_local_experts:
+        if not self._used_as_they_are and not 0 < chunk < self.problem.num_local_experts:
             return "all experts at once would be a dense copy of all"
         return None

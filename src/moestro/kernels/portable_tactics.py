@@ -13,6 +13,8 @@ experts are in float32.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from moestro.kernels.portable_stages import (
@@ -26,7 +28,9 @@ from moestro.kernels.portable_stages import (
 from moestro.kernels.problem import MoeProblem
 from moestro.kernels.scratch import Plan, carve
 
-SLAB = 1024  # rows of one expert at once in `loop`: its buffers stay in the last-level cache
+Span = tuple[int, int, int]  # expert, begin, end of its sorted pairs
+
+SLAB = 1024  # rows at once in `loop`: its buffers stay in the last-level cache
 TOKEN_SLAB = 256  # tokens at once in `masked`
 
 
@@ -38,7 +42,7 @@ def accumulator_plan(problem: MoeProblem, num_tokens: int) -> Plan:
 
 
 def loop_plan(problem: MoeProblem, num_tokens: int) -> Plan:
-    """What `loop` works in: the accumulator, and a slab of one expert's rows at each stage."""
+    """What `loop` works in: the accumulator, and a slab of rows at each stage."""
     p, dtype = problem, compute_dtype(problem)
     rows = min(num_tokens * p.top_k, SLAB)
     gather: Plan = {} if p.input_format else {"x": ((rows, p.hidden_size), p.dtype)}
@@ -53,27 +57,46 @@ def loop_plan(problem: MoeProblem, num_tokens: int) -> Plan:
 
 
 def run_loop(call: Call, workspace: torch.Tensor | None) -> torch.Tensor:
-    """One hit expert after the other: gather its rows, two products, add to the accumulator."""
+    """One product per hit expert, a slab of rows of consecutive experts at a time.
+
+    All first products of a slab run before its second ones: alternating the two cost 20 % at 4 to 32 tokens.
+    """
     p, w = call.problem, call.experts
     bufs = carve(loop_plan(p, len(call.x)), workspace, call.x.device)
     acc = bufs.get("acc", call.out).zero_()
     groups = sort_pairs(call)
-    for expert, begin, end in groups.on_host(p.num_local_experts):
-        gate_up = w.gate_up.expert(expert).dequantize(call.dtype).T  # [H, 2I]
-        down = w.down.expert(expert).dequantize(call.dtype).T  # [I, H]
-        gate_up_bias = None if w.gate_up_bias is None else w.gate_up_bias[expert]
-        for at in range(begin, end, SLAB):
-            stop = min(at + SLAB, end)
-            rows, token = stop - at, groups.token[at:stop]
-            h, a, y, y32 = (bufs[name][:rows] for name in ("h", "a", "y", "y32"))
-            buffer = bufs["x"][:rows] if "x" in bufs else None
-            torch.mm(call.rows(token, expert, buffer), gate_up, out=h)
-            torch.mm(call.activate(h, gate_up_bias, expert, out=a), down, out=y)
-            y32.copy_(y)
-            if w.down_bias is not None:
-                y32.add_(w.down_bias[expert])
-            scatter_add(acc, token, y32.mul_(groups.weight[at:stop]), p.deterministic)
+    for spans in slabs(groups.on_host(p.num_local_experts)):
+        begin, end = spans[0][1], spans[-1][2]
+        rows, token = end - begin, groups.token[begin:end]
+        local = groups.local[begin:end]
+        h, a, y, y32 = (bufs[name][:rows] for name in ("h", "a", "y", "y32"))
+        x = call.rows(token, local, bufs["x"][:rows] if "x" in bufs else None)  # [M, H]
+        for expert, first, last in spans:
+            at = slice(first - begin, last - begin)
+            torch.mm(x[at], w.gate_up.expert(expert).dequantize(call.dtype).T, out=h[at])
+        a = call.activate(h, None if w.gate_up_bias is None else w.gate_up_bias[local], local, out=a)
+        for expert, first, last in spans:
+            at = slice(first - begin, last - begin)
+            torch.mm(a[at], w.down.expert(expert).dequantize(call.dtype).T, out=y[at])
+        y32.copy_(y)
+        if w.down_bias is not None:
+            y32.add_(w.down_bias[local])
+        scatter_add(acc, token, y32.mul_(groups.weight[begin:end]), p.deterministic)
     return finish(call, acc)
+
+
+def slabs(spans: list[Span]) -> Iterator[list[Span]]:
+    """Runs of consecutive experts with at most SLAB rows in all; an expert with more is cut."""
+    slab: list[Span] = []
+    for expert, begin, end in spans:
+        for first in range(begin, end, SLAB):
+            last = min(first + SLAB, end)
+            if slab and last - slab[0][1] > SLAB:
+                yield slab
+                slab = []
+            slab.append((expert, first, last))
+    if slab:
+        yield slab
 
 
 def run_grouped(call: Call, workspace: torch.Tensor | None, chunk: int) -> torch.Tensor:

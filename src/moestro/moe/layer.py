@@ -43,6 +43,8 @@ class FusedMoE(torch.nn.Module):
     workspace: one to share with other layers of a model that run one after the other.
     tuner: the default one if None.
 
+    Past the first call nothing of size is allocated but the result, except by the portable backend's tactics
+    "grouped" (torch._grouped_mm has no out=), "pairs" and "masked".
     One call at a time: give each thread or stream its own layer, weights are shared.
     Raises ShapeError, DTypeError, RoutingError, FormatError or BackendError for what does not fit.
     """
