@@ -100,5 +100,5 @@ def test_doctor_fails_where_nothing_runs(run: Run, monkeypatch: pytest.MonkeyPat
 def test_a_store_that_cannot_be_written_is_a_warning_not_an_error(run: Run) -> None:
     Path("file").write_text("not a folder")
     with pytest.warns(StoreWarning, match="cannot be written"):
-        done = run("tune", *TINY, "--tokens", "1", "--budget", "1", "--store", "file/store")
+        done = run("tune", *TINY, "--tokens", "1", "--store", "file/store")
     assert done.exit_code == 0, done.output

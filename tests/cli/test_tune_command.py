@@ -20,7 +20,7 @@ TUNE = ["tune", *TINY, "--store", "s"]
 
 
 def test_decisions_are_in_the_store_and_bench_serves_them(run: Run) -> None:
-    done = run(*TUNE, "--tokens", "1,4", "--routing", "zipf:1.0", "--json", "t.json", "--budget", "20")
+    done = run(*TUNE, "--tokens", "1,4", "--routing", "zipf:1.0", "--json", "t.json")
     assert done.exit_code == 0, done.output
     data = json.loads(Path("t.json").read_text())
     assert [(row["format"], row["tokens"], row["bucket"]) for row in data["rows"]] == [
@@ -38,7 +38,7 @@ def test_decisions_are_in_the_store_and_bench_serves_them(run: Run) -> None:
 
 
 def test_tuning_again_measures_nothing_again(run: Run) -> None:
-    arguments = [*TUNE, "--tokens", "2", "--budget", "20", "--json", "t.json"]
+    arguments = [*TUNE, "--tokens", "2", "--json", "t.json"]
     assert run(*arguments).exit_code == 0
     before = {path: path.stat().st_mtime_ns for path in Path("s").rglob("*.json")}
     assert run(*arguments).exit_code == 0
@@ -46,9 +46,7 @@ def test_tuning_again_measures_nothing_again(run: Run) -> None:
 
 
 def test_formats_are_repeatable(run: Run) -> None:
-    done = run(
-        *TUNE, "--tokens", "1", "--format", "bf16", "--format", "nvfp4", "--json", "t.json", "--budget", "20"
-    )
+    done = run(*TUNE, "--tokens", "1", "--format", "bf16", "--format", "nvfp4", "--json", "t.json")
     assert done.exit_code == 0, done.output
     assert [row["format"] for row in json.loads(Path("t.json").read_text())["rows"]] == ["bf16", "nvfp4"]
 
@@ -62,7 +60,7 @@ def test_ctrl_c_keeps_finished_buckets(run: Run, monkeypatch: pytest.MonkeyPatch
         return real(self, op, runners, config, inputs, **kwargs)
 
     monkeypatch.setattr(AutoTuner, "choose_one", interrupted)
-    done = run(*TUNE, "--tokens", "1,2,8", "--budget", "20", "--json", "t.json")
+    done = run(*TUNE, "--tokens", "1,2,8", "--json", "t.json")
     assert done.exit_code == 130
     data = json.loads(Path("t.json").read_text())
     assert data["interrupted"] is True
@@ -82,14 +80,14 @@ def test_a_budget_of_nothing_leaves_everything_open(run: Run) -> None:
 
 
 def test_from_misses_works_off_the_miss_log(run: Run) -> None:
-    assert run(*TUNE, "--tokens", "1,2", "--budget", "20").exit_code == 0
+    assert run(*TUNE, "--tokens", "1,2").exit_code == 0
     shape = from_sizes("8,2,64,32")
     layer = make_layer(LayerSource(shape), "nvfp4", "auto", 64, AutoTuner(store="s"))
     case = make_case(shape, 11, Uniform())
     with pytest.warns(TuningWarning), torch.inference_mode():
         layer(case.x, case.ids, case.weights)
     assert len(Store("s").entries(("miss",))) == 1
-    done = run(*TUNE, "--from-misses", "--budget", "20", "--json", "t.json")
+    done = run(*TUNE, "--from-misses", "--json", "t.json")
     assert done.exit_code == 0, done.output
     assert 11 in [row["tokens"] for row in json.loads(Path("t.json").read_text())["rows"]]
     assert Store("s").entries(("miss",)) == []

@@ -7,6 +7,7 @@ made.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -119,25 +120,22 @@ def _measure(
 ) -> BenchResult:
     listener.stage("measuring", len(spec.tokens))
     interrupted = False
-    for tokens in spec.tokens:
-        try:
+    try:
+        for tokens in spec.tokens:
             case = make_case(spec.shape, tokens, spec.routing, seed=spec.seed + tokens, device=spec.device)
-        except KeyboardInterrupt:
-            interrupted = True
-            break
-        outcome = measure_case(
-            contenders, case, timer_of, spec.plan, functools.partial(_say, listener, tokens)
-        )
-        result.rows.extend(_rows(spec.shape, contenders, case, ceilings, outcome))
-        for reasons, entries in ((outcome.skipped, result.skipped), (outcome.failed, result.failed)):
-            entries.extend(
-                {"tokens": tokens, "contender": name, "reason": why} for name, why in reasons.items()
-            )
-        if outcome.interrupted:
-            interrupted = True
-            break
-        listener.done()
-    return BenchResult(**{**vars(result), "interrupted": interrupted})
+            say = functools.partial(_say, listener, tokens)
+            outcome = measure_case(contenders, case, timer_of, spec.plan, say)
+            result.rows.extend(_rows(spec.shape, contenders, case, ceilings, outcome))
+            for reasons, entries in ((outcome.skipped, result.skipped), (outcome.failed, result.failed)):
+                entries.extend(
+                    {"tokens": tokens, "contender": who, "reason": why} for who, why in reasons.items()
+                )
+            if outcome.interrupted:
+                raise KeyboardInterrupt
+            listener.done()
+    except KeyboardInterrupt:
+        interrupted = True
+    return dataclasses.replace(result, interrupted=interrupted)
 
 
 def _say(listener: Listener, tokens: int, text: str) -> None:

@@ -2,12 +2,13 @@
 
 One layer per format is made and tuned bucket by bucket, so that progress can be shown and an interruption
 loses no finished bucket; the crossover search between buckets comes last. Decisions depend on shapes, not
-on weights: further layers of the same model find them.
+on weights: all layers of a model find those of the one that was tuned.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -45,7 +46,6 @@ class TuneSpec:
     formats: tuple[str, ...] = ("nvfp4",)
     backends: tuple[str, ...] = ("auto",)
     device: str = "cpu"
-    layers: int = 1
     seed: int = 0
     store: Path | None = None
     budget_s: float | None = None  # of all tuning together
@@ -94,9 +94,26 @@ class TuneResult:
         return {"schema": SCHEMA, **asdict(self)}
 
 
+class _Budget:
+    """Seconds of tuning, shared out evenly over the steps that are left; making layers is not counted."""
+
+    def __init__(self, seconds: float | None, steps: int) -> None:
+        self._left, self._steps = seconds, steps
+
+    @contextlib.contextmanager
+    def share(self) -> Iterator[float | None]:
+        """The seconds that the next step may take; what it does not use is for the others."""
+        start = time.monotonic()
+        yield None if self._left is None else max(0.0, self._left / max(1, self._steps))
+        self._steps -= 1
+        if self._left is not None:
+            self._left -= time.monotonic() - start
+
+
 def run(spec: TuneSpec, command: str, listener: Listener | None = None) -> TuneResult:
-    """Tune everything that `spec` names. KeyboardInterrupt ends it; the result and the store hold what is
-    decided.
+    """Tune everything that `spec` names.
+
+    KeyboardInterrupt ends it; the result and the store hold what is decided by then.
     """
     listener = listener or Listener()
     start = time.monotonic()
@@ -105,51 +122,54 @@ def run(spec: TuneSpec, command: str, listener: Listener | None = None) -> TuneR
         date=results.now(),
         environment=results.environment(spec.device),
         problem=spec.shape.to_json(),
-        conditions={
-            "routings": [r.name for r in spec.routings],
-            "layers": spec.layers,
-            "budget_s": spec.budget_s,
-        },
+        conditions={"routings": [routing.name for routing in spec.routings], "budget_s": spec.budget_s},
         store=str(spec.store_root),
         rows=[],
     )
-    store = Store(spec.store_root)
-    with contextlib.ExitStack() as stack:
-        tuner = AutoTuner(store=store)
-        # One context around everything: the budget is that of the whole run.
-        stack.enter_context(tuner.autotune(True, budget_s=spec.budget_s))
-        try:
-            for format in spec.formats:
-                for backend in spec.backends:
-                    _tune_format(spec, format, backend, tuner, result, listener)
-        except KeyboardInterrupt:
-            result = TuneResult(**{**vars(result), "interrupted": True})
-    return TuneResult(**{**vars(result), "seconds": time.monotonic() - start})
+    tuner = AutoTuner(store=Store(spec.store_root))
+    pairs = [(format, backend) for format in spec.formats for backend in spec.backends]
+    budget = _Budget(spec.budget_s, len(pairs) * (len(spec.tokens) + 1))
+    interrupted = False
+    try:
+        for format, backend in pairs:
+            listener.stage(f"making the {format} layer", 1)
+            source = LayerSource(spec.shape, seed=spec.seed, device=spec.device)
+            try:
+                layer = make_layer(source, format, backend, _most(spec), tuner)
+            except BackendError as error:
+                result.skipped.append({"format": format, "backend": backend, "reason": str(error)})
+                continue
+            _tune_format(spec, layer, format, backend, budget, result, listener)
+    except KeyboardInterrupt:
+        interrupted = True
+    return dataclasses.replace(result, interrupted=interrupted, seconds=time.monotonic() - start)
 
 
 def _tune_format(
-    spec: TuneSpec, format: str, backend: str, tuner: AutoTuner, result: TuneResult, listener: Listener
+    spec: TuneSpec,
+    layer: FusedMoE,
+    format: str,
+    backend: str,
+    budget: _Budget,
+    result: TuneResult,
+    listener: Listener,
 ) -> None:
-    for index in range(spec.layers):
-        name = f"{format} layer" if spec.layers == 1 else f"{format} layer {index + 1}"
-        listener.stage(f"making the {name}", 1)
-        source = LayerSource(spec.shape, layer=index, seed=spec.seed, device=spec.device)
-        try:
-            layer = make_layer(source, format, backend, _most(spec), tuner=tuner)
-        except BackendError as error:
-            result.skipped.append({"format": format, "backend": backend, "reason": str(error)})
-            return
-        misses = _misses(spec, layer) if spec.from_misses else {}
-        tokens = sorted(misses) if spec.from_misses else list(spec.tokens)
-        if not tokens:
-            reason = f"the store {spec.store_root} has no misses of this layer"
-            result.skipped.append({"format": format, "backend": backend, "reason": reason})
-            return
-        with _shown(layer, format, backend, tokens, result, first=index == 0):
-            _tune_layer(layer, spec, tokens, tuner, listener, f"tuning the {name}")
-        for size, entries in misses.items():
-            if layer.decision(size) is not None:
-                for entry in entries:
+    misses = _misses(spec, layer) if spec.from_misses else {}
+    tokens = sorted(misses) if spec.from_misses else list(spec.tokens)
+    if not tokens:
+        reason = f"the store {spec.store_root} has no misses of this layer"
+        result.skipped.append({"format": format, "backend": backend, "reason": reason})
+        return
+    try:
+        _tune_layer(spec, layer, tokens, budget, listener, f"tuning {format}")
+    finally:  # whatever happens, what is decided is in the result
+        for size in tokens:
+            decision = layer.decision(size)
+            if decision is None or decision.status == "extrapolated":
+                result.open.append({"format": format, "backend": backend, "tokens": size})
+            else:
+                result.rows.append(_row(format, backend, size, decision))
+                for entry in misses.get(size, ()):
                     entry.path.unlink(missing_ok=True)
 
 
@@ -164,37 +184,32 @@ def _most(spec: TuneSpec) -> int:
 
 
 def _tune_layer(
-    layer: FusedMoE, spec: TuneSpec, tokens: Sequence[int], tuner: AutoTuner, listener: Listener, title: str
+    spec: TuneSpec, layer: FusedMoE, tokens: Sequence[int], budget: _Budget, listener: Listener, title: str
 ) -> None:
     """Bucket by bucket, the largest first (it covers the smaller ones); then the crossovers between them."""
     probes = as_probes(layer.runners[0].problem, spec.routings) if spec.routings else None
-    listener.stage(title, len(tokens) + 1)
-    order = [tokens[-1], *tokens[:-1]]
-    for size in order:
-        listener.step(f"N = {size}")
-        with tuner.autotune(True, tuning_buckets=(size,), round_up=True, probes=probes, crossover=False):
+
+    def tune(size: int, buckets: Sequence[int], crossover: bool) -> None:
+        with (
+            budget.share() as seconds,
+            layer.tuner.autotune(
+                True,
+                budget_s=seconds,
+                tuning_buckets=buckets,
+                round_up=True,
+                probes=probes,
+                crossover=crossover,
+            ) as tuner,
+        ):
             tuner.choose_one(OP, layer.runners, layer.tuning_config, _inputs(spec, size))
         listener.done()
+
+    listener.stage(title, len(tokens) + 1)
+    for size in [tokens[-1], *tokens[:-1]]:
+        listener.step(f"N = {size}")
+        tune(size, (size,), crossover=False)
     listener.step("where winners change")
-    with tuner.autotune(True, tuning_buckets=tokens, round_up=True, probes=probes, crossover=True):
-        tuner.choose_one(OP, layer.runners, layer.tuning_config, _inputs(spec, tokens[-1]))
-    listener.done()
-
-
-@contextlib.contextmanager
-def _shown(
-    layer: FusedMoE, format: str, backend: str, tokens: Sequence[int], result: TuneResult, first: bool
-) -> Iterator[None]:
-    """Whatever happens inside, what is decided when it ends goes into the result (once per format)."""
-    try:
-        yield
-    finally:
-        for size in tokens if first else ():
-            decision = layer.decision(size)
-            if decision is None or decision.status == "extrapolated":
-                result.open.append({"format": format, "backend": backend, "tokens": size})
-            else:
-                result.rows.append(_row(format, backend, size, decision))
+    tune(tokens[-1], tokens, crossover=True)
 
 
 def _inputs(spec: TuneSpec, num_tokens: int) -> list[torch.Tensor]:

@@ -33,6 +33,15 @@ BudgetOption = Annotated[
         "--budget", min=0.0, metavar="SECONDS", rich_help_panel=opt.TUNING, help="Of measuring, in all."
     ),
 ]
+SharedLayersOption = Annotated[
+    int,
+    typer.Option(
+        "--layers",
+        min=1,
+        rich_help_panel=opt.LAYER,
+        help="As in bench. Layers of one shape share their decisions, so one is made and tuned.",
+    ),
+]
 MissesOption = Annotated[
     bool,
     typer.Option(
@@ -51,7 +60,7 @@ def tune(
     device: opt.DeviceOption = None,
     tokens: opt.TokensOption = "1..1024",
     routing: opt.RoutingsOption = None,
-    layers: opt.LayersOption = 1,
+    layers: SharedLayersOption = 1,
     ep: opt.EpOption = 1,
     local_pairs: opt.LocalPairsOption = False,
     seed: opt.SeedOption = 0,
@@ -77,7 +86,6 @@ def tune(
         formats=tuple(opt.parse_formats(format, ("nvfp4",))),
         backends=tuple(opt.parse_backends(backend)),
         device=opt.parse_device(device),
-        layers=layers,
         seed=seed,
         store=store,
         budget_s=budget,
