@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from moestro.formats.buffers import Buffers
+
 MAX = 6.0
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -17,19 +19,26 @@ VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 HALF_SHIFT = 2.0**14
 
 
-def encode(ratio: torch.Tensor) -> torch.Tensor:
-    """Codes (uint8) of float32 `ratio`: round to nearest, ties to the even code, saturating at ±6."""
-    a = ratio.abs()
+def encode(ratio: torch.Tensor, buffers: Buffers | None = None) -> torch.Tensor:
+    """Codes (uint8) of contiguous float32 `ratio`, which is overwritten.
+
+    Rounds to nearest, ties to the even code, and saturates at ±6.
+    """
+    take = (buffers or Buffers(ratio.device)).take
+    negative = torch.signbit(ratio, out=take("negative", ratio.shape, torch.bool))
+    a = ratio.abs_()
     # Codes grow by 2 per unit below 2, by 1 below 4, by 1/2 above: the least of the three is right.
-    code = torch.round(a * 2)
-    code = torch.minimum(code, torch.round(a).add_(2))
-    code = torch.minimum(code, a.mul_(0.5).round_().add_(4)).clamp_(max=7)
-    return code.to(torch.uint8) | (torch.signbit(ratio).to(torch.uint8) << 3)
+    code = torch.round(a, out=take("code", a.shape, torch.float32)).add_(2)
+    high = torch.mul(a, 0.5, out=take("high", a.shape, torch.float32)).round_().add_(4)
+    torch.minimum(code, high, out=code)
+    torch.minimum(code, a.mul_(2).round_(), out=code).clamp_(max=7)
+    codes = take("codes", a.shape, torch.uint8).copy_(code)
+    return codes.bitwise_or_(negative.view(torch.uint8).bitwise_left_shift_(3))
 
 
-def pack(codes: torch.Tensor) -> torch.Tensor:
+def pack(codes: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """Codes [..., C] (uint8, 0..15) to bytes [..., C/2], the even column in the low nibble."""
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+    return torch.bitwise_left_shift(codes[..., 1::2], 4, out=out).bitwise_or_(codes[..., 0::2])
 
 
 def unpack(packed: torch.Tensor) -> torch.Tensor:
@@ -42,11 +51,12 @@ def decode(packed: torch.Tensor) -> torch.Tensor:
     return decode_half(packed).float().mul_(HALF_SHIFT)
 
 
-def decode_half(packed: torch.Tensor) -> torch.Tensor:
+def decode_half(packed: torch.Tensor, buffers: Buffers | None = None) -> torch.Tensor:
     """Bytes [..., C/2] to values · 2^-14 [..., C] in float16, exactly."""
+    take = (buffers or Buffers(packed.device)).take
     # A little-endian int32 is two halves, the low one (the even column) first. One product puts both codes
     # near the top of their half: magnitudes in place (bits 9..11, 25..27), signs 3 bits below theirs.
-    bits = packed.to(torch.int32).mul_((1 << 9) | (1 << 21))
-    halves = bits & 0x0E000E00
+    bits = take("bits", packed.shape, torch.int32).copy_(packed).mul_((1 << 9) | (1 << 21))
+    halves = torch.bitwise_and(bits, 0x0E000E00, out=take("halves", bits.shape, torch.int32))
     halves |= bits.bitwise_left_shift_(3).bitwise_and_(-0x7FFF8000)
     return halves.view(torch.float16)

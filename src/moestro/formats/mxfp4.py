@@ -16,6 +16,7 @@ import torch
 
 from moestro.errors import ShapeError
 from moestro.formats import e2m1
+from moestro.formats.buffers import Buffers
 from moestro.formats.checks import (
     require_dense,
     require_dtype,
@@ -70,10 +71,12 @@ class MXFP4(Pieces):
         *outer, columns = dense.shape
         packed = dense.new_empty((*outer, columns // 2), dtype=torch.uint8)
         scale = dense.new_empty((*outer, columns // BLOCK), dtype=torch.uint8)
+        buffers = Buffers(dense.device)
         for x, p, s in row_chunks(dense, packed, scale):
-            blocks = in_blocks(x.float(), BLOCK)  # [..., R, C/32, 32]
+            blocks = in_blocks(buffers.take("ratio", x.shape, torch.float32).copy_(x), BLOCK)  # [R, C/32, 32]
             exponent = shared_exponent(magnitude(blocks, (-1,)))
-            p.copy_(e2m1.pack(e2m1.encode(blocks * power_of_two(-exponent).unsqueeze(-1)).flatten(-2)))
+            blocks *= power_of_two(-exponent).unsqueeze(-1)
+            e2m1.pack(e2m1.encode(blocks, buffers).view(x.shape), out=p)
             s.copy_(exponent + BIAS)
         return cls(packed, scale)
 
@@ -102,10 +105,13 @@ class MXFP4(Pieces):
         """e2m1 · 2^(scale - 127) [..., R, C]: exact in float32, float64 and bf16 within their range."""
         compute = torch.float64 if dtype == torch.float64 else torch.float32
         out = dense_out(out, self.shape, dtype, self.device)
+        buffers = Buffers(self.device)
         for values, packed, scale in row_chunks(out, self.packed, self.scale):
-            blocks = in_blocks(e2m1.decode(packed), BLOCK).to(compute)
-            blocks *= decode_e8m0(scale).to(compute).unsqueeze(-1)
-            values.copy_(blocks.flatten(-2))
+            work = values if dtype == compute else buffers.take("work", values.shape, compute)
+            work.copy_(e2m1.decode_half(packed, buffers)).mul_(e2m1.HALF_SHIFT)
+            in_blocks(work, BLOCK).mul_(decode_e8m0(scale).to(compute).unsqueeze(-1))
+            if work is not values:
+                values.copy_(work)
         return out
 
 

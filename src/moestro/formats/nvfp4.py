@@ -19,6 +19,7 @@ import torch
 
 from moestro.errors import FormatError, ShapeError
 from moestro.formats import e2m1
+from moestro.formats.buffers import Buffers
 from moestro.formats.checks import (
     require_dense,
     require_dtype,
@@ -111,10 +112,9 @@ class NVFP4(Pieces):
         scale = dense.new_empty((*outer, columns // BLOCK), dtype=torch.float8_e4m3fn)
         out = cls(packed, scale, global_scale)
         row_scale = out.row_global_scale().expand(*outer, 1)
+        buffers = Buffers(dense.device)
         for x, g, p, s in row_chunks(dense, row_scale, packed, scale):
-            codes, scales = quantize_blocks(x, g)
-            p.copy_(codes)
-            s.copy_(scales)
+            _quantize_chunk(x, g, p, s, buffers)
         return out
 
     @classmethod
@@ -186,13 +186,16 @@ class NVFP4(Pieces):
         out = dense_out(out, self.shape, dtype, self.device)
         compute = torch.float64 if dtype == torch.float64 else torch.float32
         factors = () if row_scale is None else (row_scale.to(compute).expand(*self.shape[:-1], 1),)
+        buffers = Buffers(self.device)
         for values, packed, scale, *row in row_chunks(out, self.packed, self.scale, *factors):
-            blocks = in_blocks(e2m1.decode_half(packed).to(compute), BLOCK)
+            work = values if dtype == compute else buffers.take("work", values.shape, compute)
+            blocks = in_blocks(work.copy_(e2m1.decode_half(packed, buffers)), BLOCK)
             # The power of two that decode_half leaves out goes into the scale: e4m3 · 2^14 is exact.
             blocks *= (scale.to(compute) * e2m1.HALF_SHIFT).unsqueeze(-1)
             for factor in row:
                 blocks *= factor.unsqueeze(-1)
-            values.copy_(blocks.flatten(-2))
+            if work is not values:
+                values.copy_(work)
         return out
 
 
@@ -202,15 +205,17 @@ def dynamic_global_scale(amax: torch.Tensor) -> torch.Tensor:
     return torch.where(amax == 0, torch.ones_like(scale), scale)
 
 
-def quantize_blocks(x: torch.Tensor, row_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [..., R, C] under row_scale [..., R or 1, 1] to (packed [..., R, C/2], scale [..., R, C/16])."""
-    blocks = in_blocks(x.float(), BLOCK)  # [..., R, C/16, 16]
+def _quantize_chunk(
+    x: torch.Tensor, row_scale: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, buffers: Buffers
+) -> None:
+    """x [R, C] under row_scale [R, 1] into packed [R, C/2] and scale [R, C/16]."""
+    blocks = in_blocks(buffers.take("ratio", x.shape, torch.float32).copy_(x), BLOCK)  # [R, C/16, 16]
     # Clamped since not every torch saturates when it casts to float8.
-    scale = (magnitude(blocks, (-1,)) / (e2m1.MAX * row_scale)).clamp(max=SCALE_MAX).to(torch.float8_e4m3fn)
+    scale.copy_((magnitude(blocks, (-1,)) / (e2m1.MAX * row_scale)).clamp(max=SCALE_MAX))
     step = scale.float() * row_scale
     # A block whose scale rounded to zero divides by infinity: its values become zero.
-    step = torch.where(step == 0, torch.inf, step)
-    return e2m1.pack(e2m1.encode(blocks / step.unsqueeze(-1)).flatten(-2)), scale
+    blocks /= torch.where(step == 0, torch.inf, step).unsqueeze(-1)
+    e2m1.pack(e2m1.encode(blocks, buffers).view(x.shape), out=packed)
 
 
 def group_amax(dense: torch.Tensor, row_groups: int | None) -> torch.Tensor:
