@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 
 from moestro.errors import TuningWarning
 from moestro.tuning.decisions import Record
-from moestro.tuning.measure import Job, OutOfMemoryError, measure, record_name
+from moestro.tuning.job import Job, OutOfMemoryError, record_name
+from moestro.tuning.measure import measure
 from moestro.tuning.specs import Sizes
 
 __all__ = ["Campaign"]

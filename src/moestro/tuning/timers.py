@@ -59,11 +59,12 @@ class CpuTimer:
         """cache_bytes: what a cold cache must be flushed of; the machine's last-level cache if None."""
         self.policy = policy or MeasurementPolicy()
         self.name = "cpu-cold" if self.policy.cold_cache else "cpu-warm"
-        self._flush = (
-            _reader(2 * (cache_bytes or last_level_cache_bytes())) if self.policy.cold_cache else None
-        )
+        self._cache_bytes = cache_bytes
+        self._flush: Callable[[], Any] | None = None  # made when first needed: a tuner that looks up needs none
 
     def prepare(self, call: Callable[[], Any]) -> Callable[[], float]:
+        if self.policy.cold_cache and self._flush is None:
+            self._flush = _reader(2 * (self._cache_bytes or last_level_cache_bytes()))
         for _ in range(self.policy.warmup):
             self._once(call)
         least = self.policy.min_sample_seconds

@@ -23,9 +23,9 @@ from moestro.tuning.campaign import Campaign
 from moestro.tuning.context import Budget, Contexts, Options
 from moestro.tuning.decisions import Decision, Record
 from moestro.tuning.environment import Environment, environment_for
+from moestro.tuning.job import Job
 from moestro.tuning.keys import device_of, shapes_of, static_key
 from moestro.tuning.lookup import Site, Sites, View
-from moestro.tuning.measure import Job
 from moestro.tuning.policy import MeasurementPolicy
 from moestro.tuning.runner import DEFAULT_TACTIC, check_runners
 from moestro.tuning.shelf import Shelf
