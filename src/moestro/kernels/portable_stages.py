@@ -61,7 +61,8 @@ class Call:
         act, quantize = self.problem.activation, self.problem.input_format is not None
         if bias is None and not quantize and act == SwiGLU():
             gate, up = h.chunk(2, dim=-1)
-            a = torch.mul(F.silu(gate), up, out=out)  # F.silu and the product each compute in float32
+            a = F.silu(gate) if out is None else torch.ops.aten.silu.out(gate, out=out)
+            a = a.mul_(up)  # both compute in float32 and round
         else:
             a = act(h.float() if bias is None else h.float() + bias)  # half types round once, at the end
         if quantize:
