@@ -62,16 +62,11 @@ class Call:
         if bias is None and not quantize and act == SwiGLU():
             gate, up = h.chunk(2, dim=-1)
             a = F.silu(gate) if out is None else torch.ops.aten.silu.out(gate, out=out)
-            a = a.mul_(up)  # both compute in float32 and round
-        else:
-            a = act(h.float() if bias is None else h.float() + bias)  # half types round once, at the end
+            return a.mul_(up)  # both compute in float32 and round, where SwiGLU itself would copy h first
+        a = act(h.float() if bias is None else h.float() + bias)  # half types round once, at the end
         if quantize:
             return through_nvfp4(a, pick_scale(self.experts.down_input_scale, expert))
-        if a is out:
-            return a
-        # the intermediate is rounded to x's dtype, also where dense float32 weights make the products float32
-        a = a.to(self.problem.dtype).to(self.dtype)
-        return a if out is None else out.copy_(a)
+        return a.to(self.dtype) if out is None else out.copy_(a)
 
 
 def compute_dtype(problem: MoeProblem) -> torch.dtype:
