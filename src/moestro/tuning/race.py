@@ -20,7 +20,7 @@ A candidate leaves
   - "default beaten": everyone left is better than the default by more than max(min_gain, noise floor).
 All are one-sided bounds that hold at every look at once. With E candidates and confidence c, "no gain" and
 "default beaten" use alpha = (1 - c) / max(10, E) each: their share of the race's error, and small enough
-to keep a default within min_gain in 99 % of races of two. "slower" uses 3 (1 - c) / rivals: it only chooses
+to keep a default within min_gain in 99 % of races of two. "slower" uses 2 (1 - c) / rivals: it only chooses
 among tactics within tie + resolution, where an error costs agreement and at most 1 % of speed.
 
 Ties. Gaps up to `tie` are a tie, gaps from tie + resolution on are told apart; between the two the answer
@@ -55,7 +55,7 @@ from moestro.tuning.rounds import Combine, Rounds, Sampler
 
 __all__ = ["CandidateEvidence", "RaceResult", "Sampler", "race"]
 
-TIE_ERRORS = 3.0  # times 1 - confidence: see the module, "slower"
+TIE_ERRORS = 2.0  # times 1 - confidence: see the module, "slower"
 
 
 def race(
