@@ -12,9 +12,9 @@ class Bump {
   explicit Bump(uint8_t* base) : base_(base) {}
   template <class T>
   T* take(int64_t count) {
-    T* at = reinterpret_cast<T*>(base_ + used_);
+    T* at = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
     used_ = round_up(used_ + count * static_cast<int64_t>(sizeof(T)), 64);
-    return base_ ? at : nullptr;
+    return at;
   }
   int64_t used() const { return used_; }
 

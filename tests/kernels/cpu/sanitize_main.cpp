@@ -1,0 +1,138 @@
+// Drives the core under AddressSanitizer and UndefinedBehaviorSanitizer: every instruction set of this machine, both
+// formats, every path, in buffers of exactly the sizes that the interface states. Results must not depend on the number
+// of threads, and all instruction sets must agree.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+#include <memory>
+
+#include "moestro_cpu.h"
+
+namespace {
+
+uint32_t g_state = 12345;
+uint32_t next() { return g_state = g_state * 1664525u + 1013904223u, g_state >> 8; }
+
+template <class T>
+struct Buffer {  // exact, 64-byte aligned, on the heap: a byte beyond it is an error
+  explicit Buffer(int64_t count) : count(count), data(static_cast<T*>(std::aligned_alloc(64, bytes()))) {
+    std::memset(static_cast<void*>(data), 0, bytes());
+  }
+  ~Buffer() { std::free(data); }
+  Buffer(const Buffer&) = delete;
+  size_t bytes() const { return (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64; }
+  int64_t count;
+  T* data;
+};
+
+uint16_t bf16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return static_cast<uint16_t>(bits >> 16);
+}
+float widen(uint16_t value) {
+  const uint32_t bits = static_cast<uint32_t>(value) << 16;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+uint16_t small() { return bf16(static_cast<float>(static_cast<int>(next() % 2001) - 1000) / 4000.f); }
+
+struct Weights {  // experts' matrices, packed from random ones; packing and unpacking must be inverse
+  Weights(int format, int64_t experts, int64_t rows, int64_t columns, bool gated)
+      : codes(experts * rows * columns * (format == MOESTRO_BF16 ? 2 : 1) / (format == MOESTRO_BF16 ? 1 : 2)),
+        scales(experts * rows * columns / 16), row_scale(experts * rows), bias(experts * rows) {
+    const int64_t matrix = codes.count / experts, blocks = scales.count / experts;
+    Buffer<uint8_t> source(matrix), scale(blocks), back(matrix), scale_back(blocks);
+    for (int64_t e = 0; e < experts; ++e) {
+      for (int64_t i = 0; i < blocks; ++i) scale.data[i] = static_cast<uint8_t>(0x28 + next() % 16);
+      if (format == MOESTRO_BF16) {
+        auto* dense = reinterpret_cast<uint16_t*>(source.data);
+        auto* panels = reinterpret_cast<uint16_t*>(codes.data + e * matrix);
+        for (int64_t i = 0; i < rows * columns; ++i) dense[i] = small();
+        moestro_cpu_pack_bf16(panels, dense, rows, columns, gated, 2);
+        moestro_cpu_unpack_bf16(reinterpret_cast<uint16_t*>(back.data), panels, rows, columns, gated, 2);
+      } else {
+        for (int64_t i = 0; i < matrix; ++i) source.data[i] = static_cast<uint8_t>(next());
+        uint8_t *panels = codes.data + e * matrix, *panel_scales = scales.data + e * blocks;
+        moestro_cpu_pack_nvfp4(panels, panel_scales, source.data, scale.data, rows, columns, gated, 2);
+        moestro_cpu_unpack_nvfp4(back.data, scale_back.data, panels, panel_scales, rows, columns, gated, 2);
+        if (std::memcmp(scale.data, scale_back.data, static_cast<size_t>(blocks))) std::abort();
+      }
+      if (std::memcmp(source.data, back.data, static_cast<size_t>(matrix))) std::abort();
+    }
+    for (int64_t i = 0; i < row_scale.count; ++i) row_scale.data[i] = 64.f;
+    for (int64_t i = 0; i < bias.count; ++i) bias.data[i] = widen(small());
+  }
+  MoestroMatrix matrix(int format) const {
+    const bool nvfp4 = format == MOESTRO_NVFP4;
+    return {codes.data, nvfp4 ? scales.data : nullptr, nvfp4 ? row_scale.data : nullptr, bias.data};
+  }
+  Buffer<uint8_t> codes, scales;
+  Buffer<float> row_scale, bias;
+};
+
+double difference(const uint16_t* a, const uint16_t* b, int64_t count) {
+  double apart = 0, norm = 1e-30;
+  for (int64_t i = 0; i < count; ++i) {
+    apart += std::pow(static_cast<double>(widen(a[i])) - static_cast<double>(widen(b[i])), 2);
+    norm += std::pow(static_cast<double>(widen(b[i])), 2);
+  }
+  return std::sqrt(apart / norm);
+}
+
+int check(int format, int activation, int32_t hidden, int32_t inter, int64_t tokens, MoestroTactic tactic) {
+  const int32_t experts = 3, top_k = 2;
+  const bool gated = activation != MOESTRO_RELU2;
+  const Weights gate_up(format, experts, gated ? 2 * inter : inter, hidden, gated);
+  const Weights down(format, experts, hidden, inter, false);
+  MoestroLayer layer{0, format, experts, 1, top_k, hidden, inter, activation, 1.702f, 7.f, 1.f,
+                     gate_up.matrix(format), down.matrix(format)};
+  Buffer<uint16_t> x(tokens * hidden), out(tokens * hidden), plain(tokens * hidden);
+  Buffer<int32_t> ids(tokens * top_k);
+  Buffer<float> weights(tokens * top_k);
+  for (int64_t i = 0; i < x.count; ++i) x.data[i] = small();
+  for (int64_t i = 0; i < ids.count; ++i) ids.data[i] = static_cast<int32_t>(next() % 6) - 1;  // some of nobody
+  for (int64_t i = 0; i < weights.count; ++i) weights.data[i] = widen(small());
+  int failures = 0;
+  for (int isa = MOESTRO_GENERIC; isa <= MOESTRO_AMX_EMULATED; ++isa) {
+    if (!(moestro_cpu_isas() >> isa & 1)) continue;
+    layer.isa = isa;
+    Buffer<uint16_t> first(tokens * hidden);
+    for (int threads = 1; threads <= 3; threads += 2) {
+      tactic.threads = threads;
+      Buffer<uint8_t> workspace(moestro_cpu_workspace(&layer, &tactic, tokens));
+      MoestroCall call{tokens, x.data, ids.data, weights.data, threads == 1 ? first.data : out.data,
+                       workspace.data, workspace.count};
+      failures += moestro_cpu_moe(&layer, &tactic, &call) != MOESTRO_OK;
+      call.workspace_bytes -= 64;
+      failures += moestro_cpu_moe(&layer, &tactic, &call) != MOESTRO_SMALL_WORKSPACE;
+    }
+    failures += std::memcmp(first.data, out.data, sizeof(uint16_t) * static_cast<size_t>(out.count)) != 0;
+    if (isa == MOESTRO_GENERIC) std::memcpy(plain.data, out.data, sizeof(uint16_t) * static_cast<size_t>(out.count));
+    const double apart = difference(out.data, plain.data, out.count);
+    if (!(apart < 5e-3)) {
+      std::printf("isa %d format %d activation %d H %d I %d N %d: %g apart\n", isa, format, activation, hidden, inter,
+                  static_cast<int>(tokens), apart);
+      ++failures;
+    }
+  }
+  return failures;
+}
+
+}  // namespace
+
+int main() {
+  const MoestroTactic tactics[] = {{64, 2, 1 << 30, 1 << 20, 1}, {5, 1, 1, 1 << 20, 1}, {40, 3, 4, 13, 1}};
+  const int32_t sizes[][2] = {{16, 16}, {80, 48}, {64, 96}, {1056, 32}};
+  int failures = 0;
+  for (int format : {MOESTRO_BF16, MOESTRO_NVFP4})
+    for (int activation : {MOESTRO_SWIGLU, MOESTRO_GEGLU_TANH, MOESTRO_RELU2})
+      for (const auto& size : sizes)
+        for (const auto& tactic : tactics)
+          for (int64_t tokens : {1, 3, 53}) failures += check(format, activation, size[0], size[1], tokens, tactic);
+  std::printf("%d failures\n", failures);
+  return failures != 0;
+}
