@@ -1,10 +1,12 @@
-"""The layer written out plainly, apart from everything under test."""
+"""The layer written out plainly, apart from everything under test; and a result to draw and compare."""
 
 from __future__ import annotations
 
 import torch
 
 from moestro.bench.layers import Case, LayerSource, activation_of
+from moestro.bench.models import from_sizes
+from moestro.bench.results import BenchResult, Row
 
 
 def plain_moe(source: LayerSource, case: Case) -> torch.Tensor:
@@ -28,3 +30,42 @@ def plain_moe(source: LayerSource, case: Case) -> torch.Tensor:
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
     return ((got.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
+def some_result() -> BenchResult:
+    """A result of two contenders at N = 1 and 4: Moestro twice as fast as its peer."""
+
+    def row(tokens: int, ours: bool) -> Row:
+        median = 0.001 * tokens * (1 if ours else 2)
+        return Row(
+            tokens=tokens,
+            contender="moestro nvfp4" if ours else "transformers eager",
+            ours=ours,
+            format="nvfp4" if ours else "bf16",
+            median_s=median,
+            low_s=median * 0.9,
+            high_s=median * 1.1,
+            samples=9,
+            clock="steady",
+            experts_hit=2 * tokens,
+            tflops=0.1,
+            weight_bytes_per_s=1e9,
+            roofline=0.5,
+            ratio_to_best_peer=2.0 if ours else 1.0,
+            facts={"backend": "cpu", "tactic": None, "status": "default"} if ours else {},
+        )
+
+    memory = [
+        {"contender": "transformers eager", "format": "bf16", "bytes": 98304, "ratio_to_bf16": 1.0},
+        {"contender": "moestro nvfp4", "format": "nvfp4", "bytes": 27648, "ratio_to_bf16": 0.28125},
+    ]
+    return BenchResult(
+        command="moestro bench --sizes 8,2,64,32",
+        date="2026-01-02T03:04:05Z",
+        environment={"device": "cpu", "device_name": "Figure & co", "threads": 2, "torch": "2.13.0"},
+        problem=from_sizes("8,2,64,32").to_json(),
+        conditions={"routing": "uniform", "layers": 1, "seed": 0},
+        ceilings={"bytes_per_s": 3e10, "flops_per_s": 5e11, "dtype": "bfloat16"},
+        memory=memory,
+        rows=[row(tokens, ours) for tokens in (1, 4) for ours in (False, True)],
+    )

@@ -120,7 +120,7 @@ def write(path: Path, found: Sequence[Delta], runs: Sequence[BenchResult]) -> No
 
 
 def _bench(arguments: Sequence[str]) -> None:
-    command = [sys.executable, "-c", "from moestro.cli.app import main; main()", "bench", *arguments]
+    command = [sys.executable, "-m", "moestro.cli", "bench", *arguments]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode != 0:
         said = (finished.stderr.strip() or finished.stdout.strip()).splitlines()[-8:]

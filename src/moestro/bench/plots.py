@@ -50,30 +50,21 @@ def ratio(result: BenchResult) -> str:
         axes.axhline(1.0, color="#111827", linewidth=1.0, linestyle=(0, (4, 3)))
         axes.annotate(
             "fastest peer",
-            (0.995, 1.0),
+            (0.01, 1.0),
             xycoords=("axes fraction", "data"),
-            xytext=(0, 4),
+            xytext=(0, -12),
             textcoords="offset points",
-            ha="right",
+            ha="left",
             fontsize=8.5,
             color="#374151",
         )
         for contender, style in _styles(result):
             rows = [row for row in _rows(result, contender) if row.ratio_to_best_peer is not None]
-            if not rows or not rows[0].ours:
-                continue
-            ns, ratios = [row.tokens for row in rows], [row.ratio_to_best_peer or 0.0 for row in rows]
-            axes.plot(ns, ratios, label=contender, **style)
-            for tokens, value in zip(ns, ratios, strict=True):
-                axes.annotate(
-                    f"{value:.2g}" if value < 10 else f"{value:.0f}",
-                    (tokens, value),
-                    xytext=(0, 7),
-                    textcoords="offset points",
-                    ha="center",
-                    fontsize=8,
-                    color=style["color"],
-                )
+            if rows and rows[0].ours:
+                ratios = [row.ratio_to_best_peer or 0.0 for row in rows]
+                axes.plot([row.tokens for row in rows], ratios, label=contender, **style)
+                for row, value in zip(rows, ratios, strict=True):
+                    _ratio_label(axes, result, row, value, style["color"])
         low, high = axes.get_ylim()
         axes.set_ylim(min(0.0, low), high * 1.06)
         _tokens_axis(axes, result)
@@ -98,7 +89,7 @@ def memory(result: BenchResult) -> str:
     """Weight bytes of one layer per contender."""
     entries = _memory_entries(result)
     height = 0.9 + 0.42 * len(entries)
-    with _figure("Memory of one layer's weights", "MiB", size=(7.2, height)) as (figure, axes):
+    with _figure("Memory of one layer's weights", "MiB", size=(6.3, height)) as (figure, axes):
         labels = [label for label, _, _ in entries]
         values = [bytes_ / 2**20 for _, bytes_, _ in entries]
         colors = [OURS[0] if label.startswith("moestro") else PEERS[1] for label in labels]
@@ -120,6 +111,21 @@ def memory(result: BenchResult) -> str:
         axes.set_xticks([])
         axes.spines["bottom"].set_visible(False)
         return _svg(figure)
+
+
+def _ratio_label(axes: Any, result: BenchResult, row: Row, value: float, color: str) -> None:
+    """The figure beside its point: above the highest of its N, below the others, so that all can be read."""
+    others = [r.ratio_to_best_peer or 0.0 for r in result.rows if r.ours and r.tokens == row.tokens]
+    above = value >= max(others)
+    axes.annotate(
+        f"{value:.2g}" if value < 10 else f"{value:.0f}",
+        (row.tokens, value),
+        xytext=(0, 7 if above else -14),
+        textcoords="offset points",
+        ha="center",
+        fontsize=8.5,
+        color=color,
+    )
 
 
 def _memory_entries(result: BenchResult) -> list[tuple[str, int, float | None]]:
@@ -166,7 +172,7 @@ def _styles(result: BenchResult) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 @contextmanager
-def _figure(title: str, subtitle: str, size: tuple[float, float] = (7.2, 4.1)) -> Iterator[tuple[Any, Any]]:
+def _figure(title: str, subtitle: str, size: tuple[float, float] = (6.3, 3.8)) -> Iterator[tuple[Any, Any]]:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -217,7 +223,7 @@ def _plain_numbers(axis: Any) -> None:
 
 def _legend(axes: Any) -> None:
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=9, loc="best")
+        axes.figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=3)
 
 
 def _svg(figure: Any) -> str:

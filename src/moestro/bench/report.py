@@ -35,10 +35,10 @@ p { margin: 4px 0 12px; max-width: 78ch; } .soft { color: var(--soft); }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13.5px;
   margin: 6px 0 10px; }
-th, td { padding: 5px 12px 5px 0; text-align: right; border-bottom: 1px solid var(--line);
-  white-space: nowrap; }
+th, td { padding: 4px 18px 4px 0; text-align: right; white-space: nowrap; }
+tr.first td, table.facts td { border-top: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child, .figures th:nth-child(2), .figures td:nth-child(2) { text-align: left; }
 table.facts td { text-align: left; white-space: normal; overflow-wrap: anywhere; } table.facts td:first-child
 { color: var(--soft); white-space: nowrap; padding-right: 24px; vertical-align: top; }
 .good { color: var(--good); font-weight: 600; } .bad { color: var(--bad); font-weight: 600; }
@@ -170,7 +170,8 @@ def _table(result: BenchResult) -> str:
         "the weights of the experts that are hit, in the contender's format; × best peer above 1 is faster "
         "than the fastest peer."
     )
-    return f"<div class='scroll'><table><tr>{head}</tr>{body}</table></div><p class='soft'>{note}</p>"
+    table = f"<table class='figures'><tr>{head}</tr>{body}</table>"
+    return f"<div class='scroll'>{table}</div><p class='soft'>{note}</p>"
 
 
 def _row(row: Row, first: bool) -> str:
@@ -185,15 +186,15 @@ def _row(row: Row, first: bool) -> str:
     cells = [
         f"<b>{row.tokens}</b>" if first else "",
         f"<b>{_text(row.contender)}</b>" if row.ours else _text(row.contender),
-        f"{row.median_s * scale:.3g} {unit}",
-        f"{row.low_s * scale:.3g} to {row.high_s * scale:.3g}",
+        f"{_digits(row.median_s * scale)} {unit}",
+        f"{_digits(row.low_s * scale)} to {_digits(row.high_s * scale)}",
         ratio,
         f"{100 * row.roofline:.0f} %",
         f"{row.weight_bytes_per_s / 1e9:,.1f}",
         f"{row.tflops:.3g}",
         f"<code>{_text(choice)}</code>" if choice else "",
     ]
-    return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+    return f"<tr{first * ' class=first'}>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
 
 
 def _left_out(result: BenchResult) -> str:
@@ -216,6 +217,11 @@ def _conditions(result: BenchResult) -> str:
     cells["command"] = f"<code>{cells['command']}</code>"
     rows = "".join(f"<tr><td>{_text(key)}</td><td>{cell}</td></tr>" for key, cell in cells.items())
     return f"<table class='facts'>{rows}</table>"
+
+
+def _digits(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def _text(value: object) -> str:

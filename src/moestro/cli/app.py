@@ -80,4 +80,4 @@ def _root(
 
 def main() -> None:
     """The entry point of the console script."""
-    app()
+    app(prog_name="moestro")
