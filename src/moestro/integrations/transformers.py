@@ -7,8 +7,8 @@
 Every experts module gets a FusedMoE at its first call, made from its own parameters: transposed and
 interleaved layouts are put in order, and the activation is recognised by what the module's own gate computes.
 With format="bf16" the values are the module's; "nvfp4" (or another format) quantises them. Where that, or a
-backend's kernel layout, makes a copy, the module still has its own parameters. Parameters that were replaced or
-written since are noticed, and the layer is made again. For inference: there is no derivative.
+backend's kernel layout, makes a copy, the module still has its own parameters. Parameters that were replaced
+or written since are noticed, and the layer is made again. For inference: there is no derivative.
 """
 
 from __future__ import annotations
