@@ -1,10 +1,11 @@
 """Regret on paper: tunings by the thousand on simulated clocks, with targets that must hold.
 
-Each scenario is a list of true times, a default and a noise model. Three schemes tune it with the same clocks:
+Each scenario is a list of true times, a default and a noise model. Three schemes tune it with the same
+clocks:
   moestro  the race (moestro.tuning.race) under its default policy
   field    what autotuners do: one candidate after the other, 3 warm-ups, the mean of 10, argmin
-  equal    interleaved rounds of all candidates to the end, argmin: as many rounds as it takes to be wrong no more
-           often than the race. Twice: by the median of the times, and by the race's own statistic
+  equal    interleaved rounds of all candidates to the end, argmin: as many rounds as it takes to be wrong no
+           more often than the race. Twice: by the median of the times, and by the race's own statistic
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
+from typing import TypeVar
 
 import numpy as np
 
@@ -25,6 +27,8 @@ from moestro.tuning.race import race
 from moestro.tuning.simulated import SimulatedClock
 
 __all__ = ["SCENARIOS", "Outcome", "Scenario", "Target", "run", "tune_once"]
+
+T = TypeVar("T")
 
 CALL = 1e-3  # seconds of the fastest tactic: virtual, only the ratios matter
 MOST_ROUNDS = 256  # of equal sampling
@@ -50,7 +54,9 @@ class Scenario:
     times: tuple[float, ...]  # relative to the fastest
     default: int
     targets: tuple[Target, ...]
-    shuffled: bool = False  # the order in which the tactics are listed differs from one pair of tunings to the next
+    shuffled: bool = (
+        False  # the order in which the tactics are listed differs from one pair of tunings to the next
+    )
     compare_equal: bool = False
     noise: float = 0.02
     drift: float = 0.05
@@ -87,7 +93,9 @@ class Outcome:
     scenario: Scenario
     summaries: tuple[Summary, ...]
     targets: tuple[tuple[Target, float, bool], ...]
-    equal_samples: dict[str, int | None] = field(default_factory=dict)  # statistic -> samples; None: never enough
+    equal_samples: dict[str, int | None] = field(
+        default_factory=dict
+    )  # statistic -> samples; None: never enough
 
     @property
     def held(self) -> bool:
@@ -226,7 +234,7 @@ def _rounds_for(choices: Sequence[Sequence[int]], scenario: Scenario, ours: Summ
     return enough[0] * len(scenario.times) if enough else None
 
 
-def _map[T](function: Callable[[int], T], count: int, processes: int) -> Iterator[T]:
+def _map(function: Callable[[int], T], count: int, processes: int) -> Iterator[T]:
     if processes == 1:
         yield from map(function, range(count))
         return

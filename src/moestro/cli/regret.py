@@ -1,0 +1,217 @@
+"""`moestro bench regret`: how good the tuner's picks are, and whether it picks the same again."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from moestro.cli import options as opt
+from moestro.cli.console import output, progress, seconds_text
+
+if TYPE_CHECKING:
+    from moestro.bench.regret import Summary
+    from moestro.bench.regret_layers import LayerOutcome
+    from moestro.bench.regret_sim import Outcome, Target
+
+__all__ = ["regret"]
+
+SCHEMA = "moestro.regret/1"
+
+SimulateOption = Annotated[
+    bool,
+    typer.Option(
+        "--simulate", help="On paper: thousands of tunings under noise, drift and outliers, with targets."
+    ),
+]
+TuningsOption = Annotated[
+    int, typer.Option("--tunings", min=10, help="With --simulate: tunings per scenario.")
+]
+RepeatsOption = Annotated[int, typer.Option("--repeats", min=2, help="Tunings per size, each from scratch.")]
+OracleOption = Annotated[
+    float, typer.Option("--oracle-seconds", min=0.0, help="How long the oracle measures each size.")
+]
+ProcessesOption = Annotated[
+    int | None, typer.Option("--processes", min=1, help="With --simulate; default: one per CPU.")
+]
+
+
+def regret(
+    simulate: SimulateOption = False,
+    tunings: TuningsOption = 1000,
+    processes: ProcessesOption = None,
+    model: opt.ModelOption = None,
+    sizes: opt.SizesOption = None,
+    format: opt.FormatOption = None,
+    backend: opt.BackendOption = None,
+    device: opt.DeviceOption = None,
+    tokens: opt.TokensOption = "1,16,256",
+    routing: opt.RoutingOption = "uniform",
+    ep: opt.EpOption = 1,
+    local_pairs: opt.LocalPairsOption = False,
+    seed: opt.SeedOption = 0,
+    repeats: RepeatsOption = 6,
+    oracle_seconds: OracleOption = 10.0,
+    json_file: opt.JsonOption = None,
+) -> None:
+    """How much slower the picked tactics are than the best, and how often repeated tunings disagree.
+
+    Exit status 1 if a target of --simulate fails, or, on a device, a pick is slower than the default by more
+    than the noise floor.
+    """
+    if simulate:
+        held = _simulate(tunings, processes or os.cpu_count() or 1, json_file)
+    else:
+        from moestro.bench.regret_layers import LayersSpec
+
+        spec = LayersSpec(
+            shape=opt.parse_shape(model, sizes, ep, local_pairs),
+            tokens=tuple(opt.parse_tokens(tokens)),
+            routing=opt.parse_routing(routing),
+            formats=tuple(opt.parse_formats(format, ("nvfp4",))),
+            backends=tuple(opt.parse_backends(backend)),
+            device=opt.parse_device(device),
+            seed=seed,
+            repeats=repeats,
+            oracle_seconds=oracle_seconds,
+        )
+        held = _measure(spec, json_file)
+    if not held:
+        raise typer.Exit(1)
+
+
+# --- on paper ---
+def _simulate(tunings: int, processes: int, json_file: Path | None) -> bool:
+    from moestro.bench import regret_sim
+
+    outcomes = []
+    with progress() as bar:
+        for scenario in regret_sim.SCENARIOS:
+            task = bar.add_task(scenario.name, total=tunings)
+            outcomes.append(
+                regret_sim.run(scenario, tunings, processes, lambda task=task: bar.advance(task))  # type: ignore[misc]
+            )
+            bar.remove_task(task)
+    output.print(_simulated_table(outcomes))
+    for outcome in outcomes:
+        output.print(f"[bold]{outcome.scenario.name}[/]: {outcome.scenario.about}", highlight=False)
+        for name, samples in outcome.equal_samples.items():
+            needs = f"{samples} samples" if samples else "more than all that were tried"
+            output.print(f"  equal sampling, argmin of the {name} statistic, for the same error: {needs}")
+        for target, value, held in outcome.targets:
+            mark = "[green]holds[/]" if held else "[bold red]FAILS[/]"
+            output.print(f"  {mark} {_target_text(target)}: {value:.2%}", highlight=False)
+    if json_file is not None:
+        _write(
+            json_file, "simulated", [_simulated_json(outcome) for outcome in outcomes], {"tunings": tunings}
+        )
+    return all(outcome.held for outcome in outcomes)
+
+
+def _simulated_table(outcomes: list[Outcome]) -> Table:
+    table = _table("scenario")
+    for outcome in outcomes:
+        for i, summary in enumerate(outcome.summaries):
+            table.add_row("" if i else outcome.scenario.name, *_cells(summary), end_section=i > 0)
+    return table
+
+
+def _target_text(target: Target) -> str:
+    limit = f"at least {target.least:.0%}" if target.least is not None else f"at most {target.most:.0%}"
+    return f"{target.what.replace('_', ' ')} {limit}"
+
+
+def _simulated_json(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "scenario": dataclasses.asdict(outcome.scenario),
+        "schemes": [dataclasses.asdict(summary) for summary in outcome.summaries],
+        "equal_sampling_samples": outcome.equal_samples,
+        "targets": [
+            {**dataclasses.asdict(target), "value": value, "held": held}
+            for target, value, held in outcome.targets
+        ],
+    }
+
+
+# --- on a device ---
+def _measure(spec: Any, json_file: Path | None) -> bool:
+    from moestro.bench import regret_layers
+
+    with progress() as bar:
+        task = bar.add_task("making the layer", total=None)
+        outcomes = regret_layers.run(spec, lambda what: bar.update(task, description=what))
+    output.print(_layers_table(outcomes))
+    if json_file is not None:
+        conditions = dataclasses.asdict(
+            dataclasses.replace(spec, shape=None, routing=None)
+        )  # these two have a JSON form of their own
+        conditions |= {"problem": spec.shape.to_json(), "routing": spec.routing.name}
+        _write(json_file, spec.device, [dataclasses.asdict(outcome) for outcome in outcomes], conditions)
+    return all(outcome.found.moestro.slower_than_default == 0 for outcome in outcomes)
+
+
+def _layers_table(outcomes: list[LayerOutcome]) -> Table:
+    table = _table("layer")
+    for outcome in outcomes:
+        oracle = outcome.found.oracle
+        names = [
+            f"{outcome.format} {outcome.backend} N={outcome.tokens}",
+            f"default {seconds_text(oracle.default_seconds)}, best {oracle.best:.3f} ± {oracle.error:.3f}",
+        ]
+        for name, summary in zip(names, (outcome.found.moestro, outcome.found.field), strict=True):
+            table.add_row(name, *_cells(summary), end_section=summary.scheme == "field")
+    return table
+
+
+# --- both ---
+def _table(first: str) -> Table:
+    table = Table(first, "scheme", box=None, pad_edge=False)
+    for name in (
+        "best",
+        "same pick",
+        "flips",
+        "regret: median",
+        "95 %",
+        "worst",
+        "slower",
+        "samples",
+        "time",
+    ):
+        table.add_column(name, justify="right")
+    return table
+
+
+def _cells(summary: Summary) -> list[str]:
+    return [
+        summary.scheme,
+        f"{summary.best_picked:.1%}",
+        f"{summary.same_pick:.1%}",
+        f"{summary.flips:.1%}",
+        f"{summary.regret_median:.2%}",
+        f"{summary.regret_p95:.2%}",
+        f"{summary.regret_worst:.2%}",
+        f"{summary.slower_than_default:.1%}",
+        f"{summary.samples:.0f}",
+        seconds_text(summary.seconds),
+    ]
+
+
+def _write(path: Path, device: str, rows: list[dict[str, Any]], conditions: dict[str, Any]) -> None:
+    from moestro.bench import results
+
+    results.write_json(
+        path,
+        {
+            "schema": SCHEMA,
+            "command": results.command_line(),
+            "date": results.now(),
+            "environment": results.environment("cpu" if device == "simulated" else device),
+            "device": device,
+            "conditions": conditions,
+            "rows": rows,
+        },
+    )
