@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from moestro.cli import bench, doctor, report, tune
+from moestro.cli import bench, cache, doctor, explain, report, tune
 from moestro.cli.console import errors
 from moestro.errors import MoestroError
 
@@ -54,6 +54,8 @@ app = typer.Typer(
 )
 app.command("tune", epilog=tune.EXAMPLES)(tune.tune)
 app.add_typer(bench.app, name="bench")
+app.command("explain", epilog=explain.EXAMPLES)(explain.explain)
+app.add_typer(cache.app, name="cache")
 app.command("doctor")(doctor.doctor)
 app.command("report")(report.report)
 

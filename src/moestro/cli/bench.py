@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from moestro.cli import options as opt
+from moestro.cli import regret
 from moestro.cli.console import ProgressListener, errors, output, progress, quiet
 
 __all__ = ["app"]
@@ -209,3 +210,6 @@ def _nothing_to_compare(against: str | None) -> Exception:
 
     wanted = "no peer" if against is None else f"no peer {against!r}"
     return MoestroError(f"parity: {wanted} was measured beside moestro, so there is nothing to compare")
+
+
+app.command("regret")(regret.regret)

@@ -1,0 +1,72 @@
+"""`moestro explain`: a stored decision in words: what was chosen and why, and what would change it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from moestro.cli.cache import EnvironmentOption, OpOption, StoreOption
+from moestro.cli.console import output
+
+__all__ = ["app", "explain"]
+
+EXAMPLES = """
+[bold]Examples[/]
+
+[cyan]moestro explain --tokens 3000[/]
+  what serves 3000 tokens, in every layer that the store knows
+
+[cyan]moestro explain --store tuned --op "moestro.*" --match '"num_experts", 128' --tokens 64[/]
+  of layers whose key holds that text
+"""
+
+
+def explain(
+    store: StoreOption = None,
+    op: OpOption = "*",
+    environment: EnvironmentOption = None,
+    tokens: Annotated[
+        str | None,
+        typer.Option(
+            "--tokens", "-n", metavar="N[xM]", help="The size that is asked for; else every decision."
+        ),
+    ] = None,
+    match: Annotated[
+        str, typer.Option("--match", metavar="TEXT", help="Only keys whose JSON holds this text.")
+    ] = "",
+    width: Annotated[int | None, typer.Option("--width", min=60, help="Columns.", hidden=True)] = None,
+) -> None:
+    """Why a runner and tactic were chosen: their times, the runners-up with intervals, the noise floor, the
+    probes, the environment, and what would change the choice.
+    """
+    from moestro.tuning.explain import Case
+    from moestro.tuning.explain import explain as text_of
+    from moestro.tuning.select import families, parse_sizes
+    from moestro.tuning.store import Store, default_root
+
+    source = Store(store if store is not None else default_root())
+    sizes = parse_sizes(tokens) if tokens is not None else None
+    found = families(source.entries(), op, environment or (), match)
+    if sizes is not None:
+        found = [f for f in found if f.dynamic == len(sizes)]
+    if not found:
+        output.print(f"{source.root} has no decisions that match", markup=False)
+        raise typer.Exit(1)
+    for family in found:
+        output.print(f"\n{family.title}", style="bold", markup=False)
+        for record in [family.serving(sizes)] if sizes is not None else list(family.records.values()):
+            case = Case(
+                family.key,
+                record,
+                family.records,
+                sizes,
+                sizes is None or family.covers(sizes),
+                str(source.root),
+                source.facts(family.environment),
+            )
+            output.print(text_of(case, width or min(output.width, 120)), markup=False, highlight=False)
+
+
+app = typer.Typer(rich_markup_mode="rich")
+app.command("explain", epilog=EXAMPLES)(explain)
