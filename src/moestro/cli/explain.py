@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from moestro.cli.cache import EnvironmentOption, OpOption, StoreOption
+from moestro.cli.cache import EnvironmentOption, OpOption, StoreOption, screen
 from moestro.cli.console import output
 
 __all__ = ["app", "explain"]
@@ -53,8 +53,9 @@ def explain(
     if not found:
         output.print(f"{source.root} has no decisions that match", markup=False)
         raise typer.Exit(1)
+    console = screen()
     for family in found:
-        output.print(f"\n{family.title}", style="bold", markup=False)
+        console.print(f"\n{family.title}", style="bold", markup=False)
         for record in [family.serving(sizes)] if sizes is not None else list(family.records.values()):
             case = Case(
                 family.key,
@@ -65,7 +66,9 @@ def explain(
                 str(source.root),
                 source.facts(family.environment),
             )
-            output.print(text_of(case, width or min(output.width, 120)), markup=False, highlight=False)
+            console.print(
+                text_of(case, width or min(console.width, 120)), markup=False, highlight=False, soft_wrap=True
+            )
 
 
 app = typer.Typer(rich_markup_mode="rich")

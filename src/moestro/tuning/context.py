@@ -15,6 +15,7 @@ from typing import Any
 from moestro.errors import TuningError
 from moestro.tuning.buckets import checked_buckets, make_bucket_mapper
 from moestro.tuning.policy import MeasurementPolicy
+from moestro.tuning.progress import Progress
 from moestro.tuning.specs import DynamicTensorSpec, Probe, TuningConfig
 from moestro.tuning.store import Store
 
@@ -72,7 +73,7 @@ class Options:
     skip_ops: frozenset[str] = frozenset()
     policy: MeasurementPolicy | None = None
     probes: tuple[Probe, ...] | None = None
-    progress: bool = False
+    progress: Progress = False
     crossover: bool = True
 
     def inner(self, *, skip_ops: Iterable[str] | None, **given: Any) -> Options:

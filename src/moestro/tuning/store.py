@@ -58,6 +58,11 @@ class Entry:
     data: Mapping[str, Any]
 
     @property
+    def created(self) -> float:
+        """When its content was made, in seconds since 1970."""
+        return created(self.data)
+
+    @property
     def record(self) -> Record:
         """The decision in it. Raises what Record.from_json raises."""
         return Record.from_json(self.data["record"])

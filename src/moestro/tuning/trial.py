@@ -72,6 +72,10 @@ class Trial:
             others = [c for c in others if c.name in wanted]
         warm = {record_name(record) for record in self.job.warm}
         others.sort(key=lambda c: c.name not in warm)
+        for c in others:
+            if c.name in self.job.banned:
+                reason = self.job.banned[c.name]
+                self.evidence.append(CandidateEvidence(c.runner, c.tactic, "quarantined", reason=reason))
         return [c for c in (default, *others) if c.name not in self.job.banned]
 
     def fit(self, candidates: list[Candidate]) -> list[Candidate]:

@@ -23,10 +23,12 @@ from moestro.tuning.campaign import Campaign
 from moestro.tuning.context import Budget, Contexts, Options
 from moestro.tuning.decisions import Decision, Record
 from moestro.tuning.environment import Environment, environment_for
+from moestro.tuning.explain import Case, explain, explain_miss
 from moestro.tuning.job import Job
 from moestro.tuning.keys import device_of, shapes_of, static_key
 from moestro.tuning.lookup import Site, Sites, View
 from moestro.tuning.policy import MeasurementPolicy
+from moestro.tuning.progress import Progress, showing
 from moestro.tuning.runner import DEFAULT_TACTIC, check_runners
 from moestro.tuning.shelf import Shelf
 from moestro.tuning.specs import Probe, Sizes, TuningConfig
@@ -88,7 +90,7 @@ class AutoTuner:
         skip_ops: Iterable[str] | None = None,
         policy: MeasurementPolicy | None = None,
         probes: Sequence[Probe] | None = None,
-        progress: bool | None = None,
+        progress: Progress | None = None,
         crossover: bool | None = None,
     ) -> Iterator[AutoTuner]:
         """Tune what is not known, in this thread, until the context is left.
@@ -96,8 +98,8 @@ class AutoTuner:
         tune_mode: False only looks up. cache: where decisions are read from and written to. budget_s: seconds
         of tuning. tuning_buckets, round_up: replace the operations' own buckets and rounding. skip_ops: these
         get their default. policy, probes: how to measure and on what. crossover: search for where winners
-        change. What is not given is inherited from the context outside. Raises TuningError for settings that
-        make no sense.
+        change. progress: True draws a line in the terminal; a function gets the lines. What is not given is
+        inherited from the context outside. Raises TuningError for settings that make no sense.
         """
         outer = self._contexts.current or Options()
         inner = outer.inner(
@@ -198,6 +200,29 @@ class AutoTuner:
             source=view.book.sources.get((record.probes, record.bucket), "memory"),
         )
 
+    def explain(
+        self, op: str, runners: Sequence[Any], config: TuningConfig, inputs: Sequence[Any], **kwargs: Any
+    ) -> str:
+        """What choose_one would answer and why, who came second, and what would change it, as text."""
+        check_runners(runners)
+        options = self._contexts.current
+        _, view, sizes = self._locate(op, runners, config, inputs, kwargs, options)
+        record, within = view.find(sizes)
+        book = view.book
+        if record is None:
+            return explain_miss(book.key, [b.key for b in self._shelf.books() if b.everything()])
+        store = self._shelf.target(options)
+        case = Case(
+            key=book.key,
+            record=record,
+            records=book.records(record.probes),
+            sizes=sizes,
+            within=within,
+            source=book.sources.get((record.probes, record.bucket), "memory"),
+            facts=store.facts(record.environment) if store is not None else None,
+        )
+        return explain(case)
+
     # --- inside --------------------------------------------------------------------------------------
     def _choose(
         self,
@@ -278,7 +303,7 @@ class AutoTuner:
         timer = self._timer_for(device, policy, site.config.use_cuda_graph)
         environment = self._environment(site.config, runners, inputs, options)
         shelf, store, book = self._shelf, self._shelf.target(options), view.book
-        with self._measuring:
+        with self._measuring, showing(options.progress) as progress:
             shelf.refresh(book, store, environment)
             job = Job(
                 key=book.key,
@@ -293,6 +318,7 @@ class AutoTuner:
                 banned=book.banned,
                 ban=lambda candidate, reason: shelf.ban(book, store, environment, candidate.name, reason),
                 warm=shelf.warm(book, store, environment),
+                progress=progress,
             )
             first = tuple(
                 spec.bucket_of(size)
