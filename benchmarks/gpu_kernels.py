@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -115,34 +116,45 @@ def truth_of(runner: TritonRunner, plain: Any, inputs: list[torch.Tensor]) -> to
 
 
 def candidates(runner: TritonRunner, n: int) -> list[Tactic]:
-    """The table, and its tactics with atomic sums."""
-    valid = [t for t in table.TABLE if table.unfit(runner.problem, t, n) is None]
-    return valid + [replace(t, combine="atomic") for t in valid]
+    """The table, and some of its tactics with atomic sums."""
+    valid = table.candidates(runner.problem, n)
+    return valid + [replace(t, combine="atomic") for t in valid[-2:]]
 
 
 def check() -> int:
     """Odd sizes, all activations, biases, offsets, foreign and invalid ids, W4A4, repeatability."""
-    bad = 0
-    cases = itertools.product(
-        ("nvfp4", "bf16"), (SwiGLU(), SwiGLU(1.702, 7.0, 1.0), GeGLUTanh(), ReLU2()), (1, 3, 17, 64, 257)
-    )
-    for i, (fmt, act, n) in enumerate(cases):
+    bad, worst = 0, 0.0
+    acts = (SwiGLU(), SwiGLU(1.702, 7.0, 1.0), GeGLUTanh(), ReLU2())
+    made = []
+    for i, (fmt, act) in enumerate(itertools.product(("nvfp4", "bf16"), acts)):
         sizes = ((8, 2, 272, 176), (6, 3, 512, 320), (16, 4, 144, 1040))[i % 3]
         runner, plain = make(*sizes, fmt, act, bias=i % 2 == 0, E=sizes[0] + 4, offset=2, seed=i)
-        inputs = inputs_of(runner, n, i)
-        inputs[1][0, 0] = (-7, 1 << 30, 10**6)[i % 3]
+        for n in (1, 3, 17, 257):
+            inputs = inputs_of(runner, n, i)
+            inputs[1][0, 0] = (-7, 1 << 30, 10**6)[i % 3]
+            tried = candidates(runner, n)
+            tried = tried if i % 4 == 0 else tried[:1] + tried[-2:]
+            made.append((runner, plain, inputs, tried))
+    began = time.time()
+    jobs = [(runner, (inputs, t)) for runner, _, inputs, tried in made for t in tried]
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda job: job[0].compile(*job[1]), jobs))
+    print(f"compiled {len(jobs)} tactics in {time.time() - began:.1f} s")
+    for runner, plain, inputs, tried in made:
         truth = truth_of(runner, plain, inputs)
-        for tactic in candidates(runner, n):
+        for tactic in tried:
             e = error(runner, plain, inputs, tactic, truth)
+            worst = max(worst, e)
             if not e < 1e-2:
                 bad += 1
-                print("BAD", fmt, act, n, sizes, tactic, e)
+                print("BAD", runner.problem, len(inputs[0]), tactic, e)
             if tactic.combine == "reduce":
                 first = inputs[3].clone()
                 runner.forward(inputs, tactic)
                 if not torch.equal(first, inputs[3]):
                     bad += 1
-                    print("NOT REPEATABLE", fmt, act, n, tactic)
+                    print("NOT REPEATABLE", runner.problem, len(inputs[0]), tactic)
+    print("worst error", worst)
     for n, dynamic in itertools.product((1, 17, 64), (True, False)):
         runner, plain = make(8, 2, 272, 176, "nvfp4", inf="nvfp4", seed=n)
         if not dynamic:
@@ -157,6 +169,21 @@ def check() -> int:
             bad += not e < 1e-2
     torch.cuda.synchronize()
     print("check:", "FAILED" if bad else "ok", bad)
+    return bad
+
+
+def quick() -> int:
+    """A few tactics of each kind on small sizes, for compute-sanitizer."""
+    bad = 0
+    for fmt, n in itertools.product(("nvfp4", "bf16"), (1, 3, 40)):
+        runner, plain = make(6, 3, 272, 176, fmt, bias=True, E=8, offset=1)
+        inputs = inputs_of(runner, n)
+        inputs[1][0, 0] = 1 << 30
+        tried = candidates(runner, n)
+        for tactic in (tried[0], *tried[-6:]):
+            bad += not error(runner, plain, inputs, tactic) < 1e-2
+    torch.cuda.synchronize()
+    print("quick:", "FAILED" if bad else "ok", bad)
     return bad
 
 
@@ -228,26 +255,37 @@ def compile_all(runner: TritonRunner, jobs: list[tuple[list[torch.Tensor], Tacti
 
 def space(n: int, per_expert: float) -> list[Tactic]:
     """Variants worth a look at n tokens."""
+
+    def fused(bn: int, tile: tuple[int, int, int, int], **kw: Any) -> Tactic:
+        kw = {"route": "direct" if n <= 4 else "sorted", "combine": "reduce", "group": 8, **kw}
+        return Tactic("fused", tokens=bn, first=tile, second=tile, **kw)
+
     out = []
-    tiles = [(64, 1, 4, 4), (64, 2, 4, 3), (64, 2, 4, 4), (128, 1, 4, 4), (128, 1, 4, 6), (128, 2, 4, 3), (128, 2, 4, 4),
-             (64, 2, 2, 3), (64, 4, 4, 3), (32, 2, 1, 4), (64, 2, 1, 3), (32, 4, 2, 3), (128, 4, 4, 2), (128, 2, 8, 3)]  # fmt: skip
-    big = [(128, 1, 8, 4), (128, 2, 8, 3), (128, 1, 4, 4), (128, 2, 4, 3), (64, 2, 4, 3), (256, 1, 8, 4)]
-    for bn in (8, 16, 32, 64, 128):
-        if bn < per_expert * 0.6 or bn > max(16, per_expert * 2.7):
-            continue
-        for tile in tiles if bn <= 16 else big:
-            if bn == 8 and tile[2] == 8:
-                continue
-            route = "direct" if n <= 4 else "sorted"
-            out.append(Tactic("fused", route, "reduce", bn, tile, tile))
-    if per_expert >= 48:
-        for bn, tile, persistent in (
-            (128, (256, 1, 8, 3), 0), (128, (256, 1, 8, 4), 0), (128, (128, 1, 4, 3), 0), (128, (128, 1, 8, 4), 0),
-            (128, (128, 1, 4, 4), 0), (64, (256, 1, 8, 4), 0), (256, (128, 1, 8, 4), 0), (128, (256, 1, 8, 4), 1),
-            (128, (128, 1, 4, 3), 2), (64, (256, 1, 4, 3), 0), (64, (128, 1, 4, 4), 0), (64, (64, 1, 4, 4), 0),
-        ):  # fmt: skip
-            out.append(Tactic("dense", "sorted", "reduce", bn, tile, tile, persistent))
-    return out
+    if per_expert <= 5:
+        for tile in ((64, 2, 4, 4), (64, 2, 4, 6), (32, 4, 2, 4), (64, 4, 4, 3), (128, 2, 4, 3)):
+            out += [fused(8, tile, split=s) for s in (1, 2, 4)]
+        out += [fused(16, tile) for tile in ((64, 2, 4, 4), (128, 2, 4, 3))]
+    elif per_expert <= 24:
+        for tile in ((64, 2, 4, 4), (128, 2, 4, 3), (128, 2, 4, 4), (128, 2, 8, 3), (64, 4, 4, 3)):
+            out += [fused(16, tile), fused(32, tile), fused(32, tile, split=2), fused(32, tile, group=16)]
+    else:
+        for tile in ((256, 1, 8, 4), (256, 2, 8, 3), (256, 1, 16, 4), (256, 2, 16, 3), (128, 1, 8, 4), (128, 2, 8, 3),
+                     (128, 1, 4, 4), (128, 2, 4, 3)):  # fmt: skip
+            for bn in (64, 128, 256):
+                if not per_expert / 3 <= bn <= per_expert * 3 or bn * tile[0] > 256 * tile[2] * 16:
+                    continue
+                out += [fused(bn, tile), fused(bn, tile, ladder=1)] if bn >= per_expert else [fused(bn, tile)]
+    if per_expert >= 200:
+        for tile, bn in (
+            ((256, 1, 8, 4), 128),
+            ((256, 1, 16, 4), 128),
+            ((128, 1, 8, 4), 256),
+            ((128, 1, 4, 4), 128),
+        ):
+            out += [fused(bn, tile, group=g) for g in (8, 16)]
+        for tile, group in (((256, 1, 8, 4), 8), ((256, 1, 8, 4), 16)):
+            out.append(Tactic("dense", "sorted", "reduce", 128, tile, tile, group=group))
+    return list(dict.fromkeys(out))
 
 
 def stages(model: str, fmt: str, tokens: list[int], rounds: int) -> list[dict[str, Any]]:
@@ -257,7 +295,11 @@ def stages(model: str, fmt: str, tokens: list[int], rounds: int) -> list[dict[st
     for n in tokens:
         per_expert = n * runner.problem.top_k / min(runner.problem.num_experts, n * runner.problem.top_k)
         inputs = inputs_of(runner, n)
-        variants = [t for t in space(n, per_expert) if table.unfit(runner.problem, t, n) is None]
+        variants = [
+            t
+            for t in map(partial(table.fitted, runner.problem), space(n, per_expert))
+            if table.unfit(runner.problem, t, n) is None
+        ]
         biggest = max(runner.workspace_bytes(n, t) for t in variants)
         runner.use_workspace(torch.empty(biggest, dtype=torch.uint8, device=DEV))
         began = time.time()
@@ -274,6 +316,9 @@ def stages(model: str, fmt: str, tokens: list[int], rounds: int) -> list[dict[st
                 for launch in launches:
                     launch.run()
                 torch.cuda.synchronize()
+                graph = clock.graph(lambda tactic=tactic: runner.forward(inputs, tactic))
+                keep.append(graph)
+                runs[f"{i}|9|layer"] = graph.replay
                 for j, launch in enumerate(launches):
                     name = launch.kernel.__name__ + str(launch.meta.get("STAGE", ""))
                     graph = clock.graph(launch.run)
@@ -300,10 +345,10 @@ def stages(model: str, fmt: str, tokens: list[int], rounds: int) -> list[dict[st
             )
         for name, results in best.items():
             results.sort()
-            s = 0 if name.endswith("1") else 1
+            s = slice(0, 2) if name == "layer" else slice(0, 1) if name.endswith("1") else slice(1, 2)
             extra = ""
-            if "gemm" in name:
-                extra = f"  {nbytes[s] / results[0][0] / 1e6:.2f} TB/s {flops[s] / results[0][0] / 1e6:.0f} TFLOP/s"
+            if "gemm" in name or name == "layer":
+                extra = f"  {sum(nbytes[s]) / results[0][0] / 1e6:.2f} TB/s {sum(flops[s]) / results[0][0] / 1e6:.0f} TFLOP/s"
             print(
                 f"  {name}: "
                 + ", ".join(f"{t:.1f} {v}" for t, v in results[: 5 if "gemm" in name else 2])
@@ -315,7 +360,7 @@ def stages(model: str, fmt: str, tokens: list[int], rounds: int) -> list[dict[st
 
 def short(t: Tactic) -> str:
     same = "" if t.first == t.second else f"+{t.second}"
-    return f"{t.path[0]}{t.route[0]}{t.combine[0]}{t.tokens}{t.first}{same}{'p' + str(t.persistent) if t.persistent else ''}".replace(
+    return f"{t.path[0]}{t.route[0]}{t.combine[0]}{t.tokens}{f'/{t.tokens2}' if t.tokens2 else ''}{'L' if t.ladder else ''}{t.first}{same}s{t.split}g{t.group}{'p' + str(t.persistent) if t.persistent else ''}".replace(
         " ", ""
     )
 
@@ -337,42 +382,63 @@ def grouped_mm(inputs: list[torch.Tensor], gate_up: torch.Tensor, down: torch.Te
     return back.view(n, k, -1).sum(1)
 
 
-def layer(model: str, fmt: str, tokens: list[int], rounds: int, tactics: dict[int, list[Tactic]], verify: bool,
-          baseline: bool) -> list[dict[str, Any]]:  # fmt: skip
+def layer(
+    model: str, fmt: str, tokens: list[int], rounds: int, every: bool, baseline: bool
+) -> list[dict[str, Any]]:
+    """Whole layers: the default tactic, or every candidate; their errors; torch._grouped_mm in the same run."""
     runner, plain = make(*MODELS[model], fmt)
+    dense: list[torch.Tensor] = []
+    if baseline:
+        for q in (plain.gate_up, plain.down):
+            dense.append(torch.stack([q.expert(e).dequantize(torch.bfloat16) for e in range(q.shape[0])]))
     clock, rows = Clock(), []
     for n in tokens:
         inputs = inputs_of(runner, n)
-        chosen = [
-            t
-            for t in tactics.get(n, [table.default(runner.problem, n)])
-            if table.unfit(runner.problem, t, n) is None
-        ]
+        default = table.default(runner.problem, n)
+        chosen = list(dict.fromkeys([default, *(table.candidates(runner.problem, n) if every else [])]))
+        per_expert = n * runner.problem.top_k / min(runner.problem.num_experts, n * runner.problem.top_k)
+        chosen = [t for t in chosen if t == default or per_expert / 6 <= t.tokens <= max(16, per_expert * 6)]
         runner.use_workspace(
             torch.empty(max(runner.workspace_bytes(n, t) for t in chosen), dtype=torch.uint8, device=DEV)
         )
-        compile_all(runner, [(inputs, t) for t in chosen])
-        truth = truth_of(runner, plain, inputs) if verify and n <= 1024 else None
-        runs, errors, keep = {}, {}, []
-        for t in chosen:
-            name = short(t)
+        began = time.time()
+        failed = compile_all(runner, [(inputs, t) for t in chosen])
+        compiled = time.time() - began
+        truth = truth_of(runner, plain, inputs) if n <= 1024 else None
+        runs: dict[str, Callable[[], Any]] = {}
+        by_name, errors, keep = {}, {}, []
+        for i, t in enumerate(chosen):
+            if i in failed:
+                print("failed", t, failed[i])
+                continue
+            name = ("*" if t == default else "") + short(t)
+            by_name[name] = t
             if truth is not None:
                 errors[name] = error(runner, plain, inputs, t, truth)
             graph = clock.graph(lambda t=t: runner.forward(inputs, t))
             keep.append((graph, runner._workspace))
             runs[name] = graph.replay
-        if baseline and fmt == "bf16":
-            runs["grouped_mm eager"] = lambda: grouped_mm(inputs, plain.gate_up.data, plain.down.data)
+        if dense:
+            runs["grouped_mm eager"] = lambda n=n: grouped_mm(inputs, *dense)
             graph = clock.graph(runs["grouped_mm eager"])
             keep.append((graph, None))
             runs["grouped_mm graph"] = graph.replay
         times = clock.medians(runs, rounds)
         nbytes, flops = sum(bytes_of(runner, inputs)), sum(flops_of(runner, n))
-        for name, t in sorted(times.items(), key=lambda kv: kv[1]):
-            rows.append({"model": model, "format": fmt, "tokens": n, "what": name, "us": t, "error": errors.get(name),
-                         "tb_per_s": nbytes / t / 1e6, "tflops": flops / t / 1e6})  # fmt: skip
-            print(f"{model} {fmt} N={n:6d} {t:9.1f} us {nbytes / t / 1e6:5.2f} TB/s {flops / t / 1e6:6.1f} TFLOP/s"
-                  f" err {errors.get(name, float('nan')):.1e} {name}")  # fmt: skip
+        print(f"{model} {fmt} N={n} compiled {len(chosen)} in {compiled:.1f} s")
+        for place, (name, t) in enumerate(sorted(times.items(), key=lambda kv: kv[1])):
+            row = {"model": model, "format": fmt, "tokens": n, "what": name, "us": round(t, 2),
+                   "error": errors.get(name), "tb_per_s": round(nbytes / t / 1e6, 3),
+                   "tflops": round(flops / t / 1e6, 1)}  # fmt: skip
+            if name in by_name:
+                row["tactic"] = asdict(by_name[name])
+            rows.append(row)
+            if place < 3 or "*" in name or "mm" in name:
+                print(f"  {t:9.1f} us {nbytes / t / 1e6:5.2f} TB/s {flops / t / 1e6:6.1f} TFLOP/s"
+                      f" err {errors.get(name, float('nan')):.1e} {name}")  # fmt: skip
+        if errors:
+            print("  worst error", max(errors.values()))
+        del keep, runs
     return rows
 
 
@@ -397,33 +463,26 @@ def ceilings() -> dict[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("command", choices=("check", "stages", "layer", "ceilings"))
+    parser.add_argument("command", choices=("check", "quick", "stages", "layer", "ceilings"))
     parser.add_argument("model", nargs="?", choices=MODELS)
     parser.add_argument("--format", default="nvfp4")
     parser.add_argument("--tokens", default="1,16,64")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--tactics", help="JSON file: model -> tokens -> list of tactics")
-    parser.add_argument("--verify", action="store_true")
+    parser.add_argument("--all", action="store_true", help="every candidate, not only the default tactic")
     parser.add_argument("--baseline", action="store_true")
     parser.add_argument("--json")
     args = parser.parse_args()
     tokens = [int(t) for t in args.tokens.split(",")]
     if args.command == "check":
         return int(check() > 0)
+    if args.command == "quick":
+        return int(quick() > 0)
     if args.command == "ceilings":
         rows: Any = ceilings()
     elif args.command == "stages":
         rows = stages(args.model, args.format, tokens, args.rounds)
     else:
-        chosen: dict[int, list[Tactic]] = {}
-        if args.tactics:
-            with open(args.tactics) as f:
-                loaded = json.load(f).get(f"{args.model}/{args.format}", {})
-            for n, items in loaded.items():
-                chosen[int(n)] = [
-                    Tactic(**{**t, "first": tuple(t["first"]), "second": tuple(t["second"])}) for t in items
-                ]
-        rows = layer(args.model, args.format, tokens, args.rounds, chosen, args.verify, args.baseline)
+        rows = layer(args.model, args.format, tokens, args.rounds, args.all, args.baseline)
     if args.json:
         with open(args.json, "w") as f:
             json.dump({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "argv": sys.argv[1:],

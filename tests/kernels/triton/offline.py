@@ -48,6 +48,9 @@ def compile_launch(launch: Launch, capability: int = 90) -> Any:
             block = ",".join(map(str, value.block_shape))
             signature[name] = f"tensordesc<{TYPES[value.base.dtype]}[{block}]>"
             continue
+        elif launch.kernel.params[i].do_not_specialize:
+            signature[name] = "i32"
+            continue
         elif value == 1:
             signature[name], constants[name] = "constexpr", 1
             continue

@@ -9,9 +9,9 @@ from moestro.kernels.triton.device import launch_next, wait_for_previous
 
 
 @triton.jit
-def reduce_pairs(partial, ids, out, H, OFFSET: tl.constexpr, L: tl.constexpr, K: tl.constexpr, BH: tl.constexpr,
-                 PDL: tl.constexpr):  # fmt: skip
-    """out[n] = Σ_k partial[n * K + k] in order of k, in float32; pairs that are not local are not read."""
+def reduce_pairs(partial, ids, out, H, OFFSET: tl.constexpr, L: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr,
+                 BH: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """out[n] = Σ partial[(n * K + k) * SPLIT + s] over k, then s, in float32; pairs not local are not read."""
     wait_for_previous(PDL)
     launch_next(PDL)
     n = tl.program_id(0).to(tl.int64)
@@ -20,11 +20,13 @@ def reduce_pairs(partial, ids, out, H, OFFSET: tl.constexpr, L: tl.constexpr, K:
     for k in tl.static_range(K):
         e = tl.load(ids + n * K + k)
         width = tl.where((e >= OFFSET) & (e < OFFSET + L), H, 0)
-        acc += tl.load(partial + (n * K + k) * H + h, h < width, other=0.0).to(tl.float32)
+        for s in tl.static_range(SPLIT):
+            row = partial + ((n * K + k) * SPLIT + s) * H
+            acc += tl.load(row + h, h < width, other=0.0).to(tl.float32)
     tl.store(out + n * H + h, acc.to(out.dtype.element_ty), h < H)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def round_sums(sums, out, size, B: tl.constexpr, PDL: tl.constexpr):
     """out = sums, rounded to out's dtype."""
     wait_for_previous(PDL)

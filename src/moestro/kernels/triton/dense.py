@@ -35,9 +35,9 @@ def expand(words, scales, dense, num_blocks, columns, EVEN: tl.constexpr, COLS: 
                 tl.store(to, a, (b * 64 + k < columns)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride", "num_zeros"])
 def dense_gemm(
-    x, x_desc, w_desc, x_scale, pair_weights, sorted_pairs, tile_expert, tile_start, tile_end, num_tiles,
+    x, x_desc, w_desc, x_scale, pair_weights, sorted_pairs, table, stride,
     row_scale, bias, out, zeros,
     rows, padded, columns, out_stride, num_zeros,
     STAGE: tl.constexpr, COMBINE: tl.constexpr, ROW_SCALE: tl.constexpr, INTERLEAVED: tl.constexpr,
@@ -59,7 +59,7 @@ def dense_gemm(
             i = first + tl.arange(0, 1024)
             tl.store(zeros + i, tl.zeros((1024,), tl.float32), i < num_zeros)
     row_tiles = tl.cdiv(rows, BR)
-    token_tiles = tl.load(num_tiles)
+    token_tiles = tl.load(table + 3 * stride)
     total = tl.cdiv(token_tiles, GROUP) * GROUP * row_tiles
     if PERSISTENT:
         step = tl.num_programs(0)
@@ -70,7 +70,7 @@ def dense_gemm(
         t = group * GROUP + tile % GROUP
         j = (tile % (GROUP * row_tiles)) // GROUP
         if t < token_tiles:
-            _tile(x, x_desc, w_desc, x_scale, pair_weights, sorted_pairs, tile_expert, tile_start, tile_end,
+            _tile(x, x_desc, w_desc, x_scale, pair_weights, sorted_pairs, table, stride,
                   row_scale, bias, out, rows, padded, columns, out_stride, t, j, STAGE, COMBINE, ROW_SCALE,
                   INTERLEAVED, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS, X_SCALE, X_BY_PAIR, GATHER, K, BT, BR, BK,
                   STAGES)  # fmt: skip
@@ -78,17 +78,17 @@ def dense_gemm(
 
 @triton.jit
 def _tile(
-    x, x_desc, w_desc, x_scale, pair_weights, sorted_pairs, tile_expert, tile_start, tile_end,
+    x, x_desc, w_desc, x_scale, pair_weights, sorted_pairs, table, stride,
     row_scale, bias, out, rows, padded, columns, out_stride, t, j,
     STAGE: tl.constexpr, COMBINE: tl.constexpr, ROW_SCALE: tl.constexpr, INTERLEAVED: tl.constexpr,
     GATED: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr,
     BIAS: tl.constexpr, X_SCALE: tl.constexpr, X_BY_PAIR: tl.constexpr, GATHER: tl.constexpr, K: tl.constexpr,
     BT: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    e = tl.load(tile_expert + t)
-    start = tl.load(tile_start + t)
+    e = tl.load(table + t)
+    start = tl.load(table + stride + t)
     places = start + tl.arange(0, BT)
-    there = places < tl.load(tile_end + t)
+    there = places < tl.load(table + 2 * stride + t)
     pairs = tl.load(sorted_pairs + places, there, other=0)
     if not GATHER:
         x_rows = places

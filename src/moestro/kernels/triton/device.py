@@ -35,27 +35,6 @@ def launch_next(PDL: tl.constexpr):
 
 
 @triton.jit
-def prefetch(pointer, size):
-    """Start bringing `size` bytes (a multiple of 16) at a 16-byte aligned pointer to L2; one thread asks."""
-    if PTX:
-        tl.inline_asm_elementwise(
-            """{
-            .reg .pred p;
-            .reg .b32 t;
-            mov.u32 t, %tid.x;
-            setp.eq.u32 p, t, 0;
-            @p cp.async.bulk.prefetch.L2.global [$1], $2;
-            mov.u32 $0, 0;
-            }""",
-            "=r,l,r",
-            [pointer.to(tl.int64, bitcast=True), size],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@triton.jit
 def dot(a, b, acc):
     """acc + a @ b; the interpreter multiplies bfloat16 as if they were integers, so there in float32."""
     if PTX:

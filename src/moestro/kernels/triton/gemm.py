@@ -23,7 +23,6 @@ from moestro.kernels.triton.device import (
     decode_block,
     dot,
     launch_next,
-    prefetch,
     wait_for_previous,
 )
 
@@ -53,9 +52,9 @@ def _dense_rows(r, rows, GATED: tl.constexpr):
         return r, r < rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride", "P", "slots", "num_zeros", "OFFSET", "L", "K"])
 def moe_gemm(
-    x, x_scale, ids, pair_weights, sorted_pairs, tile_expert, tile_start, tile_end, num_tiles,
+    x, x_scale, ids, pair_weights, sorted_pairs, table, stride,
     w, w_scales, row_scale, bias, out, zeros,
     P, slots, rows, columns, out_stride, num_zeros, OFFSET, L, K,
     STAGE: tl.constexpr, ROUTE: tl.constexpr, COMBINE: tl.constexpr, FORMAT: tl.constexpr,
@@ -63,19 +62,21 @@ def moe_gemm(
     BIAS: tl.constexpr, X_SCALE: tl.constexpr, X_BY_PAIR: tl.constexpr, EVEN: tl.constexpr,
     PB: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, LADDER: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
-    GROUP: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    GROUP: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """See the module. Kernel rows are in `layout.row_order`; `rows`, `columns` are the checkpoint's.
 
     x rows of `columns` values: by token (STAGE 1), by pair or place (STAGE 2, as STAGE 1 wrote them).
     x_scale float32: of each row of x, if X_SCALE. out: STAGE 1 [P, out_stride] in its dtype; STAGE 2 PARTIAL
-    [P, out_stride] by pair, ATOMIC float32 [N, out_stride]. zeros: float32 [num_zeros] to clear for an ATOMIC
-    STAGE 2. GROUP slots walk the strips of BM rows together. AHEAD: blocks of weights asked for ahead.
+    [P * SPLIT, out_stride] by pair and part, ATOMIC float32 [N, out_stride]. zeros: float32 [num_zeros] to clear for an ATOMIC
+    STAGE 2, which may SPLIT the columns. GROUP slots walk the strips of BM rows together.
     """
     pid = tl.program_id(0)
-    strips = tl.num_programs(0) // slots  # the grid is slots (a multiple of GROUP) x strips
+    strips = tl.num_programs(0) // slots  # times SPLIT; slots is a multiple of GROUP
     slot = pid // (GROUP * strips) * GROUP + pid % GROUP
     m = pid % (GROUP * strips) // GROUP
+    part = m % SPLIT
+    m = m // SPLIT
     if STAGE == 1:  # STAGE 2 needs the pairs, which are there already, before it waits for STAGE 1
         wait_for_previous(PDL)
     if STAGE == 1 and COMBINE == ATOMIC:
@@ -83,10 +84,10 @@ def moe_gemm(
             i = first + tl.arange(0, 1024)
             tl.store(zeros + i, tl.zeros((1024,), tl.float32), i < num_zeros)
     if ROUTE == SORTED:
-        works = slot < tl.load(num_tiles, cache_modifier=".cg")
-        e = tl.load(tile_expert + slot, works, other=-1, cache_modifier=".cg")
-        start = tl.load(tile_start + slot, works, other=0, cache_modifier=".cg")
-        count = tl.load(tile_end + slot, works, other=0, cache_modifier=".cg") - start
+        works = slot < tl.load(table + 3 * stride, cache_modifier=".cg")
+        e = tl.load(table + slot, works, other=-1, cache_modifier=".cg")
+        start = tl.load(table + stride + slot, works, other=0, cache_modifier=".cg")
+        count = tl.load(table + 2 * stride + slot, works, other=0, cache_modifier=".cg") - start
         if e < 0:
             wait_for_previous(PDL)  # a launch must not be over before those that it waits for
             return
@@ -98,23 +99,21 @@ def moe_gemm(
             return
         count = BN
         place = slot
-    if FORMAT == NVFP4:
-        _ask_first(w, w_scales, e, m, rows, columns, GATED, BM, AHEAD)
     args = (x, x_scale, ids, pair_weights, sorted_pairs, w, w_scales, row_scale, bias, out, P, rows, columns,
-            out_stride, OFFSET, K, e, m, place, count)  # fmt: skip
+            out_stride, OFFSET, K, e, m, part, place, count)  # fmt: skip
     QUARTER: tl.constexpr = BN // 4
     if LADDER and count <= QUARTER:
         _tile(args, STAGE, ROUTE, COMBINE, FORMAT, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS, X_SCALE, X_BY_PAIR, EVEN,
-              PB, BM, QUARTER, 0, UNROLL, STAGES, AHEAD, PDL)  # fmt: skip
+              PB, BM, QUARTER, 0, UNROLL, STAGES, SPLIT, PDL)  # fmt: skip
     elif LADDER and count <= 2 * QUARTER:
         _tile(args, STAGE, ROUTE, COMBINE, FORMAT, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS, X_SCALE, X_BY_PAIR, EVEN,
-              PB, BM, 2 * QUARTER, 0, UNROLL, STAGES, AHEAD, PDL)  # fmt: skip
+              PB, BM, 2 * QUARTER, 0, UNROLL, STAGES, SPLIT, PDL)  # fmt: skip
     elif LADDER and count <= 3 * QUARTER:
         _tile(args, STAGE, ROUTE, COMBINE, FORMAT, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS, X_SCALE, X_BY_PAIR, EVEN,
-              PB, BM, 2 * QUARTER, QUARTER, UNROLL, STAGES, AHEAD, PDL)  # fmt: skip
+              PB, BM, 2 * QUARTER, QUARTER, UNROLL, STAGES, SPLIT, PDL)  # fmt: skip
     else:
         _tile(args, STAGE, ROUTE, COMBINE, FORMAT, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS, X_SCALE, X_BY_PAIR, EVEN,
-              PB, BM, BN, 0, UNROLL, STAGES, AHEAD, PDL)  # fmt: skip
+              PB, BM, BN, 0, UNROLL, STAGES, SPLIT, PDL)  # fmt: skip
 
 
 @triton.jit
@@ -123,11 +122,11 @@ def _tile(
     GATED: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr,
     BIAS: tl.constexpr, X_SCALE: tl.constexpr, X_BY_PAIR: tl.constexpr, EVEN: tl.constexpr,
     PB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BN2: tl.constexpr,
-    UNROLL: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    UNROLL: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BM rows of expert e for BN pairs, and BN2 more where BN2 is not 0 (B operands are powers of two wide)."""
     (x, x_scale, ids, pair_weights, sorted_pairs, w, w_scales, row_scale, bias, out, P, rows, columns, out_stride,
-     OFFSET, K, e, m, place, count) = args  # fmt: skip
+     OFFSET, K, e, m, part, place, count) = args  # fmt: skip
     HAS2: tl.constexpr = BN2 > 0
     WIDTH2: tl.constexpr = BN2 if HAS2 else BN
     first = tl.arange(0, BN)
@@ -157,6 +156,7 @@ def _tile(
             scale = tl.full((BM,), 1.0, tl.float32)
         if BIAS:
             shift = tl.load(bias + e * rows + dense_r, real, other=0.0).to(tl.float32)
+            shift = tl.where(part == 0, shift, 0.0)
         else:
             shift = tl.zeros((BM,), tl.float32)
         if STAGE == 2:
@@ -164,14 +164,14 @@ def _tile(
         launch_next(PDL)
         x_rows = _x_rows(pairs, places, K, STAGE, X_BY_PAIR)
         x_rows2 = _x_rows(pairs2, place + second, K, STAGE, X_BY_PAIR)
-        acc, acc2 = _product(x, x_rows, pairs >= 0, x_rows2, pairs2 >= 0, w, w_scales, e.to(tl.int64), m, rows,
-                             columns, FORMAT, GATED, EVEN, BM, BN, BN2, UNROLL, STAGES, AHEAD)  # fmt: skip
-        _finish(acc, scale, shift, x_scale, x_rows, pairs, places, pair_weights, out, m, r, real, rows, out_stride, K,
-                STAGE, COMBINE, FORMAT, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS, X_SCALE, BM, BN)  # fmt: skip
+        acc, acc2 = _product(x, x_rows, pairs >= 0, x_rows2, pairs2 >= 0, w, w_scales, e.to(tl.int64), m, part,
+                             rows, columns, FORMAT, GATED, EVEN, BM, BN, BN2, UNROLL, STAGES, SPLIT)  # fmt: skip
+        _finish(acc, scale, shift, x_scale, x_rows, pairs, places, pair_weights, out, m, r, part, real, rows, out_stride, K,
+                STAGE, COMBINE, FORMAT, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS, X_SCALE, SPLIT, BM, BN)  # fmt: skip
         if HAS2:
-            _finish(acc2, scale, shift, x_scale, x_rows2, pairs2, place + second, pair_weights, out, m, r, real, rows,
-                    out_stride, K, STAGE, COMBINE, FORMAT, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS, X_SCALE, BM,
-                    BN2)  # fmt: skip
+            _finish(acc2, scale, shift, x_scale, x_rows2, pairs2, place + second, pair_weights, out, m, r, part, real, rows,
+                    out_stride, K, STAGE, COMBINE, FORMAT, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS, X_SCALE, SPLIT,
+                    BM, BN2)  # fmt: skip
 
 
 @triton.jit
@@ -186,10 +186,10 @@ def _x_rows(pairs, places, K, STAGE: tl.constexpr, X_BY_PAIR: tl.constexpr):
 
 
 @triton.jit
-def _finish(acc, scale, shift, x_scale, x_rows, pairs, places, pair_weights, out, m, r, real, rows, out_stride, K,
+def _finish(acc, scale, shift, x_scale, x_rows, pairs, places, pair_weights, out, m, r, part, real, rows, out_stride, K,
             STAGE: tl.constexpr, COMBINE: tl.constexpr, FORMAT: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr,
             ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr, BIAS: tl.constexpr,
-            X_SCALE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+            X_SCALE: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     """Scales, bias, then the activation (STAGE 1) or the routing weight (STAGE 2), and out."""
     there = pairs >= 0
     if FORMAT == NVFP4:
@@ -207,31 +207,17 @@ def _finish(acc, scale, shift, x_scale, x_rows, pairs, places, pair_weights, out
             at = out + (pairs // K).to(tl.int64)[None, :] * out_stride + r[:, None]
             tl.atomic_add(at, acc, mask=mask, sem="relaxed")
         else:
-            at = out + pairs.to(tl.int64)[None, :] * out_stride + r[:, None]
+            at = out + (pairs * SPLIT + part).to(tl.int64)[None, :] * out_stride + r[:, None]
             tl.store(at, acc.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _ask_first(w, w_scales, e, m, rows, columns, GATED: tl.constexpr, BM: tl.constexpr, AHEAD: tl.constexpr):
-    """Start bringing the first AHEAD blocks of the strip's first 64 rows (or fewer rows) to L2."""
-    if AHEAD > 0:
-        blocks = tl.cdiv(columns, 64)
-        row_blocks = tl.cdiv(rows // 2, 32) if GATED else tl.cdiv(rows, 64)
-        strip = e.to(tl.int64) * row_blocks + m * BM // 64
-        size = tl.minimum(blocks, AHEAD)
-        for i in tl.static_range(max(BM // 64, 1)):
-            if m * BM // 64 + i < row_blocks:
-                prefetch(w + (strip + i) * blocks * 1024, size * 2048)
-                prefetch(w_scales + (strip + i) * blocks * 64, size * 256)
-
-
-@triton.jit
-def _product(x, x_rows, there, x_rows2, there2, w, w_scales, e, m, rows, columns, FORMAT: tl.constexpr,
+def _product(x, x_rows, there, x_rows2, there2, w, w_scales, e, m, part, rows, columns, FORMAT: tl.constexpr,
              GATED: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BN2: tl.constexpr,
-             UNROLL: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr):  # fmt: skip
+             UNROLL: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
     """float32 [BM, BN] and [BM, BN2]: kernel rows m * BM ... of expert e, times rows of x.
 
-    UNROLL divides the blocks of 64 columns.
+    Of the blocks of 64 columns, it does `part` of SPLIT equal ones; UNROLL divides those.
     """
     HAS2: tl.constexpr = BN2 > 0
     k = tl.arange(0, 64)
@@ -251,7 +237,16 @@ def _product(x, x_rows, there, x_rows2, there2, w, w_scales, e, m, rows, columns
         sp = wp
     acc = tl.zeros((BM, BN), tl.float32)
     acc2 = tl.zeros((BM, BN2 if HAS2 else 16), tl.float32)
-    for b in tl.range(0, blocks, UNROLL, num_stages=STAGES):
+    first = 0
+    last = blocks
+    if SPLIT > 1:
+        first = part * (blocks // SPLIT)
+        last = first + blocks // SPLIT
+        xp += first * 64
+        xp2 += first * 64
+        wp += first * (1024 if FORMAT == NVFP4 else 64)
+        sp += first * 64
+    for b in tl.range(first, last, UNROLL, num_stages=STAGES):
         for u in tl.static_range(UNROLL):
             left = columns - (b + u) * 64
             x_mask = there[None, :]
@@ -269,13 +264,6 @@ def _product(x, x_rows, there, x_rows2, there2, w, w_scales, e, m, rows, columns
             if HAS2:
                 acc2 = dot(a, tl.load(xp2 + u * 64, x_mask2, other=0.0), acc2)
         if FORMAT == NVFP4:
-            if AHEAD > 0:
-                if b + AHEAD < blocks:
-                    base = (e * row_blocks + m * BM // 64) * blocks + b + AHEAD
-                    for i in tl.static_range(max(BM // 64, 1)):
-                        if m * BM // 64 + i < row_blocks:
-                            prefetch(w + (base + i * blocks) * 1024, 2048 * UNROLL)
-                            prefetch(w_scales + (base + i * blocks) * 64, 256 * UNROLL)
             wp += UNROLL * 1024
             sp += UNROLL * 64
         else:

@@ -51,13 +51,13 @@ def scratch_plan(problem: MoeProblem, num_tokens: int, tactic: Tactic, x_rows: i
     if tactic.combine == "atomic":
         plan["sums"] = ((num_tokens, p.hidden_size), torch.float32)
     else:
-        plan["partial"] = ((pairs, p.hidden_size), torch.float32 if pairs <= WIDE_PAIRS else half)
+        plan["partial"] = ((pairs * tactic.split, p.hidden_size), torch.float32 if pairs <= WIDE_PAIRS else half)
     if tactic.route == "sorted":
-        chunks, bins, tiles = num_chunks(pairs), num_bins(p), num_slots(p, pairs, tactic)
+        chunks, bins = num_chunks(pairs), num_bins(p)
         plan["counts"] = plan["cursors"] = ((chunks, bins), torch.int32)
         plan["sorted_pairs"] = ((pairs,), torch.int32)
-        plan["tile_expert"] = plan["tile_start"] = plan["tile_end"] = ((tiles,), torch.int32)
-        plan["num_tiles"] = ((1,), torch.int32)
+        for stage, width in enumerate(tactic.widths, 1):
+            plan[f"table{stage}"] = ((3 * num_slots(p, pairs, width) + 1,), torch.int32)
     if tactic.path == "dense" and p.weight_format == "nvfp4":
         padded = (kernel_rows(p.gate_up_rows, p.activation.gated), kernel_rows(p.hidden_size, False))
         size = max(padded[0] * p.hidden_size, padded[1] * p.intermediate_size)
@@ -78,9 +78,9 @@ def num_bins(problem: MoeProblem) -> int:
     return triton.next_power_of_2(problem.num_local_experts + 1)
 
 
-def num_slots(problem: MoeProblem, pairs: int, tactic: Tactic) -> int:
-    """An upper bound of the tiles of pairs."""
-    return min(pairs, problem.num_local_experts + pairs // tactic.tokens)
+def num_slots(problem: MoeProblem, pairs: int, width: int) -> int:
+    """An upper bound of the tiles of `width` pairs."""
+    return min(pairs, problem.num_local_experts + pairs // width)
 
 
 class Planner:
@@ -124,9 +124,10 @@ class Planner:
         meta = {**self._locality, "LB": num_bins(self.p), "CHUNK": size, "num_warps": 8 if size > 512 else 4}
         if chunks > 1:
             self._add(sort.count, (chunks,), self.ids, s["counts"], self.pairs, **meta)
-        tables = (s["tile_expert"], s["tile_start"], s["tile_end"], s["num_tiles"])
+        first, second = self.tactic.widths
+        tables = (*self._table(1)[1:], *self._table(2)[1:])
         args = (self.ids, s["counts"], s["cursors"], s["sorted_pairs"], *tables, self.pairs, chunks)
-        self._add(sort.place, (chunks,), *args, BN=self.tactic.tokens, **meta)
+        self._add(sort.place, (chunks,), *args, BN1=first, BN2=second, **meta)
 
     def _inputs(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x as GEMM 1 reads it, and its scale per row."""
@@ -174,9 +175,13 @@ class Planner:
         }
         return weights, bias, meta
 
-    def _tables(self) -> tuple[torch.Tensor, ...]:
-        names = ("sorted_pairs", "tile_expert", "tile_start", "tile_end", "num_tiles")
-        return tuple(self.s[n] if n in self.s else self.ids for n in names)
+    def _table(self, stage: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """(sorted pairs, table of tiles, its stride) of a product; anything where pairs are not sorted."""
+        if self.tactic.route == "direct":
+            return self.ids, self.ids, 0
+        widths = self.tactic.widths
+        table = self.s["table1" if widths[0] == widths[1] else f"table{stage}"]
+        return self.s["sorted_pairs"], table, num_slots(self.p, self.pairs, widths[stage - 1])
 
     def _sizes(self, stage: int) -> tuple[int, int]:
         """(rows, columns) of one expert's matrix."""
@@ -195,17 +200,20 @@ class Planner:
         w = (weights.words, weights.scales, weights.row_scale) if packed else (weights.data,) * 3  # type: ignore[attr-defined]
         direct, group = self.tactic.route == "direct", self.tactic.group
         route = gemm.SORTED if not direct else gemm.SINGLE if self.num_tokens == 1 else gemm.DIRECT
-        slots = self.pairs if direct else num_slots(self.p, self.pairs, self.tactic)
+        width = self.tactic.widths[stage - 1]
+        slots = self.pairs if direct else num_slots(self.p, self.pairs, width)
+        group = min(group, triton.next_power_of_2(slots))
         slots = triton.cdiv(slots, group) * group
+        split = self.tactic.split if stage == 2 else 1
         strips = triton.cdiv(kernel_rows(rows, meta["GATED"]), bm)
         zeros, num_zeros = self._zeros()
         self._add(
-            gemm.moe_gemm, (slots * strips,), x, x if x_scale is None else x_scale, self.ids, self.weights,
-            *self._tables(), *w, x if bias is None else bias, out, zeros, self.pairs, slots, rows, columns,
+            gemm.moe_gemm, (slots * strips * split,), x, x if x_scale is None else x_scale, self.ids, self.weights,
+            *self._table(stage), *w, x if bias is None else bias, out, zeros, self.pairs, slots, rows, columns,
             out.shape[1], num_zeros, self.p.expert_offset,
-            self.p.num_local_experts, self.p.top_k, ROUTE=route.value, LADDER=self.tactic.ladder, AHEAD=self.tactic.ahead, GROUP=group,
+            self.p.num_local_experts, self.p.top_k, ROUTE=route.value, LADDER=self.tactic.ladder, SPLIT=split, GROUP=group,
             FORMAT=(device.NVFP4 if packed else device.BF16).value, EVEN=columns % 64 == 0,
-            PB=max(16, triton.next_power_of_2(self.pairs)) if direct else 16, BM=bm, BN=self.tactic.tokens,
+            PB=max(16, triton.next_power_of_2(self.pairs)) if direct else 16, BM=bm, BN=width,
             UNROLL=unroll, STAGES=stages, num_warps=warps, **meta,
         )  # fmt: skip
 
@@ -213,7 +221,7 @@ class Planner:
         weights, bias, meta = self._common(stage, x_scale)
         rows, columns = self._sizes(stage)
         br, unroll, warps, stages = self.tactic.tiles[stage - 1]
-        bt, bk = self.tactic.tokens, 64 * unroll
+        bt, bk = self.tactic.widths[stage - 1], 64 * unroll
         packed = isinstance(weights, TritonNVFP4)
         padded = kernel_rows(rows, meta["GATED"]) if packed else rows
         flat = self._expanded(weights, padded, columns) if packed else weights.data.view(-1, columns)  # type: ignore[attr-defined]
@@ -223,12 +231,12 @@ class Planner:
         w_desc = TensorDescriptor.from_tensor(flat, [br // 2 if split else br, bk])
         x_desc = w_desc if gather else TensorDescriptor.from_tensor(x, x_block)
         group = self.tactic.group
-        tiles = triton.cdiv(num_slots(self.p, self.pairs, self.tactic), group) * group * triton.cdiv(rows, br)
+        tiles = triton.cdiv(num_slots(self.p, self.pairs, bt), group) * group * triton.cdiv(rows, br)
         grid = min(tiles, self.processors * self.tactic.persistent) if self.tactic.persistent else tiles
         zeros, num_zeros = self._zeros()
         self._add(
             dense.dense_gemm, (grid,), x, x_desc, w_desc, x if x_scale is None else x_scale, self.weights,
-            *self._tables(), weights.row_scale if packed else x, x if bias is None else bias, out, zeros,  # type: ignore[attr-defined]
+            *self._table(stage), weights.row_scale if packed else x, x if bias is None else bias, out, zeros,  # type: ignore[attr-defined]
             rows, padded, columns, out.shape[1], num_zeros, ROW_SCALE=packed, INTERLEAVED=packed, GATHER=gather,
             BT=bt, BR=br, BK=bk, STAGES=stages, GROUP=group, PERSISTENT=self.tactic.persistent > 0,
             num_warps=warps, K=self.p.top_k, **meta,
@@ -251,7 +259,7 @@ class Planner:
         width = min(1024, triton.next_power_of_2(self.p.hidden_size))
         grid = (self.num_tokens, triton.cdiv(self.p.hidden_size, width))
         args = (self.s["partial"], self.ids, self.out, self.p.hidden_size)
-        self._add(combine.reduce_pairs, grid, *args, K=self.p.top_k, BH=width, **self._locality)
+        self._add(combine.reduce_pairs, grid, *args, K=self.p.top_k, SPLIT=self.tactic.split, BH=width, **self._locality)
 
 
 def _activation(problem: MoeProblem) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def _nearest_e4m3(v):
     return ((v / step + MAGIC) - MAGIC) * step
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def quantize_rows(x, pairs_of, ids, given, values, row_scale, num_rows, columns, K: tl.constexpr,
                   OFFSET: tl.constexpr, L: tl.constexpr, SCALE: tl.constexpr, BY_PAIR: tl.constexpr,
                   SORTED: tl.constexpr, B: tl.constexpr, PDL: tl.constexpr):  # fmt: skip

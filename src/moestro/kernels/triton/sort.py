@@ -25,7 +25,7 @@ def _local(ids, p, P, OFFSET: tl.constexpr, L: tl.constexpr):
     return tl.where(inside, e - OFFSET, L)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def count(ids, counts, P, OFFSET: tl.constexpr, L: tl.constexpr, LB: tl.constexpr, CHUNK: tl.constexpr,
           PDL: tl.constexpr):  # fmt: skip
     """counts [chunks, LB] int32: pairs of each local expert in each chunk."""
@@ -38,13 +38,27 @@ def count(ids, counts, P, OFFSET: tl.constexpr, L: tl.constexpr, LB: tl.constexp
 
 
 @triton.jit
-def place(ids, counts, cursors, sorted_pairs, tile_expert, tile_start, tile_end, num_tiles, P, num_chunks,
-          OFFSET: tl.constexpr, L: tl.constexpr, LB: tl.constexpr, CHUNK: tl.constexpr, BN: tl.constexpr,
-          PDL: tl.constexpr):  # fmt: skip
-    """sorted_pairs [P] (pairs by expert; those of no local expert last), and the tiles of BN of them.
+def _cut(table, stride, totals, starts, bins, L: tl.constexpr, BN: tl.constexpr):
+    """Write the tiles of BN pairs: rows [expert], [start], [end of the expert] of table, then their number."""
+    tiles = tl.where(bins < L, (totals + BN - 1) // BN, 0)
+    first = table + tl.cumsum(tiles, 0) - tiles
+    tl.store(table + 3 * stride, tl.sum(tiles, 0))
+    for i in range(tl.max(tiles, 0)):
+        here = i < tiles
+        tl.store(first + i, bins, here)
+        tl.store(first + stride + i, starts + i * BN, here)
+        tl.store(first + 2 * stride + i, starts + totals, here)
 
-    Tile t is of expert tile_expert[t] and covers sorted_pairs[tile_start[t] : min(+BN, tile_end[t])];
-    tile_end is the end of the expert. counts is read if there is more than one chunk.
+
+@triton.jit(do_not_specialize=["P", "num_chunks", "stride1", "stride2"])
+def place(ids, counts, cursors, sorted_pairs, table1, stride1, table2, stride2, P, num_chunks,
+          OFFSET: tl.constexpr, L: tl.constexpr, LB: tl.constexpr, CHUNK: tl.constexpr, BN1: tl.constexpr,
+          BN2: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """sorted_pairs [P] (pairs by expert; those of no local expert last), and two tables of tiles of them.
+
+    A table is int32 [3 * stride + 1]; tile t is of expert table[t] and covers sorted_pairs from
+    table[stride + t] to BN further, or to table[2 * stride + t] if that is less; table[3 * stride] is how many
+    there are. counts is read if there is more than one chunk.
     """
     wait_for_previous(PDL)
     launch_next(PDL)
@@ -71,11 +85,6 @@ def place(ids, counts, cursors, sorted_pairs, tile_expert, tile_start, tile_end,
     at = tl.atomic_add(cursors + c * LB + e, 1, mask=p < P, sem="relaxed")
     tl.store(sorted_pairs + at, p, p < P)
     if c == 0:
-        tiles = tl.where(bins < L, (total + BN - 1) // BN, 0)
-        first_tile = tl.cumsum(tiles, 0) - tiles
-        tl.store(num_tiles, tl.sum(tiles, 0))
-        for i in range(tl.max(tiles, 0)):
-            here = i < tiles
-            tl.store(tile_expert + first_tile + i, bins, here)
-            tl.store(tile_start + first_tile + i, starts + i * BN, here)
-            tl.store(tile_end + first_tile + i, ends, here)
+        _cut(table1, stride1, total, starts, bins, L, BN1)
+        if BN2 != BN1:
+            _cut(table2, stride2, total, starts, bins, L, BN2)

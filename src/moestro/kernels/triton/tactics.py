@@ -32,9 +32,15 @@ class Tactic:
     first: Tile
     second: Tile
     ladder: int = 0  # 1: fused tiles that are not full run narrower
-    ahead: int = 0  # blocks of weights that a fused program asks L2 for, ahead of its pipeline
+    tokens2: int = 0  # the same for the second product; 0: as in the first
+    split: int = 1  # programs that share the columns of a tile of the second fused product
     group: int = 8  # tiles of pairs that walk the rows of weights together
     persistent: int = 0  # programs per processor of the dense product; 0: one per tile
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Pairs in a tile of the first and of the second product."""
+        return self.tokens, self.tokens2 or self.tokens
 
     @property
     def tiles(self) -> tuple[Tile, Tile]:
@@ -45,15 +51,32 @@ def fused(tokens: int, first: Tile, second: Tile, route: str = "sorted", **rest:
     return Tactic("fused", route, "reduce", tokens, first, second, **rest)
 
 
-# UNROLL (the second number of a tile) is halved until it divides a problem's blocks.
+S, M, B = (64, 2, 4, 4), (128, 2, 4, 3), (128, 1, 8, 4)  # tiles that several tactics share
+
+# UNROLL (the second number of a tile) is halved until it divides a problem's blocks. Which entry wins where was
+# measured on an H100 (benchmarks/results/h100-kernels.json).
 TABLE: tuple[Tactic, ...] = (
-    fused(8, (64, 2, 4, 4), (64, 2, 4, 4), "direct", ahead=8),
-    fused(8, (64, 2, 4, 4), (64, 2, 4, 4), ahead=8),
-    fused(16, (64, 2, 4, 4), (64, 2, 4, 4)),
-    fused(32, (128, 2, 4, 3), (128, 2, 4, 3)),
-    fused(32, (128, 2, 4, 3), (128, 2, 4, 3), ladder=1),
-    fused(64, (128, 2, 4, 3), (128, 1, 4, 4)),
-    fused(128, (256, 1, 8, 4), (128, 1, 4, 4), ladder=1),
+    fused(8, (32, 4, 2, 4), (32, 4, 2, 4), "direct"),
+    fused(8, S, S, "direct"),
+    fused(8, S, S, "direct", split=4),
+    fused(8, M, M, "direct"),
+    fused(16, M, M, "direct"),
+    fused(8, (32, 4, 2, 4), (32, 4, 2, 4)),
+    fused(8, S, S),
+    fused(8, M, M),
+    fused(8, S, S, split=2),
+    fused(16, S, S),
+    fused(16, M, M),
+    fused(32, S, S),
+    fused(32, M, M),
+    fused(32, (128, 2, 8, 3), M),
+    fused(64, M, (128, 1, 4, 4), ladder=1),
+    fused(128, B, (256, 1, 8, 4), ladder=1),
+    fused(128, B, M, ladder=1, tokens2=64),
+    fused(128, (256, 1, 8, 4), (128, 1, 4, 4)),
+    fused(256, B, (128, 2, 8, 3), ladder=1),
+    fused(256, B, B, group=16),
+    fused(256, B, (128, 1, 4, 4), tokens2=128),
     Tactic("dense", "sorted", "reduce", 128, (256, 1, 8, 4), (256, 1, 8, 4)),
 )
 
@@ -62,14 +85,14 @@ def fitted(problem: MoeProblem, tactic: Tactic) -> Tactic:
     """The tactic with steps that divide the problem's columns."""
     if tactic.path == "dense":
         return tactic
+    blocks = -(-problem.hidden_size // 64), -(-problem.intermediate_size // 64)
+    split = tactic.split if blocks[1] % tactic.split == 0 else 1
     tiles = []
-    for size, (rows, unroll, warps, stages) in zip(
-        (problem.hidden_size, problem.intermediate_size), tactic.tiles, strict=True
-    ):
-        while -(-size // 64) % unroll:
+    for count, (rows, unroll, warps, stages) in zip((blocks[0], blocks[1] // split), tactic.tiles, strict=True):
+        while count % unroll:
             unroll //= 2
         tiles.append((rows, unroll, warps, stages))
-    return replace(tactic, first=tiles[0], second=tiles[1])
+    return replace(tactic, first=tiles[0], second=tiles[1], split=split)
 
 
 def candidates(problem: MoeProblem, num_tokens: int) -> list[Tactic]:
@@ -78,13 +101,14 @@ def candidates(problem: MoeProblem, num_tokens: int) -> list[Tactic]:
     return [t for t in found if unfit(problem, t, num_tokens) is None]
 
 
-def shared_bytes(problem: MoeProblem, tactic: Tactic, tile: Tile) -> int:
-    """Shared memory of the pipeline buffers."""
-    rows, unroll, _, stages = tile
+def shared_bytes(problem: MoeProblem, tactic: Tactic, stage: int) -> int:
+    """Shared memory of the pipeline buffers of the first (0) or second (1) product."""
+    rows, unroll, _, stages = tactic.tiles[stage]
+    width = tactic.widths[stage]
     if tactic.path == "dense":
-        return (tactic.tokens + rows) * unroll * 64 * 2 * stages
+        return (width + rows) * unroll * 64 * 2 * stages
     weights = rows * (36 if problem.weight_format == "nvfp4" else 128)
-    return (weights + tactic.tokens * 128) * unroll * stages
+    return (weights + width * 128) * unroll * (stages - 1)
 
 
 def unfit(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> str | None:
@@ -92,8 +116,8 @@ def unfit(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> str | None:
     pairs = num_tokens * problem.top_k
     if tactic.route == "direct" and pairs > DIRECT_PAIRS:
         return f"direct routing takes at most {DIRECT_PAIRS} pairs"
-    if tactic.ladder and (tactic.route != "sorted" or tactic.tokens < 32):
-        return "narrower tiles need sorted pairs, and 8 tokens at least in the narrowest"
+    if tactic.ladder and (tactic.route != "sorted" or min(tactic.widths) < 64):
+        return "narrower tiles need sorted pairs, and 16 tokens at least in the narrowest"
     if pairs > MAX_PAIRS:
         return f"more than {MAX_PAIRS} pairs"
     if problem.deterministic and tactic.combine != "reduce":
@@ -104,10 +128,11 @@ def unfit(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> str | None:
         if problem.hidden_size % 8 or problem.intermediate_size % 8:
             return "the tensor memory accelerator needs rows of a multiple of 16 bytes"
     else:
-        for size, tile in zip((problem.hidden_size, problem.intermediate_size), tactic.tiles, strict=True):
-            if -(-size // 64) % tile[1]:
-                return f"steps of {tile[1]} blocks do not divide {size} columns"
-    if any(shared_bytes(problem, tactic, tile) > SHARED_BYTES for tile in tactic.tiles):
+        steps = (tactic.first[1], tactic.second[1] * tactic.split)
+        for size, step in zip((problem.hidden_size, problem.intermediate_size), steps, strict=True):
+            if -(-size // 64) % step:
+                return f"steps of {step} blocks do not divide {size} columns"
+    if any(shared_bytes(problem, tactic, stage) > SHARED_BYTES for stage in (0, 1)):
         return "its tiles exceed shared memory"
     return None
 
