@@ -111,7 +111,8 @@ def test_layers_can_share_a_workspace() -> None:
         for layer, w in zip(layers, weights, strict=True):
             call = make_call(num_tokens)
             assert error(layer(*call), *call, w) < 1e-2
-    assert workspace.nbytes == layers[0].runners[0].workspace_bytes(40, -1)
+    runner = layers[0].runners[0]
+    assert workspace.nbytes == max(runner.workspace_bytes(n, -1) for n in (3, 40, 7))
 
 
 def test_no_allocation_of_size_is_made_where_torch_takes_an_out() -> None:

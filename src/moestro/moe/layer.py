@@ -27,6 +27,7 @@ from moestro.routing import Distribution
 from moestro.tuning import AutoTuner, Decision, Probe, TuningConfig
 
 Kind = torch.dtype | str  # of x: its dtype, or "nvfp4"
+KNOWN_SIZES = 1024  # token counts whose scratch bytes are remembered
 
 
 class FusedMoE(torch.nn.Module):
@@ -88,6 +89,7 @@ class FusedMoE(torch.nn.Module):
         )
         self._operations: dict[Kind, Operation] = {}
         self._outputs: dict[torch.dtype, torch.Tensor] = {}
+        self._scratch: dict[int, tuple[MoeRunner, Any, int]] = {}
         self._text = layer_text(self.options, top_k, max_num_tokens, self.use_cuda_graph)
         flat.remember(self.weights.tensors, self._text, self)
         if self.use_cuda_graph:
@@ -128,9 +130,20 @@ class FusedMoE(torch.nn.Module):
             return out
         inputs = as_inputs(x, ids, weights, out)
         runner, tactic = self._operation("nvfp4" if isinstance(x, NVFP4) else x.dtype).pick(inputs)
-        runner.use_workspace(self.workspace.at_least(runner.workspace_bytes(num_tokens, tactic)))
+        runner.use_workspace(self.workspace.at_least(self._scratch_bytes(num_tokens, runner, tactic)))
         runner.forward(inputs, tactic)
         return out
+
+    def _scratch_bytes(self, num_tokens: int, runner: MoeRunner, tactic: Any) -> int:
+        """runner.workspace_bytes(num_tokens, tactic), which takes longer than everything else here."""
+        known = self._scratch.get(num_tokens)
+        if known is not None and known[0] is runner and known[1] is tactic:
+            return known[2]
+        if len(self._scratch) >= KNOWN_SIZES:
+            self._scratch.clear()
+        nbytes = runner.workspace_bytes(num_tokens, tactic)
+        self._scratch[num_tokens] = runner, tactic, nbytes
+        return nbytes
 
     def _new(self, x: torch.Tensor | NVFP4) -> torch.Tensor:
         return torch.empty(x.shape, dtype=result_dtype(x), device=self._limits.device)
@@ -171,6 +184,7 @@ class FusedMoE(torch.nn.Module):
         operation = Operation(
             self.weights,
             problem,
+            self._limits,
             backend=options.backend,
             tactic=options.tactic,
             quantized_input=isinstance(kind, str),

@@ -81,20 +81,13 @@ def _run(
     options: tuple[Any, ...],
     out: torch.Tensor | None,
 ) -> torch.Tensor:
-    known = known_num_experts(Options(*options), w)
-    check_call(Limits(w.hidden_size, w.device, known), x, ids, weights, out)
-    check_id_range(ids, known)
-    key = (options, ids.shape[1], result_dtype(x), isinstance(x, NVFP4))
-    try:
-        operation = w.operations.get(key)
-    except TypeError:
-        raise BackendError(
-            f"activation and tactic must be hashable, got {options[0]!r} and {options[5]!r}"
-        ) from None
+    operation = w.operations.get(_key(x, ids, options))
     if operation is None:
-        operation = w.operations[key] = _make_operation(w, Options(*options), *key[1:])
+        operation = _make_operation(x, ids, weights, w, options)
+    check_call(operation.limits, x, ids, weights, out)
+    check_id_range(ids, operation.limits.num_experts)
     if out is None:
-        out = torch.empty(x.shape, dtype=key[2], device=w.device)
+        out = torch.empty(x.shape, dtype=result_dtype(x), device=w.device)
     if x.shape[0] == 0:
         return out
     inputs = as_inputs(x, ids, weights, out)
@@ -103,13 +96,32 @@ def _run(
     return out
 
 
-def _make_operation(
-    w: ExpertWeights, options: Options, top_k: int, dtype: torch.dtype, quantized_input: bool
-) -> Operation:
-    problem = make_problem(w, options, top_k=top_k, dtype=dtype)
-    return Operation(
-        w, problem, backend=options.backend, tactic=options.tactic, quantized_input=quantized_input
+def _key(x: Any, ids: Any, options: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """What an operation is remembered by; None for arguments so wrong that there is none."""
+    try:
+        key = (options, ids.shape[1], x.dtype if isinstance(x, torch.Tensor) else NVFP4)
+        hash(key)
+    except (AttributeError, IndexError, TypeError):
+        return None
+    return key
+
+
+def _make_operation(x: Any, ids: Any, weights: Any, w: ExpertWeights, options: tuple[Any, ...]) -> Operation:
+    """The operation for these arguments, once they and the options are found to fit."""
+    fields = Options(*options)
+    limits = Limits(w.hidden_size, w.device, known_num_experts(fields, w))
+    check_call(limits, x, ids, weights)
+    problem = make_problem(w, fields, top_k=ids.shape[1], dtype=result_dtype(x))
+    operation = Operation(
+        w,
+        problem,
+        limits,
+        backend=fields.backend,
+        tactic=fields.tactic,
+        quantized_input=isinstance(x, NVFP4),
     )
+    w.operations[_key(x, ids, options)] = operation
+    return operation
 
 
 # --- the operators ---------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from moestro.errors import BackendError
 from moestro.formats import NVFP4
 from moestro.kernels import backends
 from moestro.kernels.problem import MoeProblem, MoeRunner
+from moestro.moe.checks import Limits
 from moestro.moe.tuning_config import OP, tuning_config
 from moestro.moe.weights import ExpertWeights
 from moestro.tuning import AutoTuner, TuningConfig
@@ -26,6 +27,7 @@ class Operation:
         self,
         w: ExpertWeights,
         problem: MoeProblem,
+        limits: Limits,
         *,
         backend: str = backends.AUTO,
         tactic: Any = None,
@@ -33,6 +35,7 @@ class Operation:
         tuner: AutoTuner | None = None,
     ) -> None:
         self.problem = problem
+        self.limits = limits
         self.runners: list[MoeRunner] = [cls(problem, w) for cls in backends.resolve(backend, problem)]
         self.tactic = tactic
         self.tuning_config: TuningConfig = tuning_config(problem, quantized_input=quantized_input)
