@@ -70,11 +70,19 @@ def test_row_groups_keep_their_own_scale() -> None:
     assert torch.equal(expected[3], q.expert(3).dequantize())
 
 
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_zeros_keep_their_sign(zero: float) -> None:
+    q = NVFP4.quantize(torch.full((2, 32), zero))
+    assert not q.scale.float().signbit().any()
+    assert torch.equal(torch.full((2, 32), zero).signbit(), q.dequantize().signbit())
+
+
 def test_zeros_stay_zero_under_a_positive_global_scale() -> None:
     dense = torch.zeros(2, 3, 32)
     dense[1, 0, :16] = 3.0
     q = NVFP4.quantize(dense)
-    assert (q.global_scale > 0).all()
+    assert q.global_scale[0] == 1
+    assert q.global_scale[1] > 0
     back = q.dequantize()
     assert torch.equal(dense == 0, back == 0)
     torch.testing.assert_close(back, dense, rtol=3e-7, atol=0)
