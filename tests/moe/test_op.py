@@ -13,8 +13,10 @@ from moe_cases import E, H, I, K, error, make_call, make_weights
 
 import moestro
 from moestro import ExpertWeights, SwiGLU, errors, formats, fused_moe
-from moestro.formats import NVFP4
+from moestro.formats import BF16, NVFP4
 from moestro.kernels import backends
+from moestro.kernels.portable import PortableRunner
+from moestro.kernels.problem import MoeProblem
 from moestro.moe.options import Options, make_problem
 
 FORMATS = sorted(formats.FORMATS)
@@ -330,3 +332,28 @@ def test_w4a4_needs_sizes_of_whole_blocks() -> None:
     assert fused_moe(x, ids, weights, w).shape == (2, 24)
     with pytest.raises(errors.ShapeError, match="hidden_size divisible by 16, got 24"):
         fused_moe(x, ids, weights, w, input_format="nvfp4")
+
+
+def test_weights_are_repacked_once_for_a_backend_that_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Repacking(PortableRunner):
+        repacked = 0
+
+        @classmethod
+        def needs_prepare(cls, problem: MoeProblem) -> bool:
+            return True
+
+        @classmethod
+        def prepare(cls, problem: MoeProblem, experts: Any, *, donate: bool = False) -> Any:
+            cls.repacked += 1
+            return BF16(experts.gate_up.data.clone()), BF16(experts.down.data.clone())
+
+    monkeypatch.setitem(backends.BACKENDS, "portable", lambda: Repacking)
+    backends._load.cache_clear()
+    try:
+        w, call = make_weights("bf16"), make_call(9)
+        for deterministic in (False, True):
+            y = fused_moe(*call, w, backend="portable", deterministic=deterministic)
+            assert error(y, *call, w) < 1e-2
+        assert Repacking.repacked == 1
+    finally:
+        backends._load.cache_clear()

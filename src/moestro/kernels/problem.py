@@ -96,13 +96,22 @@ class MoeRunner(TunableRunner):
         """Why this backend cannot run the problem on this machine; None if it can."""
 
     @classmethod
-    def prepare(cls, problem: MoeProblem, experts: Experts) -> tuple[FormatTensor, FormatTensor]:
+    def prepare(
+        cls, problem: MoeProblem, experts: Experts, *, donate: bool = False
+    ) -> tuple[FormatTensor, FormatTensor]:
         """(gate_up, down) in this backend's kernel layout; the checkpoint layout by default.
+
+        donate: the memory of `experts` may be used for the result, nobody looks at them afterwards.
 
         `experts` are in the checkpoint layout. Both results share one layout name, which begins with the
         backend's name ("cpu_...", "triton_..."): that is how `runs_layout` knows its own.
         """
         return experts.gate_up, experts.down
+
+    @classmethod
+    def needs_prepare(cls, problem: MoeProblem) -> bool:
+        """Whether the weights, as problem.weight_layout has them, must go through prepare() first."""
+        return False
 
     @classmethod
     def runs_layout(cls, layout: str) -> bool:

@@ -42,7 +42,7 @@ class FusedMoE(torch.nn.Module):
     activation, input_format, expert_offset, deterministic, backend, tactic, num_experts: as in fused_moe.
     dtype: of x when it is not known yet (tuning); by default that of dense weights, else bf16.
     workspace: one to share with other layers of a model that run one after the other.
-    tuner: the default one if None.
+    tuner: the default one if None. donate: w may be repacked in its own memory, and must not be used again.
 
     Past the first call nothing of size is allocated but the result, except by the portable backend's tactics
     "grouped" (torch._grouped_mm has no out=), "pairs" and "masked".
@@ -67,6 +67,7 @@ class FusedMoE(torch.nn.Module):
         dtype: torch.dtype | None = None,
         workspace: Workspace | None = None,
         tuner: AutoTuner | None = None,
+        donate: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(w, ExpertWeights):
@@ -80,7 +81,12 @@ class FusedMoE(torch.nn.Module):
         self.dtype = dtype or w.dense_dtype or torch.bfloat16
         make_problem(w, self.options, top_k=top_k, dtype=self.dtype)  # checks before the work of repacking
         self.weights = w.prepare(
-            backend, activation=activation, input_format=input_format, top_k=top_k, dtype=self.dtype
+            backend,
+            activation=activation,
+            input_format=input_format,
+            top_k=top_k,
+            dtype=self.dtype,
+            donate=donate,
         )
         self.tuner = tuner if tuner is not None else AutoTuner.get()
         self.workspace = workspace if workspace is not None else Workspace(w.device)

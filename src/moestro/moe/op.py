@@ -53,6 +53,9 @@ def fused_moe(
     backend: "auto", "triton", "cpu" or "portable". tactic: one of the backend's; None lets the tuner choose.
     num_experts: E; by default those of w, and unknown with an expert_offset.
 
+    A backend that wants weights in its kernel layout repacks those of the checkpoint layout at the first
+    call, and the copy stays with `w`; w.prepare() beforehand, as FusedMoE does, keeps one.
+
     Raises ShapeError, DTypeError, DeviceError, FormatError, RoutingError or BackendError, naming the
     argument, before any work. Safe to call from several threads.
     """

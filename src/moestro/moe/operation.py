@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class Operation:
     ) -> None:
         self.problem = problem
         self.limits = limits
-        self.runners: list[MoeRunner] = [cls(problem, w) for cls in backends.resolve(backend, problem)]
+        self.runners = [_make_runner(cls, problem, w) for cls in backends.resolve(backend, problem)]
         self.tactic = tactic
         self.tuning_config: TuningConfig = tuning_config(problem, quantized_input=quantized_input)
         self.tuner = tuner if tuner is not None else AutoTuner.get()
@@ -65,6 +66,17 @@ class Operation:
             else:
                 return runner
         raise BackendError("; ".join(reasons))
+
+
+def _make_runner(cls: type[MoeRunner], problem: MoeProblem, w: ExpertWeights) -> MoeRunner:
+    """A runner on these weights; on a copy in its layout, which stays with them, where it needs one."""
+    if not cls.needs_prepare(problem):
+        return cls(problem, w)
+    key = ("prepared", cls.backend, problem.activation.gated)
+    prepared: ExpertWeights | None = w.operations.get(key)
+    if prepared is None:
+        prepared = w.operations[key] = w.with_tensors(*cls.prepare(problem, w))
+    return cls(replace(problem, weight_layout=prepared.layout, weight_dtype=prepared.dense_dtype), prepared)
 
 
 def as_inputs(

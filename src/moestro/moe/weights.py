@@ -182,10 +182,12 @@ class ExpertWeights:
         input_format: str | None = None,
         top_k: int = 1,
         dtype: torch.dtype = torch.bfloat16,
+        donate: bool = False,
     ) -> ExpertWeights:
         """The same weights in a backend's kernel layout (self if they are, or if it takes them as is).
 
-        "auto": of the preferred backend that can run them on this machine. Drop the original to keep one.
+        "auto": of the preferred backend that can run them on this machine. Drop the original to keep one, or
+        donate it: then its memory may become the result's, and it must not be used again.
         Raises BackendError for a backend that is unknown or cannot run them.
         """
         problem = MoeProblem(
@@ -207,7 +209,7 @@ class ExpertWeights:
         runner = backends.resolve(backend, problem)[0]
         if self.layout != CHECKPOINT:
             return self
-        gate_up, down = runner.prepare(problem, self)
+        gate_up, down = runner.prepare(problem, self, donate=donate)
         return self if gate_up is self.gate_up and down is self.down else self.with_tensors(gate_up, down)
 
     def unpacked(self) -> ExpertWeights:

@@ -53,7 +53,13 @@ class TritonRunner(MoeRunner):
         return layout in (CHECKPOINT, LAYOUT)
 
     @classmethod
-    def prepare(cls, problem: MoeProblem, experts: Experts) -> tuple[FormatTensor, FormatTensor]:
+    def needs_prepare(cls, problem: MoeProblem) -> bool:
+        return problem.weight_format == "nvfp4" and problem.weight_layout == CHECKPOINT
+
+    @classmethod
+    def prepare(
+        cls, problem: MoeProblem, experts: Experts, *, donate: bool = False
+    ) -> tuple[FormatTensor, FormatTensor]:
         if problem.weight_format != "nvfp4":
             return experts.gate_up, experts.down
         gate_up, down = experts.gate_up, experts.down
