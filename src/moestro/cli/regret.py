@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 __all__ = ["regret"]
 
 SCHEMA = "moestro.regret/1"
+LEGEND = (
+    "best: share that picks the fastest. same: share of the most frequent pick. flips: share of repeated "
+    "tunings that disagree. median, 95 %, worst: regret, the pick's time over the fastest's, less 1. slower: "
+    "share slower than the default by more than the noise floor. samples, time: of one tuning."
+)
 
 SimulateOption = Annotated[
     bool,
@@ -97,6 +102,7 @@ def _simulate(tunings: int, processes: int, json_file: Path | None) -> bool:
             )
             bar.remove_task(task)
     output.print(_simulated_table(outcomes))
+    output.print(LEGEND, style="dim")
     for outcome in outcomes:
         output.print(f"[bold]{outcome.scenario.name}[/]: {outcome.scenario.about}", highlight=False)
         for name, samples in outcome.equal_samples.items():
@@ -145,6 +151,7 @@ def _measure(spec: Any, json_file: Path | None) -> bool:
         task = bar.add_task("making the layer", total=None)
         outcomes = regret_layers.run(spec, lambda what: bar.update(task, description=what))
     output.print(_layers_table(outcomes))
+    output.print(LEGEND, style="dim")
     if json_file is not None:
         conditions = dataclasses.asdict(
             dataclasses.replace(spec, shape=None, routing=None)
@@ -169,19 +176,11 @@ def _layers_table(outcomes: list[LayerOutcome]) -> Table:
 
 # --- both ---
 def _table(first: str) -> Table:
-    table = Table(first, "scheme", box=None, pad_edge=False)
-    for name in (
-        "best",
-        "same pick",
-        "flips",
-        "regret: median",
-        "95 %",
-        "worst",
-        "slower",
-        "samples",
-        "time",
-    ):
-        table.add_column(name, justify="right")
+    table = Table(box=None, pad_edge=False)
+    table.add_column(first, no_wrap=True)
+    table.add_column("scheme", no_wrap=True)
+    for name in ("best", "same", "flips", "median", "95 %", "worst", "slower", "samples", "time"):
+        table.add_column(name, justify="right", no_wrap=True)
     return table
 
 
