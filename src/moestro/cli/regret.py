@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +16,6 @@ from moestro.cli.console import output, progress, seconds_text
 
 if TYPE_CHECKING:
     from moestro.bench.regret import Summary
-    from moestro.bench.regret_layers import LayerOutcome
     from moestro.bench.regret_sim import Outcome, Target
 
 __all__ = ["regret"]
@@ -101,29 +101,21 @@ def _simulate(tunings: int, processes: int, json_file: Path | None) -> bool:
                 regret_sim.run(scenario, tunings, processes, lambda task=task: bar.advance(task))  # type: ignore[misc]
             )
             bar.remove_task(task)
-    output.print(_simulated_table(outcomes))
-    output.print(LEGEND, style="dim")
     for outcome in outcomes:
-        output.print(f"[bold]{outcome.scenario.name}[/]: {outcome.scenario.about}", highlight=False)
+        output.print(f"\n[bold]{outcome.scenario.name}[/]: {outcome.scenario.about}", highlight=False)
+        output.print(_table(outcome.summaries))
         for name, samples in outcome.equal_samples.items():
-            needs = f"{samples} samples" if samples else "more than all that were tried"
-            output.print(f"  equal sampling, argmin of the {name} statistic, for the same error: {needs}")
+            needs = f"{samples} samples" if samples else "more samples than were tried"
+            output.print(f"equal sampling by the {name} statistic is as often right with {needs}")
         for target, value, held in outcome.targets:
             mark = "[green]holds[/]" if held else "[bold red]FAILS[/]"
-            output.print(f"  {mark} {_target_text(target)}: {value:.2%}", highlight=False)
+            output.print(f"{mark} {_target_text(target)}: {value:.2%}", highlight=False)
+    output.print(f"\n{LEGEND}", style="dim")
     if json_file is not None:
         _write(
             json_file, "simulated", [_simulated_json(outcome) for outcome in outcomes], {"tunings": tunings}
         )
     return all(outcome.held for outcome in outcomes)
-
-
-def _simulated_table(outcomes: list[Outcome]) -> Table:
-    table = _table("scenario")
-    for outcome in outcomes:
-        for i, summary in enumerate(outcome.summaries):
-            table.add_row("" if i else outcome.scenario.name, *_cells(summary), end_section=i > 0)
-    return table
 
 
 def _target_text(target: Target) -> str:
@@ -150,8 +142,16 @@ def _measure(spec: Any, json_file: Path | None) -> bool:
     with progress() as bar:
         task = bar.add_task("making the layer", total=None)
         outcomes = regret_layers.run(spec, lambda what: bar.update(task, description=what))
-    output.print(_layers_table(outcomes))
-    output.print(LEGEND, style="dim")
+    for outcome in outcomes:
+        found, oracle = outcome.found, outcome.found.oracle
+        output.print(
+            f"\n[bold]{outcome.format} {outcome.backend}, {outcome.tokens} tokens[/]: "
+            f"{len(oracle.candidates)} tactics, default {seconds_text(oracle.default_seconds)}, "
+            f"the best takes {oracle.best:.3f} ± {oracle.error:.3f} of it",
+            highlight=False,
+        )
+        output.print(_table((found.moestro, found.field)))
+    output.print(f"\n{LEGEND}", style="dim")
     if json_file is not None:
         conditions = dataclasses.asdict(
             dataclasses.replace(spec, shape=None, routing=None)
@@ -161,26 +161,14 @@ def _measure(spec: Any, json_file: Path | None) -> bool:
     return all(outcome.found.moestro.slower_than_default == 0 for outcome in outcomes)
 
 
-def _layers_table(outcomes: list[LayerOutcome]) -> Table:
-    table = _table("layer")
-    for outcome in outcomes:
-        oracle = outcome.found.oracle
-        names = [
-            f"{outcome.format} {outcome.backend} N={outcome.tokens}",
-            f"default {seconds_text(oracle.default_seconds)}, best {oracle.best:.3f} ± {oracle.error:.3f}",
-        ]
-        for name, summary in zip(names, (outcome.found.moestro, outcome.found.field), strict=True):
-            table.add_row(name, *_cells(summary), end_section=summary.scheme == "field")
-    return table
-
-
 # --- both ---
-def _table(first: str) -> Table:
+def _table(summaries: Sequence[Summary]) -> Table:
     table = Table(box=None, pad_edge=False)
-    table.add_column(first, no_wrap=True)
     table.add_column("scheme", no_wrap=True)
     for name in ("best", "same", "flips", "median", "95 %", "worst", "slower", "samples", "time"):
         table.add_column(name, justify="right", no_wrap=True)
+    for summary in summaries:
+        table.add_row(*_cells(summary))
     return table
 
 
