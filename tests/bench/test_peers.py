@@ -8,10 +8,12 @@ import pytest
 import torch
 from bench_plain import plain_moe, relative_error
 
+from moestro.bench.contenders import make_layer
 from moestro.bench.layers import LayerSource, make_case
 from moestro.bench.models import MoeShape, from_sizes
 from moestro.bench.peers import IMPLEMENTATIONS, transformers_missing, transformers_peers
 from moestro.routing import Uniform
+from moestro.tuning import AutoTuner
 
 pytestmark = pytest.mark.skipif(transformers_missing() is not None, reason=str(transformers_missing()))
 
@@ -70,3 +72,15 @@ def test_one_call_per_layer(tiny: MoeShape) -> None:
     outputs = [call() for call in peer.calls(case)]
     for source, output in zip(sources, outputs, strict=True):
         assert relative_error(output, plain_moe(source, case)) < 1e-2
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_peers_and_moestro_agree_on_the_same_weights(name: str) -> None:
+    source = LayerSource(SHAPES[name], seed=4)
+    case = make_case(source.shape, 33, Uniform(), seed=6)
+    layer = make_layer(source, "bf16", "auto", 64, AutoTuner())
+    with torch.inference_mode():
+        ours = layer(case.x, case.ids, case.weights)
+        for peer in transformers_peers([source]):
+            if peer.why_not(case) is None:
+                assert relative_error(peer.calls(case)[0](), ours) < 1e-2, peer.name

@@ -66,6 +66,7 @@ def make_layer(
         backend=backend,
         dtype=source.dtype,
         tuner=tuner,
+        donate=format != "bf16",  # these are the source's own, shared with the peers
     )
 
 
