@@ -61,7 +61,9 @@ class CudaTimer:
             stream.synchronize()
             served = self._capture(call, stream) if self.graph else call
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self._cold()
+            with torch.cuda.stream(stream):
+                self._cold()  # allocates the buffer
+            stream.synchronize()
 
         def sample() -> float:
             with torch.cuda.device(self.device), torch.cuda.stream(stream):
