@@ -1,4 +1,4 @@
-"""What the CUDA timer queues, in which order, on a torch that only writes it down (tests/gpu has a real one)."""
+"""What the CUDA timer queues, in which order, on a torch that only writes it down (tests/gpu uses one)."""
 
 from __future__ import annotations
 
