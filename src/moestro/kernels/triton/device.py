@@ -44,6 +44,22 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def settle(acc):
+    """acc, once the tensor core is done with it.
+
+    A wgmma reads its A registers while it runs. Triton 3.6 lets one run on into the next step of a loop, which
+    then decodes new weights into them (seen on an H100: NaN where a tile was 128 wide with eight warps, one in
+    several runs). A use of the sum that is no product makes it wait; the move itself costs nothing.
+    """
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [acc], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return acc
+
+
+@triton.jit
 def unpack_scales(word):
     """int32 of 4 scale codes -> 4 int32, each a pair of equal bfloat16: scale · 2^118."""
     return tl.inline_asm_elementwise(

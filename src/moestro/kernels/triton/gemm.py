@@ -23,6 +23,7 @@ from moestro.kernels.triton.device import (
     decode_block,
     dot,
     launch_next,
+    settle,
     wait_for_previous,
 )
 
@@ -62,7 +63,7 @@ def moe_gemm(
     BIAS: tl.constexpr, X_SCALE: tl.constexpr, X_BY_PAIR: tl.constexpr, EVEN: tl.constexpr,
     PB: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, LADDER: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
-    GROUP: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
+    GROUP: tl.constexpr, SPLIT: tl.constexpr, TOGETHER: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """See the module. Kernel rows are in `layout.row_order`; `rows`, `columns` are the checkpoint's.
 
@@ -104,16 +105,16 @@ def moe_gemm(
     QUARTER: tl.constexpr = BN // 4
     if LADDER and count <= QUARTER:
         _tile(args, STAGE, ROUTE, COMBINE, FORMAT, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS, X_SCALE, X_BY_PAIR, EVEN,
-              PB, BM, QUARTER, 0, UNROLL, STAGES, SPLIT, PDL)  # fmt: skip
+              PB, BM, QUARTER, 0, UNROLL, STAGES, SPLIT, TOGETHER, PDL)  # fmt: skip
     elif LADDER and count <= 2 * QUARTER:
         _tile(args, STAGE, ROUTE, COMBINE, FORMAT, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS, X_SCALE, X_BY_PAIR, EVEN,
-              PB, BM, 2 * QUARTER, 0, UNROLL, STAGES, SPLIT, PDL)  # fmt: skip
+              PB, BM, 2 * QUARTER, 0, UNROLL, STAGES, SPLIT, TOGETHER, PDL)  # fmt: skip
     elif LADDER and count <= 3 * QUARTER:
         _tile(args, STAGE, ROUTE, COMBINE, FORMAT, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS, X_SCALE, X_BY_PAIR, EVEN,
-              PB, BM, 2 * QUARTER, QUARTER, UNROLL, STAGES, SPLIT, PDL)  # fmt: skip
+              PB, BM, 2 * QUARTER, QUARTER, UNROLL, STAGES, SPLIT, TOGETHER, PDL)  # fmt: skip
     else:
         _tile(args, STAGE, ROUTE, COMBINE, FORMAT, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS, X_SCALE, X_BY_PAIR, EVEN,
-              PB, BM, BN, 0, UNROLL, STAGES, SPLIT, PDL)  # fmt: skip
+              PB, BM, BN, 0, UNROLL, STAGES, SPLIT, TOGETHER, PDL)  # fmt: skip
 
 
 @triton.jit
@@ -122,7 +123,7 @@ def _tile(
     GATED: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr,
     BIAS: tl.constexpr, X_SCALE: tl.constexpr, X_BY_PAIR: tl.constexpr, EVEN: tl.constexpr,
     PB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BN2: tl.constexpr,
-    UNROLL: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
+    UNROLL: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, TOGETHER: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BM rows of expert e for BN pairs, and BN2 more where BN2 is not 0 (B operands are powers of two wide)."""
     (x, x_scale, ids, pair_weights, sorted_pairs, w, w_scales, row_scale, bias, out, P, rows, columns, out_stride,
@@ -165,7 +166,7 @@ def _tile(
         x_rows = _x_rows(pairs, places, K, STAGE, X_BY_PAIR)
         x_rows2 = _x_rows(pairs2, place + second, K, STAGE, X_BY_PAIR)
         acc, acc2 = _product(x, x_rows, pairs >= 0, x_rows2, pairs2 >= 0, w, w_scales, e.to(tl.int64), m, part,
-                             rows, columns, FORMAT, GATED, EVEN, BM, BN, BN2, UNROLL, STAGES, SPLIT)  # fmt: skip
+                             rows, columns, FORMAT, GATED, EVEN, BM, BN, BN2, UNROLL, STAGES, SPLIT, TOGETHER)  # fmt: skip
         _finish(acc, scale, shift, x_scale, x_rows, pairs, places, pair_weights, out, m, r, part, real, rows, out_stride, K,
                 STAGE, COMBINE, FORMAT, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS, X_SCALE, SPLIT, BM, BN)  # fmt: skip
         if HAS2:
@@ -214,7 +215,8 @@ def _finish(acc, scale, shift, x_scale, x_rows, pairs, places, pair_weights, out
 @triton.jit
 def _product(x, x_rows, there, x_rows2, there2, w, w_scales, e, m, part, rows, columns, FORMAT: tl.constexpr,
              GATED: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BN2: tl.constexpr,
-             UNROLL: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
+             UNROLL: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr,
+             TOGETHER: tl.constexpr):  # fmt: skip
     """float32 [BM, BN] and [BM, BN2]: kernel rows m * BM ... of expert e, times rows of x.
 
     Of the blocks of 64 columns, it does `part` of SPLIT equal ones; UNROLL divides those.
@@ -264,6 +266,10 @@ def _product(x, x_rows, there, x_rows2, there2, w, w_scales, e, m, part, rows, c
             if HAS2:
                 acc2 = dot(a, tl.load(xp2 + u * 64, x_mask2, other=0.0), acc2)
         if FORMAT == NVFP4:
+            if TOGETHER:
+                acc = settle(acc)
+                if HAS2:
+                    acc2 = settle(acc2)
             wp += UNROLL * 1024
             sp += UNROLL * 64
         else:

@@ -211,7 +211,7 @@ class Planner:
             gemm.moe_gemm, (slots * strips * split,), x, x if x_scale is None else x_scale, self.ids, self.weights,
             *self._table(stage), *w, x if bias is None else bias, out, zeros, self.pairs, slots, rows, columns,
             out.shape[1], num_zeros, self.p.expert_offset,
-            self.p.num_local_experts, self.p.top_k, ROUTE=route.value, LADDER=self.tactic.ladder, SPLIT=split, GROUP=group,
+            self.p.num_local_experts, self.p.top_k, ROUTE=route.value, LADDER=self.tactic.ladder, SPLIT=split, TOGETHER=self.tactic.together, GROUP=group,
             FORMAT=(device.NVFP4 if packed else device.BF16).value, EVEN=columns % 64 == 0,
             PB=max(16, triton.next_power_of_2(self.pairs)) if direct else 16, BM=bm, BN=width,
             UNROLL=unroll, STAGES=stages, num_warps=warps, **meta,

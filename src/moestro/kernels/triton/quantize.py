@@ -45,10 +45,11 @@ def quantize_rows(x, pairs_of, ids, given, values, row_scale, num_rows, columns,
     source = x + (r // K if BY_PAIR else r).to(tl.int64) * columns
     c = tl.arange(0, B)
     if SCALE == DYNAMIC:
-        amax = tl.zeros((B,), tl.float32)
+        most = tl.zeros((B,), tl.float32)
         for first in range(0, columns, B):
-            amax = tl.maximum(amax, tl.abs(tl.load(source + first + c, first + c < columns, other=0.0)))
-        largest = tl.max(amax.to(tl.float32), 0)
+            v = tl.load(source + first + c, first + c < columns, other=0.0).to(tl.float32)
+            most = tl.maximum(most, tl.abs(v))
+        largest = tl.max(most, 0)
         scale = tl.maximum(tl.div_rn(largest, 2688.0), 1.1754943508222875e-38)
         scale = tl.where(largest == 0.0, 1.0, scale)
     elif SCALE == ONE:
@@ -58,14 +59,15 @@ def quantize_rows(x, pairs_of, ids, given, values, row_scale, num_rows, columns,
         scale = tl.load(given + e, (e >= 0) & (e < L), other=1.0)
     tl.store(row_scale + r, scale)
     for first in range(0, columns, B):
-        v = tl.load(source + first + c, first + c < columns, other=0.0).to(tl.float32).reshape(B // 16, 16)
-        amax = tl.max(tl.abs(v), 1)
+        blocks = tl.load(source + first + c, first + c < columns, other=0.0).to(tl.float32).reshape(B // 16, 16)
+        amax = tl.max(tl.abs(blocks), 1)
         block = _nearest_e4m3(tl.minimum(tl.div_rn(amax, 6.0 * scale), 448.0))
         step = block * scale
         # a block whose scale rounded to zero has zero codes
-        codes = tl.where(step[:, None] == 0.0, 0.0, tl.div_rn(tl.abs(v), (step + (step == 0.0))[:, None]))
-        q = _nearest_e2m1(codes) * block[:, None]
-        q = tl.where(v < 0, -q, q).reshape(B)
+        safe = tl.where(step == 0.0, 1.0, step)[:, None] + tl.zeros_like(blocks)
+        ratio = tl.where(step[:, None] == 0.0, 0.0, tl.div_rn(tl.abs(blocks), safe))
+        q = _nearest_e2m1(ratio) * block[:, None]
+        q = tl.where(blocks < 0, -q, q).reshape(B)
         tl.store(values + r.to(tl.int64) * columns + first + c, q.to(tl.bfloat16), first + c < columns)
 
 

@@ -34,6 +34,7 @@ class Tactic:
     ladder: int = 0  # 1: fused tiles that are not full run narrower
     tokens2: int = 0  # the same for the second product; 0: as in the first
     split: int = 1  # programs that share the columns of a tile of the second fused product
+    together: int = 1  # 0: a step's products wait for each other, in fewer registers (steps of 2 blocks only)
     group: int = 8  # tiles of pairs that walk the rows of weights together
     persistent: int = 0  # programs per processor of the dense product; 0: one per tile
 
@@ -60,23 +61,26 @@ TABLE: tuple[Tactic, ...] = (
     fused(8, S, S, "direct"),
     fused(8, S, S, "direct", split=4),
     fused(8, M, M, "direct"),
-    fused(16, M, M, "direct"),
     fused(8, (32, 4, 2, 4), (32, 4, 2, 4)),
     fused(8, S, S),
     fused(8, M, M),
     fused(8, S, S, split=2),
     fused(16, S, S),
-    fused(16, M, M),
+    fused(16, S, S, together=0),
     fused(32, S, S),
     fused(32, M, M),
+    fused(32, S, S, together=0),
+    fused(32, M, M, together=0),
     fused(32, (128, 2, 8, 3), M),
     fused(64, M, (128, 1, 4, 4), ladder=1),
+    fused(64, M, M, ladder=1),
     fused(128, B, (256, 1, 8, 4), ladder=1),
     fused(128, B, M, ladder=1, tokens2=64),
+    fused(128, (256, 1, 8, 4), M, ladder=1, tokens2=64),
     fused(128, (256, 1, 8, 4), (128, 1, 4, 4)),
     fused(256, B, (128, 2, 8, 3), ladder=1),
     fused(256, B, B, group=16),
-    fused(256, B, (128, 1, 4, 4), tokens2=128),
+    fused(256, B, (256, 1, 8, 4), ladder=1, tokens2=128),
     Tactic("dense", "sorted", "reduce", 128, (256, 1, 8, 4), (256, 1, 8, 4)),
 )
 
@@ -92,7 +96,8 @@ def fitted(problem: MoeProblem, tactic: Tactic) -> Tactic:
         while count % unroll:
             unroll //= 2
         tiles.append((rows, unroll, warps, stages))
-    return replace(tactic, first=tiles[0], second=tiles[1], split=split)
+    together = 1 if min(tiles[0][1], tiles[1][1]) < 2 else tactic.together
+    return replace(tactic, first=tiles[0], second=tiles[1], split=split, together=together)
 
 
 def candidates(problem: MoeProblem, num_tokens: int) -> list[Tactic]:
@@ -128,6 +133,8 @@ def unfit(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> str | None:
         if problem.hidden_size % 8 or problem.intermediate_size % 8:
             return "the tensor memory accelerator needs rows of a multiple of 16 bytes"
     else:
+        if not tactic.together and min(tactic.first[1], tactic.second[1]) < 2:
+            return "steps of one block must not run on into the next"
         steps = (tactic.first[1], tactic.second[1] * tactic.split)
         for size, step in zip((problem.hidden_size, problem.intermediate_size), steps, strict=True):
             if -(-size // 64) % step:
@@ -137,14 +144,21 @@ def unfit(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> str | None:
     return None
 
 
+# pairs per expert up to which a width of tiles is the default: (NVFP4, dense bf16), as measured
+DEFAULT_WIDTHS = ((8, 5, 4), (16, 8, 12), (32, 24, 24), (64, 48, 0), (128, 100, 0), (256, 2048, 0))
+
+
 def default(problem: MoeProblem, num_tokens: int) -> Tactic:
     """What runs before anything is tuned: by pairs per expert."""
     pairs = num_tokens * problem.top_k
-    if pairs <= DIRECT_PAIRS // 2:
-        return fitted(problem, TABLE[0])
+    found = candidates(problem, num_tokens)
+    if pairs <= min(DIRECT_PAIRS, 2 * problem.num_local_experts) and pairs <= 16:
+        return found[1]
     per_expert = pairs / min(problem.num_experts, pairs)
-    choices = [t for t in candidates(problem, num_tokens) if t.route == "sorted"]
-    for tactic in choices:
-        if per_expert * 1.25 <= tactic.tokens:
-            return tactic
-    return choices[-1]
+    packed = problem.weight_format == "nvfp4"
+    for width, most, most_dense in DEFAULT_WIDTHS:
+        fits = [t for t in found if t.path == "fused" and t.route == "sorted" and t.tokens == width]
+        if fits and per_expert <= (most if packed else most_dense):
+            return fits[1] if width == 8 and len(fits) > 1 else fits[0]
+    last = found[-1]
+    return last if last.path == "dense" else found[-2]
