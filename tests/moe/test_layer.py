@@ -126,6 +126,21 @@ def test_no_allocation_of_size_is_made_where_torch_takes_an_out() -> None:
     assert largest < 64 * H * 2
 
 
+@pytest.mark.parametrize("use_cuda_graph", [False, True])
+def test_memory_from_a_call_in_inference_mode_serves_outside(use_cuda_graph: bool) -> None:
+    w, call = make_weights("bf16"), make_call(40)
+    layer = FusedMoE(w, K, use_cuda_graph=use_cuda_graph, **PORTABLE)
+    with torch.inference_mode():
+        layer(*make_call(40))
+    assert error(layer(*call), *call, w) < 1e-2
+    with torch.inference_mode():
+        inside = make_call(40)
+        made_inside = FusedMoE(make_weights("nvfp4"), K, use_cuda_graph=use_cuda_graph)
+    assert error(layer(*inside), *inside, w) < 1e-2
+    assert error(made_inside(*call), *call, made_inside.weights) < 1e-2
+    assert not made_inside(*call).is_inference()  # else its owner could not write to it
+
+
 def test_limits_are_checked() -> None:
     layer = FusedMoE(make_weights(), K, max_num_tokens=8)
     layer(*make_call(8))

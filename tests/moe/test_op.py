@@ -173,6 +173,13 @@ class TestDebugChecks:
             fused_moe(*make_call(0), make_weights())
 
 
+def strided_scales(x: torch.Tensor) -> NVFP4:
+    q = NVFP4.quantize_rows(x)
+    return NVFP4(
+        q.packed, q.scale.view(torch.uint8).T.contiguous().T.view(torch.float8_e4m3fn), q.global_scale
+    )
+
+
 def bad_calls() -> dict[str, tuple[type[Exception], str, Any]]:
     """name -> (error, message, call(x, ids, weights, w))."""
     f = fused_moe
@@ -238,6 +245,11 @@ def bad_calls() -> dict[str, tuple[type[Exception], str, Any]]:
             lambda x, i, t, w: f(x, i.repeat(1, 3), t.repeat(1, 3), w),
         ),
         "w dense": (errors.DTypeError, "w must be a moestro.ExpertWeights", lambda x, i, t, w: f(x, i, t, x)),
+        "x quantised with strides": (
+            errors.ShapeError,
+            r"x\.scale must be contiguous",
+            lambda x, i, t, w: f(strided_scales(x), i, t, w),
+        ),
         "out of another shape": (
             errors.ShapeError,
             "out must have x's shape",

@@ -76,6 +76,7 @@ def check_call(
             and ids.device == limits.device
             and weights.device == limits.device
             and piece.is_contiguous()
+            and (not isinstance(x, NVFP4) or x.scale.is_contiguous())
             and ids.is_contiguous()
             and weights.is_contiguous()
             and top_k == (limits.top_k or top_k)
@@ -148,7 +149,8 @@ def _explain(limits: Limits, x: torch.Tensor | NVFP4, ids: torch.Tensor, weights
     _require_tensor("weights", weights)
     _explain_dtypes(x, ids, weights)
     _explain_shapes(limits, x, ids, weights)
-    pieces = {"x": x.packed if isinstance(x, NVFP4) else x, "ids": ids, "weights": weights}
+    parts = {"x.packed": x.packed, "x.scale": x.scale} if isinstance(x, NVFP4) else {"x": x}
+    pieces = {**parts, "ids": ids, "weights": weights}
     for name, tensor in pieces.items():
         if tensor.device != limits.device:
             raise DeviceError(

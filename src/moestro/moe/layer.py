@@ -169,7 +169,8 @@ class FusedMoE(torch.nn.Module):
     def _owned(self, dtype: torch.dtype) -> torch.Tensor:
         if dtype not in self._outputs:
             shape = (self.max_num_tokens, self._limits.hidden_size)
-            self._outputs[dtype] = torch.empty(shape, dtype=dtype, device=self._limits.device)
+            with torch.inference_mode(False):  # a tensor that may be written in any mode
+                self._outputs[dtype] = torch.empty(shape, dtype=dtype, device=self._limits.device)
         return self._outputs[dtype]
 
     def _operation(self, kind: Kind) -> Operation:

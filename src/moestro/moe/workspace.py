@@ -42,4 +42,5 @@ class Workspace:
                 )
             if self.nbytes:
                 self._outgrown.append(self._buffer)
-        self._buffer = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        with torch.inference_mode(False):  # a tensor that may be written in any mode
+            self._buffer = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
