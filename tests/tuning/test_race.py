@@ -222,6 +222,16 @@ def test_over_probes_the_smallest_worst_ratio_wins() -> None:
     assert result.candidates[1].ratio == pytest.approx(0.98, rel=0.05)
 
 
+def test_over_probes_the_default_is_measured_to_the_end_since_all_ratios_are_to_it() -> None:
+    times = [(1.3, 1.5), (1.0, 1.0), (1.001, 1.001)]
+    result = race(probes(SimulatedClock(seed=3), times))
+    beaten = result.candidates[0]
+    assert beaten.reason == "default beaten"
+    assert beaten.left_at is not None
+    assert beaten.left_at < result.rounds
+    assert beaten.samples >= 2 * result.rounds
+
+
 def test_better_on_one_probe_and_worse_on_another_does_not_replace_the_default() -> None:
     for seed in range(20):
         result = race(probes(SimulatedClock(seed=seed), [(1.0, 1.0), (0.7, 1.01)]), seed=seed)
