@@ -157,7 +157,7 @@ class AutoTuner:
         fast: Any = None  # (view, its table, bounds, choices, input, dim, dtype)
 
         def pick(inputs: Sequence[Any]) -> Choice:
-            if fast is not None and not contexts.active:
+            if fast is not None and (not contexts.active or contexts.current is None):
                 view, table, bounds, choices, tensor, dim, dtype = fast
                 if view.fast is table:
                     value = inputs[tensor]
