@@ -40,14 +40,16 @@ float widen(uint16_t value) {
 }
 uint16_t small() { return bf16(static_cast<float>(static_cast<int>(next() % 2001) - 1000) / 4000.f); }
 
+int64_t per_scale(int format) { return format == MOESTRO_MXFP4 ? 32 : 16; }
+
 struct Weights {  // experts' matrices, packed from random ones; packing and unpacking must be inverse
   Weights(int format, int64_t experts, int64_t rows, int64_t columns, bool gated)
       : codes(experts * rows * columns * (format == MOESTRO_BF16 ? 2 : 1) / (format == MOESTRO_BF16 ? 1 : 2)),
-        scales(experts * rows * columns / 16), row_scale(experts * rows), bias(experts * rows) {
-    const int64_t matrix = codes.count / experts, blocks = scales.count / experts;
+        scales(experts * rows * columns / per_scale(format)), row_scale(experts * rows), bias(experts * rows) {
+    const int64_t per = per_scale(format), matrix = codes.count / experts, blocks = scales.count / experts;
     Buffer<uint8_t> source(matrix), scale(blocks), back(matrix), scale_back(blocks);
     for (int64_t e = 0; e < experts; ++e) {
-      for (int64_t i = 0; i < blocks; ++i) scale.data[i] = static_cast<uint8_t>(0x28 + next() % 16);
+      for (int64_t i = 0; i < blocks; ++i) scale.data[i] = static_cast<uint8_t>((format == MOESTRO_MXFP4 ? 0x78 : 0x28) + next() % (format == MOESTRO_MXFP4 ? 4 : 16));
       if (format == MOESTRO_BF16) {
         auto* dense = reinterpret_cast<uint16_t*>(source.data);
         auto* panels = reinterpret_cast<uint16_t*>(codes.data + e * matrix);
@@ -57,8 +59,8 @@ struct Weights {  // experts' matrices, packed from random ones; packing and unp
       } else {
         for (int64_t i = 0; i < matrix; ++i) source.data[i] = static_cast<uint8_t>(next());
         uint8_t *panels = codes.data + e * matrix, *panel_scales = scales.data + e * blocks;
-        moestro_cpu_pack_nvfp4(panels, panel_scales, source.data, scale.data, rows, columns, gated, 2);
-        moestro_cpu_unpack_nvfp4(back.data, scale_back.data, panels, panel_scales, rows, columns, gated, 2);
+        moestro_cpu_pack_fp4(panels, panel_scales, source.data, scale.data, rows, columns, per, gated, 2);
+        moestro_cpu_unpack_fp4(back.data, scale_back.data, panels, panel_scales, rows, columns, per, gated, 2);
         if (std::memcmp(scale.data, scale_back.data, static_cast<size_t>(blocks))) std::abort();
       }
       if (std::memcmp(source.data, back.data, static_cast<size_t>(matrix))) std::abort();
@@ -68,7 +70,7 @@ struct Weights {  // experts' matrices, packed from random ones; packing and unp
   }
   MoestroMatrix matrix(int format) const {
     const bool nvfp4 = format == MOESTRO_NVFP4;
-    return {codes.data, nvfp4 ? scales.data : nullptr, nvfp4 ? row_scale.data : nullptr, bias.data};
+    return {codes.data, format != MOESTRO_BF16 ? scales.data : nullptr, nvfp4 ? row_scale.data : nullptr, bias.data};
   }
   Buffer<uint8_t> codes, scales;
   Buffer<float> row_scale, bias;
@@ -128,11 +130,14 @@ int main() {
   const MoestroTactic tactics[] = {{64, 2, 1 << 30, 1 << 20, 1}, {5, 1, 1, 1 << 20, 1}, {40, 3, 4, 13, 1}};
   const int32_t sizes[][2] = {{16, 16}, {80, 48}, {64, 96}, {1056, 32}};
   int failures = 0;
-  for (int format : {MOESTRO_BF16, MOESTRO_NVFP4})
+  for (int format : {MOESTRO_BF16, MOESTRO_NVFP4, MOESTRO_MXFP4})
     for (int activation : {MOESTRO_SWIGLU, MOESTRO_GEGLU_TANH, MOESTRO_RELU2})
-      for (const auto& size : sizes)
+      for (const auto& size : sizes) {
+        if (size[0] % per_scale(format) || size[1] % per_scale(format)) continue;
         for (const auto& tactic : tactics)
-          for (int64_t tokens : {1, 3, 53}) failures += check(format, activation, size[0], size[1], tokens, tactic);
+          for (int64_t tokens : {1, 3, 53})
+            failures += check(format, activation, size[0], size[1], tokens, tactic);
+      }
   std::printf("%d failures\n", failures);
   return failures != 0;
 }

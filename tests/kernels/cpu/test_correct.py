@@ -31,15 +31,19 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 70])
-@pytest.mark.parametrize("fmt", ["nvfp4", "bf16"])
+@pytest.mark.parametrize("fmt", ["nvfp4", "bf16", "mxfp4"])
 def test_every_path_agrees_with_the_reference(isa: str, fmt: str, num_tokens: int) -> None:
-    case = Case(fmt)
+    case = Case(fmt, 96, 160) if fmt == "mxfp4" else Case(fmt)
     w, call = case.weights(), case.call(num_tokens)
     runner = CpuRunner(case.problem, w)
     assert runner.isa == isa
     expected = case.expected(call, w)
     errors = {tactic: relative_error(run(runner, call, tactic), expected) for tactic in TACTICS}
     assert max(errors.values()) < TOLERANCE, errors
+
+
+def test_gpt_oss_in_its_own_format(isa: str) -> None:
+    check(Case("mxfp4", 96, 160, activation=GPT_OSS, biases=True), 9)
 
 
 @pytest.mark.parametrize("activation", [SwiGLU(), GPT_OSS, GeGLUTanh(), ReLU2()])

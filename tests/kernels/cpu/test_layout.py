@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moestro.errors import DTypeError, FormatError, ShapeError
-from moestro.formats import BF16, NVFP4, FormatTensor
+from moestro.formats import BF16, MXFP4, NVFP4, FormatTensor
 from moestro.kernels.cpu import CpuRunner, layout
 
 
@@ -36,6 +36,21 @@ def test_packing_and_unpacking_nvfp4_gives_the_same_bits(
     assert torch.equal(back.scale.view(torch.uint8), source.scale.view(torch.uint8))
     assert torch.equal(back.global_scale, source.global_scale)
     assert torch.equal(panels.dequantize(), source.dequantize())
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5), st.booleans())
+def test_packing_and_unpacking_mxfp4_gives_the_same_bits(
+    experts: int, rows: int, columns: int, gated: bool
+) -> None:
+    packed = torch.randint(0, 256, (experts, 32 * rows, 16 * columns), dtype=torch.uint8)
+    scale = torch.randint(0, 255, (experts, 32 * rows, columns), dtype=torch.uint8)
+    panels = layout.PanelMXFP4.pack(MXFP4(packed, scale), gated)
+    back = panels.to_checkpoint()
+    assert panels.shape == (experts, 32 * rows, 32 * columns)
+    assert torch.equal(back.packed, packed)
+    assert torch.equal(back.scale, scale)
+    assert torch.equal(panels.expert(0).to_checkpoint().packed, packed[0])
 
 
 @settings(max_examples=20, deadline=None)
@@ -147,3 +162,6 @@ def test_what_cannot_be_packed_says_why() -> None:
     bad.scale.view(torch.uint8)[0, 3, 1] = 0x85
     with pytest.raises(FormatError, match="negative"):
         layout.pack(bad, False)
+    nan = MXFP4(torch.zeros(1, 32, 16, dtype=torch.uint8), torch.full((1, 32, 1), 255, dtype=torch.uint8))
+    with pytest.raises(FormatError, match="255"):
+        layout.pack(nan, False)

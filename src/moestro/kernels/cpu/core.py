@@ -16,11 +16,11 @@ from typing import Any
 
 from moestro.errors import BackendError, unknown_name
 
-ABI = 1
+ABI = 2
 ISAS = ("generic", "avx2", "avx512", "amx", "amx_emulated")  # in the core's numbering
 FASTEST_FIRST = ("amx", "avx512", "avx2", "generic")
 ISA_VARIABLE = "MOESTRO_CPU_ISA"
-FORMATS = {"bf16": 0, "nvfp4": 1}
+FORMATS = {"bf16": 0, "nvfp4": 1, "mxfp4": 2}
 
 
 class Matrix(ctypes.Structure):
@@ -94,10 +94,10 @@ def _declare(lib: Any) -> None:
     lib.moestro_cpu_workspace.restype = i64
     lib.moestro_cpu_moe.argtypes = [pointer, pointer, pointer]
     for way in ("pack", "unpack"):
-        for fmt, pieces in (("bf16", 2), ("nvfp4", 4)):
-            function = getattr(lib, f"moestro_cpu_{way}_{fmt}")
-            function.argtypes = [*[pointer] * pieces, i64, i64, i32, i32]
-            function.restype = None
+        dense, fp4 = (getattr(lib, f"moestro_cpu_{way}_{fmt}") for fmt in ("bf16", "fp4"))
+        dense.argtypes = [pointer, pointer, i64, i64, i32, i32]
+        fp4.argtypes = [pointer, pointer, pointer, pointer, i64, i64, i64, i32, i32]
+        dense.restype = fp4.restype = None
     lib.moestro_cpu_advise_huge.argtypes = [pointer, i64]
     lib.moestro_cpu_advise_huge.restype = None
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self
 import torch
 
 from moestro.errors import DTypeError, FormatError, ShapeError
-from moestro.formats import BF16, NVFP4, FormatTensor
+from moestro.formats import BF16, MXFP4, NVFP4, FormatTensor
 from moestro.kernels.cpu import core
 
 PANEL = 16  # rows of a panel, columns of an NVFP4 block
@@ -106,22 +106,14 @@ class PanelNVFP4:
         """
         if not isinstance(source, NVFP4):
             raise FormatError(f"the cpu backend packs NVFP4 tensors, got {type(source).__name__}")
-        experts, rows, columns = _require_panels(source.shape, gated)
-        donate = donate and source.packed.is_contiguous() and source.scale.is_contiguous()
-        scale_bytes = source.scale.view(torch.uint8)
-        codes = source.packed if donate else _empty((experts, rows, columns // 2), torch.uint8)
-        scales = scale_bytes if donate else _empty(tuple(scale_bytes.shape), torch.uint8)
-        for e in range(experts):
-            _pack_nvfp4(codes[e], scales[e], source.packed[e], scale_bytes[e], gated, donate)
-        blocks = columns // PANEL
+        experts, rows, _ = _require_panels(source.shape, gated)
+        scale = source.scale.view(torch.uint8)
+        if any(bool(((s & 0x7F) == 0x7F).any()) or bool((s & 0x80).any()) for s in scale):
+            raise FormatError("scale must hold no NaN and no negative block scales for the cpu backend")
+        codes, scales = _pack_fp4(source.packed, scale, gated, donate)
         row_scale = source.row_global_scale().expand(experts, rows, 1).reshape(experts, rows) * SCALE_SHIFT
-        return cls(
-            codes.view(experts, rows // PANEL, blocks, 128),
-            scales.view(experts, rows // PANEL, blocks, PANEL).view(torch.float8_e4m3fn),
-            source.global_scale,
-            in_panel_order(row_scale, gated),
-            gated,
-        )
+        per_row = in_panel_order(row_scale, gated)
+        return cls(codes, scales.view(torch.float8_e4m3fn), source.global_scale, per_row, gated)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -150,32 +142,76 @@ class PanelNVFP4:
         return type(self)(codes, scale, global_scale, row_scale, self.gated)
 
     def to_checkpoint(self) -> NVFP4:
-        *lead, rows, columns = self.shape
-        codes = self.codes.cpu().view(-1, rows, columns // 2)
-        scales = self.scale.cpu().view(torch.uint8).view(-1, rows, columns // PANEL)
-        packed, scale = torch.empty_like(codes), torch.empty_like(scales)
-        unpack = core.load().moestro_cpu_unpack_nvfp4
-        for e in range(len(codes)):
-            pieces = [t[e].data_ptr() for t in (packed, scale, codes, scales)]
-            unpack(*pieces, rows, columns, self.gated, torch.get_num_threads())
-        return NVFP4(
-            packed.view(*lead, rows, columns // 2).to(self.device),
-            scale.view(torch.float8_e4m3fn).view(*lead, rows, columns // PANEL).to(self.device),
-            self.global_scale,
-        )
+        packed, scale = _unpack_fp4(self.codes, self.scale.view(torch.uint8), self.gated)
+        return NVFP4(packed, scale.view(torch.float8_e4m3fn), self.global_scale)
+
+
+@dataclass(frozen=True, eq=False)
+class PanelMXFP4:
+    """MXFP4 matrices [E, R, C] in panels; R is a multiple of 16, C of 32."""
+
+    codes: torch.Tensor  # uint8 [E, R/16, C/16, 128]
+    scale: torch.Tensor  # uint8 [E, R/16, C/32, 16], e8m0
+    gated: bool
+
+    format: ClassVar[str] = "mxfp4"
+    layout: ClassVar[str] = "cpu_panels"
+
+    @classmethod
+    def pack(cls, source: FormatTensor, gated: bool, donate: bool = False) -> Self:
+        """Pack a checkpoint-layout MXFP4 tensor.
+
+        Raises FormatError for scales that are NaN, ShapeError for rows that are no multiple of 16.
+        """
+        if not isinstance(source, MXFP4):
+            raise FormatError(f"the cpu backend packs MXFP4 tensors, got {type(source).__name__}")
+        _require_panels(source.shape, gated)
+        if any(bool((s == 0xFF).any()) for s in source.scale):
+            raise FormatError("scale must hold no NaN (255) for the cpu backend")
+        return cls(*_pack_fp4(source.packed, source.scale, gated, donate), gated)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *lead, panels, blocks, _ = self.codes.shape
+        return (*lead, panels * PANEL, blocks * PANEL)
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scale.nbytes
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return self.to_checkpoint().dequantize(dtype)
+
+    def expert(self, index: int) -> PanelMXFP4:
+        return PanelMXFP4(self.codes[index], self.scale[index], self.gated)
+
+    def to(self, device: torch.device | str) -> Self:
+        return type(self)(self.codes.to(device), self.scale.to(device), self.gated)
+
+    def to_checkpoint(self) -> MXFP4:
+        return MXFP4(*_unpack_fp4(self.codes, self.scale, self.gated))
+
+
+Panels = PanelBF16 | PanelNVFP4 | PanelMXFP4
+CLASSES: dict[str, type[Panels]] = {cls.format: cls for cls in (PanelBF16, PanelNVFP4, PanelMXFP4)}
 
 
 def pack(source: FormatTensor, gated: bool, donate: bool = False) -> FormatTensor:
     """`source` in panels; itself if it is already."""
-    if isinstance(source, PanelBF16 | PanelNVFP4):
+    if isinstance(source, Panels):
         return source
-    cls = PanelNVFP4 if source.format == PanelNVFP4.format else PanelBF16
-    return cls.pack(source.to_checkpoint(), gated, donate)
+    if source.format not in CLASSES:
+        raise FormatError(f"the cpu backend packs {', '.join(CLASSES)}, got {source.format}")
+    return CLASSES[source.format].pack(source.to_checkpoint(), gated, donate)
 
 
 def shared(source: FormatTensor, gated: bool) -> FormatTensor:
     """`source` in panels, one copy for all who ask while somebody holds it and the source is not changed."""
-    if isinstance(source, PanelBF16 | PanelNVFP4):
+    if isinstance(source, Panels):
         return source
     versions = tuple(t._version for t in counted(source))
     seen, copy = _shared.get(source, (None, None))
@@ -200,21 +236,35 @@ def in_panel_order(per_row: torch.Tensor, gated: bool) -> torch.Tensor:
     return per_row.view(experts, 2, rows // (2 * PANEL), PANEL).transpose(1, 2).reshape(experts, rows)
 
 
-def _pack_nvfp4(
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    packed: torch.Tensor,
-    scale: torch.Tensor,
-    gated: bool,
-    copy: bool,
-) -> None:
-    """One expert: `packed` [R, C/2] and `scale` [R, C/16] (bytes) to panels."""
-    if bool(((scale & 0x7F) == 0x7F).any()) or bool((scale & 0x80).any()):
-        raise FormatError("scale must hold no NaN and no negative block scales for the cpu backend")
-    packed, scale = (t.clone() if copy else t.contiguous() for t in (packed, scale))
-    rows, columns = packed.shape[0], packed.shape[1] * 2
-    pieces = [t.data_ptr() for t in (codes, scales, packed, scale)]
-    core.load().moestro_cpu_pack_nvfp4(*pieces, rows, columns, gated, torch.get_num_threads())
+def _pack_fp4(
+    packed: torch.Tensor, scale: torch.Tensor, gated: bool, donate: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bytes [E, R, C/2] and [E, R, C/S] to codes [E, R/16, C/16, 128] and scales [E, R/16, C/S, 16]."""
+    experts, rows, half = packed.shape
+    donate = donate and packed.is_contiguous() and scale.is_contiguous()
+    codes = packed if donate else _empty((experts, rows, half), torch.uint8)
+    scales = scale if donate else _empty(tuple(scale.shape), torch.uint8)
+    per_scale = 2 * half // scale.shape[2]
+    for e in range(experts):
+        sources = [t[e].clone() if donate else t[e].contiguous() for t in (packed, scale)]
+        pieces = [t.data_ptr() for t in (codes[e], scales[e], *sources)]
+        core.load().moestro_cpu_pack_fp4(*pieces, rows, 2 * half, per_scale, gated, torch.get_num_threads())
+    panels = rows // PANEL
+    return codes.view(experts, panels, half // 8, 128), scales.view(experts, panels, scale.shape[2], PANEL)
+
+
+def _unpack_fp4(codes: torch.Tensor, scales: torch.Tensor, gated: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """What _pack_fp4 took: codes [..., R/16, C/16, 128], scales [..., R/16, C/S, 16] to packed and scale."""
+    *lead, panels, blocks, _ = codes.shape
+    rows, columns, per_row = panels * PANEL, blocks * PANEL, scales.shape[-2]
+    flat = codes.cpu().reshape(-1, rows, columns // 2), scales.cpu().reshape(-1, rows, per_row)
+    packed, scale = (torch.empty_like(t) for t in flat)
+    for e in range(len(packed)):
+        pieces = [t[e].data_ptr() for t in (packed, scale, *flat)]
+        per_scale, threads = columns // per_row, torch.get_num_threads()
+        core.load().moestro_cpu_unpack_fp4(*pieces, rows, columns, per_scale, gated, threads)
+    device = codes.device
+    return packed.view(*lead, rows, columns // 2).to(device), scale.view(*lead, rows, per_row).to(device)
 
 
 def _require_panels(shape: tuple[int, ...], gated: bool) -> tuple[int, int, int]:

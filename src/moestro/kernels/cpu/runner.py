@@ -31,12 +31,12 @@ class CpuTactic:
 
     token_tile: int  # most tokens of an expert in one work item
     row_tile: int  # tiles of 32 rows in one work item
-    dequant_from: int = DENSE_NEVER  # NVFP4: experts with so many tokens are decoded to bf16 in cache first
+    dequant_from: int = DENSE_NEVER  # FP4: experts with so many tokens are decoded to bf16 in cache first
     wave: int = 0  # most tokens gathered at once; 0: as many as WAVE_BYTES hold
 
 
 class CpuRunner(MoeRunner):
-    """Runs bf16 and NVFP4 experts on a CPU, for bf16 activations.
+    """Runs bf16, NVFP4 and MXFP4 experts on a CPU, for bf16 activations.
 
     Raises BackendError where why_not() gives a reason, DTypeError or ShapeError for biases that do not fit.
     """
@@ -73,7 +73,7 @@ class CpuRunner(MoeRunner):
         if reason := core.why_no_core():
             return reason
         if problem.weight_format not in core.FORMATS:
-            return f"the cpu backend runs {' and '.join(core.FORMATS)} weights, not {problem.weight_format}"
+            return f"the cpu backend runs {', '.join(core.FORMATS)} weights, not {problem.weight_format}"
         if problem.weight_dtype not in (None, torch.bfloat16):
             return f"the cpu backend runs dense weights of bfloat16, not {_name(problem.weight_dtype)}"
         if problem.dtype != torch.bfloat16:
@@ -108,7 +108,7 @@ class CpuRunner(MoeRunner):
         num_tokens = inputs[0].shape[0]
         token_tiles = (64, 128, 256) if num_tokens > 64 else (64,)
         dequant_from: tuple[int, ...] = (DENSE_NEVER,)
-        if self.problem.weight_format == "nvfp4" and num_tokens >= 8:
+        if self.problem.weight_format != "bf16" and num_tokens >= 8:
             dequant_from = (DENSE_NEVER, 32, 64, 128) if num_tokens >= 32 else (DENSE_NEVER, 8)
         return [CpuTactic(t, r, d) for t in token_tiles for r in (1, 2, 4) for d in dequant_from]
 
@@ -181,11 +181,13 @@ def _bias(name: str, bias: torch.Tensor | None, weights: FormatTensor, gated: bo
 
 def _matrix(weights: FormatTensor, bias: torch.Tensor | None) -> core.Matrix:
     at = bias.data_ptr() if bias is not None else None
-    if isinstance(weights, layout.PanelNVFP4):
-        pieces = (weights.codes, weights.scale, weights.row_scale)
-        return core.Matrix(*(piece.data_ptr() for piece in pieces), at)
-    assert isinstance(weights, layout.PanelBF16)
-    return core.Matrix(weights.data.data_ptr(), None, None, at)
+    if isinstance(weights, layout.PanelBF16):
+        return core.Matrix(weights.data.data_ptr(), None, None, at)
+    if isinstance(weights, layout.PanelMXFP4):
+        return core.Matrix(weights.codes.data_ptr(), weights.scale.data_ptr(), None, at)
+    assert isinstance(weights, layout.PanelNVFP4)
+    pieces = (weights.codes, weights.scale, weights.row_scale)
+    return core.Matrix(*(piece.data_ptr() for piece in pieces), at)
 
 
 def _layer(

@@ -19,8 +19,11 @@ inline __m512i e2m1_table() {
   return _mm512_load_si512(table);
 }
 
-inline __m512 block_scales(const uint8_t* scales) {  // e4m3 * 2^-8 of 16 rows; the 2^8 is in the row scale
-  const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales)));
+// Of 16 rows: e4m3 * 2^-8 (the 2^8 is in the row scale), or e8m0, whose bits are a float's exponent.
+inline __m512 block_scales(const uint8_t* scales, bool mx) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales));
+  if (mx) return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu8_epi32(bytes), 23));
+  const __m256i wide = _mm256_cvtepu8_epi16(bytes);
   return _mm512_cvtph_ps(_mm256_slli_epi16(wide, 7));
 }
 
@@ -59,7 +62,7 @@ inline void direct_panels(const Codes& from, int blocks, const Tokens& x, float*
       _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T0);
       _mm_prefetch(reinterpret_cast<const char*>(ahead + 64), _MM_HINT_T0);
       unpack_codes(table, codes, w[p]);
-      scale[p] = block_scales(from.scales + p * from.scale_stride + b * kPanel);
+      scale[p] = block_scales(from.scale(p, b), from.mx);
     }
     const uint16_t* at = x.data + b / 2 * x.stride + b % 2 * kBlock;
     for (int t = 0; t < x.count; ++t, at += kChunk) {
@@ -100,11 +103,10 @@ void decode(const Codes& from, int blocks, uint16_t* dense) {
   const __m512i table = e2m1_table();
   for (int p = 0; p < from.panels; ++p) {
     const uint8_t* codes = from.codes + p * from.code_stride;
-    const uint8_t* scales = from.scales + p * from.scale_stride;
-    for (int b = 0; b < blocks; ++b, codes += kCodeBytes, scales += kPanel) {
+    for (int b = 0; b < blocks; ++b, codes += kCodeBytes) {
       __m512i w[8];
       unpack_codes(table, codes, w);
-      const __m512 scale = block_scales(scales);
+      const __m512 scale = block_scales(from.scale(p, b), from.mx);
 #pragma GCC unroll 8
       for (int j = 0; j < 8; ++j, dense += kTileRows) _mm512_storeu_si512(dense, times_scale(w[j], scale));
     }

@@ -10,9 +10,9 @@
 namespace moestro {
 
 constexpr int kPanel = 16;      // rows
-constexpr int kBlock = 16;      // columns that share an NVFP4 scale
+constexpr int kBlock = 16;      // columns of a block of codes; they share a scale
 constexpr int kChunk = 32;      // columns of a token panel's lines (64 bytes)
-constexpr int kCodeBytes = 128; // of 16 rows x 16 columns of NVFP4
+constexpr int kCodeBytes = 128; // of 16 rows x 16 columns of fp4
 constexpr int kTileRows = 2 * kPanel;
 
 struct Tokens {
@@ -21,13 +21,18 @@ struct Tokens {
   int count;             // T
 };
 
-struct Codes {  // NVFP4 panels, from some block on
+struct Codes {  // NVFP4 or MXFP4 panels, from some block on (an even one for MXFP4)
   const uint8_t* codes;
   const uint8_t* scales;
   int64_t code_stride;   // bytes from a panel to the next
   int64_t scale_stride;
   int panels;            // 1 or 2
-  const uint8_t* next;   // codes that will be read next, to prefetch; any readable address
+  const uint8_t* next;   // codes that will be read next, to prefetch
+  bool mx;               // a power of two (e8m0) per 32 columns instead of e4m3 per 16
+
+  const uint8_t* scale(int panel, int block) const {
+    return scales + panel * scale_stride + (mx ? block / 2 : block) * kPanel;
+  }
 };
 
 struct Dense {  // bf16 panels, from some pair of columns on

@@ -12,9 +12,11 @@ inline __m256 odd_of(__m256i pairs) {
   return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int32_t>(0xFFFF0000u))));
 }
 
-inline __m256 block_scales(const uint8_t* scales) {  // e4m3 * 2^-8 of 8 rows; the 2^8 is in the row scale
-  const __m128i wide = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales)));
-  return _mm256_cvtph_ps(_mm_slli_epi16(wide, 7));
+// Of 8 rows: e4m3 * 2^-8 (the 2^8 is in the row scale), or e8m0, whose bits are a float's exponent.
+inline __m256 block_scales(const uint8_t* scales, bool mx) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales));
+  if (mx) return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(bytes), 23));
+  return _mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(bytes), 7));
 }
 
 // The low nibble of each 16-bit lane to bf16: its two bytes from two tables, blended.
@@ -39,11 +41,10 @@ inline __m256i times_scale(__m256i pairs, __m256 scale) {
 void decode(const Codes& from, int blocks, uint16_t* dense) {
   for (int p = 0; p < from.panels; ++p) {
     const uint8_t* codes = from.codes + p * from.code_stride;
-    const uint8_t* scales = from.scales + p * from.scale_stride;
-    for (int b = 0; b < blocks; ++b, codes += kCodeBytes, scales += kPanel)
+    for (int b = 0; b < blocks; ++b, codes += kCodeBytes)
       for (int half = 0; half < 2; ++half, dense += 4 * kTileRows)
         for (int rows = 0; rows < 2; ++rows) {  // eight at a time
-          const __m256 scale = block_scales(scales + 8 * rows);
+          const __m256 scale = block_scales(from.scale(p, b) + 8 * rows, from.mx);
           const __m256i line = load(codes + 64 * half + 32 * rows);
           __m256i* to = reinterpret_cast<__m256i*>(dense) + rows;
           _mm256_storeu_si256(to, times_scale(e2m1_to_bf16(line), scale));

@@ -77,33 +77,35 @@ void moestro_cpu_unpack_bf16(uint16_t* dense, const uint16_t* panels, int64_t ro
   });
 }
 
-void moestro_cpu_pack_nvfp4(uint8_t* codes, uint8_t* scales, const uint8_t* packed, const uint8_t* scale, int64_t rows,
-                            int64_t columns, int32_t gated, int32_t threads) {
-  const int64_t blocks = columns / kBlock, row_bytes = columns / 2;
+void moestro_cpu_pack_fp4(uint8_t* codes, uint8_t* scales, const uint8_t* packed, const uint8_t* scale, int64_t rows,
+                          int64_t columns, int64_t scale_columns, int32_t gated, int32_t threads) {
+  const int64_t blocks = columns / kBlock, per_row = columns / scale_columns, row_bytes = columns / 2;
   each_panel(rows, gated != 0, threads, [=](int64_t panel, int64_t row) {
     uint8_t* line = codes + panel * blocks * kCodeBytes;
-    uint8_t* to = scales + panel * blocks * kPanel;
-    for (int64_t b = 0; b < blocks; ++b, line += kCodeBytes, to += kPanel) {
+    for (int64_t b = 0; b < blocks; ++b, line += kCodeBytes) {
       const uint8_t* from = packed + row * row_bytes + b * 8;
       pack_half(line, from, row_bytes);
       pack_half(line + 64, from + 4, row_bytes);
-      for (int r = 0; r < kPanel; ++r) to[r] = scale[(row + r) * blocks + b];
     }
+    uint8_t* to = scales + panel * per_row * kPanel;
+    for (int64_t s = 0; s < per_row; ++s)
+      for (int r = 0; r < kPanel; ++r) *to++ = scale[(row + r) * per_row + s];
   });
 }
 
-void moestro_cpu_unpack_nvfp4(uint8_t* packed, uint8_t* scale, const uint8_t* codes, const uint8_t* scales,
-                              int64_t rows, int64_t columns, int32_t gated, int32_t threads) {
-  const int64_t blocks = columns / kBlock, row_bytes = columns / 2;
+void moestro_cpu_unpack_fp4(uint8_t* packed, uint8_t* scale, const uint8_t* codes, const uint8_t* scales, int64_t rows,
+                            int64_t columns, int64_t scale_columns, int32_t gated, int32_t threads) {
+  const int64_t blocks = columns / kBlock, per_row = columns / scale_columns, row_bytes = columns / 2;
   each_panel(rows, gated != 0, threads, [=](int64_t panel, int64_t row) {
     const uint8_t* line = codes + panel * blocks * kCodeBytes;
-    const uint8_t* from = scales + panel * blocks * kPanel;
-    for (int64_t b = 0; b < blocks; ++b, line += kCodeBytes, from += kPanel) {
+    for (int64_t b = 0; b < blocks; ++b, line += kCodeBytes) {
       uint8_t* to = packed + row * row_bytes + b * 8;
       unpack_half(to, line, row_bytes);
       unpack_half(to + 4, line + 64, row_bytes);
-      for (int r = 0; r < kPanel; ++r) scale[(row + r) * blocks + b] = from[r];
     }
+    const uint8_t* from = scales + panel * per_row * kPanel;
+    for (int64_t s = 0; s < per_row; ++s)
+      for (int r = 0; r < kPanel; ++r) scale[(row + r) * per_row + s] = *from++;
   });
 }
 

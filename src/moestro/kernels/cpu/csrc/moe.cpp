@@ -77,9 +77,9 @@ class Wave {
                int64_t tiles, const Tokens& tokens, float* sums, uint16_t* decoded) {
     std::memset(sums, 0, sizeof(float) * tiles * tokens.count * kTileRows);
     const int64_t blocks = columns / kBlock, panels = rows / kPanel;
-    const bool nvfp4 = layer_.format == MOESTRO_NVFP4;
-    const bool direct = nvfp4 && kernels_.direct && tokens.count < tactic_.dequant_from;
-    const bool whole = direct || (!nvfp4 && tokens.count <= 12);
+    const bool fp4 = layer_.format != MOESTRO_BF16, mx = layer_.format == MOESTRO_MXFP4;
+    const bool direct = fp4 && kernels_.direct && tokens.count < tactic_.dequant_from;
+    const bool whole = direct || (!fp4 && tokens.count <= 12);
     const int64_t step = whole ? blocks : std::min<int64_t>(blocks, kDecodeColumns / kBlock);
     for (int64_t b = 0; b < blocks; b += step) {
       const int now = static_cast<int>(std::min(step, blocks - b));
@@ -91,10 +91,11 @@ class Wave {
         float* to = sums + t * tokens.count * kTileRows;
         const int64_t block = (e * panels + panel) * blocks + b;
         Dense dense{reinterpret_cast<const uint16_t*>(m.codes) + block * kPanel * kBlock, columns * kPanel, count};
-        if (nvfp4) {
+        if (fp4) {
           const int64_t next = t + 1 < tiles ? block + 2 * blocks : after < 0 ? block : (after * panels + 2 * tile) * blocks;
-          const Codes codes{m.codes + block * kCodeBytes, m.scales + block * kPanel, blocks * kCodeBytes,
-                            blocks * kPanel, count, m.codes + next * kCodeBytes};
+          const Codes codes{m.codes + block * kCodeBytes, m.scales + (mx ? block / 2 : block) * kPanel,
+                            blocks * kCodeBytes, (mx ? blocks / 2 : blocks) * kPanel, count,
+                            m.codes + next * kCodeBytes, mx};
           if (direct) {
             kernels_.direct(codes, now, part, to);
             continue;

@@ -1,7 +1,7 @@
 // The C interface of the CPU core: plain structs and functions, loaded by moestro/kernels/cpu/core.py with ctypes.
 //
 // A matrix of an expert, [R, C], is kept in panels of 16 rows. Within a panel columns go in pairs, as the
-// dot-product instructions take them: 16 rows x 2 columns of bf16 are one 64-byte line. NVFP4 keeps the same
+// dot-product instructions take them: 16 rows x 2 columns of bf16 are one 64-byte line. NVFP4 and MXFP4 keep the same
 // order with four pairs of columns in one 64-byte line: nibble j of 16-bit word 2r + s of half h of a block is row r,
 // column 8h + 2j + s, so one shift and one table look-up (vpermw) give a line of bf16. In gated layers the panels of
 // gate_up alternate gate, up, gate, up: both halves of an intermediate value meet in one thread's registers.
@@ -18,23 +18,23 @@
 extern "C" {
 #endif
 
-enum { MOESTRO_ABI = 1 };
-enum { MOESTRO_BF16 = 0, MOESTRO_NVFP4 = 1 };
+enum { MOESTRO_ABI = 2 };
+enum { MOESTRO_BF16 = 0, MOESTRO_NVFP4 = 1, MOESTRO_MXFP4 = 2 };
 enum { MOESTRO_SWIGLU = 0, MOESTRO_GEGLU_TANH = 1, MOESTRO_RELU2 = 2 };
 // The emulated AMX runs the AMX path with its tile instructions in plain C++: for tests on any machine.
 enum { MOESTRO_GENERIC = 0, MOESTRO_AVX2 = 1, MOESTRO_AVX512 = 2, MOESTRO_AMX = 3, MOESTRO_AMX_EMULATED = 4 };
 enum { MOESTRO_OK = 0, MOESTRO_SMALL_WORKSPACE = 1, MOESTRO_NO_ISA = 2 };
 
-typedef struct {           // E matrices [R, C], R and C multiples of 16
-  const uint8_t* codes;    // nvfp4 [E, R/16, C/16, 128]; bf16 [E, R/16, C/2, 16, 2] of bf16
-  const uint8_t* scales;   // nvfp4 [E, R/16, C/16, 16] e4m3, not negative; bf16: null
-  const float* row_scale;  // nvfp4 [E, R] in the panels' order: global scale; bf16: null
+typedef struct {           // E matrices [R, C], R and C multiples of 16 (C of 32 for mxfp4)
+  const uint8_t* codes;    // fp4 [E, R/16, C/16, 128]; bf16 [E, R/16, C/2, 16, 2] of bf16
+  const uint8_t* scales;   // nvfp4 [E, R/16, C/16, 16] e4m3, not negative; mxfp4 [E, R/16, C/32, 16] e8m0; bf16: null
+  const float* row_scale;  // nvfp4 [E, R] in the panels' order: 256 times the global scale; others: null
   const float* bias;       // [E, R] in the panels' order, or null
 } MoestroMatrix;
 
 typedef struct {
   int32_t isa;      // one of the MOESTRO_* instruction sets, which this machine must have
-  int32_t format;   // MOESTRO_BF16 or MOESTRO_NVFP4
+  int32_t format;   // MOESTRO_BF16, MOESTRO_NVFP4 or MOESTRO_MXFP4
   int32_t experts;  // L local ones: global ids [expert_offset, expert_offset + L)
   int32_t expert_offset;
   int32_t top_k;         // K
@@ -49,7 +49,7 @@ typedef struct {
 typedef struct {          // how to run: a tactic
   int32_t token_tile;     // most tokens of an expert that one work item takes
   int32_t row_tile;       // tiles of two panels per work item
-  int32_t dequant_from;   // nvfp4: from so many tokens on, decode to bf16 in cache first
+  int32_t dequant_from;   // fp4: from so many tokens on, decode to bf16 in cache first
   int32_t wave;           // most tokens that are gathered at once
   int32_t threads;
 } MoestroTactic;
@@ -80,11 +80,13 @@ MOESTRO_API void moestro_cpu_pack_bf16(uint16_t* panels, const uint16_t* dense, 
                                        int32_t gated, int32_t threads);
 MOESTRO_API void moestro_cpu_unpack_bf16(uint16_t* dense, const uint16_t* panels, int64_t rows, int64_t columns,
                                          int32_t gated, int32_t threads);
-MOESTRO_API void moestro_cpu_pack_nvfp4(uint8_t* codes, uint8_t* scales, const uint8_t* packed, const uint8_t* scale,
-                                        int64_t rows, int64_t columns, int32_t gated, int32_t threads);
-MOESTRO_API void moestro_cpu_unpack_nvfp4(uint8_t* packed, uint8_t* scale, const uint8_t* codes,
-                                          const uint8_t* scales, int64_t rows, int64_t columns, int32_t gated,
-                                          int32_t threads);
+// fp4: one scale byte per `scale_columns`, 16 or 32.
+MOESTRO_API void moestro_cpu_pack_fp4(uint8_t* codes, uint8_t* scales, const uint8_t* packed, const uint8_t* scale,
+                                      int64_t rows, int64_t columns, int64_t scale_columns, int32_t gated,
+                                      int32_t threads);
+MOESTRO_API void moestro_cpu_unpack_fp4(uint8_t* packed, uint8_t* scale, const uint8_t* codes, const uint8_t* scales,
+                                        int64_t rows, int64_t columns, int64_t scale_columns, int32_t gated,
+                                        int32_t threads);
 // Ask for huge pages under [data, data + bytes): +10 % read bandwidth measured on Zen 5 with 4 KiB pages otherwise.
 MOESTRO_API void moestro_cpu_advise_huge(void* data, int64_t bytes);
 

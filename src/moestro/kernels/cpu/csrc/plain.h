@@ -20,13 +20,13 @@ float e4m3_shifted(uint8_t code) {
 void decode(const Codes& from, int blocks, uint16_t* dense) {
   for (int p = 0; p < from.panels; ++p) {
     const uint8_t* codes = from.codes + p * from.code_stride;
-    const uint8_t* scales = from.scales + p * from.scale_stride;
-    for (int b = 0; b < blocks; ++b, codes += kCodeBytes, scales += kPanel)
+    for (int b = 0; b < blocks; ++b, codes += kCodeBytes)
       for (int half = 0; half < 2; ++half)
         for (int lane = 0; lane < kTileRows; ++lane) {
           uint16_t word;
           std::memcpy(&word, codes + 64 * half + 2 * lane, 2);
-          const float scale = e4m3_shifted(scales[lane / 2]);
+          const uint8_t code = from.scale(p, b)[lane / 2];
+          const float scale = from.mx ? float_of(static_cast<uint32_t>(code) << 23) : e4m3_shifted(code);
           for (int j = 0; j < 4; ++j)
             dense[((p * blocks + b) * 8 + 4 * half + j) * kTileRows + lane] =
                 static_cast<uint16_t>(bits_of(kE2m1[word >> 4 * j & 15] * scale) >> 16);
