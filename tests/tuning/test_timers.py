@@ -48,8 +48,15 @@ def test_a_short_call_is_repeated_to_a_time_that_can_be_resolved(monkeypatch: py
 
 def test_warm_up_runs_come_before_the_first_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks, runs = Ticks(monkeypatch), []
-    CpuTimer(MeasurementPolicy(cold_cache=False, warmup=5)).prepare(lambda: runs.append(ticks.call(10**6)()))
-    assert len(runs) == 5 + 2  # two more tell whether the call is a short one
+    timer = CpuTimer(MeasurementPolicy(cold_cache=False, warmup=5))
+    timer.prepare(lambda: runs.append(ticks.call(10**6)()))
+    assert len(runs) == 5
+
+
+def test_a_long_call_is_warmed_up_by_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks, runs = Ticks(monkeypatch), []
+    CpuTimer(WARM).prepare(lambda: runs.append(ticks.call(10**9)()))
+    assert len(runs) == 1
 
 
 def test_a_cold_cache_is_flushed_before_every_window_and_outside_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ __all__ = ["CpuTimer", "Timer", "default_timer", "is_in_profile_measurement", "l
 CACHE_ROOT = Path("/sys/devices/system/cpu")
 CACHE_GUESS = 64 << 20  # where /sys says nothing
 CACHE_MOST = 1 << 30
+WARM_UP_SECONDS = 0.2  # a call that takes longer has warmed up in its first run
 
 
 class Timer(Protocol):
@@ -60,16 +61,20 @@ class CpuTimer:
         self.policy = policy or MeasurementPolicy()
         self.name = "cpu-cold" if self.policy.cold_cache else "cpu-warm"
         self._cache_bytes = cache_bytes
-        self._flush: Callable[[], Any] | None = None  # made when first needed: a tuner that looks up needs none
+        self._flush: Callable[[], Any] | None = (
+            None  # made when first needed: a tuner that looks up needs none
+        )
 
     def prepare(self, call: Callable[[], Any]) -> Callable[[], float]:
         if self.policy.cold_cache and self._flush is None:
             self._flush = _reader(2 * (self._cache_bytes or last_level_cache_bytes()))
-        for _ in range(self.policy.warmup):
-            self._once(call)
-        least = self.policy.min_sample_seconds
-        # The shortest of two, or one interrupted probe would decide that a short call is a long one.
-        seconds = min(self._once(call), self._once(call))
+        least, spent, seconds = self.policy.min_sample_seconds, 0.0, math.inf
+        for _ in range(max(1, self.policy.warmup)):
+            # The shortest: one interrupted run must not decide that a short call is a long one.
+            seconds = min(seconds, self._once(call))
+            spent += seconds
+            if spent > WARM_UP_SECONDS:
+                break
         repeats = math.ceil(least / max(seconds, 1e-9)) if seconds < least else 1
         repeats = min(repeats, 1000)
 
