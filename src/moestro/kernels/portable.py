@@ -32,7 +32,7 @@ LISTED: tuple[Tactic, ...] = (
     ("masked", 4),
 )
 MAX_PAIRS = 256  # of the tactic `pairs`, which reads an expert once per pair
-MASKED_WASTE = 8  # `masked` is listed where it computes at most so many times the products needed
+MASKED_WASTE = 16  # products for one needed up to which `masked` is listed in a CUDA graph
 GROUPED_ALIGNMENT = 16  # bytes, of every row, in torch._grouped_mm
 GROUPED_ROWS = 2048  # pairs in a chunk of the default on CPUs: its buffers stay in the last-level cache
 LOOP_PAIRS = 16  # up to here `loop`, whose cost beside the products is 0.1 ms less at 8 pairs
@@ -53,13 +53,9 @@ class PortableRunner(MoeRunner):
         return True  # a kernel layout dequantises itself
 
     def get_valid_tactics(self, inputs: Sequence[Any], profile: Any) -> list[Tactic]:
-        """The listed tactics that fit these inputs."""
-        num_tokens, found = inputs[0].shape[0], []
-        for tactic in LISTED:
-            wasteful = tactic[0] == "masked" and self._waste() > MASKED_WASTE
-            if not wasteful and self.unfit(tactic, num_tokens) is None:
-                found.append(tactic)
-        return found
+        """The listed tactics that fit these inputs and are worth trying."""
+        num_tokens = inputs[0].shape[0]
+        return [t for t in LISTED if self.unfit(t, num_tokens) is None and not self._wastes(t, num_tokens)]
 
     def unfit(self, tactic: Tactic, num_tokens: int) -> str | None:
         """Why a tactic cannot run this many tokens; None if it can."""
@@ -165,9 +161,19 @@ class PortableRunner(MoeRunner):
         chunked = 0 < knob < self.problem.num_local_experts
         return name == "loop" or (name == "grouped" and chunked)
 
-    def _waste(self) -> float:
-        """Products that `masked` computes for one that is needed."""
-        return self.problem.num_local_experts / self.problem.top_k
+    def _wastes(self, tactic: Tactic, num_tokens: int) -> bool:
+        """Whether a tactic that could run cannot win, and would only make tuning slow."""
+        p, pairs = self.problem, num_tokens * self.problem.top_k
+        match tactic[0]:
+            case "pairs":
+                return pairs > p.num_local_experts  # reads experts again and again
+            case "grouped":
+                return (
+                    not self._used_as_they_are and pairs < p.num_local_experts
+                )  # dequantises what is not hit
+            case "masked":
+                return p.num_local_experts > (MASKED_WASTE if p.cuda_graph else 1) * p.top_k
+        return False
 
     def _no_grouped_mm(self, chunk: int) -> str | None:
         dtype = compute_dtype(self.problem)
