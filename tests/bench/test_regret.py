@@ -42,6 +42,11 @@ def test_a_pick_within_the_noise_floor_is_not_slower_than_the_default() -> None:
     assert summarise("x", [Pick(0, 0.1, 0.01, 1, 1.0, noise_floor=0.02)]).slower_than_default == 0
 
 
+def test_a_pick_within_the_error_of_the_best_counts_as_the_best() -> None:
+    picks = [Pick(0, 0.01, -0.1, 1, 1.0), Pick(1, 0.03, -0.1, 1, 1.0)]
+    assert (summarise("x", picks).best_picked, summarise("x", picks, 0.02).best_picked) == (0.0, 0.5)
+
+
 # --- on paper ---
 def named(name: str) -> Scenario:
     return next(s for s in SCENARIOS if s.name == name)

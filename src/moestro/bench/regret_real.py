@@ -5,8 +5,9 @@ For one set of inputs, in this order:
            than the best by `screen_ratio` after three rounds is left out. Ratios are to the default
   moestro  `repeats` tunings, each with a fresh tuner and no store
   field    `repeats` times: one candidate after the other, 3 warm-ups, the mean of 10, argmin
-Regret is the oracle's ratio of the choice to the oracle's best. Below the oracle's own `error` it means
-nothing."""
+Regret is the oracle's ratio of the choice to the oracle's best. Below two of the oracle's own standard errors
+it means nothing, and the choice counts as the best.
+"""
 
 from __future__ import annotations
 
@@ -131,8 +132,8 @@ def measure_regret(
         field_chosen.append(candidate)
     return RealOutcome(
         oracle,
-        summarise("moestro", picks),
-        summarise("field", field),
+        summarise("moestro", picks, 2 * oracle.error),
+        summarise("field", field, 2 * oracle.error),
         tuple(_name(case, c) for c in chosen),
         tuple(_name(case, c) for c in field_chosen),
     )
