@@ -69,7 +69,7 @@ class FP8Block(Pieces):
             padded = F.pad(x.float(), (0, -columns % BLOCK, 0, -x.shape[0] % BLOCK))
             blocks = padded.view(s.shape[0], BLOCK, s.shape[1], BLOCK)
             amax = magnitude(blocks, (1, 3))
-            s.copy_(torch.where(amax == 0, 1.0, (amax / MAX).clamp(min=MIN_SCALE)))
+            s.copy_(torch.where(amax == 0, 1.0, (amax / torch.full_like(amax, MAX)).clamp(min=MIN_SCALE)))
             codes = (blocks / s[:, None, :, None]).clamp_(-MAX, MAX).to(torch.float8_e4m3fn)
             d.copy_(codes.view(padded.shape)[: x.shape[0], :columns])
         return cls(data, scale_inv)

@@ -94,6 +94,7 @@ class CudaTimer:
                 call()
         except Exception as error:
             torch.cuda.synchronize(self.device)
+            self._pool = torch.cuda.graph_pool_handle()  # a capture that broke off leaves its pool recording
             raise TuningError(
                 f"cannot be captured in a CUDA graph: {type(error).__name__}: {error}"
             ) from error
