@@ -201,7 +201,7 @@ class NVFP4(Pieces):
 
 def dynamic_global_scale(amax: torch.Tensor) -> torch.Tensor:
     """amax / 2688, 1 where amax is 0; not below 2^-126, so that values under about 2^-133 become zero."""
-    # By a tensor: CUDA multiplies by a number's reciprocal, one unit in the last place away (seen on an H100).
+    # By a tensor: CUDA multiplies by a number's reciprocal, one unit in the last place away (H100).
     scale = (amax / torch.full_like(amax, RANGE)).clamp(min=MIN_GLOBAL)
     return torch.where(amax == 0, torch.ones_like(scale), scale)
 
