@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -20,7 +20,7 @@ from moestro.errors import BackendError, ShapeError
 from moestro.formats import NVFP4
 from moestro.kernels import portable
 from moestro.kernels.activations import Activation, resolve_activation
-from moestro.kernels.portable import MAX_PAIRS, PortableRunner
+from moestro.kernels.portable import PortableRunner
 from moestro.kernels.problem import MoeProblem
 from moestro.kernels.scratch import carve, plan_bytes
 
@@ -312,11 +312,14 @@ def test_the_tactics_listed_fit_and_are_worth_trying() -> None:
         assert all(fits(case, tactic, num_tokens) for tactic in tactics)
         return {name for name, _ in tactics}
 
-    assert listed(make("bf16"), 2) == {"loop", "pairs", "grouped"}
-    assert listed(make("nvfp4"), 2) == {"loop", "pairs"}  # a chunk would dequantise experts that nobody needs
-    assert listed(make("nvfp4"), 64) == {"loop", "grouped"}
+    for fmt in ("bf16", "nvfp4"):
+        assert listed(make(fmt), 9) == {"loop", "pairs", "grouped"}
+        assert listed(make(fmt), 64) == {"loop", "grouped"}  # pairs would read experts again and again
     assert listed(make("nvfp4", cuda_graph=True), 2) == {"pairs", "masked"}
     assert listed(make("bf16", cuda_graph=True), 64) == {"grouped", "masked"}
+    many = make("nvfp4")  # a chunk of 128 experts would mostly be ones that two tokens do not need
+    many.runner.problem = replace(many.problem, num_local_experts=128)
+    assert listed(many, 2) == {"loop", "pairs"}
 
 
 @pytest.mark.parametrize(
