@@ -24,8 +24,8 @@ SCHEMA = "moestro.regret/1"
 LEGEND = (
     "best: share that picks the fastest (on a device: within two standard errors of the oracle). same: share "
     "of the most frequent pick. flips: share of repeated tunings that disagree. median, 95 %, worst: regret, "
-    "the pick's time over the fastest's, less 1. slower: share slower than the default by more than the noise "
-    "floor. samples, time: of one tuning."
+    "the time of the pick over the fastest's, less 1. slower: share slower than the default by more than the "
+    "noise floor. samples, time: of one tuning."
 )
 
 SimulateOption = Annotated[
