@@ -52,36 +52,30 @@ def fused(tokens: int, first: Tile, second: Tile, route: str = "sorted", **rest:
     return Tactic("fused", route, "reduce", tokens, first, second, **rest)
 
 
-S, M, B = (64, 2, 4, 4), (128, 2, 4, 3), (128, 1, 8, 4)  # tiles that several tactics share
+T, S, M, B = (32, 4, 2, 4), (64, 2, 4, 4), (128, 2, 4, 3), (128, 1, 8, 4)  # tiles that several tactics share
+WIDE = (256, 1, 8, 4)
 
-# UNROLL (the second number of a tile) is halved until it divides a problem's blocks. Which entry wins where was
-# measured on an H100 (benchmarks/results/h100-kernels.json).
+# What wins somewhere on an H100 (benchmarks/results/h100-kernels.json), or is close. UNROLL (the second number of
+# a tile) is halved until it divides a problem's blocks.
 TABLE: tuple[Tactic, ...] = (
-    fused(8, (32, 4, 2, 4), (32, 4, 2, 4), "direct"),
+    fused(8, T, T, "direct"),
+    fused(8, T, T, "direct", split=4),
     fused(8, S, S, "direct"),
     fused(8, S, S, "direct", split=4),
     fused(8, M, M, "direct"),
-    fused(8, (32, 4, 2, 4), (32, 4, 2, 4)),
+    fused(16, S, S, "direct"),
     fused(8, S, S),
+    fused(8, T, T),
     fused(8, M, M),
     fused(8, S, S, split=2),
-    fused(16, S, S),
     fused(16, S, S, together=0),
     fused(32, S, S),
-    fused(32, M, M),
-    fused(32, S, S, together=0),
-    fused(32, M, M, together=0),
     fused(32, (128, 2, 8, 3), M),
-    fused(64, M, (128, 1, 4, 4), ladder=1),
+    fused(32, (128, 2, 4, 4), (128, 2, 4, 4)),
     fused(64, M, M, ladder=1),
-    fused(128, B, (256, 1, 8, 4), ladder=1),
     fused(128, B, M, ladder=1, tokens2=64),
-    fused(128, (256, 1, 8, 4), M, ladder=1, tokens2=64),
-    fused(128, (256, 1, 8, 4), (128, 1, 4, 4)),
-    fused(256, B, (128, 2, 8, 3), ladder=1),
-    fused(256, B, B, group=16),
-    fused(256, B, (256, 1, 8, 4), ladder=1, tokens2=128),
-    Tactic("dense", "sorted", "reduce", 128, (256, 1, 8, 4), (256, 1, 8, 4)),
+    fused(128, B, WIDE, ladder=1),
+    Tactic("dense", "sorted", "reduce", 128, WIDE, WIDE),
 )
 
 
@@ -101,9 +95,10 @@ def fitted(problem: MoeProblem, tactic: Tactic) -> Tactic:
 
 
 def candidates(problem: MoeProblem, num_tokens: int) -> list[Tactic]:
-    """The tactics that can run this many tokens."""
-    found = dict.fromkeys(fitted(problem, t) for t in TABLE)
-    return [t for t in found if unfit(problem, t, num_tokens) is None]
+    """The tactics that can run this many tokens, those estimated to be fast first."""
+    found = list(dict.fromkeys(fitted(problem, t) for t in TABLE))
+    found = [t for t in found if unfit(problem, t, num_tokens) is None]
+    return sorted(found, key=lambda t: cost(problem, t, num_tokens))
 
 
 def shared_bytes(problem: MoeProblem, tactic: Tactic, stage: int) -> int:
@@ -144,21 +139,60 @@ def unfit(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> str | None:
     return None
 
 
-# pairs per expert up to which a width of tiles is the default: (NVFP4, dense bf16), as measured
-DEFAULT_WIDTHS = ((8, 5, 4), (16, 8, 12), (32, 24, 24), (64, 48, 0), (128, 100, 0), (256, 2048, 0))
+# The default: the first whose pairs per hit expert are not exceeded. (limit, tactic)
+NVFP4_DEFAULTS = (
+    (5.0, fused(8, S, S)),
+    (24.0, fused(64, M, M, ladder=1)),
+    (2000.0, fused(128, B, M, ladder=1, tokens2=64)),
+    (float("inf"), TABLE[-1]),
+)
+LONG = 8192  # columns of a second product that few rows of tiles are shared out over
+DENSE_DEFAULTS = ((10.0, fused(16, S, S, together=0)), (24.0, fused(32, S, S)), (float("inf"), TABLE[-1]))
 
 
 def default(problem: MoeProblem, num_tokens: int) -> Tactic:
-    """What runs before anything is tuned: by pairs per expert."""
-    pairs = num_tokens * problem.top_k
-    found = candidates(problem, num_tokens)
-    if pairs <= min(DIRECT_PAIRS, 2 * problem.num_local_experts) and pairs <= 16:
-        return found[1]
-    per_expert = pairs / min(problem.num_experts, pairs)
-    packed = problem.weight_format == "nvfp4"
-    for width, most, most_dense in DEFAULT_WIDTHS:
-        fits = [t for t in found if t.path == "fused" and t.route == "sorted" and t.tokens == width]
-        if fits and per_expert <= (most if packed else most_dense):
-            return fits[1] if width == 8 and len(fits) > 1 else fits[0]
-    last = found[-1]
-    return last if last.path == "dense" else found[-2]
+    """What runs before anything is tuned: by pairs per expert, as measured."""
+    p, pairs = problem, num_tokens * problem.top_k
+    packed = p.weight_format == "nvfp4"
+    long = p.intermediate_size >= LONG
+    if pairs <= 16 or (pairs <= DIRECT_PAIRS and 4 * pairs <= p.num_experts):
+        tile = M if pairs > 16 else S if long and pairs > 4 else T
+        few = fused(8, tile, tile, "direct", split=4 if long and pairs <= 8 else 1)
+        return fitted(p, few if packed else fused(16, S, S, "direct"))
+    per_expert = pairs / min(p.num_experts, pairs)
+    chosen = next(t for most, t in (NVFP4_DEFAULTS if packed else DENSE_DEFAULTS) if per_expert <= most)
+    chosen = fitted(p, chosen)
+    return chosen if unfit(p, chosen, num_tokens) is None else fitted(p, NVFP4_DEFAULTS[1][1])
+
+
+HBM, TENSOR, INSTRUCTIONS, LAUNCH = 2.7e12, 6.5e14, 2.0e13, 3e-6  # bytes/s, FLOP/s, lane instructions/s, s
+DECODE = 28 / 8  # instructions per weight, counted in the SASS of the loop
+
+
+def cost(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> float:
+    """Estimated seconds, for the order in which candidates are tried: a roofline of bytes, products and decoding.
+
+    Tokens are taken to spread evenly over the experts. Nothing is left out on its word.
+    """
+    p, pairs = problem, num_tokens * problem.top_k
+    hit = p.num_local_experts * (1 - (1 - 1 / p.num_local_experts) ** pairs)
+    each = pairs / p.num_experts * p.num_local_experts / hit  # pairs of an expert that is hit
+    packed = p.weight_format == "nvfp4"
+    total = LAUNCH * (3 if tactic.route == "direct" else 4)
+    sizes = ((p.gate_up_rows, p.hidden_size), (p.hidden_size, p.intermediate_size))
+    for (rows, columns), width, tile in zip(sizes, tactic.widths, tactic.tiles, strict=True):
+        weights = hit * rows * columns
+        tiles = max(1.0, each / width + (0.5 if each > width / 2 else 0.0))
+        step = width / 4 if tactic.ladder else width
+        padded = min(tiles * width, each + step / 2) if tactic.ladder else tiles * width
+        programs = hit * tiles * rows / tile[0] * (tactic.split if columns == p.intermediate_size else 1)
+        memory = weights * (0.5625 if packed else 2.0) / HBM / min(1.0, programs / 264)
+        products = 2 * rows * columns * hit * padded / TENSOR
+        if tactic.path == "dense":
+            products /= 1.1
+            memory += weights * 2.6 / HBM if packed else 0.0
+            total += memory + products
+        else:
+            decoding = weights * tiles * DECODE / INSTRUCTIONS if packed else 0.0
+            total += max(memory, products + decoding)
+    return total
