@@ -8,7 +8,6 @@ so a 4-bit layer is held against its own, smaller, traffic.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,7 +60,7 @@ def count_work(shape: MoeShape, case: Case, layer_bytes: int) -> Work:
 
 
 def measure_ceilings(device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> Ceilings:
-    """Measure bandwidth and matmul rate: the medians of a few runs after a warm-up (about a second on two
+    """Measure bandwidth and matmul rate: the best of a few runs after a warm-up (about a second on two
     cores).
     """
     cuda = device.startswith("cuda")
@@ -85,7 +84,7 @@ def _rate(call: Callable[[], torch.Tensor], amount: int, device: str, repeats: i
         call()
         _wait(device)
         seconds.append(time.perf_counter() - start)
-    return amount / statistics.median(seconds[2:])
+    return amount / min(seconds[2:])
 
 
 def _wait(device: str) -> None:

@@ -44,7 +44,7 @@ class BenchSpec:
     layers: int = 1
     seed: int = 0
     store: Path | None = None  # of decisions; the user's if None. Nothing is tuned here.
-    peer_memory: int = 1 << 30  # bytes of weights that a peer may copy in one call
+    peer_memory: int = 1 << 29  # bytes of weights that a peer may copy in one call
     plan: Plan = field(default_factory=Plan)
 
 

@@ -75,7 +75,7 @@ def bench(
     local_pairs: opt.LocalPairsOption = False,
     seed: opt.SeedOption = 0,
     peers: PeersOption = "all",
-    peer_memory: PeerMemoryOption = 1.0,
+    peer_memory: PeerMemoryOption = 0.5,
     seconds: SecondsOption = 1.0,
     rounds: RoundsOption = 7,
     store: opt.StoreOption = None,

@@ -112,7 +112,7 @@ def _legend(result: BenchResult) -> Text:
     peers = list(dict.fromkeys(f"{r.contender.split()[0]} {r.format}" for r in result.rows if not r.ours))
     text = Text(
         (f"Peers: {', '.join(peers)}; the fastest of each row is bold. " if peers else "")
-        + f"Medians of {samples} samples in alternating rounds ({clocks}), ± half the middle half. "
+        + f"Medians of {samples} alternating rounds ({clocks}), ± half the middle half. "
         "× peer: speed against the fastest peer, 2.00 is twice as fast. "
         "roof: % of what memory and matrix rate allow for the format's bytes.\n",
         style="dim",
@@ -129,6 +129,12 @@ def _memory(result: BenchResult) -> Table:
     table.add_column("weights of one layer")
     table.add_column("bytes", justify="right")
     table.add_column("× bf16", justify="right")
+    table.add_column("runs on")
+    backends: dict[str, list[str]] = {}
+    for row in result.rows:
+        known = backends.setdefault(row.contender, [])
+        if row.facts.get("backend") and row.facts["backend"] not in known:
+            known.append(row.facts["backend"])
     seen: set[tuple[str, int]] = set()
     for entry in result.memory:
         label = entry["contender"]
@@ -136,7 +142,12 @@ def _memory(result: BenchResult) -> Table:
             label = f"{label.split()[0]} {entry['format']}"
         if (label, entry["bytes"]) not in seen:
             seen.add((label, entry["bytes"]))
-            table.add_row(label, bytes_text(entry["bytes"]), f"{entry['ratio_to_bf16']:.3f}")
+            table.add_row(
+                label,
+                bytes_text(entry["bytes"]),
+                f"{entry['ratio_to_bf16']:.3f}",
+                ", ".join(backends.get(label, [])),
+            )
     return table
 
 
