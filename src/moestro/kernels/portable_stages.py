@@ -156,6 +156,21 @@ def dense_of(tensor: FormatTensor, index: torch.Tensor | slice, dtype: torch.dty
     return torch.stack([tensor.expert(e).dequantize(dtype) for e in range(*index.indices(tensor.shape[0]))])
 
 
+def expert_of(
+    tensor: FormatTensor, expert: int, dtype: torch.dtype, buffer: torch.Tensor | None
+) -> torch.Tensor:
+    """Dense [R, C] of one expert, written to the start of `buffer` if there is one.
+
+    New memory costs three times what the values do (4.9 instead of 1.3 ms for 1536 x 2048 NVFP4).
+    """
+    one = tensor.expert(expert)
+    if buffer is None:
+        return one.dequantize(dtype)
+    rows, columns = one.shape
+    out = buffer[: rows * columns].view(rows, columns)
+    return one.to_checkpoint().dequantize(dtype, out=out)  # type: ignore[call-arg]  # of every format
+
+
 def scatter_add(acc: torch.Tensor, token: torch.Tensor, rows: torch.Tensor, deterministic: bool) -> None:
     """acc[token] += rows; a fixed order of additions on request (index_add_ has one on the CPU only)."""
     if deterministic and acc.is_cuda:

@@ -21,6 +21,7 @@ from moestro.kernels.portable_stages import (
     Call,
     compute_dtype,
     dense_of,
+    expert_of,
     local_ids,
     scatter_add,
     sort_pairs,
@@ -46,9 +47,11 @@ def loop_plan(problem: MoeProblem, num_tokens: int) -> Plan:
     p, dtype = problem, compute_dtype(problem)
     rows = min(num_tokens * p.top_k, SLAB)
     gather: Plan = {} if p.input_format else {"x": ((rows, p.hidden_size), p.dtype)}
+    weight: Plan = {} if p.weight_dtype == dtype else {"w": ((p.gate_up_rows * p.hidden_size,), dtype)}
     return {
         **accumulator_plan(problem, num_tokens),
         **gather,
+        **weight,
         "h": ((rows, p.gate_up_rows), dtype),
         "a": ((rows, p.intermediate_size), dtype),
         "y": ((rows, p.hidden_size), dtype),
@@ -73,11 +76,11 @@ def run_loop(call: Call, workspace: torch.Tensor | None) -> torch.Tensor:
         x = call.rows(token, local, bufs["x"][:rows] if "x" in bufs else None)  # [M, H]
         for expert, first, last in spans:
             at = slice(first - begin, last - begin)
-            torch.mm(x[at], w.gate_up.expert(expert).dequantize(call.dtype).T, out=h[at])
+            torch.mm(x[at], expert_of(w.gate_up, expert, call.dtype, bufs.get("w")).T, out=h[at])
         a = call.activate(h, None if w.gate_up_bias is None else w.gate_up_bias[local], local, out=a)
         for expert, first, last in spans:
             at = slice(first - begin, last - begin)
-            torch.mm(a[at], w.down.expert(expert).dequantize(call.dtype).T, out=y[at])
+            torch.mm(a[at], expert_of(w.down, expert, call.dtype, bufs.get("w")).T, out=y[at])
         y32.copy_(y)
         if w.down_bias is not None:
             y32.add_(w.down_bias[local])
