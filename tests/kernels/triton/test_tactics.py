@@ -1,0 +1,80 @@
+"""Tactics: the defaults always fit, the table holds what it says, and the estimate orders sensibly."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+
+from moestro.kernels.problem import MoeProblem  # noqa: E402
+from moestro.kernels.triton import Tactic, tactics  # noqa: E402
+
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results" / "h100-kernels.json"
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    experts=st.integers(1, 384), top_k=st.integers(1, 10), hidden=st.integers(1, 1000), inter=st.integers(1, 2000),
+    num_tokens=st.integers(1, 100_000), fmt=st.sampled_from(["nvfp4", "bf16"]), deterministic=st.booleans(),
+)  # fmt: skip
+def test_the_default_fits_every_problem(
+    experts: int, top_k: int, hidden: int, inter: int, num_tokens: int, fmt: str, deterministic: bool
+) -> None:
+    p = MoeProblem(experts, experts, 0, min(top_k, experts), hidden * 8, inter * 8, fmt, deterministic=deterministic)
+    default = tactics.default(p, num_tokens)
+    assert tactics.unfit(p, default, num_tokens) is None
+    assert tactics.candidates(p, num_tokens) != []
+
+
+def test_every_entry_of_the_table_is_a_candidate_somewhere() -> None:
+    p = MoeProblem(8, 8, 0, 2, 4096, 14336, "nvfp4")
+    found = {t for n in (1, 8, 4096) for t in tactics.candidates(p, n)}
+    assert {tactics.fitted(p, t) for t in tactics.TABLE} <= found
+
+
+def test_steps_are_halved_until_they_divide() -> None:
+    p = MoeProblem(8, 8, 0, 2, 576, 320, "nvfp4")  # 9 and 5 blocks
+    fitted = tactics.fitted(p, Tactic("fused", "sorted", "reduce", 8, (64, 4, 4, 3), (64, 2, 4, 3), split=2))
+    assert (1, 1, 1) == (fitted.first[1], fitted.second[1], fitted.split)
+
+
+def test_deterministic_problems_get_no_atomic_sums() -> None:
+    p = MoeProblem(8, 8, 0, 2, 512, 256, "nvfp4", deterministic=True)
+    atomic = replace(tactics.TABLE[-1], combine="atomic")
+    assert "repeatable" in (tactics.unfit(p, atomic, 64) or "")
+
+
+def recorded() -> list[tuple[str, int]]:
+    rows = json.loads(RESULTS.read_text())["layers"]
+    return sorted({(r["model"], r["tokens"]) for r in rows if r["format"] == "nvfp4"})
+
+
+SIZES = {"qwen3": (128, 8, 2048, 768), "mixtral": (8, 2, 4096, 14336), "deepseek": (32, 8, 7168, 2048)}
+
+
+def measured(model: str, num_tokens: int) -> tuple[MoeProblem, dict[Tactic, float]]:
+    """(problem, tactic -> µs) as recorded on an H100."""
+    experts, top_k, hidden, inter = SIZES[model]
+    times = {}
+    for row in json.loads(RESULTS.read_text())["layers"]:
+        if (row["model"], row["tokens"], row["format"]) == (model, num_tokens, "nvfp4") and row.get("tactic"):
+            t = row["tactic"]
+            times[Tactic(**{**t, "first": tuple(t["first"]), "second": tuple(t["second"])})] = row["us"]
+    return MoeProblem(experts, experts, 0, top_k, hidden, inter, "nvfp4", device="cuda"), times
+
+
+@pytest.mark.parametrize(("model", "num_tokens"), recorded())
+def test_the_measured_best_is_a_candidate_and_the_default_is_near_it(model: str, num_tokens: int) -> None:
+    problem, times = measured(model, num_tokens)
+    best = min(times, key=lambda t: times[t])
+    assert best in tactics.candidates(problem, num_tokens)
+    default = tactics.default(problem, num_tokens)
+    if default in times:
+        assert times[default] <= 1.12 * times[best]
