@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from moestro.bench.contenders import tactic_words
 from moestro.bench.layers import Case
 from moestro.bench.measure import Measured, Plan, measure_case, quartiles
 
@@ -124,3 +125,15 @@ def test_median_and_quartiles() -> None:
     assert Measured("a", 1, (3.0, 1.0, 2.0), "x").median == 2.0
     assert quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 4.0)
     assert quartiles([7.0]) == (7.0, 7.0)
+
+
+def test_a_tactic_is_shown_by_the_knobs_that_are_turned() -> None:
+    @dataclass(frozen=True)
+    class Tactic:
+        tile: int
+        split: int = 1
+
+    assert tactic_words(-1) == "default"
+    assert tactic_words(Tactic(64)) == "tile=64"
+    assert tactic_words(Tactic(64, split=2)) == "tile=64 split=2"
+    assert tactic_words(("grouped", 4)) == "('grouped', 4)"

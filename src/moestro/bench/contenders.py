@@ -6,6 +6,7 @@ the same weights (peers.py; GPU peers register there too). All of them get the s
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ from moestro.errors import BackendError
 from moestro.moe.layer import FusedMoE
 from moestro.tuning import AutoTuner
 
-__all__ = ["Call", "Contender", "MoestroLayers", "make_layer", "moestro_contenders"]
+__all__ = ["Call", "Contender", "MoestroLayers", "make_layer", "moestro_contenders", "tactic_words"]
 
 Call = Callable[[], torch.Tensor]
 
@@ -105,10 +106,18 @@ class MoestroLayers:
             return {"backend": layer.runners[0].backend, "tactic": None, "status": "default"}
         return {
             "backend": decision.runner.backend,
-            "tactic": str(decision.tactic),
+            "tactic": tactic_words(decision.tactic),
             "status": decision.status,
             "bucket": decision.bucket,
         }
+
+
+def tactic_words(tactic: Any) -> str:
+    """A tactic for tables: "default", or its knobs, less those at their defaults."""
+    if not dataclasses.is_dataclass(tactic) or isinstance(tactic, type):
+        return "default" if tactic == -1 else str(tactic)
+    fields = [f for f in dataclasses.fields(tactic) if getattr(tactic, f.name) != f.default]
+    return " ".join(f"{f.name}={getattr(tactic, f.name)}" for f in fields)
 
 
 def moestro_contenders(

@@ -16,7 +16,8 @@ from moestro.bench.results import BenchResult, Row
 
 __all__ = ["latency", "memory", "ratio", "roofline", "why_not"]
 
-OURS = ("#0b6e4f", "#c8553d", "#3d5a98", "#8a5a9e", "#b8860b")
+OURS = {"bf16": "#0b6e4f", "nvfp4": "#c8553d", "mxfp4": "#3d5a98", "fp8_block": "#8a5a9e"}
+MORE = ("#b8860b", "#0e7490", "#7c2d12")
 PEERS = ("#6b7280", "#9ca3af", "#374151", "#b0a8a0", "#565d66")
 OUR_MARKERS, PEER_MARKERS = "oDsP^", "v<>x+"
 
@@ -92,7 +93,7 @@ def memory(result: BenchResult) -> str:
     with _figure("Memory of one layer's weights", "MiB", size=(6.3, height)) as (figure, axes):
         labels = [label for label, _, _ in entries]
         values = [bytes_ / 2**20 for _, bytes_, _ in entries]
-        colors = [OURS[0] if label.startswith("moestro") else PEERS[1] for label in labels]
+        colors = [_colors(result).get(label, PEERS[1]) for label in labels]
         axes.barh(range(len(entries)), values, color=colors, height=0.62)
         for index, (_, bytes_, share) in enumerate(entries):
             note = f"{bytes_ / 2**20:,.0f} MiB" + (f"  ({share:.3f} × bf16)" if share is not None else "")
@@ -163,12 +164,24 @@ def _styles(result: BenchResult) -> Iterator[tuple[str, dict[str, Any]]]:
         yield (
             name,
             {
-                "color": OURS[index % len(OURS)],
+                "color": _colors(result)[name],
                 "marker": OUR_MARKERS[index % len(OUR_MARKERS)],
                 "linewidth": 2.2,
                 "markersize": 5.5,
             },
         )
+
+
+def _colors(result: BenchResult) -> dict[str, str]:
+    """Ours by contender: a format has one colour in every report, its further backends take the rest."""
+    formats = dict.fromkeys((row.contender, row.format) for row in result.rows if row.ours)
+    rest = [*OURS.values(), *MORE]
+    found: dict[str, str] = {}
+    for contender, format in formats:
+        wanted = OURS.get(format, "")
+        found[contender] = wanted if wanted in rest else rest[-1]
+        rest = [color for color in rest if color != found[contender]] or list(MORE)
+    return found
 
 
 @contextmanager

@@ -31,7 +31,12 @@ p { margin: 4px 0 12px; max-width: 78ch; } .soft { color: var(--soft); }
 .card b { display: block; font-size: 25px; letter-spacing: -0.02em; }
 .card span { color: var(--soft); font-size: 13px; display: block; line-height: 1.4; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr)); gap: 26px 30px; }
-.plots svg, .tuning svg, .tuning img { width: 100%; height: auto; }
+.plots svg { width: 100%; height: auto; }
+.tuning { display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr)); gap: 8px 30px;
+  align-items: start; }
+.tuning > :not(figure) { grid-column: 1 / -1; } .tuning figure { margin: 8px 0; }
+.tuning figcaption { font-weight: 600; margin-bottom: 6px; }
+.tuning svg, .tuning img { max-width: 100%; height: auto; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13.5px;
   margin: 6px 0 10px; }
@@ -100,6 +105,7 @@ def _section(result: BenchResult) -> str:
     parts = [
         f"<section><h2>{_text(title)}</h2><p class='soft'>{_text(sizes)}<br>{_text(device)}, torch "
         f"{_text(where['torch'])}, {_text(result.date)}</p>",
+        _busy(result),
         _cards(result),
         '<div class="plots">'
         + "".join(f"<figure style='margin:0'>{svg}</figure>" for svg in drawn)
@@ -112,6 +118,12 @@ def _section(result: BenchResult) -> str:
         "</section>",
     ]
     return "".join(parts)
+
+
+def _busy(result: BenchResult) -> str:
+    if not result.busy:
+        return ""
+    return "<p class='bad'>This machine was busy: the spreads are large. Measure again when it is quiet.</p>"
 
 
 def _cards(result: BenchResult) -> str:

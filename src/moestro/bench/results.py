@@ -11,6 +11,7 @@ import datetime
 import json
 import platform
 import shlex
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 SCHEMA = "moestro.bench/1"
+NOISY = 0.1  # a median spread above this says that others used the machine
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,11 @@ class Row:
     ratio_to_best_peer: float | None  # best peer's median / this median
     difference: float | None = None  # relative error norm against the first bf16 contender
     facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def spread(self) -> float:
+        """Half the distance between the quartiles, relative to the median."""
+        return (self.high_s - self.low_s) / (2 * self.median_s)
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,12 @@ class BenchResult:
     def contenders(self) -> list[str]:
         """Contenders with at least one row, in the order they were measured."""
         return list(dict.fromkeys(row.contender for row in self.rows))
+
+    @property
+    def busy(self) -> bool:
+        """Whether the spreads say more of the machine than of the contenders."""
+        spreads = [row.spread for row in self.rows]
+        return bool(spreads) and statistics.median(spreads) > NOISY
 
     def row(self, contender: str, tokens: int) -> Row | None:
         """The row of a contender at N, or None."""

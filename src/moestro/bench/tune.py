@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from moestro.bench import results
-from moestro.bench.contenders import make_layer
+from moestro.bench.contenders import make_layer, tactic_words
 from moestro.bench.layers import LayerSource, make_case
 from moestro.bench.models import MoeShape
 from moestro.bench.progress import Listener
@@ -227,7 +227,7 @@ def _row(format: str, backend: str, tokens: int, decision: Decision) -> TuneRow:
         tokens=tokens,
         bucket=decision.bucket if isinstance(decision.bucket, int) else decision.bucket[0],
         runner=decision.runner.backend,
-        tactic=str(decision.tactic),
+        tactic=tactic_words(decision.tactic),
         status=decision.status,
         gain=gain,
         noise_floor=evidence.noise_floor,

@@ -123,9 +123,10 @@ def _deliver(result: Any, json_file: Path | None, report: Path | None, store: Pa
     from moestro.bench import run as runs
     from moestro.cli.tables import bench_view
 
+    if json_file is not None:  # first: nothing that goes wrong later may lose what was measured
+        results.write(result, json_file)
     output.print(bench_view(result))
     if json_file is not None:
-        results.write(result, json_file)
         errors.print(f"[dim]results: {json_file}[/]")
     if report is not None and result.rows:
         from moestro.bench.report import write_report

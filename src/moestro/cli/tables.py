@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
@@ -15,8 +14,6 @@ from moestro.bench.tune import TuneResult
 from moestro.cli.console import bytes_text, seconds_text
 
 __all__ = ["bench_view", "heading", "parity_view", "tune_view"]
-
-NOISY = 0.1  # a median spread above this says more of the machine than of the contenders
 
 
 def heading(result: BenchResult) -> Text:
@@ -82,7 +79,7 @@ def _cells(row: Row | None, best_peer: float | None, ours: bool, scale: float) -
     if row is None:
         return [Text("–", style="dim")] * (3 if ours else 1)
     time = Text(_digits(row.median_s * scale), style="bold not dim" if row.median_s == best_peer else "")
-    time.append(f" ±{min(99, 100 * _spread(row)):.0f}%", style="dim not bold")
+    time.append(f" ±{min(99, 100 * row.spread):.0f}%", style="dim not bold")
     if not ours:
         return [time]
     if row.ratio_to_best_peer is None:
@@ -93,11 +90,6 @@ def _cells(row: Row | None, best_peer: float | None, ours: bool, scale: float) -
         )
         ratio = Text(f"{row.ratio_to_best_peer:.2f}", style=f"bold {color}")
     return [time, ratio, Text(f"{100 * row.roofline:.0f}")]
-
-
-def _spread(row: Row) -> float:
-    """Half the distance between the quartiles, relative to the median."""
-    return (row.high_s - row.low_s) / (2 * row.median_s)
 
 
 def _digits(value: float) -> str:
@@ -117,7 +109,7 @@ def _legend(result: BenchResult) -> Text:
         "roof: % of what memory and matrix rate allow for the format's bytes.\n",
         style="dim",
     )
-    if statistics.median(_spread(row) for row in result.rows) > NOISY:
+    if result.busy:
         text.append(
             "This machine was busy: the spreads are large. Measure again when it is quiet.\n", "yellow"
         )
@@ -208,8 +200,8 @@ def tune_view(result: TuneResult) -> RenderableType:
     for title in ("noise", "candidates", "samples", "time"):
         table.add_column(title, justify="right", style="dim")
     for row in result.rows:
-        kept = row.tactic == "-1"
-        chosen = Text(f"{row.runner} {'default' if kept else row.tactic}")
+        kept = row.tactic == "default"
+        chosen = Text(f"{row.runner} {row.tactic}")
         if row.status != "measured":
             chosen.append(f"  ({row.status})", style="yellow")
         gain = Text("1 (kept)" if kept else "–" if row.gain is None else f"{row.gain:.2f}")

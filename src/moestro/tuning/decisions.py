@@ -109,7 +109,10 @@ def _lenient(tactic: Any) -> Any:
     try:
         return tactic_from_json(tactic)
     except Exception:
-        return str(tactic)
+        fields = tactic.get("fields") if isinstance(tactic, dict) else None
+        if not isinstance(fields, dict):
+            return str(tactic)
+        return " ".join(f"{name}={value}" for name, value in fields.items())
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import time
@@ -231,7 +232,11 @@ def _sizes(sizes: Sizes | None) -> str:
 
 def tactic_text(tactic: Any) -> str:
     """A tactic as a person would write it."""
-    return "default (-1)" if tactic == -1 else str(tactic)
+    if dataclasses.is_dataclass(tactic) and not isinstance(tactic, type):
+        fields = {f.name: getattr(tactic, f.name) for f in dataclasses.fields(tactic)}
+    else:
+        return "default (-1)" if tactic == -1 else str(tactic)
+    return " ".join(f"{name}={value}" for name, value in fields.items())
 
 
 def ratio_text(ratio: float | None) -> str:
