@@ -4,8 +4,8 @@
     python benchmarks/gpu_kernels.py stages qwen3 --tokens 1,16   each kernel of each variant alone
     python benchmarks/gpu_kernels.py layer qwen3 --tokens 1,16    whole layers, with torch._grouped_mm beside
 
-Protocol: CUDA-graph replay between two events, 256 MiB written before each (cold L2), variants alternate, median of
-`--rounds`. Routing is top-k of softmax(randn), seed 0. Results go to `--json`.
+Protocol: CUDA-graph replay between two events, 256 MiB written before each (cold L2), variants
+alternate, median of `--rounds`. Routing is top-k of softmax(randn), seed 0. Results go to `--json`.
 """
 
 from __future__ import annotations
@@ -53,8 +53,11 @@ def random_nvfp4(experts: int, rows: int, columns: int, groups: int, gen: torch.
     return NVFP4(packed, scale, g if groups > 1 else g[:, 0])
 
 
-def make(L: int, K: int, H: int, I: int, fmt: str, act: Any = None, bias: bool = False, inf: str | None = None,
-         E: int = 0, offset: int = 0, seed: int = 0) -> tuple[TritonRunner, Any]:  # noqa: E741  # fmt: skip
+def make(
+    L: int, K: int, H: int, I: int, fmt: str, act: Any = None, bias: bool = False, inf: str | None = None,  # noqa: E741
+    E: int = 0, offset: int = 0, seed: int = 0,
+) -> tuple[TritonRunner, Any]:  # fmt: skip
+    """(runner, the same experts before they were repacked) on random weights."""
     act = act or SwiGLU()
     gen = torch.Generator(DEV).manual_seed(seed)
     rows = 2 * I if act.gated else I
@@ -96,15 +99,13 @@ def inputs_of(runner: TritonRunner, n: int, seed: int = 0) -> list[torch.Tensor]
 def error(
     runner: TritonRunner, plain: Any, inputs: list[torch.Tensor], tactic: Any, truth: Any = None
 ) -> float:
-    p = runner.problem
-    x, ids, weights, out = inputs
+    x, _, _, out = inputs
     if truth is None:
         truth = truth_of(runner, plain, inputs)
     need = runner.workspace_bytes(len(x), tactic)
     runner.use_workspace(torch.full((need,), 0xFF, dtype=torch.uint8, device=DEV))  # NaN everywhere
     out.fill_(float("nan"))
     runner.forward(inputs, tactic)
-    del p
     return ((out.float() - truth).norm() / truth.norm()).item()
 
 
@@ -275,8 +276,8 @@ def space(n: int, per_expert: float) -> list[Tactic]:
         for tile in ((64, 2, 4, 4), (128, 2, 4, 3), (128, 2, 4, 4), (128, 2, 8, 3), (64, 4, 4, 3)):
             out += [fused(16, tile), fused(32, tile), fused(32, tile, split=2), fused(32, tile, group=16)]
     else:
-        for tile in ((256, 1, 8, 4), (256, 2, 8, 3), (256, 1, 16, 4), (256, 2, 16, 3), (128, 1, 8, 4), (128, 2, 8, 3),
-                     (128, 1, 4, 4), (128, 2, 4, 3)):  # fmt: skip
+        for tile in ((256, 1, 8, 4), (256, 2, 8, 3), (256, 1, 16, 4), (256, 2, 16, 3), (128, 1, 8, 4),
+                     (128, 2, 8, 3), (128, 1, 4, 4), (128, 2, 4, 3)):  # fmt: skip
             for bn in (64, 128, 256):
                 if not per_expert / 3 <= bn <= per_expert * 3 or bn * tile[0] > 256 * tile[2] * 16:
                     continue
@@ -322,7 +323,7 @@ def stages(model: str, fmt: str, tokens: list[int], rounds: int) -> list[dict[st
                 for launch in launches:
                     launch.run()
                 torch.cuda.synchronize()
-                graph = clock.graph(lambda tactic=tactic: runner.forward(inputs, tactic))
+                graph = clock.graph(partial(runner.forward, inputs, tactic))
                 keep.append(graph)
                 runs[f"{i}|9|layer"] = graph.replay
                 for j, launch in enumerate(launches):
@@ -354,7 +355,8 @@ def stages(model: str, fmt: str, tokens: list[int], rounds: int) -> list[dict[st
             s = slice(0, 2) if name == "layer" else slice(0, 1) if name.endswith("1") else slice(1, 2)
             extra = ""
             if "gemm" in name or name == "layer":
-                extra = f"  {sum(nbytes[s]) / results[0][0] / 1e6:.2f} TB/s {sum(flops[s]) / results[0][0] / 1e6:.0f} TFLOP/s"
+                rates = sum(nbytes[s]) / results[0][0] / 1e6, sum(flops[s]) / results[0][0] / 1e6
+                extra = f"  {rates[0]:.2f} TB/s {rates[1]:.0f} TFLOP/s"
             print(
                 f"  {name}: "
                 + ", ".join(f"{t:.1f} {v}" for t, v in results[: 5 if "gemm" in name else 2])
@@ -365,14 +367,16 @@ def stages(model: str, fmt: str, tokens: list[int], rounds: int) -> list[dict[st
 
 
 def short(t: Tactic) -> str:
-    same = "" if t.first == t.second else f"+{t.second}"
-    return f"{t.path[0]}{t.route[0]}{t.combine[0]}{t.tokens}{f'/{t.tokens2}' if t.tokens2 else ''}{'L' if t.ladder else ''}{t.first}{same}s{t.split}g{t.group}{'p' + str(t.persistent) if t.persistent else ''}".replace(
-        " ", ""
-    )
+    """A tactic in one word: path, route, combine, widths, tiles, split, group."""
+    width = f"{t.tokens}/{t.tokens2}" if t.tokens2 else str(t.tokens)
+    second = "" if t.first == t.second else f"+{t.second}"
+    flags = ("L" if t.ladder else "") + ("" if t.together else "-")
+    rest = f"s{t.split}g{t.group}" + (f"p{t.persistent}" if t.persistent else "")
+    return f"{t.path[0]}{t.route[0]}{t.combine[0]}{width}{flags}{t.first}{second}{rest}".replace(" ", "")
 
 
 def grouped_mm(inputs: list[torch.Tensor], gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """The layer on torch._grouped_mm, as Transformers' grouped_mm experts do it: sort, two products, reduce."""
+    """The layer on torch._grouped_mm, as Transformers' grouped_mm experts do it."""
     x, ids, weights, _ = inputs
     n, k = ids.shape
     order = torch.argsort(ids.flatten(), stable=True)
@@ -391,7 +395,7 @@ def grouped_mm(inputs: list[torch.Tensor], gate_up: torch.Tensor, down: torch.Te
 def layer(
     model: str, fmt: str, tokens: list[int], rounds: int, every: bool, baseline: bool
 ) -> list[dict[str, Any]]:
-    """Whole layers: the default tactic, or every candidate; their errors; torch._grouped_mm in the same run."""
+    """Whole layers: the default tactic, or every candidate; errors; torch._grouped_mm in the same run."""
     runner, plain = make(*MODELS[model], fmt)
     dense: list[torch.Tensor] = []
     if baseline:
@@ -425,11 +429,11 @@ def layer(
             by_name[name] = t
             if truth is not None:
                 errors[name] = error(runner, plain, inputs, t, truth)
-            graph = clock.graph(lambda t=t: runner.forward(inputs, t))
+            graph = clock.graph(partial(runner.forward, inputs, t))
             keep.append((graph, runner._workspace))
             runs[name] = graph.replay
         if dense:
-            runs["grouped_mm eager"] = lambda n=n: grouped_mm(inputs, *dense)
+            runs["grouped_mm eager"] = partial(grouped_mm, inputs, *dense)
             graph = clock.graph(runs["grouped_mm eager"])
             keep.append((graph, None))
             runs["grouped_mm graph"] = graph.replay
@@ -495,8 +499,8 @@ def main() -> int:
         rows = layer(args.model, args.format, tokens, args.rounds, args.all, args.baseline)
     if args.json:
         with open(args.json, "w") as f:
-            json.dump({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "argv": sys.argv[1:],
-                       "rows": rows}, f, indent=1)  # fmt: skip
+            about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "argv": sys.argv[1:]}
+            json.dump({**about, "rows": rows}, f, indent=1)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Compile kernels without a GPU: `python compile_all.py sm_90` or `sm_100`; exit status 0 if all is as it must be.
+"""Compile kernels without a GPU: `python compile_all.py sm_90` or `sm_100`; exit status 0 if all is well.
 
 A program of its own, because the test process interprets the kernels.
 """

@@ -16,5 +16,7 @@ pytest.importorskip("triton", minversion="3.8")
 def test_compiles_to_what_it_must(target: str) -> None:
     program = Path(__file__).with_name("compile_all.py")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, str(program), target], env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(program), target], env=env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

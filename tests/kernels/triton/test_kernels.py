@@ -11,12 +11,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from moestro.errors import BackendError  # noqa: E402
-from moestro.formats import BF16, NVFP4  # noqa: E402
-from moestro.kernels.activations import Activation, GeGLUTanh, ReLU2, SwiGLU  # noqa: E402
-from moestro.kernels.problem import MoeProblem  # noqa: E402
-from moestro.kernels.triton import Tactic, TritonRunner  # noqa: E402
-from moestro.moe import reference  # noqa: E402
+from moestro.errors import BackendError
+from moestro.formats import BF16, NVFP4
+from moestro.kernels.activations import Activation, GeGLUTanh, ReLU2, SwiGLU
+from moestro.kernels.problem import MoeProblem
+from moestro.kernels.triton import Tactic, TritonRunner
+from moestro.moe import reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = 1e-2  # of the relative norm; the interpreter rounds to bfloat16 towards zero
@@ -63,7 +63,11 @@ def make(
 def inputs_of(runner: TritonRunner, n: int) -> list[torch.Tensor]:
     p = runner.problem
     x = torch.randn(n, p.hidden_size).bfloat16()
-    ids = torch.stack([torch.randperm(p.num_experts)[: p.top_k] for _ in range(n)]) if n else torch.zeros(0, p.top_k)
+    ids = (
+        torch.stack([torch.randperm(p.num_experts)[: p.top_k] for _ in range(n)])
+        if n
+        else torch.zeros(0, p.top_k)
+    )
     out = torch.full((n, p.hidden_size), torch.nan).bfloat16()
     return [t.to(DEVICE) for t in (x, ids.int(), torch.rand(n, p.top_k), out)]
 
@@ -94,7 +98,9 @@ def test_every_way_matches_the_reference_on_odd_sizes(name: str, fmt: str) -> No
     assert error(runner, plain, inputs, TACTICS[name]) < TOLERANCE
 
 
-@pytest.mark.parametrize("act", [SwiGLU(1.702, 7.0, 1.0), GeGLUTanh(), ReLU2()], ids=lambda a: type(a).__name__)
+@pytest.mark.parametrize(
+    "act", [SwiGLU(1.702, 7.0, 1.0), GeGLUTanh(), ReLU2()], ids=lambda a: type(a).__name__
+)
 @pytest.mark.parametrize("name", ["few", "dense"])
 def test_activations(name: str, act: Activation) -> None:
     for fmt in ("nvfp4", "bf16"):

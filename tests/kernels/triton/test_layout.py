@@ -9,9 +9,9 @@ from moestro.formats import NVFP4
 
 pytest.importorskip("triton")
 
-from moestro.formats.base import FormatTensor  # noqa: E402
-from moestro.kernels.triton import TritonNVFP4  # noqa: E402
-from moestro.kernels.triton.layout import PLACES, row_order  # noqa: E402
+from moestro.formats.base import FormatTensor
+from moestro.kernels.triton import TritonNVFP4
+from moestro.kernels.triton.layout import PLACES, row_order
 
 SHAPES = [(2, 64, 64), (3, 48, 80), (1, 130, 16), (2, 16, 208)]
 

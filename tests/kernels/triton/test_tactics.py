@@ -7,27 +7,33 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from moestro.kernels.problem import MoeProblem  # noqa: E402
-from moestro.kernels.triton import Tactic, tactics  # noqa: E402
+from moestro.kernels.problem import MoeProblem
+from moestro.kernels.triton import Tactic, tactics
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results" / "h100-kernels.json"
 
 
 @settings(max_examples=200, deadline=None)
 @given(
-    experts=st.integers(1, 384), top_k=st.integers(1, 10), hidden=st.integers(1, 1000), inter=st.integers(1, 2000),
-    num_tokens=st.integers(1, 100_000), fmt=st.sampled_from(["nvfp4", "bf16"]), deterministic=st.booleans(),
-)  # fmt: skip
+    experts=st.integers(1, 384),
+    top_k=st.integers(1, 10),
+    hidden=st.integers(1, 1000),
+    inter=st.integers(1, 2000),
+    num_tokens=st.integers(1, 100_000),
+    fmt=st.sampled_from(["nvfp4", "bf16"]),
+    deterministic=st.booleans(),
+)
 def test_the_default_fits_every_problem(
     experts: int, top_k: int, hidden: int, inter: int, num_tokens: int, fmt: str, deterministic: bool
 ) -> None:
-    p = MoeProblem(experts, experts, 0, min(top_k, experts), hidden * 8, inter * 8, fmt, deterministic=deterministic)
+    p = MoeProblem(
+        experts, experts, 0, min(top_k, experts), hidden * 8, inter * 8, fmt, deterministic=deterministic
+    )
     default = tactics.default(p, num_tokens)
     assert tactics.unfit(p, default, num_tokens) is None
     assert tactics.candidates(p, num_tokens) != []
@@ -42,7 +48,8 @@ def test_every_entry_of_the_table_is_a_candidate_somewhere() -> None:
 def test_steps_are_halved_until_they_divide() -> None:
     p = MoeProblem(8, 8, 0, 2, 576, 320, "nvfp4")  # 9 and 5 blocks
     fitted = tactics.fitted(p, Tactic("fused", "sorted", "reduce", 8, (64, 4, 4, 3), (64, 2, 4, 3), split=2))
-    assert (1, 1, 1) == (fitted.first[1], fitted.second[1], fitted.split)
+    steps = (fitted.first[1], fitted.second[1], fitted.split)
+    assert steps == (1, 1, 1)
 
 
 def test_deterministic_problems_get_no_atomic_sums() -> None:

@@ -1,7 +1,8 @@
 """W4A4 on FP4 tensor cores (sm_100): compiled in CI, never run by us, and not yet a tactic of TritonRunner.
 
-One expert's product in the checkpoint layout, both operands packed e2m1 with an e4m3 scale per 16 columns; the
-hardware multiplies the scales in. Global scales are left to the epilogue: one per row of x, one per row of w.
+One expert's product in the checkpoint layout, both operands packed e2m1 with an e4m3 scale per 16 columns;
+the hardware multiplies the scales in. Global scales are left to the epilogue: one per row of x, one per row
+of w.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import triton.language as tl
 
 
 @triton.jit
-def scaled_gemm(x, x_scales, w, w_scales, x_global, w_global, offsets, out, rows, columns, L, BT: tl.constexpr,
+def scaled_gemm(x, x_scales, w, w_scales, x_global, w_global, offsets, out, rows, columns, L,
+                BT: tl.constexpr,
                 BR: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """out[p] = w[e] @ x[p] for the places p of expert e, offsets[e] .. offsets[e + 1].
 

@@ -9,9 +9,11 @@ from moestro.kernels.triton.device import launch_next, wait_for_previous
 
 
 @triton.jit
-def reduce_pairs(partial, ids, out, H, OFFSET: tl.constexpr, L: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr,
+def reduce_pairs(partial, ids, out, H, OFFSET: tl.constexpr, L: tl.constexpr, K: tl.constexpr,
+                 SPLIT: tl.constexpr,
                  BH: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """out[n] = Σ partial[(n * K + k) * SPLIT + s] over k, then s, in float32; pairs not local are not read."""
+    """out[n] = Σ partial[(n * K + k) * SPLIT + s] over k, then s, in float32; pairs not local are not
+    read."""
     wait_for_previous(PDL)
     launch_next(PDL)
     n = tl.program_id(0).to(tl.int64)

@@ -2,8 +2,8 @@
 
 `expand` writes e2m1 · scale · 2^-8 (exact in bfloat16) in the kernels' row order; the rest of the value, one
 number per row, goes into the epilogue. `dense_gemm` has tokens as A and weights as B, both in shared memory
-through the tensor memory accelerator, but x in the first product, whose rows are gathered. Tiles are walked in
-groups of GROUP token tiles, row tile after row tile, so that both operands come from L2.
+through the tensor memory accelerator, but x in the first product, whose rows are gathered. Tiles are walked
+in groups of GROUP token tiles, row tile after row tile, so that both operands come from L2.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from moestro.kernels.triton.gemm import ATOMIC
 
 
 @triton.jit
-def expand(words, scales, dense, num_blocks, columns, EVEN: tl.constexpr, COLS: tl.constexpr, PDL: tl.constexpr):
+def expand(
+    words, scales, dense, num_blocks, columns, EVEN: tl.constexpr, COLS: tl.constexpr, PDL: tl.constexpr
+):
     """dense bfloat16 [strips * 64, columns]; a program does COLS blocks of one strip of 64 rows."""
     wait_for_previous(PDL)
     launch_next(PDL)
@@ -46,10 +48,11 @@ def dense_gemm(
     BT: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr,
     PERSISTENT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of BT pairs and BR rows of weights [L * padded, columns] (`rows` of each expert's `padded` are real).
+    """Tiles of BT pairs and BR rows of weights [L * padded, columns] (`rows` of each expert's `padded` are
+    real).
 
-    GATED (in STAGE 1 only): INTERLEAVED weights are in kernel row order, else gate and up are two halves. x by
-    token, or pair (X_BY_PAIR), if GATHER; by place otherwise. The rest is as in gemm.moe_gemm.
+    GATED (in STAGE 1 only): INTERLEAVED weights are in kernel row order, else gate and up are two halves. x
+    by token, or pair (X_BY_PAIR), if GATHER; by place otherwise. The rest is as in gemm.moe_gemm.
     """
     wait_for_previous(PDL)
     launch_next(PDL)
@@ -61,10 +64,7 @@ def dense_gemm(
     row_tiles = tl.cdiv(rows, BR)
     token_tiles = tl.load(table + 3 * stride)
     total = tl.cdiv(token_tiles, GROUP) * GROUP * row_tiles
-    if PERSISTENT:
-        step = tl.num_programs(0)
-    else:
-        step = total + 1
+    step = tl.num_programs(0) if PERSISTENT else total + 1
     for tile in tl.range(pid, total, step):
         group = tile // (GROUP * row_tiles)
         t = group * GROUP + tile % GROUP
@@ -72,8 +72,8 @@ def dense_gemm(
         if t < token_tiles:
             _tile(x, x_desc, w_desc, x_scale, pair_weights, sorted_pairs, table, stride,
                   row_scale, bias, out, rows, padded, columns, out_stride, t, j, STAGE, COMBINE, ROW_SCALE,
-                  INTERLEAVED, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS, X_SCALE, X_BY_PAIR, GATHER, K, BT, BR, BK,
-                  STAGES)  # fmt: skip
+                  INTERLEAVED, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS, X_SCALE, X_BY_PAIR, GATHER, K, BT, BR,
+                  BK, STAGES)  # fmt: skip
 
 
 @triton.jit
@@ -100,10 +100,7 @@ def _tile(
     k = tl.arange(0, BK)
     xp = x + x_rows.to(tl.int64)[:, None] * columns + k[None, :]
     SPLIT: tl.constexpr = GATED and not INTERLEAVED
-    if SPLIT:
-        w_row = e * padded + j * HALF
-    else:
-        w_row = e * padded + j * BR
+    w_row = e * padded + j * (HALF if SPLIT else BR)
     acc = tl.zeros((BT, HALF if SPLIT else BR), tl.float32)
     acc_up = tl.zeros((BT, HALF if SPLIT else 16), tl.float32)
     for c in tl.range(0, columns, BK, num_stages=STAGES):
@@ -123,7 +120,9 @@ def _tile(
         i = j * HALF + tl.arange(0, HALF)
         if BIAS:
             acc += tl.load(bias + e * rows + i, i < rows // 2, other=0.0).to(tl.float32)[None, :]
-            acc_up += tl.load(bias + e * rows + rows // 2 + i, i < rows // 2, other=0.0).to(tl.float32)[None, :]
+            acc_up += tl.load(bias + e * rows + rows // 2 + i, i < rows // 2, other=0.0).to(tl.float32)[
+                None, :
+            ]
         v = activate(acc, acc_up, ACT, ALPHA, LIMIT, SHIFT)
         real = i < rows // 2
     else:

@@ -1,7 +1,7 @@
 """What the kernels share on the device: weights decoded in registers, activations, programmatic launch.
 
-Every function works in Triton's interpreter too, where inline PTX cannot run: there, and nowhere else, the same
-bits are taken apart with Triton's own operations.
+Every function works in Triton's interpreter too, where inline PTX cannot run: there, and nowhere else, the
+same bits are taken apart with Triton's own operations.
 """
 
 from __future__ import annotations
@@ -47,9 +47,10 @@ def dot(a, b, acc):
 def settle(acc):
     """acc, once the tensor core is done with it.
 
-    A wgmma reads its A registers while it runs. Triton 3.6 lets one run on into the next step of a loop, which
-    then decodes new weights into them (seen on an H100: NaN where a tile was 128 wide with eight warps, one in
-    several runs). A use of the sum that is no product makes it wait; the move itself costs nothing.
+    A wgmma reads its A registers while it runs. Triton 3.6 lets one run on into the next step of a loop,
+    which then decodes new weights into them (seen on an H100: NaN where a tile was 128 wide with eight
+    warps, one in several runs). A use of the sum that is no product makes it wait; the move itself costs
+    nothing.
     """
     if PTX:
         return tl.inline_asm_elementwise(
@@ -110,7 +111,8 @@ def _plain_plane(bits, code):
 
 @triton.jit
 def decode_block(w, scale_word):
-    """int16 [BM, 16] words and int32 [BM] scales -> bfloat16 [BM, 64], columns in order: e2m1 · scale · 2^-8."""
+    """int16 [BM, 16] words and int32 [BM] scales -> bfloat16 [BM, 64], columns in order: e2m1 · scale ·
+    2^-8."""
     s = scale_word[:, None]
     if PTX:
         s0, s1, s2, s3 = unpack_scales(s)

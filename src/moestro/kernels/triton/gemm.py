@@ -1,15 +1,17 @@
 """One grouped matrix product for every weight format: out[pair] = f(W[expert of pair] @ rows[pair]).
 
-Swap-AB: BM rows of weights are the A operand, up to BN pairs of one expert the B operand, so that few tokens still
-use the tensor cores, and quantised weights are decoded in the registers that feed them. BM >= 64 with four warps
-or more gives wgmma with A in registers, less gives mma.sync, which needs no waiting between products.
+Swap-AB: BM rows of weights are the A operand, up to BN pairs of one expert the B operand, so that few tokens
+still use the tensor cores, and quantised weights are decoded in the registers that feed them. BM >= 64 with
+four warps or more gives wgmma with A in registers, less gives mma.sync, which needs no waiting between
+products.
 
-STAGE 1 gathers x, and its epilogue is bias and activation; STAGE 2 reads the intermediate, and its epilogue is
-bias and routing weight. A program finds its pairs in the tables of `sort.py`; or (DIRECT, few pairs) by itself:
-slot s belongs to pair s, and works if s is the first of BN pairs of its expert; or (SINGLE) it has pair s alone.
+STAGE 1 gathers x, and its epilogue is bias and activation; STAGE 2 reads the intermediate, and its epilogue
+is bias and routing weight. A program finds its pairs in the tables of `sort.py`; or (DIRECT, few pairs) by
+itself: slot s belongs to pair s, and works if s is the first of BN pairs of its expert; or (SINGLE) it has
+pair s alone.
 
-A tile is as wide as it need be: with LADDER, one that has fewer than BN pairs runs a loop for a quarter, a half
-or three quarters of BN.
+A tile is as wide as it need be: with LADDER, one that has fewer than BN pairs runs a loop for a quarter, a
+half or three quarters of BN.
 """
 
 from __future__ import annotations
@@ -69,8 +71,8 @@ def moe_gemm(
 
     x rows of `columns` values: by token (STAGE 1), by pair or place (STAGE 2, as STAGE 1 wrote them).
     x_scale float32: of each row of x, if X_SCALE. out: STAGE 1 [P, out_stride] in its dtype; STAGE 2 PARTIAL
-    [P * SPLIT, out_stride] by pair and part, ATOMIC float32 [N, out_stride]. zeros: float32 [num_zeros] to clear for an ATOMIC
-    STAGE 2, which may SPLIT the columns. GROUP slots walk the strips of BM rows together.
+    [P * SPLIT, out_stride] by pair and part, ATOMIC float32 [N, out_stride]. zeros: float32 [num_zeros] to
+    clear for an ATOMIC STAGE 2, which may SPLIT the columns. GROUP slots walk the strips of BM rows together.
     """
     pid = tl.program_id(0)
     strips = tl.num_programs(0) // slots  # times SPLIT; slots is a multiple of GROUP
@@ -104,16 +106,20 @@ def moe_gemm(
             out_stride, OFFSET, K, e, m, part, place, count)  # fmt: skip
     QUARTER: tl.constexpr = BN // 4
     if LADDER and count <= QUARTER:
-        _tile(args, STAGE, ROUTE, COMBINE, FORMAT, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS, X_SCALE, X_BY_PAIR, EVEN,
+        _tile(args, STAGE, ROUTE, COMBINE, FORMAT, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS, X_SCALE,
+              X_BY_PAIR, EVEN,
               PB, BM, QUARTER, 0, UNROLL, STAGES, SPLIT, TOGETHER, PDL)  # fmt: skip
     elif LADDER and count <= 2 * QUARTER:
-        _tile(args, STAGE, ROUTE, COMBINE, FORMAT, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS, X_SCALE, X_BY_PAIR, EVEN,
+        _tile(args, STAGE, ROUTE, COMBINE, FORMAT, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS, X_SCALE,
+              X_BY_PAIR, EVEN,
               PB, BM, 2 * QUARTER, 0, UNROLL, STAGES, SPLIT, TOGETHER, PDL)  # fmt: skip
     elif LADDER and count <= 3 * QUARTER:
-        _tile(args, STAGE, ROUTE, COMBINE, FORMAT, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS, X_SCALE, X_BY_PAIR, EVEN,
+        _tile(args, STAGE, ROUTE, COMBINE, FORMAT, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS, X_SCALE,
+              X_BY_PAIR, EVEN,
               PB, BM, 2 * QUARTER, QUARTER, UNROLL, STAGES, SPLIT, TOGETHER, PDL)  # fmt: skip
     else:
-        _tile(args, STAGE, ROUTE, COMBINE, FORMAT, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS, X_SCALE, X_BY_PAIR, EVEN,
+        _tile(args, STAGE, ROUTE, COMBINE, FORMAT, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS, X_SCALE,
+              X_BY_PAIR, EVEN,
               PB, BM, BN, 0, UNROLL, STAGES, SPLIT, TOGETHER, PDL)  # fmt: skip
 
 
@@ -123,11 +129,13 @@ def _tile(
     GATED: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr,
     BIAS: tl.constexpr, X_SCALE: tl.constexpr, X_BY_PAIR: tl.constexpr, EVEN: tl.constexpr,
     PB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BN2: tl.constexpr,
-    UNROLL: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, TOGETHER: tl.constexpr, PDL: tl.constexpr,
+    UNROLL: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, TOGETHER: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """BM rows of expert e for BN pairs, and BN2 more where BN2 is not 0 (B operands are powers of two wide)."""
-    (x, x_scale, ids, pair_weights, sorted_pairs, w, w_scales, row_scale, bias, out, P, rows, columns, out_stride,
-     OFFSET, K, e, m, part, place, count) = args  # fmt: skip
+    """BM rows of expert e for BN pairs, and BN2 more where BN2 is not 0 (B operands are powers of two
+    wide)."""
+    (x, x_scale, ids, pair_weights, sorted_pairs, w, w_scales, row_scale, bias, out, P, rows, columns,
+     out_stride, OFFSET, K, e, m, part, place, count) = args  # fmt: skip
     HAS2: tl.constexpr = BN2 > 0
     WIDTH2: tl.constexpr = BN2 if HAS2 else BN
     first = tl.arange(0, BN)
@@ -165,13 +173,16 @@ def _tile(
         launch_next(PDL)
         x_rows = _x_rows(pairs, places, K, STAGE, X_BY_PAIR)
         x_rows2 = _x_rows(pairs2, place + second, K, STAGE, X_BY_PAIR)
-        acc, acc2 = _product(x, x_rows, pairs >= 0, x_rows2, pairs2 >= 0, w, w_scales, e.to(tl.int64), m, part,
-                             rows, columns, FORMAT, GATED, EVEN, BM, BN, BN2, UNROLL, STAGES, SPLIT, TOGETHER)  # fmt: skip
-        _finish(acc, scale, shift, x_scale, x_rows, pairs, places, pair_weights, out, m, r, part, real, rows, out_stride, K,
-                STAGE, COMBINE, FORMAT, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS, X_SCALE, SPLIT, BM, BN)  # fmt: skip
+        acc, acc2 = _product(x, x_rows, pairs >= 0, x_rows2, pairs2 >= 0, w, w_scales, e.to(tl.int64), m,
+                             part, rows, columns, FORMAT, GATED, EVEN, BM, BN, BN2, UNROLL, STAGES, SPLIT,
+                             TOGETHER)  # fmt: skip
+        _finish(acc, scale, shift, x_scale, x_rows, pairs, places, pair_weights, out, m, r, part, real, rows,
+                out_stride, K, STAGE, COMBINE, FORMAT, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS, X_SCALE,
+                SPLIT, BM, BN)  # fmt: skip
         if HAS2:
-            _finish(acc2, scale, shift, x_scale, x_rows2, pairs2, place + second, pair_weights, out, m, r, part, real, rows,
-                    out_stride, K, STAGE, COMBINE, FORMAT, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS, X_SCALE, SPLIT,
+            _finish(acc2, scale, shift, x_scale, x_rows2, pairs2, place + second, pair_weights, out, m, r,
+                    part, real, rows, out_stride, K, STAGE, COMBINE, FORMAT, GATED, ACT, ALPHA, LIMIT,
+                    SHIFT, BIAS, X_SCALE, SPLIT,
                     BM, BN2)  # fmt: skip
 
 
@@ -187,8 +198,9 @@ def _x_rows(pairs, places, K, STAGE: tl.constexpr, X_BY_PAIR: tl.constexpr):
 
 
 @triton.jit
-def _finish(acc, scale, shift, x_scale, x_rows, pairs, places, pair_weights, out, m, r, part, real, rows, out_stride, K,
-            STAGE: tl.constexpr, COMBINE: tl.constexpr, FORMAT: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr,
+def _finish(acc, scale, shift, x_scale, x_rows, pairs, places, pair_weights, out, m, r, part, real, rows,
+            out_stride, K, STAGE: tl.constexpr, COMBINE: tl.constexpr, FORMAT: tl.constexpr,
+            GATED: tl.constexpr, ACT: tl.constexpr,
             ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr, BIAS: tl.constexpr,
             X_SCALE: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     """Scales, bias, then the activation (STAGE 1) or the routing weight (STAGE 2), and out."""
@@ -200,7 +212,9 @@ def _finish(acc, scale, shift, x_scale, x_rows, pairs, places, pair_weights, out
     if BIAS:
         acc += shift[:, None]
     if STAGE == 1:
-        _store_activated(acc, out, places, there, m, rows, out_stride, GATED, ACT, ALPHA, LIMIT, SHIFT, BM, BN)
+        _store_activated(
+            acc, out, places, there, m, rows, out_stride, GATED, ACT, ALPHA, LIMIT, SHIFT, BM, BN
+        )
     else:
         acc *= tl.load(pair_weights + pairs, there, other=0.0)[None, :]
         mask = real[:, None] & there[None, :]
@@ -231,7 +245,13 @@ def _product(x, x_rows, there, x_rows2, there2, w, w_scales, e, m, part, rows, c
         row_blocks = tl.cdiv(rows // 2, 32) if GATED else tl.cdiv(rows, 64)
         strip = tl.minimum(r // 64, row_blocks - 1) * blocks  # the last strip again where BM overhangs
         word = tl.arange(0, 16)
-        wp = w + e * (row_blocks * blocks) * 1024 + strip[:, None] * 1024 + (r % 64)[:, None] * 16 + word[None, :]
+        wp = (
+            w
+            + e * (row_blocks * blocks) * 1024
+            + strip[:, None] * 1024
+            + (r % 64)[:, None] * 16
+            + word[None, :]
+        )
         sp = w_scales + e * (row_blocks * blocks) * 64 + strip * 64 + r % 64
     else:
         dense_r, real = _dense_rows(r, rows, GATED)

@@ -1,17 +1,17 @@
 """The NVFP4 weights as the Triton kernels read them: blocks of 64 rows and 64 columns, in reading order.
 
-One block is 2 KiB of codes and 256 bytes of scales, each contiguous, and the blocks of 64 rows follow each other
-along the columns: a program that walks a strip of rows reads one stream. Within a row of a block, 16-bit word c
-holds the four columns c, c + 16, c + 32, c + 48, so that
+One block is 2 KiB of codes and 256 bytes of scales, each contiguous, and the blocks of 64 rows follow each
+other along the columns: a program that walks a strip of rows reads one stream. Within a row of a block,
+16-bit word c holds the four columns c, c + 16, c + 32, c + 48, so that
 
 - word c of a row is in the thread that feeds column c (mod 16) of a wgmma or mma.sync A fragment: no shuffle;
 - each of the four is one scale group of 16, so its scale is one number per row;
-- three of the four reach the sign and the exponent of a bfloat16 with one shift and one mask. e2m1's magnitude
-  bits on bits 8..6 and its sign on bit 15 are the value · 2^-126, the subnormal 0.5 included. The fourth takes
-  what is left.
+- three of the four reach the sign and the exponent of a bfloat16 with one shift and one mask. e2m1's
+  magnitude bits on bits 8..6 and its sign on bit 15 are the value · 2^-126, the subnormal 0.5 included. The
+  fourth takes what is left.
 
-A scale is kept as 5 exponent bits (of scale · 2^10) and 3 of mantissa: e4m3 with its subnormals normalised, so
-that `code << 4` plus a constant is a bfloat16. A block whose scale is zero has zero codes instead.
+A scale is kept as 5 exponent bits (of scale · 2^10) and 3 of mantissa: e4m3 with its subnormals normalised,
+so that `code << 4` plus a constant is a bfloat16. A block whose scale is zero has zero codes instead.
 
 With a gate, rows are permuted: each 16 rows are 8 of gate and the matching 8 of up, which a thread of the
 tensor core's accumulator holds side by side.
@@ -62,9 +62,7 @@ class TritonNVFP4:
         experts, rows, columns = q.shape
         kernel_rows = row_order(rows, gated, q.device)  # [Rp]
         padded, blocks = len(kernel_rows), -(-columns // COLS)
-        words = torch.empty(
-            (experts, padded // ROWS, blocks, ROWS, 16), dtype=torch.int16, device=q.device
-        )
+        words = torch.empty((experts, padded // ROWS, blocks, ROWS, 16), dtype=torch.int16, device=q.device)
         scales = torch.empty((experts, padded // ROWS, blocks, ROWS), dtype=torch.int32, device=q.device)
         for e in range(experts):
             codes, scale = _codes(q.packed[e]), _scale_codes(q.scale[e])
@@ -156,8 +154,9 @@ def _to_words(codes: torch.Tensor) -> torch.Tensor:
     for p, pieces in enumerate(PLACES):
         for mask, shift in pieces:
             word |= (planes[..., p, :] & mask) << shift
-    signed = torch.where(word >= 1 << 15, word - (1 << 16), word).to(torch.int16)
-    return signed.unflatten(0, (-1, ROWS)).transpose(1, 2)  # [Rb, Cb, 64, 16]
+    signed: torch.Tensor = torch.where(word >= 1 << 15, word - (1 << 16), word).to(torch.int16)
+    blocks: torch.Tensor = signed.unflatten(0, (-1, ROWS))  # [Rb, 64, Cb, 16]
+    return blocks.transpose(1, 2)
 
 
 def _from_words(words: torch.Tensor) -> torch.Tensor:
@@ -165,13 +164,14 @@ def _from_words(words: torch.Tensor) -> torch.Tensor:
     wide = words.to(torch.int32)
     planes = [sum((wide >> shift) & mask for mask, shift in pieces) for pieces in PLACES]
     codes = torch.stack(planes, dim=-2).to(torch.uint8)  # type: ignore[arg-type]
-    return codes.transpose(-4, -3).flatten(-5, -4).flatten(-3)  # [..., Rb, 64, Cb, 4, 16] ->
+    return codes.transpose(-4, -3).flatten(-5, -4).flatten(-3)  # via [..., Rb, 64, Cb, 4, 16]
 
 
 def _to_scale_words(codes: torch.Tensor) -> torch.Tensor:
     """uint8 [Rp, Cp/16] -> int32 [Rb, Cb, 64]."""
     words = codes.clone(memory_format=torch.contiguous_format).view(torch.int32)  # [Rp, Cb], little-endian
-    return words.unflatten(0, (-1, ROWS)).transpose(1, 2)
+    blocks: torch.Tensor = words.unflatten(0, (-1, ROWS))  # [Rb, 64, Cb]
+    return blocks.transpose(1, 2)
 
 
 def _from_scale_words(words: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,5 @@
-"""A call as a list of kernel launches: nothing here runs, so that compiling, counting and running share it."""
+"""A call as a list of kernel launches: nothing here runs, so that compiling, counting and running share
+it."""
 
 from __future__ import annotations
 
@@ -51,7 +52,10 @@ def scratch_plan(problem: MoeProblem, num_tokens: int, tactic: Tactic, x_rows: i
     if tactic.combine == "atomic":
         plan["sums"] = ((num_tokens, p.hidden_size), torch.float32)
     else:
-        plan["partial"] = ((pairs * tactic.split, p.hidden_size), torch.float32 if pairs <= WIDE_PAIRS else half)
+        plan["partial"] = (
+            (pairs * tactic.split, p.hidden_size),
+            torch.float32 if pairs <= WIDE_PAIRS else half,
+        )
     if tactic.route == "sorted":
         chunks, bins = num_chunks(pairs), num_bins(p)
         plan["counts"] = plan["cursors"] = ((chunks, bins), torch.int32)
@@ -67,15 +71,15 @@ def scratch_plan(problem: MoeProblem, num_tokens: int, tactic: Tactic, x_rows: i
 
 def kernel_rows(rows: int, gated: bool) -> int:
     """Rows of one expert in the packed layout."""
-    return triton.cdiv(rows // 2, 32) * 64 if gated else triton.cdiv(rows, 64) * 64
+    return -(-(rows // 2) // 32) * 64 if gated else -(-rows // 64) * 64
 
 
 def num_chunks(pairs: int) -> int:
-    return triton.cdiv(pairs, sort.CHUNK)
+    return -(-pairs // sort.CHUNK)
 
 
 def num_bins(problem: MoeProblem) -> int:
-    return triton.next_power_of_2(problem.num_local_experts + 1)
+    return int(triton.next_power_of_2(problem.num_local_experts + 1))
 
 
 def num_slots(problem: MoeProblem, pairs: int, width: int) -> int:
@@ -197,7 +201,7 @@ class Planner:
         rows, columns = self._sizes(stage)
         bm, unroll, warps, stages = self.tactic.tiles[stage - 1]
         packed = isinstance(weights, TritonNVFP4)
-        w = (weights.words, weights.scales, weights.row_scale) if packed else (weights.data,) * 3  # type: ignore[attr-defined]
+        w = (weights.words, weights.scales, weights.row_scale) if packed else (weights.data,) * 3
         direct, group = self.tactic.route == "direct", self.tactic.group
         route = gemm.SORTED if not direct else gemm.SINGLE if self.num_tokens == 1 else gemm.DIRECT
         width = self.tactic.widths[stage - 1]
@@ -208,10 +212,11 @@ class Planner:
         strips = triton.cdiv(kernel_rows(rows, meta["GATED"]), bm)
         zeros, num_zeros = self._zeros()
         self._add(
-            gemm.moe_gemm, (slots * strips * split,), x, x if x_scale is None else x_scale, self.ids, self.weights,
-            *self._table(stage), *w, x if bias is None else bias, out, zeros, self.pairs, slots, rows, columns,
-            out.shape[1], num_zeros, self.p.expert_offset,
-            self.p.num_local_experts, self.p.top_k, ROUTE=route.value, LADDER=self.tactic.ladder, SPLIT=split, TOGETHER=self.tactic.together, GROUP=group,
+            gemm.moe_gemm, (slots * strips * split,), x, x if x_scale is None else x_scale, self.ids,
+            self.weights, *self._table(stage), *w, x if bias is None else bias, out, zeros, self.pairs,
+            slots, rows, columns, out.shape[1], num_zeros, self.p.expert_offset,
+            self.p.num_local_experts, self.p.top_k, ROUTE=route.value, LADDER=self.tactic.ladder,
+            SPLIT=split, TOGETHER=self.tactic.together, GROUP=group,
             FORMAT=(device.NVFP4 if packed else device.BF16).value, EVEN=columns % 64 == 0,
             PB=max(16, triton.next_power_of_2(self.pairs)) if direct else 16, BM=bm, BN=width,
             UNROLL=unroll, STAGES=stages, num_warps=warps, **meta,
@@ -224,7 +229,7 @@ class Planner:
         bt, bk = self.tactic.widths[stage - 1], 64 * unroll
         packed = isinstance(weights, TritonNVFP4)
         padded = kernel_rows(rows, meta["GATED"]) if packed else rows
-        flat = self._expanded(weights, padded, columns) if packed else weights.data.view(-1, columns)  # type: ignore[attr-defined]
+        flat = self._expanded(weights, padded, columns) if packed else weights.data.view(-1, columns)
         split = meta["GATED"] and not packed
         gather = stage == 1
         x_block = [bt, bk]
@@ -236,10 +241,10 @@ class Planner:
         zeros, num_zeros = self._zeros()
         self._add(
             dense.dense_gemm, (grid,), x, x_desc, w_desc, x if x_scale is None else x_scale, self.weights,
-            *self._table(stage), weights.row_scale if packed else x, x if bias is None else bias, out, zeros,  # type: ignore[attr-defined]
-            rows, padded, columns, out.shape[1], num_zeros, ROW_SCALE=packed, INTERLEAVED=packed, GATHER=gather,
-            BT=bt, BR=br, BK=bk, STAGES=stages, GROUP=group, PERSISTENT=self.tactic.persistent > 0,
-            num_warps=warps, K=self.p.top_k, **meta,
+            *self._table(stage), weights.row_scale if packed else x, x if bias is None else bias, out, zeros,
+            rows, padded, columns, out.shape[1], num_zeros, ROW_SCALE=packed, INTERLEAVED=packed,
+            GATHER=gather, BT=bt, BR=br, BK=bk, STAGES=stages, GROUP=group,
+            PERSISTENT=self.tactic.persistent > 0, num_warps=warps, K=self.p.top_k, **meta,
         )  # fmt: skip
 
     def _expanded(self, weights: TritonNVFP4, padded: int, columns: int) -> torch.Tensor:
@@ -253,13 +258,21 @@ class Planner:
     def _combine(self) -> None:
         if self.tactic.combine == "atomic":
             size = self.out.numel()
-            args = (self.s["sums"], self.out, size)
-            self._add(combine.round_sums, (triton.cdiv(size, 1024),), *args, B=1024)
+            rounds = (triton.cdiv(size, 1024),)
+            self._add(combine.round_sums, rounds, self.s["sums"], self.out, size, B=1024)
             return
         width = min(1024, triton.next_power_of_2(self.p.hidden_size))
         grid = (self.num_tokens, triton.cdiv(self.p.hidden_size, width))
         args = (self.s["partial"], self.ids, self.out, self.p.hidden_size)
-        self._add(combine.reduce_pairs, grid, *args, K=self.p.top_k, SPLIT=self.tactic.split, BH=width, **self._locality)
+        self._add(
+            combine.reduce_pairs,
+            grid,
+            *args,
+            K=self.p.top_k,
+            SPLIT=self.tactic.split,
+            BH=width,
+            **self._locality,
+        )
 
 
 def _activation(problem: MoeProblem) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Activations through NVFP4, for W4A4 numerics: rows become bfloat16 e2m1 · scale (exact) and a float32 per row.
+"""Activations through NVFP4, for W4A4 numerics: rows become bfloat16 e2m1 · scale (exact) and a float32 per
+row.
 
 The products of e2m1 · e4m3 values are exact in float32, so a bf16 tensor core computes what an FP4 one would.
 The recipe is that of formats.NVFP4.quantize_rows, division for division.
@@ -59,7 +60,9 @@ def quantize_rows(x, pairs_of, ids, given, values, row_scale, num_rows, columns,
         scale = tl.load(given + e, (e >= 0) & (e < L), other=1.0)
     tl.store(row_scale + r, scale)
     for first in range(0, columns, B):
-        blocks = tl.load(source + first + c, first + c < columns, other=0.0).to(tl.float32).reshape(B // 16, 16)
+        blocks = (
+            tl.load(source + first + c, first + c < columns, other=0.0).to(tl.float32).reshape(B // 16, 16)
+        )
         amax = tl.max(tl.abs(blocks), 1)
         block = _nearest_e4m3(tl.minimum(tl.div_rn(amax, 6.0 * scale), 448.0))
         step = block * scale

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from moestro.errors import BackendError
+from moestro.formats import NVFP4
 from moestro.formats.base import CHECKPOINT, FormatTensor
 from moestro.kernels.activations import GeGLUTanh, ReLU2, SwiGLU
 from moestro.kernels.problem import Experts, MoeProblem, MoeRunner
@@ -63,7 +64,9 @@ class TritonRunner(MoeRunner):
         if problem.weight_format != "nvfp4":
             return experts.gate_up, experts.down
         gate_up, down = experts.gate_up, experts.down
-        return TritonNVFP4.pack(gate_up, problem.activation.gated), TritonNVFP4.pack(down, False)  # type: ignore[arg-type]
+        assert isinstance(gate_up, NVFP4)
+        assert isinstance(down, NVFP4)
+        return TritonNVFP4.pack(gate_up, problem.activation.gated), TritonNVFP4.pack(down, False)
 
     def __init__(self, problem: MoeProblem, experts: Experts) -> None:
         super().__init__(problem, experts)

@@ -1,4 +1,5 @@
-"""Sort pairs by expert and cut them into tiles of tokens, on the device: one launch for few pairs, two for many.
+"""Sort pairs by expert and cut them into tiles of tokens, on the device: one launch for few pairs, two for
+many.
 
 Pair p is (token p // K, slot p % K). `count` makes one histogram per chunk of pairs; `place` turns the
 histograms into places. Within an expert the order of pairs is whatever the atomic counter gives: no result
@@ -39,7 +40,8 @@ def count(ids, counts, P, OFFSET: tl.constexpr, L: tl.constexpr, LB: tl.constexp
 
 @triton.jit
 def _cut(table, stride, totals, starts, bins, L: tl.constexpr, BN: tl.constexpr):
-    """Write the tiles of BN pairs: rows [expert], [start], [end of the expert] of table, then their number."""
+    """Write the tiles of BN pairs: rows [expert], [start], [end of the expert] of table, then their
+    number."""
     tiles = tl.where(bins < L, (totals + BN - 1) // BN, 0)
     first = table + tl.cumsum(tiles, 0) - tiles
     tl.store(table + 3 * stride, tl.sum(tiles, 0))
@@ -57,8 +59,8 @@ def place(ids, counts, cursors, sorted_pairs, table1, stride1, table2, stride2, 
     """sorted_pairs [P] (pairs by expert; those of no local expert last), and two tables of tiles of them.
 
     A table is int32 [3 * stride + 1]; tile t is of expert table[t] and covers sorted_pairs from
-    table[stride + t] to BN further, or to table[2 * stride + t] if that is less; table[3 * stride] is how many
-    there are. counts is read if there is more than one chunk.
+    table[stride + t] to BN further, or to table[2 * stride + t] if that is less; table[3 * stride] is how
+    many there are. counts is read if there is more than one chunk.
     """
     wait_for_previous(PDL)
     launch_next(PDL)

@@ -1,7 +1,7 @@
 """The settings of the Triton kernels, which of them are valid, and in which order they are worth trying.
 
-`TABLE` is literal; `unfit` is the single statement of the constraints; `cost` is a roofline estimate used only to
-order candidates (the tuner measures them).
+`TABLE` is literal; `unfit` is the single statement of the constraints; `cost` is a roofline estimate used
+only to order candidates (the tuner measures them).
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def fused(tokens: int, first: Tile, second: Tile, route: str = "sorted", **rest:
 T, S, M, B = (32, 4, 2, 4), (64, 2, 4, 4), (128, 2, 4, 3), (128, 1, 8, 4)  # tiles that several tactics share
 WIDE = (256, 1, 8, 4)
 
-# What wins somewhere on an H100 (benchmarks/results/h100-kernels.json), or is close. UNROLL (the second number of
-# a tile) is halved until it divides a problem's blocks.
+# What wins somewhere on an H100 (benchmarks/results/h100-kernels.json), or is close. UNROLL (the second
+# number of a tile) is halved until it divides a problem's blocks.
 TABLE: tuple[Tactic, ...] = (
     fused(8, T, T, "direct"),
     fused(8, T, T, "direct", split=4),
@@ -86,7 +86,9 @@ def fitted(problem: MoeProblem, tactic: Tactic) -> Tactic:
     blocks = -(-problem.hidden_size // 64), -(-problem.intermediate_size // 64)
     split = tactic.split if blocks[1] % tactic.split == 0 else 1
     tiles = []
-    for count, (rows, unroll, warps, stages) in zip((blocks[0], blocks[1] // split), tactic.tiles, strict=True):
+    for count, (rows, unroll, warps, stages) in zip(
+        (blocks[0], blocks[1] // split), tactic.tiles, strict=True
+    ):
         while count % unroll:
             unroll //= 2
         tiles.append((rows, unroll, warps, stages))
@@ -170,7 +172,8 @@ DECODE = 28 / 8  # instructions per weight, counted in the SASS of the loop
 
 
 def cost(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> float:
-    """Estimated seconds, for the order in which candidates are tried: a roofline of bytes, products and decoding.
+    """Estimated seconds, for the order in which candidates are tried: a roofline of bytes, products and
+    decoding.
 
     Tokens are taken to spread evenly over the experts. Nothing is left out on its word.
     """
