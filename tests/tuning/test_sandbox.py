@@ -1,4 +1,4 @@
-"""Candidates that exit, crash, hang or raise do so in a child process, and the next one is tried as before."""
+"""Candidates that exit, crash, hang or raise do so in a child process; the next one is tried as before."""
 
 from __future__ import annotations
 

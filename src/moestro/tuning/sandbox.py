@@ -1,4 +1,4 @@
-"""Tries candidates in a child process, which may crash, hang or poison its CUDA context, and is then replaced.
+"""Tries candidates in a child process, which may crash, hang or poison its CUDA context; then it is replaced.
 
     with Sandbox(time_limit=30) as box:
         box.load(runner, inputs, kwargs)
