@@ -1,0 +1,1 @@
+"""The backends that run the operator, and the contract between both (problem.py)."""

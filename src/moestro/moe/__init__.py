@@ -1,0 +1,1 @@
+"""The operator: weights, one call, a layer, their checks, their tuning, and the reference."""
