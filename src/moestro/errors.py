@@ -86,6 +86,8 @@ def unknown_name(kind: str, got: object, known: Iterable[str]) -> str:
     names = sorted(known)
     near = difflib.get_close_matches(str(got), names, n=3, cutoff=0.4)
     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-    return f"unknown {kind} {got!r}{hint} Known: {', '.join(names)}" if hint else (
-        f"unknown {kind} {got!r}; known: {', '.join(names)}"
+    return (
+        f"unknown {kind} {got!r}{hint} Known: {', '.join(names)}"
+        if hint
+        else (f"unknown {kind} {got!r}; known: {', '.join(names)}")
     )
