@@ -7,9 +7,12 @@ TunableRunner per backend and problem, running any of its tactics in a workspace
 
 from __future__ import annotations
 
+import functools
+import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -95,6 +98,10 @@ class MoeRunner(TunableRunner):
     def why_not(cls, problem: MoeProblem) -> str | None:
         """Why this backend cannot run the problem on this machine; None if it can."""
 
+    def kernel_sources(self) -> Sequence[Path]:
+        """The files that this backend's speed depends on: changing one makes another environment."""
+        return _sources(type(self))
+
     @classmethod
     def prepare(
         cls, problem: MoeProblem, experts: Experts, *, donate: bool = False
@@ -155,3 +162,14 @@ class MoeRunner(TunableRunner):
         self, inputs: Sequence[Any], tactic: Any = -1, do_preparation: bool = False, **kwargs: Any
     ) -> torch.Tensor:
         """Run a tactic; see the class for the inputs."""
+
+
+@functools.cache
+def _sources(runner: type[MoeRunner]) -> tuple[Path, ...]:
+    """The sources beside a backend's class: its package, or for one that is in this package its own files."""
+    own = Path(inspect.getfile(runner))
+    if not runner.__module__.startswith("moestro.kernels."):
+        return (own,)
+    here = own.parent == Path(__file__).parent
+    found = own.parent.glob(f"{own.stem}*.py") if here else own.parent.rglob("*")
+    return tuple(sorted(path for path in found if path.suffix in {".py", ".cpp", ".h", ".cu"}))
