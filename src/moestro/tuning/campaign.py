@@ -100,10 +100,7 @@ class Campaign:
         """True if every boundary between neighbours is known well enough."""
         if not self.crossover or len(self.job.sizes) != 1:
             return True
-        for (low, _), (high, _) in itertools.pairwise(sorted(self.known().items())):
-            if not self._bisect(low[0], high[0]):
-                return False
-        return True
+        return all(self._bisect(low[0], high[0]) for low, high in itertools.pairwise(sorted(self.known())))
 
     def _bisect(self, low: int, high: int) -> bool:
         """Measure between two sizes until the boundary is known; False if the budget ended before."""
