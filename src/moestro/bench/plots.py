@@ -119,7 +119,7 @@ def _ratio_label(axes: Any, result: BenchResult, row: Row, value: float, color: 
     others = [r.ratio_to_best_peer or 0.0 for r in result.rows if r.ours and r.tokens == row.tokens]
     above = value >= max(others)
     axes.annotate(
-        f"{value:.2g}" if value < 10 else f"{value:.0f}",
+        f"{value:.1f}" if value < 10 else f"{value:.0f}",
         (row.tokens, value),
         xytext=(0, 7 if above else -14),
         textcoords="offset points",
