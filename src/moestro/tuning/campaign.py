@@ -63,8 +63,8 @@ class Campaign:
         """Every bucket that has no decision with a share of the budget; then what the shares cut short, in
         full.
 
-        A share is half of what is left, or more: cut any finer, a small budget would be spent on races that
-        end before they have decided anything.
+        The first may take all, the others half of what is left, or more: cut any finer, a small budget would
+        be spent on races that end before they have decided anything.
         """
         waiting = [bucket for bucket in _spread(grid, self.first) if not self._settled(bucket)]
         for final in (False, True):
@@ -74,7 +74,7 @@ class Campaign:
                 if self._settled(bucket) or (bucket in self.known() and not final):
                     continue  # also: another process has decided it meanwhile
                 self.job.progress(f"{self.job.key.op} {done + 1}/{len(waiting)}: bucket {_text(bucket)}")
-                share = 1.0 if final else max(0.5, 1 / (len(waiting) - done))
+                share = 1.0 if final or not done else max(0.5, 1 / (len(waiting) - done))
                 self._measure(bucket, share=share * self.job.budget.left)
 
     def _measure(

@@ -20,6 +20,8 @@ from moestro.tuning.trial import Trial
 
 __all__ = ["measure"]
 
+FOR_WARM_UP = 0.5  # of a bucket's time, checks included: the rest is for the race
+
 
 def measure(
     job: Job,
@@ -62,9 +64,10 @@ def _samplers(
     trial: Trial, sound: list[Candidate]
 ) -> tuple[list[Candidate], list[list[Callable[[], float]]]]:
     """(candidates that the timer could prepare, their samplers, one a probe)."""
-    fit, samplers = [], []
+    fit: list[Candidate] = []
+    samplers: list[list[Callable[[], float]]] = []
     for candidate in sound:
-        if trial.late:
+        if trial.late or (len(fit) > 1 and trial.past(FOR_WARM_UP)):
             trial.skip(candidate)
             continue
         try:

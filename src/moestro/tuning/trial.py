@@ -32,6 +32,10 @@ from moestro.tuning.verify import Reference
 
 __all__ = ["Trial"]
 
+FOR_CHECKS = (
+    0.25  # of a bucket's time: what is not checked by then does not take part, so that a race is left
+)
+
 
 class Trial:
     """Candidates at one bucket. `evidence` grows by those that are not fit; `inputs` has one list a probe.
@@ -42,6 +46,7 @@ class Trial:
     def __init__(self, job: Job, bucket: Sizes, deadline: float) -> None:
         self.job, self.bucket, self.deadline = job, bucket, deadline
         self.started = job.budget.spent
+        self._time = min(deadline - self.started, job.budget.left)
         self.evidence: list[CandidateEvidence] = []
         self.profile = job.config.profile(shapes_of(job.inputs), bucket)
         try:
@@ -58,6 +63,10 @@ class Trial:
     def late(self) -> bool:
         """Whether the time for this bucket is over."""
         return self.job.budget.spent >= self.deadline or self.job.budget.left <= 0
+
+    def past(self, share: float) -> bool:
+        """Whether more than this share of the time is over: what it was meant for must end."""
+        return self.job.budget.spent - self.started > share * self._time
 
     def candidates(self, only: Sequence[Record] | None) -> list[Candidate]:
         """The default first, then every runner's tactics, warm ones first; without those in quarantine."""
@@ -148,9 +157,9 @@ class Trial:
         if not self.job.policy.verify:
             return candidates
         references: list[Reference] | None = None
-        sound = []
+        sound: list[Candidate] = []
         for candidate in candidates:
-            if self.late:
+            if self.late or (len(sound) > 1 and self.past(FOR_CHECKS)):
                 self.skip(candidate)
                 continue
             try:
