@@ -37,6 +37,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         monkeypatch.setattr(f"{user}.default_timer", lambda *_, **__: SteadyClock())
 
     def invoke(*arguments: str) -> Result:
+        monkeypatch.setattr("sys.argv", ["moestro", *arguments])
         return CliRunner().invoke(app, list(arguments))
 
     return invoke

@@ -50,7 +50,7 @@ def test_json_says_under_which_conditions(run: Run) -> None:
     assert data["environment"]["torch"]
     assert data["environment"]["device_name"]
     assert data["date"].endswith("Z")
-    assert data["command"].startswith("moestro ")
+    assert data["command"].startswith("moestro bench --sizes 8,2,64,32 --device cpu")
     assert data["conditions"] | {"routing": "zipf(1.2)", "seed": 7, "layers": 1} == data["conditions"]
     assert data["ceilings"]["bytes_per_s"] > 0
     assert data["problem"]["num_experts"] == 8
