@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tuning_fakes import Fake, Kernel, config, inputs, quiet_clock, tuner
 
@@ -122,6 +122,7 @@ def test_after_tuning_at_a_size_every_size_up_to_it_hits(
 
 
 @settings(deadline=None, max_examples=60)
+@example([1, 127], 1, 2, "down")  # up below the map's first bucket, down above it
 @given(
     st.lists(st.integers(1, 600), min_size=1, max_size=8),
     st.integers(1, 700),

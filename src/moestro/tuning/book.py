@@ -108,6 +108,18 @@ class Rounding:
             return -1
         return 1 if size > 1 and self._mapped(size - 1) == size else 0
 
+    def turns(self, points: Sequence[int], last: int) -> list[int]:
+        """Sizes of 1..last, ascending, between which the answers only rise or only fall.
+
+        A map may round up below one of its buckets and down above it (a list's map does, below its first), so
+        the answers can fall as sizes rise: where the map meets its bucket, and at the points.
+        """
+        probes = {1, last, *points, *(1 << k for k in range(last.bit_length()))}
+        if not self.direction:
+            probes |= {self._mapped(size) for size in probes}
+        around = {size + step for size in probes for step in (-1, 0, 1)}
+        return sorted(size for size in around if 1 <= size <= last)
+
     def check_monotone(self, points: Sequence[int]) -> None:
         """Raise TuningError if the map goes down somewhere around these points."""
         if self.direction:
@@ -199,12 +211,13 @@ def make_table(records: Mapping[Sizes, Record], rounds: tuple[Rounding, ...]) ->
     if len(rounds) != 1:
         return PointTable(records, rounds, covered)
     points = sorted(bucket[0] for bucket in records)
-    bounds, answers = _intervals(lambda size: rounds[0].resolve(size, points), covered[0])
+    turns = rounds[0].turns(points, covered[0])
+    bounds, answers = _intervals(lambda size: rounds[0].resolve(size, points), turns)
     return IntervalTable(bounds, [records[(point,)] for point in answers], covered)
 
 
-def _intervals(answer: Callable[[int], int], last: int) -> tuple[list[int], list[int]]:
-    """(upper ends, answers) of the intervals of 1..last on which a monotone function is constant."""
+def _intervals(answer: Callable[[int], int], turns: Sequence[int]) -> tuple[list[int], list[int]]:
+    """(upper ends, answers) of the intervals on which a function is constant, monotone between two turns."""
     bounds: list[int] = []
     answers: list[int] = []
 
@@ -221,6 +234,8 @@ def _intervals(answer: Callable[[int], int], last: int) -> tuple[list[int], list
         split(low, low_answer, middle, middle_answer)
         split(middle, middle_answer, high, high_answer)
 
-    final = answer(last)
-    split(1, answer(1), last, final)
+    known = [(size, answer(size)) for size in turns]
+    for (low, low_answer), (high, high_answer) in itertools.pairwise(known):
+        split(low, low_answer, high, high_answer)
+    last, final = known[-1]
     return [*bounds, last], [*answers, final]
