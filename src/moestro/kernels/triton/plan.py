@@ -156,8 +156,9 @@ class Planner:
         pairs_of = self.s["sorted_pairs"] if by_place else self.ids
         self._add(
             quantize.quantize_rows, (values.shape[0],), rows, pairs_of, self.ids,
-            values if given is None else given, values, scale, values.shape[0], values.shape[1],
-            K=self.p.top_k, SCALE=kind.value, BY_PAIR=by_pair, SORTED=by_place, B=1024, **self._locality,
+            values if given is None else given, values, values, scale, values.shape[0], values.shape[1],
+            K=self.p.top_k, SCALE=kind.value, BY_PAIR=by_pair, SORTED=by_place, PACKED=False, B=1024,
+            **self._locality,
         )  # fmt: skip
         return values, scale
 

@@ -1,5 +1,5 @@
-"""Activations through NVFP4, for W4A4 numerics: rows become bfloat16 e2m1 · scale (exact) and a float32 per
-row.
+"""Activations through NVFP4, for W4A4: rows become bfloat16 e2m1 · scale (exact), or packed codes and e4m3
+scales for FP4 tensor cores, and a float32 per row.
 
 The products of e2m1 · e4m3 values are exact in float32, so a bf16 tensor core computes what an FP4 one would.
 The recipe is that of formats.NVFP4.quantize_rows, division for division.
@@ -31,12 +31,55 @@ def _nearest_e4m3(v):
     return ((v / step + MAGIC) - MAGIC) * step
 
 
-@triton.jit(do_not_specialize=["num_rows"])
-def quantize_rows(x, pairs_of, ids, given, values, row_scale, num_rows, columns, K: tl.constexpr,
-                  OFFSET: tl.constexpr, L: tl.constexpr, SCALE: tl.constexpr, BY_PAIR: tl.constexpr,
-                  SORTED: tl.constexpr, B: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """values[r] · row_scale[r] = x row through NVFP4. One program per row r of `values` [num_rows, columns].
+@triton.jit
+def _global_scale(source, columns, given, e, SCALE: tl.constexpr, L: tl.constexpr, B: tl.constexpr):
+    """The float32 that a row's block scales are relative to: amax / (6 · 448), or what the checkpoint gives."""
+    if SCALE == DYNAMIC:
+        c = tl.arange(0, B)
+        most = tl.zeros((B,), tl.float32)
+        for first in range(0, columns, B):
+            v = tl.load(source + first + c, first + c < columns, other=0.0).to(tl.float32)
+            most = tl.maximum(most, tl.abs(v))
+        largest = tl.max(most, 0)
+        scale = tl.maximum(tl.div_rn(largest, 2688.0), 1.1754943508222875e-38)
+        return tl.where(largest == 0.0, 1.0, scale)
+    elif SCALE == ONE:
+        return tl.load(given)
+    else:
+        return tl.load(given + e, (e >= 0) & (e < L), other=1.0)
 
+
+@triton.jit
+def _through_e2m1(blocks, scale):
+    """float32 [G, 16] -> (|e2m1| of each, e4m3 scale of each block [G]), both as float32."""
+    amax = tl.max(tl.abs(blocks), 1)
+    block = _nearest_e4m3(tl.minimum(tl.div_rn(amax, 6.0 * scale), 448.0))
+    step = block * scale
+    # a block whose scale rounded to zero has zero codes
+    safe = tl.where(step == 0.0, 1.0, step)[:, None] + tl.zeros_like(blocks)
+    ratio = tl.where(step[:, None] == 0.0, 0.0, tl.div_rn(tl.abs(blocks), safe))
+    return _nearest_e2m1(ratio), block
+
+
+@triton.jit
+def _store_codes(q, negative, packed, first, columns, B: tl.constexpr):
+    """|e2m1| [G, 16] and signs as 4-bit codes, two a byte, the even column low."""
+    code = tl.where(q < 2.0, q * 2, tl.where(q < 4.0, q + 2, q * 0.5 + 4)).to(tl.int32)
+    code = code | tl.where(negative, 8, 0)
+    low, high = code.reshape(B // 2, 2).split()
+    byte = first // 2 + tl.arange(0, B // 2)
+    tl.store(packed + byte, (low | (high << 4)).to(tl.uint8), byte < columns // 2)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def quantize_rows(x, pairs_of, ids, given, values, block_scale, row_scale, num_rows, columns,
+                  K: tl.constexpr, OFFSET: tl.constexpr, L: tl.constexpr, SCALE: tl.constexpr,
+                  BY_PAIR: tl.constexpr, SORTED: tl.constexpr, PACKED: tl.constexpr, B: tl.constexpr,
+                  PDL: tl.constexpr):  # fmt: skip
+    """x rows through NVFP4, one program per row r of `values`; row_scale[r] is the row's global scale.
+
+    values [num_rows, columns] bfloat16 = e2m1 · block scale; or (PACKED) [num_rows, columns / 2] uint8 codes
+    and block_scale [num_rows, columns / 16] e4m3.
     BY_PAIR: row r is of pair r and reads x[r // K]; otherwise it reads x[r]. Under a PER_EXPERT global scale
     the expert is that of pair r, or of pairs_of[r] if SORTED.
     """
@@ -44,34 +87,25 @@ def quantize_rows(x, pairs_of, ids, given, values, row_scale, num_rows, columns,
     launch_next(PDL)
     r = tl.program_id(0)
     source = x + (r // K if BY_PAIR else r).to(tl.int64) * columns
-    c = tl.arange(0, B)
-    if SCALE == DYNAMIC:
-        most = tl.zeros((B,), tl.float32)
-        for first in range(0, columns, B):
-            v = tl.load(source + first + c, first + c < columns, other=0.0).to(tl.float32)
-            most = tl.maximum(most, tl.abs(v))
-        largest = tl.max(most, 0)
-        scale = tl.maximum(tl.div_rn(largest, 2688.0), 1.1754943508222875e-38)
-        scale = tl.where(largest == 0.0, 1.0, scale)
-    elif SCALE == ONE:
-        scale = tl.load(given)
-    else:
-        e = tl.load(ids + (tl.load(pairs_of + r) if SORTED else r)) - OFFSET
-        scale = tl.load(given + e, (e >= 0) & (e < L), other=1.0)
+    e = tl.load(ids + (tl.load(pairs_of + r) if SORTED else r)) - OFFSET if SCALE == PER_EXPERT else 0
+    scale = _global_scale(source, columns, given, e, SCALE, L, B)
     tl.store(row_scale + r, scale)
+    row = r.to(tl.int64)
+    c = tl.arange(0, B)
     for first in range(0, columns, B):
         blocks = (
             tl.load(source + first + c, first + c < columns, other=0.0).to(tl.float32).reshape(B // 16, 16)
         )
-        amax = tl.max(tl.abs(blocks), 1)
-        block = _nearest_e4m3(tl.minimum(tl.div_rn(amax, 6.0 * scale), 448.0))
-        step = block * scale
-        # a block whose scale rounded to zero has zero codes
-        safe = tl.where(step == 0.0, 1.0, step)[:, None] + tl.zeros_like(blocks)
-        ratio = tl.where(step[:, None] == 0.0, 0.0, tl.div_rn(tl.abs(blocks), safe))
-        q = _nearest_e2m1(ratio) * block[:, None]
-        q = tl.where(blocks < 0, -q, q).reshape(B)
-        tl.store(values + r.to(tl.int64) * columns + first + c, q.to(tl.bfloat16), first + c < columns)
+        q, block = _through_e2m1(blocks, scale)
+        if PACKED:
+            _store_codes(q, blocks < 0, values + row * (columns // 2), first, columns, B)
+            g = first // 16 + tl.arange(0, B // 16)
+            at = block_scale + row * (columns // 16) + g
+            tl.store(at, block.to(block_scale.dtype.element_ty), g < columns // 16)
+        else:
+            v = q * block[:, None]
+            v = tl.where(blocks < 0, -v, v).reshape(B)
+            tl.store(values + row * columns + first + c, v.to(tl.bfloat16), first + c < columns)
 
 
 @triton.jit
