@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import re
 import sys
+from unittest.mock import patch
 
-import torch
 from offline import compile_launch, inputs_of, runner_of
 
+import moestro.kernels.triton.runner
 from moestro.kernels.activations import ReLU2
-from moestro.kernels.triton import tactics
+from moestro.kernels.triton import blackwell, native, tactics
 from moestro.kernels.triton.plan import Launch
 
+TENSOR_COLUMNS = 512  # of a processor's tensor memory on sm_100
 WGMMA, MMA = "wgmma.mma_async", "mma.sync"
 
 
@@ -65,18 +67,44 @@ def complaints(launch: Launch) -> list[str]:
 
 
 def sm_100() -> list[str]:
-    """FP4 tensor cores with e4m3 scales per 16, from tl.dot_scaled."""
-    from moestro.kernels.triton.blackwell import scaled_gemm
+    """The families of sm_90 on the tensor cores of sm_100, and W4A4 on its FP4 ones, scales included."""
+    nvfp4, bf16 = runner_of(8, 2, 512, 256, "nvfp4"), runner_of(8, 2, 512, 256, "bf16")
+    large, dense = tactics.NVFP4_DEFAULTS[-2][1], tactics.NVFP4_DEFAULTS[-1][1]
+    launches = [
+        launch
+        for runner, n, tactic in ((nvfp4, 1, -1), (nvfp4, 700, large), (nvfp4, 700, dense), (bf16, 12, -1))
+        for launch in runner.plan(inputs_of(runner, n), tactic)
+        if "gemm" in launch.kernel.__name__
+    ]
+    bad = [problem for launch in launches if (problem := _without(launch, r"tcgen05\.mma|mma\.sync"))]
+    with patch.object(moestro.kernels.triton.runner, "_capability", return_value=(10, 0)):
+        odd = runner_of(4, 2, 144, 80, "nvfp4", ReLU2(), biases=True, input_format="nvfp4")
+        even = runner_of(8, 2, 512, 256, "nvfp4", input_format="nvfp4")
+        native_launches = [
+            launch
+            for runner, found in ((even, native.TABLE), (odd, native.TABLE[1:2]))
+            for tactic in found
+            for launch in runner.plan(inputs_of(runner, 700), tactic)[1:]  # without the sort
+        ]
+    fp4 = r"tcgen05\.mma\S*mxf4nvf4\S*(block16|4X)"
+    for launch in native_launches:
+        problem = _without(launch, fp4 if launch.kernel is blackwell.scaled_gemm else "")
+        bad += [problem] if problem else []
+    print(len(launches) + len(native_launches), "kernels")
+    return bad
 
-    u8, fp8, f32 = torch.uint8, torch.float8_e4m3fn, torch.float32
-    tensors = [torch.empty(16, dtype=t) for t in (u8, fp8, u8, fp8, f32, f32, torch.int32, torch.bfloat16)]
-    meta = {"BT": 128, "BR": 128, "BK": 256, "STAGES": 3, "num_warps": 4}
-    launch = Launch(scaled_gemm, (1,), (*tensors, 4096, 7168, 32), meta)
-    ptx = compile_launch(launch, 100).asm["ptx"]
-    kinds = set(re.findall(r"tcgen05\.mma\S*", ptx))
-    print(kinds)
-    ok = any("mxf4nvf4" in kind and ("block16" in kind or "4X" in kind) for kind in kinds)
-    return [] if ok else [f"no tcgen05.mma of kind mxf4nvf4 in {kinds}"]
+
+def _without(launch: Launch, instruction: str) -> str | None:
+    """What is wrong if the kernel compiles without the instruction, or to more memory than the chip has."""
+    compiled = compile_launch(launch, 100)
+    shared, tensor = compiled.metadata.shared, compiled.metadata.tmem_size
+    if shared > tactics.SHARED_BYTES or tensor > TENSOR_COLUMNS:
+        return f"{launch.kernel.__name__} {launch.meta}: {shared=} bytes, {tensor=} columns"
+    ptx = compiled.asm["ptx"]
+    if re.search(instruction, ptx):
+        return None
+    kinds = set(re.findall(r"tcgen05\.mma\S*|mma\.sync\S*", ptx))
+    return f"{launch.kernel.__name__} {launch.meta}: {instruction} is not in {kinds}"
 
 
 if __name__ == "__main__":

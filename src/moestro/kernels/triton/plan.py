@@ -103,15 +103,18 @@ class Planner:
         if self.tactic.route == "sorted":
             self._sort()
         x, x_scale = self._inputs()
-        product = self._fused if self.tactic.path == "fused" else self._dense
         act = self.s["act"]
-        product(1, x, x_scale, act)
+        self._product(1, x, x_scale, act)
         act_scale = None
         if self.p.input_format is not None:
             act, act_scale = self._quantize(act, "act", self.experts.down_input_scale, by_pair=False)
-        product(2, act, act_scale, self.s["sums" if self.tactic.combine == "atomic" else "partial"])
+        self._product(2, act, act_scale, self.s["sums" if self.tactic.combine == "atomic" else "partial"])
         self._combine()
         return self.launches
+
+    def _product(self, stage: int, x: torch.Tensor, x_scale: torch.Tensor | None, out: torch.Tensor) -> None:
+        product = self._fused if self.tactic.path == "fused" else self._dense
+        product(stage, x, x_scale, out)
 
     def _add(self, kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         if self.pdl:
@@ -143,22 +146,33 @@ class Planner:
         scale, global_scale = self.x_quantized
         values = self.s["x_values"]
         self._add(quantize.unpack_rows, (self.num_tokens,), self.x, scale, values, self.p.hidden_size, B=1024)
-        per_row = global_scale.reshape(-1)
-        if per_row.numel() != self.num_tokens:  # one for several rows: [] or [G]
-            per_row = per_row.repeat_interleave(self.num_tokens // per_row.numel())
-        return values, per_row
+        return values, self._per_token(global_scale)
+
+    def _per_token(self, global_scale: torch.Tensor) -> torch.Tensor:
+        """float32 [N] of a global scale [], [G] or [N]."""
+        flat = global_scale.reshape(-1)
+        return (
+            flat
+            if flat.numel() == self.num_tokens
+            else flat.repeat_interleave(self.num_tokens // flat.numel())
+        )
 
     def _quantize(self, rows: torch.Tensor, name: str, given: torch.Tensor | None,
                   by_pair: bool) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        values, scale = self.s[f"{name}_values"], self.s[f"{name}_scale"]
+        """(values, float32 [rows]) of rows through NVFP4; packed where the workspace has `name`_blocks."""
+        values, scale, blocks = (
+            self.s[f"{name}_values"],
+            self.s[f"{name}_scale"],
+            self.s.get(f"{name}_blocks"),
+        )
         kind = quantize.DYNAMIC if given is None else quantize.PER_EXPERT if given.ndim else quantize.ONE
         by_place = name == "act" and self.tactic.route == "sorted"
         pairs_of = self.s["sorted_pairs"] if by_place else self.ids
         self._add(
             quantize.quantize_rows, (values.shape[0],), rows, pairs_of, self.ids,
-            values if given is None else given, values, values, scale, values.shape[0], values.shape[1],
-            K=self.p.top_k, SCALE=kind.value, BY_PAIR=by_pair, SORTED=by_place, PACKED=False, B=1024,
-            **self._locality,
+            scale if given is None else given, values, scale if blocks is None else blocks, scale,
+            values.shape[0], rows.shape[1], K=self.p.top_k, SCALE=kind.value, BY_PAIR=by_pair, SORTED=by_place,
+            PACKED=blocks is not None, B=1024, **self._locality,
         )  # fmt: skip
         return values, scale
 

@@ -1,7 +1,8 @@
 """TritonRunner: the MoE operator in Triton kernels, for NVFP4 and bf16 weights.
 
 A tactic is a tactics.Tactic; plan.Planner turns it into launches. NVFP4 weights are run in the layout of
-layout.TritonNVFP4, dense bf16 weights as they are.
+layout.TritonNVFP4, dense bf16 weights as they are; W4A4 on a chip with FP4 tensor cores (native.py) takes the
+checkpoint's layout.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from moestro.formats.base import CHECKPOINT, FormatTensor
 from moestro.kernels.activations import GeGLUTanh, ReLU2, SwiGLU
 from moestro.kernels.problem import Experts, MoeProblem, MoeRunner
 from moestro.kernels.scratch import carve, plan_bytes
-from moestro.kernels.triton import device, tactics
+from moestro.kernels.triton import device, native, tactics
 from moestro.kernels.triton.layout import LAYOUT, TritonNVFP4
 from moestro.kernels.triton.plan import Launch, Planner, scratch_plan
 from moestro.kernels.triton.tactics import Tactic
@@ -56,13 +57,14 @@ class TritonRunner(MoeRunner):
 
     @classmethod
     def needs_prepare(cls, problem: MoeProblem) -> bool:
-        return problem.weight_format == "nvfp4" and problem.weight_layout == CHECKPOINT
+        packs = problem.weight_format == "nvfp4" and not native.runs_on(problem, _capability())
+        return packs and problem.weight_layout == CHECKPOINT
 
     @classmethod
     def prepare(
         cls, problem: MoeProblem, experts: Experts, *, donate: bool = False
     ) -> tuple[FormatTensor, FormatTensor]:
-        if problem.weight_format != "nvfp4":
+        if not cls.needs_prepare(problem):
             return experts.gate_up, experts.down
         gate_up, down = experts.gate_up, experts.down
         assert isinstance(gate_up, NVFP4)
@@ -71,8 +73,9 @@ class TritonRunner(MoeRunner):
 
     def __init__(self, problem: MoeProblem, experts: Experts) -> None:
         super().__init__(problem, experts)
+        self._native = isinstance(experts.gate_up, NVFP4) and native.runs_on(problem, _capability())
         packed = isinstance(experts.gate_up, TritonNVFP4)
-        if problem.weight_format == "nvfp4" and not packed:
+        if problem.weight_format == "nvfp4" and not (packed or self._native):
             raise BackendError("backend 'triton' runs NVFP4 weights that TritonRunner.prepare() has repacked")
 
     def workspace_bytes(self, num_tokens: int, tactic: Any) -> int:
@@ -83,23 +86,30 @@ class TritonRunner(MoeRunner):
     def _scratch(self, num_tokens: int, tactic: Tactic) -> Any:
         given = self._experts.gate_up_input_scale
         by_pair = given is not None and given.ndim > 0
-        return scratch_plan(
-            self.problem, num_tokens, tactic, num_tokens * (self.problem.top_k if by_pair else 1)
-        )
+        x_rows = num_tokens * (self.problem.top_k if by_pair else 1)
+        plan = native.scratch if self._native else scratch_plan
+        return plan(self.problem, num_tokens, tactic, x_rows)
+
+    @property
+    def _rules(self) -> Any:
+        """The module that says which tactics there are, and which are valid."""
+        return native if self._native else tactics
 
     def _resolve(self, tactic: Any, num_tokens: int) -> Tactic:
         if isinstance(tactic, Tactic):
-            reason = tactics.unfit(self.problem, tactic, num_tokens)
+            reason: str | None = self._rules.unfit(self.problem, tactic, num_tokens)
             if reason is not None:
                 raise BackendError(f"tactic {tactic} cannot run {num_tokens} tokens: {reason}")
             return tactic
         if tactic == -1:
-            return tactics.default(self.problem, num_tokens)
+            chosen: Tactic = self._rules.default(self.problem, num_tokens)
+            return chosen
         raise BackendError(f"tactic must be -1 or a moestro.kernels.triton.Tactic, got {tactic!r}")
 
     def get_valid_tactics(self, inputs: Sequence[Any], profile: Any) -> list[Tactic]:
         num_tokens = inputs[1].shape[0]
-        return tactics.candidates(self.problem, num_tokens)
+        found: list[Tactic] = self._rules.candidates(self.problem, num_tokens)
+        return found
 
     def check_tactic(self, inputs: Sequence[Any], tactic: Any) -> None:
         self._resolve(tactic, inputs[1].shape[0])
@@ -112,7 +122,8 @@ class TritonRunner(MoeRunner):
         resolved = self._resolve(tactic, num_tokens)
         scratch = carve(self._scratch(num_tokens, resolved), self._workspace, inputs[0].device)
         pdl = not device.INTERPRETED
-        return Planner(
+        planner = native.NativePlanner if self._native else Planner
+        return planner(
             self.problem, self._experts, inputs, resolved, scratch, pdl, _processors(inputs[0].device)
         ).build()
 
@@ -138,6 +149,12 @@ class TritonRunner(MoeRunner):
             for launch in self.plan(inputs, tactic):
                 launch.run()
         return out
+
+
+@lru_cache
+def _capability() -> tuple[int, int]:
+    """The compute capability of the chip; that of Hopper where there is none, for interpreting and compiling."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
 
 
 @lru_cache

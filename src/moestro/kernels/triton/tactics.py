@@ -22,7 +22,7 @@ class Tactic:
     """One setting. A tile is (rows of weights, blocks of 64 columns per step, warps, pipeline stages).
 
     path "fused": weights decoded in the registers that feed the tensor core; "dense": dequantised once to
-    memory, then a bf16 product. tokens: pairs of one expert in a tile.
+    memory, then a bf16 product; "native": FP4 tensor cores (native.py). tokens: pairs of one expert in a tile.
     """
 
     path: str  # "fused" | "dense"
@@ -116,6 +116,8 @@ def shared_bytes(problem: MoeProblem, tactic: Tactic, stage: int) -> int:
 def unfit(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> str | None:
     """Why a tactic cannot run this many tokens of a problem; None if it can."""
     pairs = num_tokens * problem.top_k
+    if tactic.path == "native":
+        return "path 'native' needs FP4 tensor cores, and activations in NVFP4"
     if tactic.route == "direct" and pairs > DIRECT_PAIRS:
         return f"direct routing takes at most {DIRECT_PAIRS} pairs"
     if tactic.ladder and (tactic.route != "sorted" or min(tactic.widths) < 64):
