@@ -234,15 +234,7 @@ def _fused_moe_op(
 
 
 @_fused_moe_op.register_fake
-def _fused_moe_fake(
-    x: torch.Tensor,
-    scales: list[torch.Tensor],
-    ids: torch.Tensor,
-    weights: torch.Tensor,
-    tensors: list[torch.Tensor],
-    spec: str,
-    options: str,
-) -> torch.Tensor:
+def _fused_moe_fake(x: torch.Tensor, scales: list[torch.Tensor], *_: Any) -> torch.Tensor:
     return result_like(x, scales)
 
 
@@ -261,14 +253,5 @@ def _fused_moe_out_op(
 
 
 @_fused_moe_out_op.register_fake
-def _fused_moe_out_fake(
-    x: torch.Tensor,
-    scales: list[torch.Tensor],
-    ids: torch.Tensor,
-    weights: torch.Tensor,
-    tensors: list[torch.Tensor],
-    spec: str,
-    options: str,
-    out: torch.Tensor,
-) -> None:
+def _fused_moe_out_fake(*_: Any) -> None:
     return None
