@@ -9,16 +9,27 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from moestro.bench.layers import Case, LayerSource, activation_of
 from moestro.errors import BackendError
 from moestro.moe.layer import FusedMoE
+from moestro.moe.operation import as_inputs
+from moestro.moe.tuning_config import OP
 from moestro.tuning import AutoTuner
+from moestro.tuning.precompile import precompile
 
-__all__ = ["Call", "Contender", "MoestroLayers", "make_layer", "moestro_contenders", "tactic_words"]
+__all__ = [
+    "Call",
+    "Compiles",
+    "Contender",
+    "MoestroLayers",
+    "make_layer",
+    "moestro_contenders",
+    "tactic_words",
+]
 
 Call = Callable[[], torch.Tensor]
 
@@ -50,6 +61,14 @@ class Contender(Protocol):
 
     def facts(self, case: Case) -> dict[str, Any]:
         """What the results should say about this case, e.g. the tactic that was chosen."""
+
+
+@runtime_checkable
+class Compiles(Protocol):
+    """A contender whose kernels are compiled at first use."""
+
+    def compile(self, cases: Sequence[Case]) -> None:
+        """Compile what the cases need, in parallel; nothing is run."""
 
 
 def make_layer(
@@ -98,6 +117,17 @@ class MoestroLayers:
 
     def calls(self, case: Case) -> Sequence[Call]:
         return [functools.partial(layer, case.x, case.ids, case.weights) for layer in self._layers]
+
+    def compile(self, cases: Sequence[Case]) -> None:
+        """What fails here fails again, and is reported, when the case is run."""
+        layer = self._layers[0]
+        jobs = {}
+        for case in cases:
+            inputs = as_inputs(case.x, case.ids, case.weights, case.x)
+            runner, tactic = layer.tuner.choose_one(OP, layer.runners, layer.tuning_config, inputs)
+            if callable(hook := getattr(runner, "compile", None)):
+                jobs[case.num_tokens] = functools.partial(hook, inputs, tactic)
+        precompile(jobs)
 
     def facts(self, case: Case) -> dict[str, Any]:
         layer = self._layers[0]

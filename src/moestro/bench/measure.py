@@ -3,7 +3,8 @@
 For each case all contenders run in one process, in rounds: one sample of each per round, the order rotated,
 so that whatever drifts (clock, neighbours, temperature) drifts for all. A sample is one call from cold
 weights, through a timer of moestro.tuning. Several layers are taken in turn. Before any timing each
-contender runs once, and its output is compared with the first bf16 contender's.
+contender runs once, and its output is compared with the first bf16 contender's; and, where there is a
+`truth`, with the float32 reference on the weights of its own format. Who is wrong is not timed.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from moestro.errors import MoestroError
 __all__ = ["Measured", "Outcome", "Plan", "Timer", "measure_case", "quartiles"]
 
 WRONG = 0.02  # relative error norm of two bf16 implementations of the same layer; they differ by 0.4 % or so
+ERROR = 0.01  # relative error norm against the reference, on the same weights
+
+Truth = Callable[[Contender, Case], torch.Tensor]
 
 
 class Timer(Protocol):
@@ -55,6 +59,7 @@ class Measured:
     seconds: tuple[float, ...]
     clock: str
     difference: float | None = None  # relative error norm against the first bf16 contender's output
+    error: float | None = None  # relative error norm against the reference on the same weights
 
     @property
     def median(self) -> float:
@@ -85,18 +90,19 @@ def measure_case(
     timer_of: Callable[[Contender], Timer],
     plan: Plan = Plan(),
     on_step: Callable[[str], None] = lambda _: None,
+    truth: Truth | None = None,
 ) -> Outcome:
     """Measure every contender that can run the case.
 
-    `on_step` hears what happens ("checking …", "round 3"). KeyboardInterrupt ends the case; whole rounds
-    that were measured stay in the outcome.
+    `on_step` hears what happens ("checking …", "round 3"). `truth` gives the float32 reference [N, H] for a
+    contender's weights. KeyboardInterrupt ends the case; whole rounds that were measured stay in the outcome.
     """
     outcome = Outcome()
     samples: dict[str, list[float]] = {}
     lanes: dict[str, _Lane] = {}
     try:
         with torch.inference_mode():
-            lanes = _prepare(contenders, case, timer_of, outcome, on_step)
+            lanes = _prepare(contenders, case, timer_of, outcome, on_step, truth)
             samples = {name: [] for name in lanes}
             _run_rounds(lanes, samples, plan, on_step)
     except KeyboardInterrupt:
@@ -104,7 +110,9 @@ def measure_case(
     for name, lane in lanes.items():
         if samples.get(name):
             taken = tuple(samples[name])
-            outcome.measured.append(Measured(name, case.num_tokens, taken, lane.clock, lane.difference))
+            outcome.measured.append(
+                Measured(name, case.num_tokens, taken, lane.clock, lane.difference, lane.error)
+            )
     return outcome
 
 
@@ -113,6 +121,7 @@ class _Lane:
     samplers: tuple[Callable[[], float], ...]  # one per layer
     clock: str
     difference: float | None
+    error: float | None
 
 
 def _prepare(
@@ -121,9 +130,10 @@ def _prepare(
     timer_of: Callable[[Contender], Timer],
     outcome: Outcome,
     on_step: Callable[[str], None],
+    truth: Truth | None,
 ) -> dict[str, _Lane]:
     lanes: dict[str, _Lane] = {}
-    truth: torch.Tensor | None = None
+    first: torch.Tensor | None = None  # the first bf16 contender's output
     for contender in contenders:
         reason = contender.why_not(case)
         if reason is not None:
@@ -133,16 +143,21 @@ def _prepare(
         try:
             calls = contender.calls(case)
             output = calls[0]().float()
-            difference = None if truth is None else _difference(output, truth)
+            difference = None if first is None else _difference(output, first)
             if contender.format == "bf16" and difference is not None and not difference < WRONG:
                 raise MoestroError(f"its output differs from the first bf16 contender's by {difference:.2g}")
+            error = None if truth is None else _difference(output, truth(contender, case))
+            if error is not None and not error < ERROR:
+                raise MoestroError(f"its output differs from the float32 reference by {error:.2g}")
             timer = timer_of(contender)
-            lanes[contender.name] = _Lane(tuple(map(timer.prepare, calls)), timer.name, difference)
-        except (MoestroError, RuntimeError, NotImplementedError) as error:
-            outcome.failed[contender.name] = _first_line(error)
+            lanes[contender.name] = _Lane(tuple(map(timer.prepare, calls)), timer.name, difference, error)
+        except Exception as raised:
+            if contender.ours and not isinstance(raised, (MoestroError, RuntimeError, NotImplementedError)):
+                raise  # a defect of ours; other people's code may raise anything
+            outcome.failed[contender.name] = _first_line(raised)
             continue
-        if truth is None and contender.format == "bf16":
-            truth = output.clone()
+        if first is None and contender.format == "bf16":
+            first = output.clone()
     return lanes
 
 

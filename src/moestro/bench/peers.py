@@ -1,4 +1,5 @@
-"""Transformers' experts as contenders: eager, batched_mm, grouped_mm, on the tensors of Moestro's bf16.
+"""Transformers' experts as contenders: eager, batched_mm, grouped_mm, on the tensors of Moestro's bf16. Peers
+that only run on GPUs are in adapters/.
 
 The modules are Transformers' own classes, built on the meta device and given our weights as their
 parameters, so no copy is made where the layouts agree (gpt-oss stores transposed and interleaved matrices:
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 
+from moestro.bench.adapters import ADAPTERS
 from moestro.bench.contenders import Call, Contender
 from moestro.bench.layers import GPT_OSS_SWIGLU, Case, LayerSource
 from moestro.bench.models import MoeShape
@@ -177,5 +179,5 @@ def transformers_peers(
 
 
 def peer_names(device: str) -> tuple[str, ...]:
-    """Every peer that can be asked for on a device."""
-    return IMPLEMENTATIONS
+    """Every peer that can be asked for on a device, installed or not."""
+    return (*IMPLEMENTATIONS, *(ADAPTERS if device.startswith("cuda") else ()))

@@ -56,6 +56,7 @@ class Row:
     roofline: float  # fraction of the roofline, 1 = as fast as the ceilings allow
     ratio_to_best_peer: float | None  # best peer's median / this median
     difference: float | None = None  # relative error norm against the first bf16 contender
+    error: float | None = None  # relative error norm against the float32 reference on its own weights
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -1,12 +1,14 @@
 """One run of the bench: build the contenders, measure every case, gather the rows.
 
 The order bounds the memory: quantised formats first, expert by expert, with nothing dense about; then the
-dense weights, which the peers and Moestro's bf16 are made of. Without these two no dense layer is ever
-made.
+dense weights, which the bf16 peers and Moestro's bf16 are made of. Without these two no dense layer is ever
+made. On a GPU every contender is checked against the float32 reference on the weights of its own format
+before it is timed (there the reference costs less than the timing).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -15,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from moestro.bench import results, roofline
-from moestro.bench.contenders import Contender, moestro_contenders
+from moestro.bench.adapters import ADAPTERS, AdapterContender
+from moestro.bench.contenders import Compiles, Contender, moestro_contenders
 from moestro.bench.layers import Case, LayerSource, make_case
-from moestro.bench.measure import Measured, Outcome, Plan, Timer, measure_case, quartiles
+from moestro.bench.measure import Measured, Outcome, Plan, Timer, Truth, measure_case, quartiles
 from moestro.bench.models import MoeShape
 from moestro.bench.peers import IMPLEMENTATIONS, transformers_missing, transformers_peers
 from moestro.bench.progress import Listener
 from moestro.bench.results import BenchResult, Row
+from moestro.bench.truth import References
 from moestro.errors import MoestroError
 from moestro.routing import Distribution
 from moestro.tuning import AutoTuner
@@ -48,15 +52,13 @@ class BenchSpec:
     plan: Plan = field(default_factory=Plan)
 
 
-def build(spec: BenchSpec, listener: Listener) -> tuple[list[Contender], list[dict[str, Any]]]:
+def build(
+    spec: BenchSpec, sources: Sequence[LayerSource], listener: Listener
+) -> tuple[list[Contender], list[dict[str, Any]]]:
     """The contenders, peers first, and those that cannot take part: {contender, reason}."""
-    sources = [
-        LayerSource(spec.shape, layer=index, seed=spec.seed, device=spec.device)
-        for index in range(spec.layers)
-    ]
     tuner = AutoTuner(store=spec.store or default_root())
     missing: list[dict[str, Any]] = []
-    listener.stage("making weights", len(spec.formats) + bool(spec.peers))
+    listener.stage("making weights", len(spec.formats) + len(spec.peers))
 
     def ours(format: str) -> list[Contender]:
         listener.step(format)
@@ -67,17 +69,37 @@ def build(spec: BenchSpec, listener: Listener) -> tuple[list[Contender], list[di
 
     by_format = {format: ours(format) for format in spec.formats if format != "bf16"}
     peers: list[Contender] = []
-    if spec.peers:
+    for name in sorted(spec.peers, key=lambda name: name in ADAPTERS and ADAPTERS[name].format == "bf16"):
+        if name in ADAPTERS:
+            listener.step(name)
+            peers += _adapted(name, sources, missing)
+            listener.done()
+    if named := [name for name in spec.peers if name not in ADAPTERS]:
         listener.step("dense weights for the peers")
         reason = transformers_missing()
         if reason is None:
-            peers = transformers_peers(sources, spec.peers, spec.peer_memory)
+            peers = [*transformers_peers(sources, named, spec.peer_memory), *peers]
         else:
-            missing += [{"contender": f"transformers {name}", "reason": reason} for name in spec.peers]
-        listener.done()
+            missing += [{"contender": f"transformers {name}", "reason": reason} for name in named]
+        for _ in named:
+            listener.done()
     if "bf16" in spec.formats:
         by_format["bf16"] = ours("bf16")
     return [*peers, *(who for format in spec.formats for who in by_format[format])], missing
+
+
+def _adapted(name: str, sources: Sequence[LayerSource], missing: list[dict[str, Any]]) -> list[Contender]:
+    """The contender of a GPU peer, or none, with the reason in `missing`."""
+    adapter = ADAPTERS[name]
+    reason = adapter.missing(sources[0].shape)
+    if reason is None:
+        try:
+            layers = [adapter.prepare(source.weights(adapter.format), source.shape) for source in sources]
+            return [AdapterContender(adapter, layers)]
+        except Exception as error:  # other people's code may raise anything
+            reason = f"{type(error).__name__}: {error}"
+    missing.append({"contender": f"{name} {adapter.format}", "reason": reason})
+    return []
 
 
 def run(
@@ -90,7 +112,11 @@ def run(
     listener = listener or Listener()
     listener.stage("measuring this machine's ceilings", 1)
     ceilings = roofline.measure_ceilings(spec.device)
-    contenders, missing = build(spec, listener)
+    sources = [
+        LayerSource(spec.shape, layer=index, seed=spec.seed, device=spec.device)
+        for index in range(spec.layers)
+    ]
+    contenders, missing = build(spec, sources, listener)
     result = BenchResult(
         command=command,
         date=results.now(),
@@ -107,7 +133,8 @@ def run(
         rows=[],
         skipped=[{"tokens": None, **entry} for entry in missing],
     )
-    return _measure(spec, contenders, ceilings, timer_of, result, listener)
+    truth = References(sources[0]) if spec.device.startswith("cuda") else None
+    return _measure(spec, contenders, ceilings, timer_of, truth, result, listener)
 
 
 def _measure(
@@ -115,16 +142,21 @@ def _measure(
     contenders: Sequence[Contender],
     ceilings: roofline.Ceilings,
     timer_of: Callable[[Contender], Timer],
+    truth: Truth | None,
     result: BenchResult,
     listener: Listener,
 ) -> BenchResult:
-    listener.stage("measuring", len(spec.tokens))
     interrupted = False
     try:
-        for tokens in spec.tokens:
-            case = make_case(spec.shape, tokens, spec.routing, seed=spec.seed + tokens, device=spec.device)
+        cases = {
+            tokens: make_case(spec.shape, tokens, spec.routing, seed=spec.seed + tokens, device=spec.device)
+            for tokens in spec.tokens
+        }
+        _compile(contenders, list(cases.values()), listener)
+        listener.stage("measuring", len(spec.tokens))
+        for tokens, case in cases.items():
             say = functools.partial(_say, listener, tokens)
-            outcome = measure_case(contenders, case, timer_of, spec.plan, say)
+            outcome = measure_case(contenders, case, timer_of, spec.plan, say, truth)
             result.rows.extend(_rows(spec.shape, contenders, case, ceilings, outcome))
             for reasons, entries in ((outcome.skipped, result.skipped), (outcome.failed, result.failed)):
                 entries.extend(
@@ -136,6 +168,17 @@ def _measure(
     except KeyboardInterrupt:
         interrupted = True
     return dataclasses.replace(result, interrupted=interrupted)
+
+
+def _compile(contenders: Sequence[Contender], cases: Sequence[Case], listener: Listener) -> None:
+    """Kernels that are compiled at first use, all cases' together; what fails is reported when it is run."""
+    waiting = [contender for contender in contenders if isinstance(contender, Compiles)]
+    listener.stage("compiling", len(waiting))
+    for contender in waiting:
+        listener.step(contender.name)
+        with contextlib.suppress(Exception):
+            contender.compile(cases)
+        listener.done()
 
 
 def _say(listener: Listener, tokens: int, text: str) -> None:
@@ -181,6 +224,7 @@ def _row(
         roofline=ceilings.seconds(work) / measured.median,
         ratio_to_best_peer=None if best_peer is None else best_peer / measured.median,
         difference=measured.difference,
+        error=measured.error,
         facts=contender.facts(case),
     )
 
