@@ -27,6 +27,8 @@ TACTICS = {
     "split": Tactic("fused", "sorted", "reduce", 8, SMALL, SMALL, split=2),
     "narrowing": Tactic("fused", "sorted", "reduce", 64, (128, 1, 4, 2), SMALL, ladder=1, tokens2=128),
     "atomic": Tactic("fused", "sorted", "atomic", 16, SMALL, SMALL, group=4),
+    "few_chained": Tactic("chain", "direct", "reduce", 8, SMALL, SMALL, split=2, ahead=1),
+    "chained": Tactic("chain", "sorted", "reduce", 64, SMALL, (32, 1, 4, 2), ladder=1),
     "dense": Tactic("dense", "sorted", "reduce", 16, (64, 1, 4, 2), (128, 1, 4, 2), tokens2=32),
     "dense_atomic": Tactic("dense", "sorted", "atomic", 32, (64, 1, 4, 2), (64, 1, 4, 2), persistent=1),
 }
@@ -92,7 +94,7 @@ def error(runner: TritonRunner, plain: Any, inputs: list[torch.Tensor], tactic: 
 def test_every_way_matches_the_reference_on_odd_sizes(name: str, fmt: str) -> None:
     """Ragged experts, biases, experts of other ranks, an id that no rank has, an expert without pairs."""
     runner, plain = make((4, 2, 144, 80), fmt, biases=True, foreign=1)
-    inputs = inputs_of(runner, 11 if name == "few" else 90)
+    inputs = inputs_of(runner, 11 if name.startswith("few") else 90)
     inputs[1][inputs[1] == 2] = 3  # nobody comes to local expert 1
     inputs[1][0] = torch.tensor([-7, 1 << 30])
     assert error(runner, plain, inputs, TACTICS[name]) < TOLERANCE
@@ -131,7 +133,7 @@ def test_no_tokens_is_no_work() -> None:
 
 def test_tokens_whose_experts_are_all_elsewhere_come_out_as_zeros() -> None:
     runner, _ = make((4, 2, 128, 64), "nvfp4", foreign=3)
-    for name in ("few", "sorted", "atomic"):
+    for name in ("few", "sorted", "atomic", "chained"):
         inputs = inputs_of(runner, 5)
         inputs[1].fill_(0)
         poisoned(runner, 5, TACTICS[name])
@@ -191,8 +193,8 @@ def test_activations_that_come_quantised() -> None:
 
 def test_a_tactic_that_does_not_fit_is_refused_with_its_reason() -> None:
     runner, _ = make((4, 2, 128, 64), "nvfp4", deterministic=True)
-    inputs = inputs_of(runner, 40)
-    with pytest.raises(BackendError, match="at most 64 pairs"):
+    inputs = inputs_of(runner, 65)
+    with pytest.raises(BackendError, match="at most 128 pairs"):
         runner.forward(inputs, TACTICS["few"])
     with pytest.raises(BackendError, match="not repeatable"):
         runner.forward(inputs, TACTICS["atomic"])

@@ -8,14 +8,18 @@ import triton.language as tl
 from moestro.kernels.triton.device import launch_next, wait_for_previous
 
 
-@triton.jit
-def reduce_pairs(partial, ids, out, H, OFFSET: tl.constexpr, L: tl.constexpr, K: tl.constexpr,
+@triton.jit(do_not_specialize=["num_done"])
+def reduce_pairs(partial, ids, out, done, num_done, H, OFFSET: tl.constexpr, L: tl.constexpr, K: tl.constexpr,
                  SPLIT: tl.constexpr,
                  BH: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """out[n] = Σ partial[(n * K + k) * SPLIT + s] over k, then s, in float32; pairs not local are not
-    read."""
+    read. Clears done, int32 [num_done] (chain.py)."""
     wait_for_previous(PDL)
     launch_next(PDL)
+    me = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    for first in range(me * BH, num_done, tl.num_programs(0) * tl.num_programs(1) * BH):
+        i = first + tl.arange(0, BH)
+        tl.store(done + i, tl.zeros((BH,), tl.int32), i < num_done)
     n = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BH + tl.arange(0, BH)
     acc = tl.zeros((BH,), tl.float32)

@@ -35,6 +35,24 @@ def launch_next(PDL: tl.constexpr):
 
 
 @triton.jit
+def ask_l2(address, size):
+    """Bring `size` bytes (a multiple of 16) at `address` (16-byte aligned) to L2; one thread asks."""
+    if PTX:
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred p; .reg .b32 t;
+            mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;
+            @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;
+            }""",
+            "=r,l,r",
+            [address.to(tl.int64, bitcast=True), size],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
 def dot(a, b, acc):
     """acc + a @ b; the interpreter multiplies bfloat16 as if they were integers, so there in float32."""
     if PTX:

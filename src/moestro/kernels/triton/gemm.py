@@ -22,6 +22,7 @@ import triton.language as tl
 from moestro.kernels.triton.device import (
     NVFP4,
     activate,
+    ask_l2,
     decode_block,
     dot,
     launch_next,
@@ -86,41 +87,58 @@ def moe_gemm(
         for first in range(pid * 1024, num_zeros, tl.num_programs(0) * 1024):
             i = first + tl.arange(0, 1024)
             tl.store(zeros + i, tl.zeros((1024,), tl.float32), i < num_zeros)
+    e, place, count = find(ids, table, stride, slot, P, OFFSET, L, ROUTE, BN)
+    if e < 0:
+        wait_for_previous(PDL)  # a launch must not be over before those that it waits for
+        return
+    args = (x, x_scale, ids, pair_weights, sorted_pairs, w, w_scales, row_scale, bias, out, P, rows, columns,
+            out_stride, OFFSET, K, e, m, part, place, count, ids, 0)  # fmt: skip
+    tiles(args, count, STAGE, ROUTE, COMBINE, FORMAT, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS, X_SCALE, X_BY_PAIR,
+          EVEN, PB, BM, BN, LADDER, UNROLL, STAGES, SPLIT, TOGETHER, PDL, False, 0)  # fmt: skip
+
+
+@triton.jit
+def find(ids, table, stride, slot, P, OFFSET, L, ROUTE: tl.constexpr, BN: tl.constexpr):
+    """(local expert of a slot, -1 if it has no work; its place among the pairs; how many pairs)."""
     if ROUTE == SORTED:
         works = slot < tl.load(table + 3 * stride, cache_modifier=".cg")
         e = tl.load(table + slot, works, other=-1, cache_modifier=".cg")
         start = tl.load(table + stride + slot, works, other=0, cache_modifier=".cg")
         count = tl.load(table + 2 * stride + slot, works, other=0, cache_modifier=".cg") - start
-        if e < 0:
-            wait_for_previous(PDL)  # a launch must not be over before those that it waits for
-            return
-        place = start
+        return e, start, count
     else:
         e = tl.load(ids + slot, slot < P, other=-1, cache_modifier=".cg") - OFFSET
-        if (e < 0) | (e >= L):
-            wait_for_previous(PDL)
-            return
-        count = BN
-        place = slot
-    args = (x, x_scale, ids, pair_weights, sorted_pairs, w, w_scales, row_scale, bias, out, P, rows, columns,
-            out_stride, OFFSET, K, e, m, part, place, count)  # fmt: skip
+        e = tl.where((e < 0) | (e >= L), -1, e)
+        return e, slot, e * 0 + BN
+
+
+@triton.jit
+def tiles(
+    args, count, STAGE: tl.constexpr, ROUTE: tl.constexpr, COMBINE: tl.constexpr, FORMAT: tl.constexpr,
+    GATED: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr,
+    BIAS: tl.constexpr, X_SCALE: tl.constexpr, X_BY_PAIR: tl.constexpr, EVEN: tl.constexpr,
+    PB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, LADDER: tl.constexpr, UNROLL: tl.constexpr,
+    STAGES: tl.constexpr, SPLIT: tl.constexpr, TOGETHER: tl.constexpr, PDL: tl.constexpr,
+    CHAIN: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """_tile, as wide as `count` pairs need."""
     QUARTER: tl.constexpr = BN // 4
     if LADDER and count <= QUARTER:
         _tile(args, STAGE, ROUTE, COMBINE, FORMAT, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS, X_SCALE,
               X_BY_PAIR, EVEN,
-              PB, BM, QUARTER, 0, UNROLL, STAGES, SPLIT, TOGETHER, PDL)  # fmt: skip
+              PB, BM, QUARTER, 0, UNROLL, STAGES, SPLIT, TOGETHER, PDL, CHAIN, AHEAD)  # fmt: skip
     elif LADDER and count <= 2 * QUARTER:
         _tile(args, STAGE, ROUTE, COMBINE, FORMAT, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS, X_SCALE,
               X_BY_PAIR, EVEN,
-              PB, BM, 2 * QUARTER, 0, UNROLL, STAGES, SPLIT, TOGETHER, PDL)  # fmt: skip
+              PB, BM, 2 * QUARTER, 0, UNROLL, STAGES, SPLIT, TOGETHER, PDL, CHAIN, AHEAD)  # fmt: skip
     elif LADDER and count <= 3 * QUARTER:
         _tile(args, STAGE, ROUTE, COMBINE, FORMAT, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS, X_SCALE,
               X_BY_PAIR, EVEN,
-              PB, BM, 2 * QUARTER, QUARTER, UNROLL, STAGES, SPLIT, TOGETHER, PDL)  # fmt: skip
+              PB, BM, 2 * QUARTER, QUARTER, UNROLL, STAGES, SPLIT, TOGETHER, PDL, CHAIN, AHEAD)  # fmt: skip
     else:
         _tile(args, STAGE, ROUTE, COMBINE, FORMAT, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS, X_SCALE,
               X_BY_PAIR, EVEN,
-              PB, BM, BN, 0, UNROLL, STAGES, SPLIT, TOGETHER, PDL)  # fmt: skip
+              PB, BM, BN, 0, UNROLL, STAGES, SPLIT, TOGETHER, PDL, CHAIN, AHEAD)  # fmt: skip
 
 
 @triton.jit
@@ -130,12 +148,12 @@ def _tile(
     BIAS: tl.constexpr, X_SCALE: tl.constexpr, X_BY_PAIR: tl.constexpr, EVEN: tl.constexpr,
     PB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BN2: tl.constexpr,
     UNROLL: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, TOGETHER: tl.constexpr,
-    PDL: tl.constexpr,
+    PDL: tl.constexpr, CHAIN: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """BM rows of expert e for BN pairs, and BN2 more where BN2 is not 0 (B operands are powers of two
-    wide)."""
+    wide). CHAIN: both products are one launch (see chain.py)."""
     (x, x_scale, ids, pair_weights, sorted_pairs, w, w_scales, row_scale, bias, out, P, rows, columns,
-     out_stride, OFFSET, K, e, m, part, place, count) = args  # fmt: skip
+     out_stride, OFFSET, K, e, m, part, place, count, done, strips) = args  # fmt: skip
     HAS2: tl.constexpr = BN2 > 0
     WIDTH2: tl.constexpr = BN2 if HAS2 else BN
     first = tl.arange(0, BN)
@@ -169,8 +187,13 @@ def _tile(
         else:
             shift = tl.zeros((BM,), tl.float32)
         if STAGE == 2:
-            wait_for_previous(PDL)
-        launch_next(PDL)
+            if CHAIN:
+                _wait_for_tiles(done, strips, w, w_scales, e.to(tl.int64), m, part, rows, columns, FORMAT, BM,
+                                SPLIT, AHEAD)  # fmt: skip
+            else:
+                wait_for_previous(PDL)
+        if not CHAIN:
+            launch_next(PDL)
         x_rows = _x_rows(pairs, places, K, STAGE, X_BY_PAIR)
         x_rows2 = _x_rows(pairs2, place + second, K, STAGE, X_BY_PAIR)
         acc, acc2 = _product(x, x_rows, pairs >= 0, x_rows2, pairs2 >= 0, w, w_scales, e.to(tl.int64), m,
@@ -184,6 +207,25 @@ def _tile(
                     part, real, rows, out_stride, K, STAGE, COMBINE, FORMAT, GATED, ACT, ALPHA, LIMIT,
                     SHIFT, BIAS, X_SCALE, SPLIT,
                     BM, BN2)  # fmt: skip
+        if CHAIN and STAGE == 1:
+            tl.debug_barrier()  # every thread's part of the tile is written before one thread says so
+            tl.atomic_add(done, 1, sem="release")
+
+
+@triton.jit
+def _wait_for_tiles(done, strips, w, w_scales, e, m, part, rows, columns, FORMAT: tl.constexpr,
+                    BM: tl.constexpr, SPLIT: tl.constexpr, AHEAD: tl.constexpr):  # fmt: skip
+    """Until all strips of the first product of these pairs are done; the weights' first AHEAD bytes are asked
+    into L2 meanwhile."""
+    if tl.atomic_add(done, 0, sem="acquire") < strips:
+        if FORMAT == NVFP4 and AHEAD > 0:
+            blocks = tl.cdiv(columns, 64)
+            each = blocks // SPLIT
+            block = (e * tl.cdiv(rows, 64) + m * BM // 64) * blocks + part * each
+            ask_l2(w + block * 1024, tl.minimum(each * 2048, AHEAD))
+            ask_l2(w_scales + block * 64, tl.minimum(each * 256, AHEAD // 8))
+        while tl.atomic_add(done, 0, sem="acquire") < strips:
+            pass
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from moestro.kernels.activations import GeGLUTanh, SwiGLU
 from moestro.kernels.problem import Experts, MoeProblem
 from moestro.kernels.scratch import Plan
-from moestro.kernels.triton import combine, dense, device, gemm, quantize, sort
+from moestro.kernels.triton import chain, combine, dense, device, gemm, gluon_plan, quantize, sort
 from moestro.kernels.triton.layout import TritonNVFP4
 from moestro.kernels.triton.tactics import Tactic
 
@@ -54,7 +54,7 @@ def scratch_plan(problem: MoeProblem, num_tokens: int, tactic: Tactic, x_rows: i
     else:
         plan["partial"] = (
             (pairs * tactic.split, p.hidden_size),
-            torch.float32 if pairs <= WIDE_PAIRS else half,
+            torch.float32 if pairs <= WIDE_PAIRS and tactic.path != "wide" else half,
         )
     if tactic.route == "sorted":
         chunks, bins = num_chunks(pairs), num_bins(p)
@@ -102,6 +102,10 @@ class Planner:
     def build(self) -> list[Launch]:
         if self.tactic.route == "sorted":
             self._sort()
+        if self.tactic.path == "chain":
+            self._chain()
+            self._combine()
+            return self.launches
         x, x_scale = self._inputs()
         act = self.s["act"]
         self._product(1, x, x_scale, act)
@@ -113,6 +117,9 @@ class Planner:
         return self.launches
 
     def _product(self, stage: int, x: torch.Tensor, x_scale: torch.Tensor | None, out: torch.Tensor) -> None:
+        if self.tactic.path == "wide":
+            gluon_plan.product(self, stage, x, x_scale, out)
+            return
         product = self._fused if self.tactic.path == "fused" else self._dense
         product(stage, x, x_scale, out)
 
@@ -211,30 +218,66 @@ class Planner:
         sums = self.s.get("sums")
         return (self.ids, 0) if sums is None else (sums, sums.numel())
 
+    def _slots(self, stage: int) -> tuple[int, dict[str, Any]]:
+        """(slots of pairs, rounded up to whole groups; what a fused product must know of them)."""
+        direct, width = self.tactic.route == "direct", self.tactic.widths[stage - 1]
+        route = gemm.SORTED if not direct else gemm.SINGLE if self.num_tokens == 1 else gemm.DIRECT
+        slots = self.pairs if direct else num_slots(self.p, self.pairs, width)
+        group = min(self.tactic.group, triton.next_power_of_2(slots))
+        meta = {
+            "ROUTE": route.value,
+            "LADDER": self.tactic.ladder,
+            "TOGETHER": self.tactic.together,
+            "GROUP": group,
+            "PB": max(16, triton.next_power_of_2(self.pairs)) if direct else 16,
+            "BN": width,
+        }
+        return triton.cdiv(slots, group) * group, meta
+
+    def _strips(self, stage: int) -> int:
+        """Tiles of a slot in a fused product."""
+        rows, _ = self._sizes(stage)
+        padded = kernel_rows(rows, stage == 1 and self.p.activation.gated)
+        strips = triton.cdiv(padded, self.tactic.tiles[stage - 1][0])
+        return int(strips * (self.tactic.split if stage == 2 else 1))
+
     def _fused(self, stage: int, x: torch.Tensor, x_scale: torch.Tensor | None, out: torch.Tensor) -> None:
         weights, bias, meta = self._common(stage, x_scale)
         rows, columns = self._sizes(stage)
         bm, unroll, warps, stages = self.tactic.tiles[stage - 1]
-        packed = isinstance(weights, TritonNVFP4)
-        w = (weights.words, weights.scales, weights.row_scale) if packed else (weights.data,) * 3
-        direct, group = self.tactic.route == "direct", self.tactic.group
-        route = gemm.SORTED if not direct else gemm.SINGLE if self.num_tokens == 1 else gemm.DIRECT
-        width = self.tactic.widths[stage - 1]
-        slots = self.pairs if direct else num_slots(self.p, self.pairs, width)
-        group = min(group, triton.next_power_of_2(slots))
-        slots = triton.cdiv(slots, group) * group
-        split = self.tactic.split if stage == 2 else 1
-        strips = triton.cdiv(kernel_rows(rows, meta["GATED"]), bm)
+        w, kind = _tensors(weights)
+        slots, slots_meta = self._slots(stage)
         zeros, num_zeros = self._zeros()
         self._add(
-            gemm.moe_gemm, (slots * strips * split,), x, x if x_scale is None else x_scale, self.ids,
+            gemm.moe_gemm, (slots * self._strips(stage),), x, x if x_scale is None else x_scale, self.ids,
             self.weights, *self._table(stage), *w, x if bias is None else bias, out, zeros, self.pairs,
             slots, rows, columns, out.shape[1], num_zeros, self.p.expert_offset,
-            self.p.num_local_experts, self.p.top_k, ROUTE=route.value, LADDER=self.tactic.ladder,
-            SPLIT=split, TOGETHER=self.tactic.together, GROUP=group,
-            FORMAT=(device.NVFP4 if packed else device.BF16).value, EVEN=columns % 64 == 0,
-            PB=max(16, triton.next_power_of_2(self.pairs)) if direct else 16, BM=bm, BN=width,
-            UNROLL=unroll, STAGES=stages, num_warps=warps, **meta,
+            self.p.num_local_experts, self.p.top_k, SPLIT=self.tactic.split if stage == 2 else 1,
+            FORMAT=kind, EVEN=columns % 64 == 0, BM=bm, UNROLL=unroll, STAGES=stages, num_warps=warps,
+            **slots_meta, **meta,
+        )  # fmt: skip
+
+    def _chain(self) -> None:
+        """Both products in one launch."""
+        p, t = self.p, self.tactic
+        bias1, bias2 = self.experts.gate_up_bias, self.experts.down_bias
+        w1, kind = _tensors(self.experts.gate_up)
+        w2, _ = _tensors(self.experts.down)
+        slots, meta = self._slots(1)
+        strips = self._strips(1), self._strips(2)
+        tiles = {
+            f"{name}{stage}": value
+            for stage, (bm, unroll, _, stages) in enumerate(t.tiles, 1)
+            for name, value in (("BM", bm), ("UNROLL", unroll), ("STAGES", stages))
+        }
+        self._add(
+            chain.moe_chain, (slots * sum(strips),), self.x, self.ids, self.weights, *self._table(1),
+            self.s["done"], *w1, self.x if bias1 is None else bias1, self.s["act"], *w2,
+            self.x if bias2 is None else bias2, self.s["partial"], self.pairs, slots, p.gate_up_rows,
+            p.hidden_size, p.intermediate_size, p.expert_offset, p.num_local_experts, p.top_k, FORMAT=kind,
+            GATED=p.activation.gated, **_activation(p), BIAS1=bias1 is not None, BIAS2=bias2 is not None,
+            EVEN1=p.hidden_size % 64 == 0, EVEN2=p.intermediate_size % 64 == 0, SPLIT=t.split,
+            STRIPS1=strips[0], STRIPS2=strips[1], AHEAD=t.ahead << 10, num_warps=t.first[2], **tiles, **meta,
         )  # fmt: skip
 
     def _dense(self, stage: int, x: torch.Tensor, x_scale: torch.Tensor | None, out: torch.Tensor) -> None:
@@ -271,6 +314,9 @@ class Planner:
         return flat
 
     def _combine(self) -> None:
+        if self.tactic.path == "wide":
+            gluon_plan.combine(self)
+            return
         if self.tactic.combine == "atomic":
             size = self.out.numel()
             rounds = (triton.cdiv(size, 1024),)
@@ -278,7 +324,9 @@ class Planner:
             return
         width = min(1024, triton.next_power_of_2(self.p.hidden_size))
         grid = (self.num_tokens, triton.cdiv(self.p.hidden_size, width))
-        args = (self.s["partial"], self.ids, self.out, self.p.hidden_size)
+        chained = self.tactic.path == "chain"
+        done, num_done = (self.s["done"], self._slots(1)[0]) if chained else (self.ids, 0)
+        args = (self.s["partial"], self.ids, self.out, done, num_done, self.p.hidden_size)
         self._add(
             combine.reduce_pairs,
             grid,
@@ -288,6 +336,13 @@ class Planner:
             BH=width,
             **self._locality,
         )
+
+
+def _tensors(weights: Any) -> tuple[tuple[torch.Tensor, ...], int]:
+    """(values, their scales, scales of rows; the format) of weights, for a fused product."""
+    if isinstance(weights, TritonNVFP4):
+        return (weights.words, weights.scales, weights.row_scale), device.NVFP4.value
+    return (weights.data,) * 3, device.BF16.value
 
 
 def _activation(problem: MoeProblem) -> dict[str, Any]:

@@ -77,6 +77,8 @@ class TritonRunner(MoeRunner):
         packed = isinstance(experts.gate_up, TritonNVFP4)
         if problem.weight_format == "nvfp4" and not (packed or self._native):
             raise BackendError("backend 'triton' runs NVFP4 weights that TritonRunner.prepare() has repacked")
+        # zero between calls, which a shared workspace is not
+        self._done = torch.zeros(tactics.CHAIN_SLOTS, dtype=torch.int32, device=experts.gate_up.device)
 
     def workspace_bytes(self, num_tokens: int, tactic: Any) -> int:
         if num_tokens == 0:
@@ -121,6 +123,7 @@ class TritonRunner(MoeRunner):
             return []
         resolved = self._resolve(tactic, num_tokens)
         scratch = carve(self._scratch(num_tokens, resolved), self._workspace, inputs[0].device)
+        scratch["done"] = self._done
         pdl = not device.INTERPRETED
         planner = native.NativePlanner if self._native else Planner
         return planner(

@@ -11,8 +11,10 @@ from dataclasses import dataclass, replace
 from moestro.kernels.problem import MoeProblem
 
 SHARED_BYTES = 232_448  # of a program on sm_90
-DIRECT_PAIRS = 64  # beyond this, sorting costs less than every program finding its own pairs
+DIRECT_PAIRS = 128  # beyond this, sorting costs less than every program finding its own pairs
 MAX_PAIRS = 1 << 22
+WIDE_EXTRA = 10_240  # shared bytes of a wide product beside its ring
+CHAIN_SLOTS = 1024  # tiles of pairs that a chain can count
 
 Tile = tuple[int, int, int, int]
 
@@ -21,11 +23,12 @@ Tile = tuple[int, int, int, int]
 class Tactic:
     """One setting. A tile is (rows of weights, blocks of 64 columns per step, warps, pipeline stages).
 
-    path "fused": weights decoded in the registers that feed the tensor core; "dense": dequantised once to
-    memory, then a bf16 product; "native": FP4 tensor cores (native.py). tokens: pairs of one expert in a tile.
+    path "fused": weights decoded in the registers that feed the tensor core; "chain": so, and both products in
+    one launch; "dense": dequantised once to memory, then a bf16 product; "native": FP4 tensor cores
+    (native.py). tokens: pairs of one expert in a tile.
     """
 
-    path: str  # "fused" | "dense"
+    path: str  # "fused" | "chain" | "dense" | "native"
     route: str  # "direct" (every program finds its pairs) | "sorted"
     combine: str  # "reduce" (deterministic) | "atomic"
     tokens: int
@@ -36,6 +39,7 @@ class Tactic:
     split: int = 1  # programs that share the columns of a tile of the second fused product
     together: int = 1  # 0: a step's products wait for each other, in fewer registers (steps of 2 blocks only)
     group: int = 8  # tiles of pairs that walk the rows of weights together
+    ahead: int = 0  # KiB of weights that a tile of a chain asks into L2 while it waits
     persistent: int = 0  # programs per processor of the dense product; 0: one per tile
 
     @property
@@ -50,6 +54,10 @@ class Tactic:
 
 def fused(tokens: int, first: Tile, second: Tile, route: str = "sorted", **rest: int) -> Tactic:
     return Tactic("fused", route, "reduce", tokens, first, second, **rest)
+
+
+def chain(tokens: int, first: Tile, second: Tile, route: str = "sorted", **rest: int) -> Tactic:
+    return Tactic("chain", route, "reduce", tokens, first, second, **rest)
 
 
 T, S, M, B = (32, 4, 2, 4), (64, 2, 4, 4), (128, 2, 4, 3), (128, 1, 8, 4)  # tiles that several tactics share
@@ -109,6 +117,8 @@ def shared_bytes(problem: MoeProblem, tactic: Tactic, stage: int) -> int:
     width = tactic.widths[stage]
     if tactic.path == "dense":
         return (width + rows) * unroll * 64 * 2 * stages
+    if tactic.path == "wide":  # and barriers, and what turns results
+        return (width * 128 + rows * 36 + 16) * stages + WIDE_EXTRA
     weights = rows * (36 if problem.weight_format == "nvfp4" else 128)
     return (weights + width * 128) * unroll * (stages - 1)
 
@@ -126,6 +136,17 @@ def unfit(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> str | None:
         return f"more than {MAX_PAIRS} pairs"
     if problem.deterministic and tactic.combine != "reduce":
         return "atomic sums are not repeatable"
+    if tactic.path == "chain":
+        if problem.input_format is not None:
+            return "a chain has no place for quantising activations between its products"
+        if tactic.combine != "reduce" or tactic.widths[0] != tactic.widths[1]:
+            return "a chain sums pairs in order, and has one width"
+        if tactic.first[2] != tactic.second[2]:
+            return "the tiles of a chain have the same number of warps"
+        if pairs + tactic.group > CHAIN_SLOTS:
+            return f"a chain counts at most {CHAIN_SLOTS} tiles"
+    if tactic.path == "wide":
+        return _unfit_wide(problem, tactic)
     if tactic.path == "dense":
         if tactic.route != "sorted":
             return "the dense path needs sorted pairs"
@@ -140,6 +161,22 @@ def unfit(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> str | None:
                 return f"steps of {step} blocks do not divide {size} columns"
     if any(shared_bytes(problem, tactic, stage) > SHARED_BYTES for stage in (0, 1)):
         return "its tiles exceed shared memory"
+    return None
+
+
+def _unfit_wide(problem: MoeProblem, tactic: Tactic) -> str | None:
+    if problem.weight_format != "nvfp4" or tactic.route != "sorted" or tactic.combine != "reduce":
+        return "the wide path takes NVFP4 weights and sorted pairs, and sums them in order"
+    if tactic.split != 1:
+        return "the wide path does not share out columns"
+    for stage, (rows, unroll, warps, _) in enumerate(tactic.tiles):
+        if warps not in (4, 8) or unroll != 1 or rows not in (16 * warps, 32 * warps):
+            return "a wide tile has 64 or 128 rows for each 4 of its 4 or 8 warps"
+        width = tactic.widths[stage]
+        if width not in (64, 128, 256) or rows * width > 4096 * warps:
+            return "a wide tile has 64, 128 or 256 pairs, and no more sums than registers"
+        if shared_bytes(problem, tactic, stage) * (2 if warps == 4 else 1) > SHARED_BYTES:
+            return "its tiles exceed shared memory"
     return None
 
 
