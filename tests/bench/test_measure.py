@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -137,3 +138,59 @@ def test_a_tactic_is_shown_by_the_knobs_that_are_turned() -> None:
     assert tactic_words(Tactic(64)) == "tile=64"
     assert tactic_words(Tactic(64, split=2)) == "tile=64 split=2"
     assert tactic_words(("grouped", 4)) == "('grouped', 4)"
+
+
+class Owner:
+    """What a graph refers to: it must live as long as it is replayed."""
+
+
+def test_calls_live_as_long_as_their_samplers_are_used() -> None:
+    alive: list[bool] = []
+
+    class Forgetful:
+        """As a captured graph: runs without the call."""
+
+        name = "graph"
+
+        def prepare(self, call: Callable[[], torch.Tensor]) -> Callable[[], float]:
+            watched = weakref.ref(call.owner)  # type: ignore[attr-defined]
+
+            def sample() -> float:
+                alive.append(watched() is not None)
+                return 1.0
+
+            return sample
+
+    class Lends(Fake):
+        def calls(self, case: Case) -> Sequence[Callable[[], torch.Tensor]]:
+            def call() -> torch.Tensor:
+                return torch.ones(2, 4)
+
+            call.owner = Owner()  # type: ignore[attr-defined]
+            return [call]
+
+    plan = Plan(min_rounds=3, max_rounds=3, seconds=1e9)
+    measure_case([Lends("a"), Lends("b")], CASE, lambda c: Forgetful(), plan)
+    assert alive == [True] * 6
+
+
+def test_who_differs_from_the_reference_is_not_timed() -> None:
+    fakes = [Fake("a", format="nvfp4"), Fake("b", value=1.05, format="nvfp4")]
+    plan = Plan(min_rounds=2, max_rounds=2, seconds=1e9)
+    truth = torch.ones(2, 4)
+    outcome = measure_case(
+        fakes,
+        CASE,
+        lambda c: Clock([], c),  # type: ignore[arg-type]
+        plan,
+        truth=lambda contender, case: truth,
+    )
+    assert [(m.contender, m.error) for m in outcome.measured] == [("a", 0.0)]
+    assert "differs from the float32 reference by 0.05" in outcome.failed["b"]
+
+
+def test_other_peoples_code_may_raise_anything_but_a_defect_of_ours_is_not_hidden() -> None:
+    outcome, _ = run([Fake("a", error=AssertionError("theirs")), Fake("b")], rounds=2)
+    assert outcome.failed == {"a": "AssertionError: theirs"}
+    with pytest.raises(AssertionError, match="ours"):
+        run([Fake("c", error=AssertionError("ours"), ours=True)], rounds=2)

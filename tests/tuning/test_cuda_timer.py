@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
 import types
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -132,3 +134,15 @@ def test_what_cannot_be_captured_is_an_error_that_says_so(torch: FakeTorch) -> N
     assert not is_in_profile_measurement()
     torch.capture_fails = False
     assert timer.prepare(call(torch))() > 0
+
+
+def test_a_sampler_keeps_the_call_whose_memory_its_graph_uses(torch: FakeTorch) -> None:
+    def measured() -> None:
+        pass
+
+    watched = weakref.ref(measured)
+    sampler = default_timer("cuda:0", MeasurementPolicy(), graph=True).prepare(measured)
+    del measured
+    gc.collect()
+    assert watched() is not None
+    sampler()

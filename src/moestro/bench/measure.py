@@ -118,7 +118,10 @@ def measure_case(
 
 @dataclass(frozen=True)
 class _Lane:
-    samplers: tuple[Callable[[], float], ...]  # one per layer
+    calls: tuple[
+        Call, ...
+    ]  # one per layer; kept while they are timed, for a graph may refer to their tensors
+    samplers: tuple[Callable[[], float], ...]
     clock: str
     difference: float | None
     error: float | None
@@ -141,7 +144,7 @@ def _prepare(
             continue
         on_step(f"checking {contender.name}")
         try:
-            calls = contender.calls(case)
+            calls = tuple(contender.calls(case))
             output = calls[0]().float()
             difference = None if first is None else _difference(output, first)
             if contender.format == "bf16" and difference is not None and not difference < WRONG:
@@ -150,7 +153,8 @@ def _prepare(
             if error is not None and not error < ERROR:
                 raise MoestroError(f"its output differs from the float32 reference by {error:.2g}")
             timer = timer_of(contender)
-            lanes[contender.name] = _Lane(tuple(map(timer.prepare, calls)), timer.name, difference, error)
+            samplers = tuple(map(timer.prepare, calls))
+            lanes[contender.name] = _Lane(calls, samplers, timer.name, difference, error)
         except Exception as raised:
             if contender.ours and not isinstance(raised, (MoestroError, RuntimeError, NotImplementedError)):
                 raise  # a defect of ours; other people's code may raise anything

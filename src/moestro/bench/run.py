@@ -156,7 +156,13 @@ def _measure(
         listener.stage("measuring", len(spec.tokens))
         for tokens, case in cases.items():
             say = functools.partial(_say, listener, tokens)
-            outcome = measure_case(contenders, case, timer_of, spec.plan, say, truth)
+            try:
+                outcome = measure_case(contenders, case, timer_of, spec.plan, say, truth)
+            except RuntimeError as error:  # in the rounds: a device that is lost, for everybody
+                why = f"measuring broke off, whose fault cannot be told: {str(error).splitlines()[0]}"
+                entries = [{"tokens": tokens, "contender": who.name, "reason": why} for who in contenders]
+                result.failed.extend(entries)
+                break
             result.rows.extend(_rows(spec.shape, contenders, case, ceilings, outcome))
             for reasons, entries in ((outcome.skipped, result.skipped), (outcome.failed, result.failed)):
                 entries.extend(

@@ -88,6 +88,7 @@ class TuneResult:
     skipped: list[dict[str, Any]] = field(default_factory=list)
     open: list[dict[str, Any]] = field(default_factory=list)  # what the budget or Ctrl-C left undecided
     seconds: float = 0.0
+    phases: dict[str, float] = field(default_factory=dict)  # seconds of each part
     interrupted: bool = False
 
     def to_json(self) -> dict[str, Any]:
@@ -135,7 +136,8 @@ def run(spec: TuneSpec, command: str, listener: Listener | None = None) -> TuneR
             listener.stage(f"making the {format} layer", 1)
             source = LayerSource(spec.shape, seed=spec.seed, device=spec.device)
             try:
-                layer = make_layer(source, format, backend, _most(spec), tuner)
+                with _timed(result, f"{format}: making the layer"):
+                    layer = make_layer(source, format, backend, _most(spec), tuner)
             except BackendError as error:
                 result.skipped.append({"format": format, "backend": backend, "reason": str(error)})
                 continue
@@ -161,7 +163,7 @@ def _tune_format(
         result.skipped.append({"format": format, "backend": backend, "reason": reason})
         return
     try:
-        _tune_layer(spec, layer, tokens, budget, listener, f"tuning {format}")
+        _tune_layer(spec, layer, tokens, budget, result, listener, format)
     finally:  # whatever happens, what is decided is in the result
         for size in tokens:
             decision = layer.decision(size)
@@ -184,7 +186,13 @@ def _most(spec: TuneSpec) -> int:
 
 
 def _tune_layer(
-    spec: TuneSpec, layer: FusedMoE, tokens: Sequence[int], budget: _Budget, listener: Listener, title: str
+    spec: TuneSpec,
+    layer: FusedMoE,
+    tokens: Sequence[int],
+    budget: _Budget,
+    result: TuneResult,
+    listener: Listener,
+    format: str,
 ) -> None:
     """Bucket by bucket, the largest first (it covers the smaller ones); then the crossovers between them."""
     probes = as_probes(layer.runners[0].problem, spec.routings) if spec.routings else None
@@ -204,12 +212,24 @@ def _tune_layer(
             tuner.choose_one(OP, layer.runners, layer.tuning_config, _inputs(spec, size))
         listener.done()
 
-    listener.stage(title, len(tokens) + 1)
+    listener.stage(f"tuning {format}", len(tokens) + 1)
     for size in [tokens[-1], *tokens[:-1]]:
         listener.step(f"N = {size}")
-        tune(size, (size,), crossover=False)
+        with _timed(result, f"{format}: N = {size}"):
+            tune(size, (size,), crossover=False)
     listener.step("where winners change")
-    tune(tokens[-1], tokens, crossover=True)
+    with _timed(result, f"{format}: where winners change"):
+        tune(tokens[-1], tokens, crossover=True)
+
+
+@contextlib.contextmanager
+def _timed(result: TuneResult, phase: str) -> Iterator[None]:
+    """Add the seconds of a part to the result."""
+    start = time.monotonic()
+    try:
+        yield
+    finally:
+        result.phases[phase] = result.phases.get(phase, 0.0) + time.monotonic() - start
 
 
 def _inputs(spec: TuneSpec, num_tokens: int) -> list[torch.Tensor]:

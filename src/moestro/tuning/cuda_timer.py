@@ -21,6 +21,16 @@ FLUSH_BYTES = 256 << 20
 BACKLOG_CYCLES = 60_000  # 30-40 µs at 1.5-2 GHz: more than the host needs for two events and a graph launch
 
 
+class _Replay:
+    """Replays a captured call, and keeps it alive with the tensors that the graph refers to."""
+
+    def __init__(self, graph: Any, call: Callable[[], Any]) -> None:
+        self._replay, self._owner = graph.replay, call
+
+    def __call__(self) -> Any:
+        return self._replay()
+
+
 class CudaTimer:
     """Seconds between two CUDA events around a call."""
 
@@ -50,7 +60,10 @@ class CudaTimer:
         self._pool: Any = None
 
     def prepare(self, call: Callable[[], Any]) -> Callable[[], float]:
-        """Raises what the call raises, and TuningError if it cannot be captured."""
+        """The sampler keeps the call: a graph reads and writes memory that only the call may own.
+
+        Raises what the call raises, and TuningError if it cannot be captured.
+        """
         torch = self._torch
         with torch.cuda.device(self.device):
             stream = torch.cuda.Stream(self.device)
@@ -101,8 +114,7 @@ class CudaTimer:
         with measurement():
             graph.replay()
         stream.synchronize()
-        replay: Callable[[], Any] = graph.replay
-        return replay
+        return _Replay(graph, call)
 
     def _cold(self) -> None:
         if not self.policy.cold_cache:

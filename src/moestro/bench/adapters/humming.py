@@ -63,34 +63,31 @@ class _Product:
             torch_dtype=torch.bfloat16,
             device=weight.packed.device,
         )
-        self._tuning = "[]"  # of what has been compiled in advance
         self.locks = torch.zeros(LOCKS, dtype=torch.int32, device=weight.packed.device)
 
-    def entry(self, pairs: int) -> list[Any]:
-        """humming's choice for so many pairs: [above, up to, its settings]."""
+    def settings(self, pairs: int) -> dict[str, Any]:
+        """humming's choice for so many pairs."""
         from humming.tune import get_heuristics_config
 
         entries = get_heuristics_config(
             layer_config=self.config, gemm_type="indexed", device=self.tensors["weight"].device
         )
-        return next(list(entry) for entry in entries if entry[0] < pairs <= entry[1])
+        return next(dict(chosen) for above, most, chosen in entries if above < pairs <= most)
 
     def compile(self, pairs: Iterable[int]) -> None:
-        """Compile, in parallel, what these numbers of pairs need."""
+        """Compile, in parallel, what these numbers of pairs need; it is found on disk from then on."""
         from humming.kernel.humming import HummingKernel
 
-        entries = {entry[0]: entry for entry in map(self.entry, pairs)}
-        self._tuning = json.dumps([entries[low] for low in sorted(entries)])
-        HummingKernel.prepare_kernels(
-            self.config.to_str(), COMPUTE, self._tuning, device=self.tensors["weight"].device
-        )
+        needed = {_tuning(self.settings(count)) for count in pairs}
+        together = json.dumps([entry for tuning in sorted(needed) for entry in json.loads(tuning)])
+        device = self.tensors["weight"].device
+        HummingKernel.prepare_kernels(self.config.to_str(), COMPUTE, together, device=device)
 
     def bind(self, top_k: int, pairs: int) -> Callable[..., None]:
         """product(inputs, outputs, aligned): outputs [pairs, R]; inputs one row per `top_k` pairs."""
         from humming.forward import humming_forward
 
-        entry = self.entry(pairs)
-        tuning = self._tuning if entry in json.loads(self._tuning) else json.dumps([entry])
+        tuning = _tuning(self.settings(pairs))
 
         def product(inputs: torch.Tensor, outputs: torch.Tensor, aligned: Aligned) -> None:
             humming_forward(
@@ -109,6 +106,11 @@ class _Product:
             )
 
         return product
+
+
+def _tuning(settings: dict[str, Any]) -> str:
+    """Settings as humming takes them, for every size: its launcher also looks up size 1."""
+    return json.dumps([[0, 1 << 30, settings]])
 
 
 class _Layer:
@@ -137,7 +139,7 @@ class _Layer:
 
         shape, x, ids, here = self._shape, case.x, case.ids, self._pairs_here(case)
         pairs, local = ids.numel(), shape.num_local_experts
-        heights = [int(p.entry(here)[2]["block_shape"][0]) for p in (self._first, self._second)]
+        heights = [int(p.settings(here)["block_shape"][0]) for p in (self._first, self._second)]
         first, second = self._first.bind(shape.top_k, here), self._second.bind(1, here)
         align = glue.Aligner(pairs, local, (heights[0], heights[1]), x.device)
         hidden = x.new_empty(pairs, self._first.rows)
