@@ -17,6 +17,8 @@ import triton.language as tl
 from moestro.kernels.triton.device import launch_next, wait_for_previous
 from moestro.kernels.triton.gemm import PARTIAL, find, tiles
 
+LINE = 32  # int32 from counter to counter: each has a line of its own, so that they lie all over L2
+
 
 @triton.jit
 def _place(at, per_group, GROUP: tl.constexpr):
@@ -36,9 +38,10 @@ def moe_chain(
     BM1: tl.constexpr, UNROLL1: tl.constexpr, STAGES1: tl.constexpr,
     BM2: tl.constexpr, UNROLL2: tl.constexpr, STAGES2: tl.constexpr,
     STRIPS1: tl.constexpr, STRIPS2: tl.constexpr,
-    SPLIT: tl.constexpr, TOGETHER: tl.constexpr, GROUP: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    SPLIT: tl.constexpr, TOGETHER: tl.constexpr, GROUP: tl.constexpr, AHEAD: tl.constexpr, LINE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """The arguments are gemm.moe_gemm's for its two stages; done int32 [slots], zero.
+    """The arguments are gemm.moe_gemm's for its two stages; done int32 [slots, LINE], zero.
 
     STRIPS1, STRIPS2: tiles of a slot in each product (those of the second times SPLIT).
     """
@@ -50,7 +53,7 @@ def moe_chain(
         e, place, count = find(ids, table, stride, slot, P, OFFSET, L, ROUTE, BN)
         if e >= 0:
             args = (x, x, ids, pair_weights, sorted_pairs, w1, w1_scales, row_scale1, bias1, act, P, rows1,
-                    hidden, inter, OFFSET, K, e, m, 0, place, count, done + slot, STRIPS1)  # fmt: skip
+                    hidden, inter, OFFSET, K, e, m, 0, place, count, done + slot * LINE, STRIPS1)  # fmt: skip
             tiles(args, count, 1, ROUTE, PARTIAL, FORMAT, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS1, False,
                   False, EVEN1, PB, BM1, BN, LADDER, UNROLL1, STAGES1, 1, TOGETHER, False, True,
                   0)  # fmt: skip
@@ -59,8 +62,8 @@ def moe_chain(
         e, place, count = find(ids, table, stride, slot, P, OFFSET, L, ROUTE, BN)
         if e >= 0:
             args = (act, act, ids, pair_weights, sorted_pairs, w2, w2_scales, row_scale2, bias2, partial, P,
-                    hidden, inter, hidden, OFFSET, K, e, m // SPLIT, m % SPLIT, place, count, done + slot,
-                    STRIPS1)  # fmt: skip
+                    hidden, inter, hidden, OFFSET, K, e, m // SPLIT, m % SPLIT, place, count,
+                    done + slot * LINE, STRIPS1)  # fmt: skip
             tiles(args, count, 2, ROUTE, PARTIAL, FORMAT, False, ACT, ALPHA, LIMIT, SHIFT, BIAS2, False,
                   False, EVEN2, PB, BM2, BN, LADDER, UNROLL2, STAGES2, SPLIT, TOGETHER, False, True,
                   AHEAD)  # fmt: skip

@@ -35,21 +35,37 @@ def launch_next(PDL: tl.constexpr):
 
 
 @triton.jit
-def ask_l2(address, size):
-    """Bring `size` bytes (a multiple of 16) at `address` (16-byte aligned) to L2; one thread asks."""
+def wait_for_count(counter, wanted, weights, weights_size, scales, scales_size):
+    """Until int32 `counter` has reached `wanted`; all that was written before it did is visible then.
+
+    One thread looks, and rarely: hundreds of programs wait at once, and one that asked all the time slowed
+    the memory that the others stream. Meanwhile L2 fetches `weights` and `scales` (addresses of 16 bytes'
+    alignment, sizes in bytes, multiples of 16), if the sizes are not 0.
+    """
     if PTX:
         tl.inline_asm_elementwise(
             """{
-            .reg .pred p; .reg .b32 t;
-            mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;
-            @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;
+            .reg .pred p, q; .reg .b32 t;
+            mov.u32 t, %tid.x; setp.ne.u32 p, t, 0; @p bra DONE;
+            ld.acquire.gpu.global.u32 t, [$1]; setp.ge.s32 q, t, $2; @q bra DONE;
+            setp.eq.u32 p, $4, 0; @p bra LOOK;
+            cp.async.bulk.prefetch.L2.global [$3], $4; cp.async.bulk.prefetch.L2.global [$5], $6;
+            LOOK: nanosleep.u32 100;
+            ld.relaxed.gpu.global.u32 t, [$1]; setp.lt.s32 q, t, $2; @q bra LOOK;
+            fence.acq_rel.gpu;
+            DONE: mov.b32 $0, 0;
             }""",
-            "=r,l,r",
-            [address.to(tl.int64, bitcast=True), size],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+            "=r,l,r,l,r,l,r",
+            [
+                counter.to(tl.int64, bitcast=True), wanted, weights.to(tl.int64, bitcast=True), weights_size,
+                scales.to(tl.int64, bitcast=True), scales_size,
+            ],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+        tl.debug_barrier()
+    else:
+        while tl.atomic_add(counter, 0, sem="acquire") < wanted:
+            pass
 
 
 @triton.jit

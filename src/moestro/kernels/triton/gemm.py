@@ -22,11 +22,11 @@ import triton.language as tl
 from moestro.kernels.triton.device import (
     NVFP4,
     activate,
-    ask_l2,
     decode_block,
     dot,
     launch_next,
     settle,
+    wait_for_count,
     wait_for_previous,
 )
 
@@ -101,11 +101,12 @@ def moe_gemm(
 def find(ids, table, stride, slot, P, OFFSET, L, ROUTE: tl.constexpr, BN: tl.constexpr):
     """(local expert of a slot, -1 if it has no work; its place among the pairs; how many pairs)."""
     if ROUTE == SORTED:
+        at = table + tl.minimum(slot, stride - 1)  # loads that do not wait for each other
         works = slot < tl.load(table + 3 * stride, cache_modifier=".cg")
-        e = tl.load(table + slot, works, other=-1, cache_modifier=".cg")
-        start = tl.load(table + stride + slot, works, other=0, cache_modifier=".cg")
-        count = tl.load(table + 2 * stride + slot, works, other=0, cache_modifier=".cg") - start
-        return e, start, count
+        e = tl.load(at, cache_modifier=".cg")
+        start = tl.load(at + stride, cache_modifier=".cg")
+        count = tl.load(at + 2 * stride, cache_modifier=".cg") - start
+        return tl.where(works, e, -1), start, count
     else:
         e = tl.load(ids + slot, slot < P, other=-1, cache_modifier=".cg") - OFFSET
         e = tl.where((e < 0) | (e >= L), -1, e)
@@ -217,15 +218,14 @@ def _wait_for_tiles(done, strips, w, w_scales, e, m, part, rows, columns, FORMAT
                     BM: tl.constexpr, SPLIT: tl.constexpr, AHEAD: tl.constexpr):  # fmt: skip
     """Until all strips of the first product of these pairs are done; the weights' first AHEAD bytes are asked
     into L2 meanwhile."""
-    if tl.atomic_add(done, 0, sem="acquire") < strips:
-        if FORMAT == NVFP4 and AHEAD > 0:
-            blocks = tl.cdiv(columns, 64)
-            each = blocks // SPLIT
-            block = (e * tl.cdiv(rows, 64) + m * BM // 64) * blocks + part * each
-            ask_l2(w + block * 1024, tl.minimum(each * 2048, AHEAD))
-            ask_l2(w_scales + block * 64, tl.minimum(each * 256, AHEAD // 8))
-        while tl.atomic_add(done, 0, sem="acquire") < strips:
-            pass
+    if FORMAT == NVFP4 and AHEAD > 0:
+        blocks = tl.cdiv(columns, 64)
+        each = blocks // SPLIT
+        block = (e * tl.cdiv(rows, 64) + m * BM // 64) * blocks + part * each
+        size = tl.minimum(each * 2048, AHEAD)
+        wait_for_count(done, strips, w + block * 1024, size, w_scales + block * 64, size // 8)
+    else:
+        wait_for_count(done, strips, done, 0, done, 0)
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from moestro.kernels.triton import chain, combine, dense, device, gemm, gluon_pl
 from moestro.kernels.triton.layout import TritonNVFP4
 from moestro.kernels.triton.tactics import Tactic
 
-WIDE_PAIRS = 4096  # up to here the pairs' results are kept in float32 until they are summed
+FLOAT_BYTES = 4 << 20  # up to here the pairs' results are kept in float32 until they are summed
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,9 @@ def scratch_plan(problem: MoeProblem, num_tokens: int, tactic: Tactic, x_rows: i
     if tactic.combine == "atomic":
         plan["sums"] = ((num_tokens, p.hidden_size), torch.float32)
     else:
-        plan["partial"] = (
-            (pairs * tactic.split, p.hidden_size),
-            torch.float32 if pairs <= WIDE_PAIRS and tactic.path != "wide" else half,
-        )
+        parts = pairs * tactic.split
+        whole = 4 * parts * p.hidden_size <= FLOAT_BYTES and tactic.path != "wide"
+        plan["partial"] = ((parts, p.hidden_size), torch.float32 if whole else half)
     if tactic.route == "sorted":
         chunks, bins = num_chunks(pairs), num_bins(p)
         plan["counts"] = plan["cursors"] = ((chunks, bins), torch.int32)
@@ -277,7 +276,8 @@ class Planner:
             p.hidden_size, p.intermediate_size, p.expert_offset, p.num_local_experts, p.top_k, FORMAT=kind,
             GATED=p.activation.gated, **_activation(p), BIAS1=bias1 is not None, BIAS2=bias2 is not None,
             EVEN1=p.hidden_size % 64 == 0, EVEN2=p.intermediate_size % 64 == 0, SPLIT=t.split,
-            STRIPS1=strips[0], STRIPS2=strips[1], AHEAD=t.ahead << 10, num_warps=t.first[2], **tiles, **meta,
+            STRIPS1=strips[0], STRIPS2=strips[1], AHEAD=t.ahead << 10, LINE=chain.LINE,
+            num_warps=t.first[2], **tiles, **meta,
         )  # fmt: skip
 
     def _dense(self, stage: int, x: torch.Tensor, x_scale: torch.Tensor | None, out: torch.Tensor) -> None:
@@ -333,6 +333,7 @@ class Planner:
             *args,
             K=self.p.top_k,
             SPLIT=self.tactic.split,
+            LINE=chain.LINE,
             BH=width,
             **self._locality,
         )

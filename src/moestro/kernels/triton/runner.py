@@ -20,7 +20,7 @@ from moestro.formats.base import CHECKPOINT, FormatTensor
 from moestro.kernels.activations import GeGLUTanh, ReLU2, SwiGLU
 from moestro.kernels.problem import Experts, MoeProblem, MoeRunner
 from moestro.kernels.scratch import carve, plan_bytes
-from moestro.kernels.triton import device, native, tactics
+from moestro.kernels.triton import chain, device, native, tactics
 from moestro.kernels.triton.layout import LAYOUT, TritonNVFP4
 from moestro.kernels.triton.plan import Launch, Planner, scratch_plan
 from moestro.kernels.triton.tactics import Tactic
@@ -49,6 +49,8 @@ class TritonRunner(MoeRunner):
             return f"it has no kernel for the activation {problem.activation!r}"
         if problem.intermediate_size % 8 or problem.hidden_size % 8:
             return "hidden and intermediate size must be multiples of 8"
+        if problem.top_k > 64:
+            return f"it sums at most 64 experts of a token, top_k is {problem.top_k}"
         return None
 
     @classmethod
@@ -78,7 +80,9 @@ class TritonRunner(MoeRunner):
         if problem.weight_format == "nvfp4" and not (packed or self._native):
             raise BackendError("backend 'triton' runs NVFP4 weights that TritonRunner.prepare() has repacked")
         # zero between calls, which a shared workspace is not
-        self._done = torch.zeros(tactics.CHAIN_SLOTS, dtype=torch.int32, device=experts.gate_up.device)
+        self._done = torch.zeros(
+            tactics.CHAIN_SLOTS * chain.LINE, dtype=torch.int32, device=experts.gate_up.device
+        )
 
     def workspace_bytes(self, num_tokens: int, tactic: Any) -> int:
         if num_tokens == 0:
