@@ -30,6 +30,9 @@ def sm_90() -> list[str]:
         (nvfp4, 1, -1),  # one pair a program
         (nvfp4, 3, -1),  # programs find their pairs
         (nvfp4, 12, -1),  # sorted, narrow
+        (nvfp4, 1, tactics.chain(8, tactics.T, tactics.T, "direct")),  # both products in one launch
+        (nvfp4, 3, tactics.chain(8, tactics.S, tactics.S, "direct", ahead=16)),
+        (nvfp4, 60, tactics.chain(32, tactics.M, tactics.M, split=2)),
         (nvfp4, 700, plain),
         (nvfp4, 700, large),  # two widths, narrowing; wgmma with A in registers
         (nvfp4, 700, dense),
@@ -54,8 +57,11 @@ def complaints(launch: Launch) -> list[str]:
     name = f"{launch.kernel.__name__} {launch.meta}"
     ptx = compile_launch(launch).asm["ptx"]
     bad = []
-    if "gemm" in launch.kernel.__name__ and WGMMA not in ptx and MMA not in ptx:
+    if re.search("gemm|chain", launch.kernel.__name__) and WGMMA not in ptx and MMA not in ptx:
         bad.append(f"{name}: no tensor core instruction")
+    says, looks = re.search(r"(atom|red)\S*\.gpu\S*\.release|\.release\.gpu", ptx), "ld.acquire.gpu" in ptx
+    if launch.kernel.__name__ == "moe_chain" and not (says and looks):
+        bad.append(f"{name}: a tile may read what another has not yet written")
     if launch.kernel.__name__ == "dense_gemm" and "cp.async.bulk.tensor" not in ptx:
         bad.append(f"{name}: no tensor memory accelerator")
     if launch.meta.get("FORMAT") == 1:

@@ -220,7 +220,7 @@ def cost(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> float:
     hit = p.num_local_experts * (1 - (1 - 1 / p.num_local_experts) ** pairs)
     each = pairs / p.num_experts * p.num_local_experts / hit  # pairs of an expert that is hit
     packed = p.weight_format == "nvfp4"
-    total = LAUNCH * (3 if tactic.route == "direct" else 4)
+    total = LAUNCH * (3 + (tactic.route == "sorted") - (tactic.path == "chain"))
     sizes = ((p.gate_up_rows, p.hidden_size), (p.hidden_size, p.intermediate_size))
     for (rows, columns), width, tile in zip(sizes, tactic.widths, tactic.tiles, strict=True):
         weights = hit * rows * columns
