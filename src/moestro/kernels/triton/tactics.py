@@ -61,6 +61,7 @@ def chain(tokens: int, first: Tile, second: Tile, route: str = "sorted", **rest:
 
 
 T, S, M, B = (32, 4, 2, 4), (64, 2, 4, 4), (128, 2, 4, 3), (128, 1, 8, 4)  # tiles that several tactics share
+S6 = (64, 2, 4, 6)
 WIDE = (256, 1, 8, 4)
 
 # What wins somewhere on an H100 (benchmarks/results/h100-kernels.json), or is close. UNROLL (the second
@@ -72,6 +73,17 @@ TABLE: tuple[Tactic, ...] = (
     fused(8, S, S, "direct", split=4),
     fused(8, M, M, "direct"),
     fused(16, S, S, "direct"),
+    chain(8, T, T, "direct"),
+    chain(8, T, T, "direct", split=4),
+    chain(8, S6, S6, "direct", ahead=16),
+    chain(8, S, S, "direct", split=4),
+    chain(8, T, T),
+    chain(8, S, S),
+    chain(8, M, M),
+    chain(16, M, M),
+    chain(32, S, S),
+    chain(32, M, M),
+    chain(32, M, M, split=4),
     fused(8, S, S),
     fused(8, T, T),
     fused(8, M, M),

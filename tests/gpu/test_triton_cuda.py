@@ -1,0 +1,79 @@
+"""The Triton backend on a CUDA device: its launches in graphs, and what programs wait for each other with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moestro import ExpertWeights, FusedMoE, reference
+from moestro.kernels.triton import tactics
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+E, K, H, I = 24, 4, 512, 320  # noqa: E741
+
+
+def layer(num_tokens: int, seed: int = 0) -> tuple[ExpertWeights, FusedMoE, list[torch.Tensor]]:
+    g = torch.Generator().manual_seed(seed)
+    gate_up, down = torch.randn(E, 2 * I, H, generator=g) * 0.1, torch.randn(E, H, I, generator=g) * 0.1
+    weights = ExpertWeights.from_dense(gate_up.cuda(), down.cuda(), "nvfp4")
+    moe = FusedMoE(weights, K, backend="triton", max_num_tokens=64, use_cuda_graph=True)
+    return weights, moe, call(num_tokens, seed)
+
+
+def call(num_tokens: int, seed: int) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.rand(num_tokens, E, generator=g).argsort(-1)[:, :K].int().contiguous()
+    x = torch.randn(num_tokens, H, generator=g).bfloat16()
+    return [t.cuda() for t in (x, ids, torch.rand(num_tokens, K, generator=g))]
+
+
+def chains(num_tokens: int) -> list[tactics.Tactic]:
+    moe = layer(1)[1]
+    problem = moe.runners[0].problem
+    return [t for t in tactics.candidates(problem, num_tokens) if t.path == "chain"]
+
+
+def test_several_numbers_of_tokens_are_captured_from_one_layer_and_replayed_in_turn() -> None:
+    weights, moe, _ = layer(1)
+    captured = []
+    for n in (1, 4, 33, 64):
+        inputs = call(n, n)
+        y = torch.empty_like(inputs[0])
+        moe(*inputs, out=y)  # compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            moe(*inputs, out=y)
+        captured.append((graph, inputs, y))
+    for turn in range(3):
+        for graph, inputs, y in captured:
+            for old, new in zip(inputs, call(len(y), 100 + turn), strict=True):
+                old.copy_(new)
+            y.fill_(torch.nan)
+            graph.replay()
+            expected = reference.fused_moe(*inputs, weights)
+            assert float((y.float() - expected).norm() / expected.norm()) < 1e-2
+
+
+@pytest.mark.parametrize("num_tokens", [1, 4, 64])
+def test_chained_products_repeat_bit_for_bit(num_tokens: int) -> None:
+    """A tile that read before another had written would differ, now or then."""
+    weights, moe, inputs = layer(num_tokens)
+    runner = moe.runners[0]
+    found = chains(num_tokens)
+    assert found
+    expected = reference.fused_moe(*inputs, weights)
+    for tactic in found:
+        out = torch.empty_like(inputs[0])
+        size = runner.workspace_bytes(num_tokens, tactic)
+        first = None
+        for _ in range(30):
+            runner.use_workspace(torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda"))
+            runner.forward([*inputs, out], tactic)
+            if first is None:
+                first = out.clone()
+                assert float((out.float() - expected).norm() / expected.norm()) < 1e-2
+            assert torch.equal(first, out)
