@@ -57,16 +57,17 @@ void tile_tokens(const Dense& w, int chunks, const Tokens& x, float* sums) {
 
 // Few tokens, and columns that do not fill a tile, go to `Small`. By the published rates (a tile product of 16 cycles, 32
 // tokens' worth of dot products a cycle otherwise) tiles pay from four tokens on; not measured: no such machine here.
-template <void (*Small)(const Dense&, int, const Tokens&, float*)>
-void multiply_tiles(const Dense& w, int blocks, const Tokens& x, float* sums) {
+template <void (*Small)(const Dense&, int, const Tokens&, float*, Ahead&)>
+void multiply_tiles(const Dense& w, int blocks, const Tokens& x, float* sums, Ahead& ahead) {
   constexpr int kFewest = 4;
   const int chunks = x.count < kFewest ? 0 : blocks / 2;
+  if (chunks > 0) ahead.ask(ahead.lines);
   if (chunks > 0 && w.panels == 2) tile_tokens<2>(w, chunks, x, sums);
   if (chunks > 0 && w.panels == 1) tile_tokens<1>(w, chunks, x, sums);
   const int done = 2 * chunks;
   if (done == blocks) return;
   const Dense rest{w.data + done * kBlock * kPanel, w.stride, w.panels};
-  Small(rest, blocks - done, Tokens{x.data + chunks * x.stride, x.stride, x.count}, sums);
+  Small(rest, blocks - done, Tokens{x.data + chunks * x.stride, x.stride, x.count}, sums, ahead);
 }
 
 }  // namespace

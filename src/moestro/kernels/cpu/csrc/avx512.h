@@ -33,35 +33,93 @@ inline __m512bh pair_of(const uint16_t* x) {  // two columns of a token, to all 
   return (__m512bh)_mm512_set1_epi32(pair);
 }
 
+inline void unpack_half(__m512i table, const uint8_t* codes, __m512i* w) {  // 4 pairs of columns
+  const __m512i line = _mm512_loadu_si512(codes);
+  w[0] = _mm512_permutexvar_epi16(line, table);
+  w[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(line, 4), table);
+  w[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(line, 8), table);
+  w[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(line, 12), table);
+}
+
 inline void unpack_codes(__m512i table, const uint8_t* codes, __m512i* w) {  // a block: 8 pairs of columns
-#pragma GCC unroll 2
-  for (int half = 0; half < 2; ++half) {
-    const __m512i line = _mm512_loadu_si512(codes + 64 * half);
-    w[4 * half] = _mm512_permutexvar_epi16(line, table);
-    w[4 * half + 1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(line, 4), table);
-    w[4 * half + 2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(line, 8), table);
-    w[4 * half + 3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(line, 12), table);
-  }
+  unpack_half(table, codes, w);
+  unpack_half(table, codes + 64, w + 4);
 }
 
 constexpr int kAhead = 16;  // blocks to prefetch ahead: 2 KiB of a panel; 1 KiB and 4 KiB were slower
 
-// Decode a block to registers once, multiply all tokens by it; the scale meets the sum of its 16 columns.
+// Ask for a block of each panel and its scales, kAhead blocks ahead: in this tile, or where the next one begins.
 template <int P>
-inline void direct_panels(const Codes& from, int blocks, const Tokens& x, float* sums) {
+MOESTRO_INLINE void ask_block(const Codes& from, int blocks, int b) {
+  const bool here = b + kAhead < blocks;
+  const int at = here ? b + kAhead : b + kAhead - blocks;
+#pragma GCC unroll 2
+  for (int p = 0; p < P; ++p) {
+    const uint8_t* codes = (here ? from.codes : from.next) + p * from.code_stride + at * kCodeBytes;
+    _mm_prefetch(reinterpret_cast<const char*>(codes), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(codes + 64), _MM_HINT_T0);
+    if (b % 4 != 0) continue;  // four blocks' scales are a line
+    const uint8_t* scales = (here ? from.scales : from.next_scales) + p * from.scale_stride;
+    _mm_prefetch(reinterpret_cast<const char*>(scales + (from.mx ? at / 2 : at) * kPanel), _MM_HINT_T0);
+  }
+}
+
+// Few tokens: their sums stay in registers. A block is decoded once, multiplied by all tokens, and its scale meets the
+// sum of its 16 columns.
+template <int P, int T>
+inline void direct_few(const Codes& from, int blocks, const Tokens& x, float* sums) {
+  const __m512i table = e2m1_table();
+  __m512 total[T][P];
+#pragma GCC unroll 4
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+    for (int p = 0; p < P; ++p) total[t][p] = _mm512_loadu_ps(sums + t * kTileRows + p * kPanel);
+  for (int b = 0; b < blocks; ++b) {
+    ask_block<P>(from, blocks, b);
+    const uint16_t* at = x.data + b / 2 * x.stride + b % 2 * kBlock;
+    __m512 sum[T][P];
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+      for (int p = 0; p < P; ++p) sum[t][p] = _mm512_setzero_ps();
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half, at += kBlock / 2) {
+      __m512i w[P][4];
+#pragma GCC unroll 2
+      for (int p = 0; p < P; ++p) unpack_half(table, from.codes + p * from.code_stride + b * kCodeBytes + 64 * half, w[p]);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j)
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t) {
+          const __m512bh pair = pair_of(at + t * kChunk + 2 * j);
+#pragma GCC unroll 2
+          for (int p = 0; p < P; ++p) sum[t][p] = _mm512_dpbf16_ps(sum[t][p], (__m512bh)w[p][j], pair);
+        }
+    }
+#pragma GCC unroll 2
+    for (int p = 0; p < P; ++p) {
+      const __m512 scale = block_scales(from.scale(p, b), from.mx);
+#pragma GCC unroll 4
+      for (int t = 0; t < T; ++t) total[t][p] = _mm512_fmadd_ps(sum[t][p], scale, total[t][p]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+    for (int p = 0; p < P; ++p) _mm512_storeu_ps(sums + t * kTileRows + p * kPanel, total[t][p]);
+}
+
+// More tokens: the same with a block's weights in registers and the sums in memory.
+template <int P>
+inline void direct_many(const Codes& from, int blocks, const Tokens& x, float* sums) {
   const __m512i table = e2m1_table();
   for (int b = 0; b < blocks; ++b) {
-    // Past the end of this tile, where the next one begins.
-    const uint8_t* next = from.next + (b + kAhead - blocks) * kCodeBytes;
+    ask_block<P>(from, blocks, b);
     __m512i w[P][8];
     __m512 scale[P];
 #pragma GCC unroll 2
     for (int p = 0; p < P; ++p) {
-      const uint8_t* codes = from.codes + p * from.code_stride + b * kCodeBytes;
-      const uint8_t* ahead = b + kAhead < blocks ? codes + kAhead * kCodeBytes : next + p * from.code_stride;
-      _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char*>(ahead + 64), _MM_HINT_T0);
-      unpack_codes(table, codes, w[p]);
+      unpack_codes(table, from.codes + p * from.code_stride + b * kCodeBytes, w[p]);
       scale[p] = block_scales(from.scale(p, b), from.mx);
     }
     const uint16_t* at = x.data + b / 2 * x.stride + b % 2 * kBlock;
@@ -81,6 +139,17 @@ inline void direct_panels(const Codes& from, int blocks, const Tokens& x, float*
         _mm512_storeu_ps(to, _mm512_fmadd_ps(sum[p], scale[p], _mm512_loadu_ps(to)));
       }
     }
+  }
+}
+
+template <int P>
+void direct_panels(const Codes& from, int blocks, const Tokens& x, float* sums) {
+  switch (x.count) {
+    case 1: return direct_few<P, 1>(from, blocks, x, sums);
+    case 2: return direct_few<P, 2>(from, blocks, x, sums);
+    case 3: return direct_few<P, 3>(from, blocks, x, sums);
+    case 4: return direct_few<P, 4>(from, blocks, x, sums);
+    default: return direct_many<P>(from, blocks, x, sums);
   }
 }
 
@@ -116,7 +185,7 @@ void decode(const Codes& from, int blocks, uint16_t* dense) {
 // P panels by T tokens of sums in registers: 2 x 12 leave room for the weights and the broadcast pair, and need
 // 14 loads for 24 dot products.
 template <int P, int T>
-inline void multiply_tile(const Dense& w, int blocks, const Tokens& x, float* sums) {
+inline void multiply_tile(const Dense& w, int blocks, const Tokens& x, float* sums, Ahead& ahead, int ask) {
   __m512 c[P][T];
 #pragma GCC unroll 12
   for (int t = 0; t < T; ++t)
@@ -126,6 +195,7 @@ inline void multiply_tile(const Dense& w, int blocks, const Tokens& x, float* su
   const uint16_t* chunk = x.data;
   for (int left = blocks * 8; left > 0; left -= 16, chunk += x.stride) {
     const int pairs = left < 16 ? left : 16;
+    ahead.ask(ask);
 #pragma GCC unroll 12
     for (int t = 0; t < T; ++t)  // T lines, then a jump: a pattern that hardware does not follow
       _mm_prefetch(reinterpret_cast<const char*>(chunk + x.stride + t * kChunk), _MM_HINT_T0);
@@ -150,24 +220,25 @@ inline void multiply_tile(const Dense& w, int blocks, const Tokens& x, float* su
 constexpr int kMostTokens = 12;
 
 template <int P, int T>
-void multiply_count(int count, const Dense& w, int blocks, const Tokens& x, float* sums) {
+void multiply_count(const Dense& w, int blocks, const Tokens& x, float* sums, Ahead& ahead, int ask) {
   if constexpr (T == 1) {
-    multiply_tile<P, 1>(w, blocks, x, sums);
+    multiply_tile<P, 1>(w, blocks, x, sums, ahead, ask);
   } else {
-    if (count == T) return multiply_tile<P, T>(w, blocks, x, sums);
-    multiply_count<P, T - 1>(count, w, blocks, x, sums);
+    if (x.count == T) return multiply_tile<P, T>(w, blocks, x, sums, ahead, ask);
+    multiply_count<P, T - 1>(w, blocks, x, sums, ahead, ask);
   }
 }
 
-void multiply(const Dense& w, int blocks, const Tokens& x, float* sums) {
+void multiply(const Dense& w, int blocks, const Tokens& x, float* sums, Ahead& ahead) {
   const int pieces = (x.count + kMostTokens - 1) / kMostTokens;
+  const int chunks = pieces * ((blocks + 1) / 2), ask = (ahead.lines + chunks - 1) / chunks;
   for (int i = 0; i < pieces; ++i) {  // of equal size, give or take one
     const int from = x.count * i / pieces, count = x.count * (i + 1) / pieces - from;
     const Tokens part{x.data + from * kChunk, x.stride, count};
     if (w.panels == 2)
-      multiply_count<2, kMostTokens>(count, w, blocks, part, sums + from * kTileRows);
+      multiply_count<2, kMostTokens>(w, blocks, part, sums + from * kTileRows, ahead, ask);
     else
-      multiply_count<1, kMostTokens>(count, w, blocks, part, sums + from * kTileRows);
+      multiply_count<1, kMostTokens>(w, blocks, part, sums + from * kTileRows, ahead, ask);
   }
 }
 

@@ -2,6 +2,9 @@
 // set of the file which includes this. Everything is static: each file has its own copy.
 #pragma once
 #include <cstring>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 #include "kernels.h"
 
@@ -21,9 +24,18 @@ inline float float_of(uint32_t bits) {
 }
 
 inline uint16_t round_bf16(float value) {  // to nearest, ties to even; NaN stays NaN
-  const uint32_t bits = bits_of(value);
-  const uint32_t rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
-  return static_cast<uint16_t>(value != value ? 0x7FC0u : rounded);
+  const uint32_t bits = bits_of(value), nan = (bits & 0x7FFFFFFFu) > 0x7F800000u ? ~0u : 0u;
+  const uint32_t rounded = bits + 0x7FFFu + (bits >> 16 & 1u);
+  return static_cast<uint16_t>(((nan & 0x7FC00000u) | (~nan & rounded)) >> 16);
+}
+
+// 16 lanes. GCC keeps the loop scalar, which took 8 of 10 cycles of an activation; AVX-512 has an instruction.
+inline void store_bf16(const float* from, uint16_t* to) {
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from)));
+#else
+  for (int i = 0; i < kPanel; ++i) to[i] = round_bf16(from[i]);
+#endif
 }
 
 // 1 / (1 + exp(-v)): 2^n by its exponent bits, 2^f by its series to f^6, relative error under 3e-7.
@@ -86,7 +98,7 @@ void activate_gated(const Epilogue& end, const float* sums, int tokens, uint16_t
       swiglu(end, gate, up, a);
     else
       geglu_tanh(gate, up, a);
-    for (int i = 0; i < kPanel; ++i) out[i] = round_bf16(a[i]);
+    store_bf16(a, out);
   }
 }
 
@@ -97,7 +109,8 @@ void activate(const Epilogue& end, const float* sums, int tokens, int panels, ui
     for (int p = 0; p < panels; ++p) {
       affine.apply(p * kPanel, sums, h);
       for (int i = 0; i < kPanel; ++i) h[i] = h[i] < 0.f ? 0.f : h[i];
-      for (int i = 0; i < kPanel; ++i) out[p * kPanel + i] = round_bf16(h[i] * h[i]);
+      for (int i = 0; i < kPanel; ++i) h[i] *= h[i];
+      store_bf16(h, out + p * kPanel);
     }
 }
 
@@ -113,7 +126,7 @@ void combine(const Epilogue& end, const float* sums, int tokens, int columns, co
 }
 
 void to_bf16(const float* from, uint16_t* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = round_bf16(from[i]);
+  for (int64_t i = 0; i < count; i += kPanel) store_bf16(from + i, to + i);
 }
 
 }  // namespace

@@ -27,7 +27,7 @@ struct Codes {  // NVFP4 or MXFP4 panels, from some block on (an even one for MX
   int64_t code_stride;   // bytes from a panel to the next
   int64_t scale_stride;
   int panels;            // 1 or 2
-  const uint8_t* next;   // codes that will be read next, to prefetch
+  const uint8_t *next, *next_scales;  // what will be read after these panels, to prefetch
   bool mx;               // a power of two (e8m0) per 32 columns instead of e4m3 per 16
 
   const uint8_t* scale(int panel, int block) const {
@@ -39,6 +39,22 @@ struct Dense {  // bf16 panels, from some pair of columns on
   const uint16_t* data;
   int64_t stride;  // elements from a panel to the next
   int panels;
+};
+
+// GCC takes a function that only prefetches for one without effects and drops its calls, unless it is inlined first.
+#define MOESTRO_INLINE inline __attribute__((always_inline))
+
+struct Ahead {            // weights that are read next, to be asked for while others are multiplied
+  const uint8_t* at = nullptr;
+  int64_t stride = 0;   // bytes from a panel to the next
+  int lines = 0;        // of 64 bytes, of each of two panels
+
+  MOESTRO_INLINE void ask(int count) {  // for L2: decoded weights and tokens fill L1
+    for (; count > 0 && lines > 0; --count, --lines, at += 64) {
+      __builtin_prefetch(at, 0, 2);
+      __builtin_prefetch(at + stride, 0, 2);
+    }
+  }
 };
 
 struct Epilogue {            // of the first product, for one tile
@@ -53,8 +69,8 @@ struct Kernels {
   void (*direct)(const Codes&, int blocks, const Tokens&, float* sums);
   // e2m1 * scale, exactly, to bf16 panels [panels, blocks * 8, 16, 2]
   void (*decode)(const Codes&, int blocks, uint16_t* dense);
-  // sums += dense * tokens over `blocks` blocks of 16 columns
-  void (*multiply)(const Dense&, int blocks, const Tokens&, float* sums);
+  // sums += dense * tokens over `blocks` blocks of 16 columns, asking for all of `ahead` meanwhile
+  void (*multiply)(const Dense&, int blocks, const Tokens&, float* sums, Ahead& ahead);
   // activation(sums * row_scale + bias) as bf16: gate panel and up panel to 16 columns of a token panel ...
   void (*activate_gated)(const Epilogue&, const float* sums, int tokens, uint16_t* out);
   // ... or, without a gate, one or two panels to 16 or 32 columns
@@ -62,7 +78,7 @@ struct Kernels {
   // result[token[t]] += weight[t] * (sums * row_scale + bias), on `columns` columns
   void (*combine)(const Epilogue&, const float* sums, int tokens, int columns, const int32_t* token,
                   const float* weight, float* result, int64_t result_stride);
-  void (*to_bf16)(const float* from, uint16_t* to, int64_t count);
+  void (*to_bf16)(const float* from, uint16_t* to, int64_t count);  // count: a multiple of 16
   // on each thread before its first and after its last product of a region; may be null
   void (*enter)();
   void (*leave)();

@@ -88,7 +88,8 @@ inline void multiply_tile(const uint16_t* line, int blocks, const Tokens& x, flo
   }
 }
 
-void multiply(const Dense& w, int blocks, const Tokens& x, float* sums) {
+void multiply(const Dense& w, int blocks, const Tokens& x, float* sums, Ahead& ahead) {
+  ahead.ask(ahead.lines);
   for (int p = 0; p < w.panels; ++p) {
     const uint16_t* line = w.data + p * w.stride;
     float* to = sums + p * kPanel;

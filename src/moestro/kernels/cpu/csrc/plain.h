@@ -34,7 +34,8 @@ void decode(const Codes& from, int blocks, uint16_t* dense) {
   }
 }
 
-void multiply(const Dense& w, int blocks, const Tokens& x, float* sums) {
+void multiply(const Dense& w, int blocks, const Tokens& x, float* sums, Ahead& ahead) {
+  ahead.ask(ahead.lines);
   for (int t = 0; t < x.count; ++t)
     for (int p = 0; p < w.panels; ++p) {
       float* to = sums + t * kTileRows + p * kPanel;

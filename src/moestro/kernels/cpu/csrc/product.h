@@ -1,0 +1,104 @@
+// A product: row tiles of one expert's matrix times the tokens of a unit, in whichever way suits their number.
+//
+// Few tokens: codes are decoded in registers as they are multiplied. Many: a piece of a tile is decoded into cache, once,
+// and multiplied by all tokens; bf16 is multiplied from where it lies. While one piece is multiplied the next is asked
+// for: decoding straight from memory took three times as long (74 against 26 cycles a block of a panel, Zen 5).
+#pragma once
+#include <algorithm>
+#include <cstring>
+
+#include "plan.h"
+
+namespace moestro {
+
+struct Place {     // a tile of two panels
+  int64_t expert;  // negative: no tile
+  int64_t tile;
+};
+
+class Product {
+ public:
+  Product(const MoestroLayer& layer, const MoestroTactic& tactic, const MoestroMatrix& matrix, int64_t rows,
+          int64_t columns)
+      : matrix_(matrix), kernels_(*kernels_of(layer.isa)), panels_(rows / kPanel), columns_(columns),
+        blocks_(columns / kBlock), fp4_(layer.format != MOESTRO_BF16), mx_(layer.format == MOESTRO_MXFP4),
+        dequant_from_(tactic.dequant_from) {}
+
+  // sums [tiles, T, 32] = `tiles` tiles from `first` on, times tokens; the tile at `after` is probably read next
+  void run(Place first, int64_t tiles, Place after, const Tokens& tokens, float* sums, uint16_t* decoded) const {
+    std::memset(sums, 0, sizeof(float) * tiles * tokens.count * kTileRows);
+    if (fp4_ && kernels_.direct && tokens.count < dequant_from_)
+      direct(first, tiles, after, tokens, sums);
+    else
+      pieces(first, tiles, after, tokens, sums, decoded);
+  }
+
+ private:
+  static constexpr int kStream = 12;  // up to so many tokens, a tile of bf16 is read from end to end
+
+  struct Piece {  // blocks [block, block + count) of both panels of a tile
+    Place at;
+    int64_t block, count;
+  };
+
+  int64_t index(Place at, int64_t block) const { return (at.expert * panels_ + 2 * at.tile) * blocks_ + block; }
+  int panels(Place at) const { return static_cast<int>(std::min<int64_t>(2, panels_ - 2 * at.tile)); }
+  const uint8_t* codes(int64_t index) const { return matrix_.codes + index * (fp4_ ? kCodeBytes : kPanel * kBlock * 2); }
+  const uint8_t* scales(int64_t index) const { return matrix_.scales + (mx_ ? index / 2 : index) * kPanel; }
+  int64_t scale_stride() const { return (mx_ ? blocks_ / 2 : blocks_) * kPanel; }
+
+  Codes codes_of(Place at, int64_t block, Place next) const {
+    const int64_t here = index(at, block), then = index(next.expert < 0 ? at : next, 0);
+    return {codes(here), scales(here), blocks_ * kCodeBytes, scale_stride(), panels(at), codes(then), scales(then), mx_};
+  }
+
+  void direct(Place first, int64_t tiles, Place after, const Tokens& tokens, float* sums) const {
+    for (int64_t t = 0; t < tiles; ++t) {
+      const Place at{first.expert, first.tile + t}, next = t + 1 < tiles ? Place{at.expert, at.tile + 1} : after;
+      kernels_.direct(codes_of(at, 0, next), static_cast<int>(blocks_), tokens, sums + t * tokens.count * kTileRows);
+    }
+  }
+
+  void pieces(Place first, int64_t tiles, Place after, const Tokens& tokens, float* sums, uint16_t* decoded) const {
+    const bool whole = !fp4_ && tokens.count <= kStream;
+    const int64_t step = whole ? blocks_ : std::min<int64_t>(blocks_, kDecodeColumns / kBlock);
+    for (int64_t b = 0; b < blocks_; b += step) {
+      Tokens part = tokens;
+      part.data += b / 2 * tokens.stride;
+      for (int64_t t = 0; t < tiles; ++t) {
+        const Piece piece{{first.expert, first.tile + t}, b, std::min(step, blocks_ - b)};
+        const bool more = b + step < blocks_;
+        const Piece next = t + 1 < tiles ? Piece{{first.expert, first.tile + t + 1}, b, piece.count}
+                           : more        ? Piece{first, b + step, std::min(step, blocks_ - b - step)}
+                                         : Piece{after, 0, step};
+        Ahead ahead = whole ? Ahead{} : ask(next);  // hardware follows a stream; asking as well cost 10 %
+        kernels_.multiply(dense(piece, decoded), static_cast<int>(piece.count), part,
+                          sums + t * tokens.count * kTileRows, ahead);
+      }
+    }
+  }
+
+  Ahead ask(const Piece& next) const {
+    if (next.at.expert < 0) return {};
+    const int64_t at = index(next.at, next.block);
+    if (!fp4_) return {codes(at), columns_ * kPanel * 2, static_cast<int>(next.count * kPanel * kBlock * 2 / 64)};
+    Ahead few{scales(at), scale_stride(), static_cast<int>(next.count * kPanel / (mx_ ? 128 : 64) + 1)};
+    few.ask(few.lines);
+    return {codes(at), blocks_ * kCodeBytes, static_cast<int>(next.count * kCodeBytes / 64)};
+  }
+
+  Dense dense(const Piece& piece, uint16_t* decoded) const {
+    const int64_t here = index(piece.at, piece.block);
+    if (!fp4_) return {reinterpret_cast<const uint16_t*>(codes(here)), columns_ * kPanel, panels(piece.at)};
+    kernels_.decode(codes_of(piece.at, piece.block, piece.at), static_cast<int>(piece.count), decoded);
+    return {decoded, piece.count * kBlock * kPanel, panels(piece.at)};
+  }
+
+  const MoestroMatrix& matrix_;
+  const Kernels& kernels_;
+  int64_t panels_, columns_, blocks_;
+  bool fp4_, mx_;
+  int dequant_from_;
+};
+
+}  // namespace moestro
