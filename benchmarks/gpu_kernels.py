@@ -160,6 +160,14 @@ def check() -> int:
                     bad += 1
                     print("NOT REPEATABLE", runner.problem, len(inputs[0]), tactic)
     print("worst error", worst)
+    bad += check_w4a4()
+    print("check:", "FAILED" if bad else "ok", bad)
+    return bad
+
+
+def check_w4a4() -> int:
+    """NVFP4 activations, under dynamic and calibrated global scales."""
+    bad = 0
     for n, dynamic in itertools.product((1, 17, 64), (True, False)):
         runner, plain = make(8, 2, 272, 176, "nvfp4", inf="nvfp4", seed=n)
         if not dynamic:
@@ -168,12 +176,14 @@ def check() -> int:
                 e.down_input_scale = torch.tensor(0.004, device=DEV)
         inputs = inputs_of(runner, n, n)
         truth = truth_of(runner, plain, inputs)
-        for tactic in candidates(runner, n):
+        tried = candidates(runner, n)
+        compile_all(runner, [(inputs, t) for t in tried])
+        for tactic in tried:
             e = error(runner, plain, inputs, tactic, truth)
             print("w4a4", n, dynamic, tactic.path, tactic.route, tactic.combine, f"{e:.2e}")
             bad += not e < 1e-2
     torch.cuda.synchronize()
-    print("check:", "FAILED" if bad else "ok", bad)
+    print("w4a4:", "FAILED" if bad else "ok", bad)
     return bad
 
 
@@ -477,7 +487,7 @@ def ceilings() -> dict[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("command", choices=("check", "quick", "stages", "layer", "ceilings"))
+    parser.add_argument("command", choices=("check", "w4a4", "quick", "stages", "layer", "ceilings"))
     parser.add_argument("model", nargs="?", choices=MODELS)
     parser.add_argument("--format", default="nvfp4")
     parser.add_argument("--tokens", default="1,16,64")
@@ -489,6 +499,8 @@ def main() -> int:
     tokens = [int(t) for t in args.tokens.split(",")]
     if args.command == "check":
         return int(check() > 0)
+    if args.command == "w4a4":
+        return int(check_w4a4() > 0)
     if args.command == "quick":
         return int(quick() > 0)
     if args.command == "ceilings":

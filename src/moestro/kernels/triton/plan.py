@@ -18,7 +18,7 @@ from moestro.kernels.triton import chain, combine, dense, device, gemm, gluon_pl
 from moestro.kernels.triton.layout import TritonNVFP4
 from moestro.kernels.triton.tactics import Tactic
 
-FLOAT_BYTES = 4 << 20  # up to here the pairs' results are kept in float32 until they are summed
+FLOAT_BYTES = 4 << 20  # below this, the pairs' results are kept in float32 until they are summed
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def scratch_plan(problem: MoeProblem, num_tokens: int, tactic: Tactic, x_rows: i
         plan["sums"] = ((num_tokens, p.hidden_size), torch.float32)
     else:
         parts = pairs * tactic.split
-        whole = 4 * parts * p.hidden_size <= FLOAT_BYTES and tactic.path != "wide"
+        whole = 4 * parts * p.hidden_size < FLOAT_BYTES and tactic.path != "wide"
         plan["partial"] = ((parts, p.hidden_size), torch.float32 if whole else half)
     if tactic.route == "sorted":
         chunks, bins = num_chunks(pairs), num_bins(p)
