@@ -28,6 +28,7 @@ from moestro.bench.peers import peer_names
 from moestro.bench.progress import Listener
 from moestro.bench.run import BenchSpec, build
 from moestro.bench.truth import References
+from moestro.errors import BackendError
 from moestro.formats import NVFP4
 from moestro.routing import Uniform
 
@@ -258,6 +259,18 @@ def test_missing_and_broken_peers_are_listed_with_their_reason(monkeypatch: pyte
         {"contender": "absent nvfp4", "reason": "absent is not installed"},
         {"contender": "broken nvfp4", "reason": "AssertionError: wrong version"},
     ]
+
+
+def test_a_backend_that_cannot_be_imported_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str) -> None:
+        if name == "triton":
+            raise BackendError("backend 'triton' is not available: it cannot be imported: ImportError: gone")
+
+    monkeypatch.setattr("moestro.bench.run.backends.load", load)
+    spec = BenchSpec(SHAPE, (1,), Uniform(), formats=(), peers=())
+    (entry,) = build(spec, [LayerSource(SHAPE)], Listener())[1]
+    assert entry["contender"] == "moestro's backend triton"
+    assert "ImportError: gone" in entry["reason"]
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +201,7 @@ def test_a_size_must_be_a_number(store: Path, tokens: str) -> None:
 def test_bundles_in_the_package_serve_their_environment_and_give_way_to_the_store(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moestro.tuning import bundle
+    from moestro.tuning import shipped
 
     other = tmp_path / "other"
     tune(store)
@@ -207,8 +209,8 @@ def test_bundles_in_the_package_serve_their_environment_and_give_way_to_the_stor
     (tmp_path / "bundles").mkdir()
     run("cache", "export", tmp_path / "bundles" / "h100.json", "--store", store)
     (tmp_path / "bundles" / "broken.json").write_text("{")
-    monkeypatch.setattr(bundle, "SHIPPED", tmp_path / "bundles")
-    bundle._shipped.cache_clear()
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path / "bundles")
+    shipped.forget()
     try:
         clock = quiet_clock()
         runner, t = Kernel(clock, FAST), tuner(clock)
@@ -219,4 +221,113 @@ def test_bundles_in_the_package_serve_their_environment_and_give_way_to_the_stor
         assert decision.source == "bundle h100"
         assert winner(other) == "c"
     finally:
-        bundle._shipped.cache_clear()
+        shipped.forget()
+
+
+# --- bundles that ship with the package ------------------------------------------------------------------
+@pytest.fixture
+def bundle_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Path]]:
+    """Export a store into a folder that stands for the package's own; the file, after edits."""
+    from moestro.tuning import shipped
+
+    def make(store: Path, edit: Callable[[dict[str, Any]], None] = lambda data: None, **options: Any) -> Path:
+        path = tmp_path / "bundles" / "h100.json"
+        export_bundle(Store(store), path, **options)
+        data = json.loads(path.read_text())
+        edit(data)
+        path.write_text(json.dumps(data))
+        shipped.forget()
+        return path
+
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path / "bundles")
+    yield make
+    shipped.forget()
+
+
+def with_facts(**facts: Any) -> Callable[[dict[str, Any]], None]:
+    """An edit: the bundle comes from an environment that differs in these facts."""
+
+    def edit(data: dict[str, Any]) -> None:
+        for entry in data["entries"]:
+            entry["environment"] = "elsewhere"
+        (known,) = data["environments"].values()
+        data["environments"] = {"elsewhere": {**known, **facts}}
+
+    return edit
+
+
+def shipped_decision(times: Any = FAST, cfg: Any = None, size: int = 64) -> Any:
+    clock = quiet_clock()
+    runner = Kernel(clock, times)
+    return tuner(clock).decision("moe", [runner], cfg or config(), inputs(size))
+
+
+def test_a_shipped_decision_serves_the_same_kernels_under_another_driver(
+    store: Path, bundle_of: Callable[..., Path]
+) -> None:
+    tune(store)
+    assert shipped_decision() is None
+    bundle_of(store, with_facts(driver="1.2", torch="9.9"))
+    decision = shipped_decision()
+    assert decision.tactic == "a"
+    assert decision.source == "bundle h100, of driver 1.2, torch 9.9"
+
+
+def test_a_tuning_measures_again_what_only_another_driver_has_decided(
+    store: Path, bundle_of: Callable[..., Path]
+) -> None:
+    tune(store)
+    bundle_of(store, with_facts(driver="1.2"))
+    clock = quiet_clock()
+    runner, t = Kernel(clock, {-1: 1e-3, "a": 2e-3, "c": 4e-4}), tuner(clock)
+    with t.autotune(True, crossover=False):
+        assert t.choose_one("moe", [runner], config(), inputs(64)) == (runner, "c")
+
+
+@pytest.mark.parametrize("facts", [{"sources": "older"}, {"device": "another GPU"}, {"capability": "10.0"}])
+def test_a_bundle_of_other_kernels_or_another_gpu_never_serves(
+    store: Path, bundle_of: Callable[..., Path], facts: dict[str, str]
+) -> None:
+    tune(store)
+    bundle_of(store, with_facts(**facts))
+    assert shipped_decision() is None
+
+
+def test_loose_facts_of_a_key_may_differ(store: Path, bundle_of: Callable[..., Path]) -> None:
+    tune(store)
+    graph = dataclasses.replace(config(), use_cuda_graph=True)
+    bundle_of(store)
+    assert shipped_decision(cfg=graph) is None
+    bundle_of(store, loose=["mode"])
+    decision = shipped_decision(cfg=graph)
+    assert decision.tactic == "a"
+    assert decision.source == "bundle h100, of another mode"
+    assert shipped_decision().source == "bundle h100"  # the key as it was measured
+
+
+def test_tactics_that_this_version_does_not_have_are_left_out(
+    store: Path, bundle_of: Callable[..., Path]
+) -> None:
+    def edit(data: dict[str, Any]) -> None:
+        for entry in (e for e in data["entries"] if e["kind"] == "decision"):
+            entry["record"]["tactic"] = {"object": "moestro.gone:Tactic", "fields": {}}
+
+    tune(store)
+    bundle_of(store, edit)
+    assert shipped_decision() is None
+
+
+def test_a_slim_bundle_keeps_winners_and_defaults(store: Path, tmp_path: Path) -> None:
+    tune(store)
+    sizes = {}
+    for slim in (False, True):
+        path = tmp_path / f"{slim}.json"
+        export_bundle(Store(store), path, slim=slim)
+        sizes[slim] = path.stat().st_size
+        other = Store(tmp_path / f"other-{slim}")
+        import_bundle(path, other)
+        for entry in other.entries():
+            kept = entry.record.evidence.candidates
+            assert "winner" in {c.fate for c in kept}
+            assert not slim or all(c.fate == "winner" or c.tactic == -1 for c in kept)
+    assert sizes[True] < sizes[False]

@@ -168,12 +168,13 @@ def test_policy_and_clock_are_part_of_the_environment(store: Path) -> None:
 
 def test_changed_sources_are_another_environment(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tune(store)
-    monkeypatch.setattr("moestro.tuning.runner._file_digest", lambda path: "changed")
+    monkeypatch.setattr("moestro.tuning.runner.file_digest", lambda path: "changed")
     assert fresh(store) == -1
 
 
 def test_kernel_sources_count(tmp_path: Path) -> None:
-    from moestro.tuning.runner import _file_digest, source_digest
+    from moestro.tuning.runner import source_digest
+    from moestro.tuning.sources import file_digest
 
     class Sourced(Kernel):
         def kernel_sources(self) -> list[Path]:
@@ -182,7 +183,7 @@ def test_kernel_sources_count(tmp_path: Path) -> None:
     (tmp_path / "kernel.cu").write_text("a")
     before = source_digest([Sourced(quiet_clock(), {})])
     (tmp_path / "kernel.cu").write_text("b")
-    _file_digest.cache_clear()
+    file_digest.cache_clear()
     assert source_digest([Sourced(quiet_clock(), {})]) != before
 
 
@@ -226,3 +227,34 @@ def test_a_path_a_string_and_a_store_are_the_same(tmp_path: Path) -> None:
     assert AutoTuner().store is None
     assert AutoTuner(policy=MeasurementPolicy(seed=3)).policy.seed == 3
     assert os.fspath(tmp_path)
+
+
+SOURCE = '''"""A module."""
+
+import os  # why
+
+def f(x):
+    """What it does.
+
+    More of it."""
+    # nothing
+    return "kept" + x
+'''
+
+
+def test_comments_docstrings_and_empty_lines_are_not_code() -> None:
+    from moestro.tuning.sources import code_of
+
+    assert code_of(SOURCE) == 'import os\n\ndef f(x):\n    return "kept" + x'.replace("\n\n", "\n")
+    assert code_of(SOURCE.replace("why", "because").replace("More of it", "Less")) == code_of(SOURCE)
+    assert code_of(SOURCE.replace('"kept"', '"changed"')) != code_of(SOURCE)
+
+
+def test_a_file_that_is_not_python_counts_as_it_is(tmp_path: Path) -> None:
+    from moestro.tuning.sources import file_digest
+
+    paths = [tmp_path / "a.py", tmp_path / "b.py", tmp_path / "c.cpp", tmp_path / "d.cpp"]
+    for path, text in zip(paths, ("def (", "def (  # x", "int x;", "int x; // y"), strict=True):
+        path.write_text(text)
+    assert len({file_digest(str(path)) for path in paths}) == 4
+    assert file_digest(str(tmp_path / "none")) == "unreadable"

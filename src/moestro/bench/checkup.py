@@ -1,11 +1,14 @@
 """The findings behind `moestro doctor`, as JSON values.
 
 Every backend is asked, for every device type and weight format, whether it can run one Qwen3-30B-A3B layer
-here; its own `why_not` gives the reason where it can't.
+here; its own `why_not` gives the reason where it can't. Every bundle that ships with the package is held
+against this GPU and these kernels.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,12 @@ from typing import Any
 from moestro import formats
 from moestro.bench import machine
 from moestro.bench.models import find
+from moestro.errors import BackendError
 from moestro.kernels import backends
-from moestro.kernels.problem import MoeProblem
+from moestro.kernels.problem import MoeProblem, MoeRunner
+from moestro.tuning import shipped
+from moestro.tuning.bundle import Bundle
+from moestro.tuning.runner import source_digest
 from moestro.tuning.store import default_root
 
 __all__ = ["examine"]
@@ -25,6 +32,7 @@ PACKAGES = ("moestro", "torch", "triton", "transformers", "matplotlib")
 def examine() -> dict[str, Any]:
     """Processor, memory, GPUs, software, store, and each backend's verdicts."""
     memory, gpus = machine.memory(), machine.gpus()
+    here = [] if isinstance(gpus, str) else [asdict(gpu) for gpu in gpus]
     software = {
         "driver": machine.driver(),
         "compiler": machine.compiler(),
@@ -33,9 +41,10 @@ def examine() -> dict[str, Any]:
     return {
         "cpu": asdict(machine.cpu()),
         "memory": asdict(memory) if memory else None,
-        "gpus": gpus if isinstance(gpus, str) else [asdict(gpu) for gpu in gpus],
+        "gpus": gpus if isinstance(gpus, str) else here,
         "software": software,
         "store": _store(),
+        "bundles": [entry for bundle in shipped.bundles() for entry in _bundle(bundle, here)],
         "backends": [entry for device in ("cpu", "cuda") for entry in _verdicts(device, gpus)],
     }
 
@@ -82,3 +91,50 @@ def _problem(device: str, format: str) -> MoeProblem:
 def _store() -> dict[str, Any]:
     path = Path(default_root())
     return {"path": str(path), "decisions": sum(1 for _ in path.rglob("*.json")) if path.is_dir() else 0}
+
+
+def _bundle(bundle: Bundle, gpus: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a shipped bundle is worth here, for each environment in it."""
+    found = []
+    for name, facts in bundle.environments.items():
+        decisions = [e for e in bundle.entries if e.environment == name and e.kind == "decision"]
+        runners = {runner["class"] for entry in decisions for runner in entry.key["runners"]}
+        layers = {id(entry.key) for entry in decisions}
+        serves, verdict = _worth(facts, _current_sources(runners), gpus)
+        found.append(
+            {
+                "bundle": bundle.path.stem,
+                "created": bundle.created,
+                "facts": dict(facts),
+                "layers": len(layers),
+                "decisions": len(decisions),
+                "serves": serves,
+                "verdict": verdict,
+            }
+        )
+    return found
+
+
+def _worth(facts: Mapping[str, Any], current: str | None, gpus: Sequence[dict[str, Any]]) -> tuple[bool, str]:
+    """(whether it serves here, what is to be said of it)."""
+    if facts.get("sources") != current:
+        return False, (
+            "measured with other kernels than these: its winners are only tried first. "
+            "`moestro tune` decides anew"
+        )
+    if not any((gpu["name"], gpu["capability"]) == (facts["device"], facts["capability"]) for gpu in gpus):
+        return False, f"for these kernels on {facts['device']}, which is not here"
+    return True, "serves layers that have not been tuned here"
+
+
+def _current_sources(names: Iterable[str]) -> str | None:
+    """The digest of the sources of these runner classes as they are here; None if one is no backend of ours."""
+    classes: dict[str, type[MoeRunner]] = {}
+    for backend in backends.BACKENDS:
+        with contextlib.suppress(BackendError):
+            cls = backends.load(backend)
+            classes[f"{cls.__module__}.{cls.__qualname__}"] = cls
+    wanted = [classes.get(name) for name in sorted(names)]
+    if None in wanted:
+        return None
+    return source_digest([cls.__new__(cls) for cls in wanted if cls is not None])

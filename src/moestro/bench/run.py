@@ -26,7 +26,8 @@ from moestro.bench.peers import IMPLEMENTATIONS, transformers_missing, transform
 from moestro.bench.progress import Listener
 from moestro.bench.results import BenchResult, Row
 from moestro.bench.truth import References
-from moestro.errors import MoestroError
+from moestro.errors import BackendError, MoestroError
+from moestro.kernels import backends
 from moestro.routing import Distribution
 from moestro.tuning import AutoTuner
 from moestro.tuning.store import default_root
@@ -57,7 +58,7 @@ def build(
 ) -> tuple[list[Contender], list[dict[str, Any]]]:
     """The contenders, peers first, and those that cannot take part: {contender, reason}."""
     tuner = AutoTuner(store=spec.store or default_root())
-    missing: list[dict[str, Any]] = []
+    missing = _broken_backends(spec.backends)
     listener.stage("making weights", len(spec.formats) + len(spec.peers))
 
     def ours(format: str) -> list[Contender]:
@@ -86,6 +87,17 @@ def build(
     if "bf16" in spec.formats:
         by_format["bf16"] = ours("bf16")
     return [*peers, *(who for format in spec.formats for who in by_format[format])], missing
+
+
+def _broken_backends(asked: Sequence[str]) -> list[dict[str, Any]]:
+    """Backends that "auto" passes over because they cannot be imported: else nobody would notice."""
+    found = []
+    for name in backends.BACKENDS if "auto" in asked else ():
+        try:
+            backends.load(name)
+        except BackendError as error:
+            found.append({"contender": f"moestro's backend {name}", "reason": str(error)})
+    return found
 
 
 def _adapted(name: str, sources: Sequence[LayerSource], missing: list[dict[str, Any]]) -> list[Contender]:

@@ -120,11 +120,21 @@ def export(
     store: StoreOption = None,
     op: OpOption = "*",
     environment: EnvironmentOption = None,
+    slim: Annotated[bool, typer.Option("--slim", help="Evidence of winners and defaults only.")] = False,
+    loose: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--loose",
+            metavar="FACT",
+            help="For bundles that ship with the package: a fact of a key that a layer may have otherwise "
+            "(mode, cuda_graph); repeat for several.",
+        ),
+    ] = None,
 ) -> None:
     """Write decisions and quarantine into one file, to bake into an image or to send."""
     from moestro.tuning.bundle import export_bundle
 
-    count = export_bundle(_store(store), bundle, environment or ("*",), op)
+    count = export_bundle(_store(store), bundle, environment or ("*",), op, slim=slim, loose=loose or ())
     output.print(f"{bundle}: {count} decisions", markup=False)
 
 

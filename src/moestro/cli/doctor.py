@@ -99,4 +99,7 @@ def _machine_lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     for name, value in software.items():
         lines.append((name, value or "not installed"))
     lines.append(("store", f"{found['store']['path']} ({found['store']['decisions']} decisions)"))
+    for bundle in found["bundles"]:
+        counts = f"{bundle['decisions']} decisions for {bundle['layers']} layers"
+        lines.append((f"bundle {bundle['bundle']}", f"{counts}: {bundle['verdict']}"))
     return lines

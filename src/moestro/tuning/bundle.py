@@ -1,35 +1,60 @@
 """Decisions in one file: to bake into an image, to send to somebody, to ship with the package.
 
-A bundle holds the files of a store with the facts of their environments. Bundles in the package's own
-`bundles` folder serve where no store has a decision for the same environment, and are tried first in other
-environments.
+A bundle holds the files of a store with the facts of their environments. Each key is written once; entries
+name it by its place. A slim bundle has the evidence of winners and defaults only. `loose` names facts of keys
+that a bundle which ships with the package may be laxer about (shipped.py).
 """
 
 from __future__ import annotations
 
 import fnmatch
-import functools
 import json
 import time
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moestro.errors import StoreWarning, TuningError
+from moestro.errors import TuningError
 from moestro.tuning.decisions import SCHEMA, Record
 from moestro.tuning.environment import Environment
 from moestro.tuning.keys import StaticKey
 from moestro.tuning.store import Entry, Store, created, write_atomically
 
-__all__ = ["Difference", "diff", "export_bundle", "import_bundle", "prune", "read_entries", "shipped"]
+__all__ = [
+    "Bundle",
+    "Difference",
+    "diff",
+    "export_bundle",
+    "import_bundle",
+    "prune",
+    "read_bundle",
+    "read_entries",
+]
 
-SHIPPED = Path(__file__).parent / "bundles"
 BUNDLE_KINDS = ("decision", "quarantine")
 
 
-def export_bundle(store: Store, path: Path, environments: Iterable[str] = ("*",), op: str = "*") -> int:
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle's file as read."""
+
+    path: Path
+    created: float  # seconds since 1970
+    environments: Mapping[str, Mapping[str, Any]]  # facts by name
+    entries: tuple[Entry, ...]
+    loose: tuple[str, ...] = ()
+
+
+def export_bundle(
+    store: Store,
+    path: Path,
+    environments: Iterable[str] = ("*",),
+    op: str = "*",
+    *,
+    slim: bool = False,
+    loose: Iterable[str] = (),
+) -> int:
     """Write the decisions and quarantine of a store to one file; how many decisions. Patterns as in a shell.
 
     Raises TuningError if nothing matches or the file cannot be written.
@@ -44,13 +69,17 @@ def export_bundle(store: Store, path: Path, environments: Iterable[str] = ("*",)
     decisions = sum(entry.kind == "decision" for entry in entries)
     if not decisions:
         raise TuningError(f"{store.root} has no decisions of environments {', '.join(patterns)} and op {op}")
+    keys: list[Any] = []
+    written = [_written(entry, keys, slim) for entry in entries]
     names = sorted({entry.environment for entry in entries})
     data = {
         "schema": SCHEMA,
         "kind": "bundle",
         "created": time.time(),
+        "loose": list(loose),
         "environments": {name: store.facts(name) for name in names},
-        "entries": [{**entry.data, "environment": entry.environment} for entry in entries],
+        "keys": keys,
+        "entries": written,
     }
     try:
         write_atomically(path, data)
@@ -59,15 +88,29 @@ def export_bundle(store: Store, path: Path, environments: Iterable[str] = ("*",)
     return decisions
 
 
+def _written(entry: Entry, keys: list[Any], slim: bool) -> dict[str, Any]:
+    """An entry for a bundle, its key among `keys`."""
+    if entry.key not in keys:
+        keys.append(entry.key)
+    data = {**entry.data, "environment": entry.environment, "key": keys.index(entry.key)}
+    if slim and entry.kind == "decision":
+        record = dict(data["record"])
+        evidence = dict(record["evidence"])
+        kept = [c for c in evidence["candidates"] if c["fate"] == "winner" or c["tactic"] == -1]
+        record["evidence"] = {**evidence, "candidates": kept, "policy": {}}
+        data["record"] = record
+    return data
+
+
 def import_bundle(path: Path, store: Store) -> tuple[int, int]:
     """Take a bundle's entries into a store; (taken, left out because the store's own are as new).
 
     Raises TuningError if the file is no bundle or the store cannot be written.
     """
-    environments, entries = _bundle(path)
+    bundle = read_bundle(path)
     taken = left = 0
-    for entry in entries:
-        environment = Environment(environments.get(entry.environment, {}), entry.environment)
+    for entry in bundle.entries:
+        environment = Environment(bundle.environments.get(entry.environment, {}), entry.environment)
         if store.put_entry(environment, entry):
             taken += 1
         else:
@@ -75,19 +118,31 @@ def import_bundle(path: Path, store: Store) -> tuple[int, int]:
     return taken, left
 
 
-def _bundle(path: Path) -> tuple[dict[str, Any], list[Entry]]:
+def read_bundle(path: Path) -> Bundle:
+    """Read a bundle's file. Tactics are not made yet: their classes may not be loaded.
+
+    Raises TuningError if it is none that this version reads.
+    """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["kind"] != "bundle" or data["schema"] != SCHEMA:
             raise ValueError(f"kind {data['kind']!r}, schema {data['schema']!r}")
-        entries = [
-            Entry(path, str(e["environment"]), e["kind"], str(e["op"]), e["key"], e) for e in data["entries"]
-        ]
+        entries = []
+        for e in data["entries"]:
+            key = data["keys"][e["key"]] if isinstance(e["key"], int) else e["key"]
+            whole = {**e, "key": key}
+            entries.append(Entry(path, str(e["environment"]), e["kind"], str(e["op"]), key, whole))
         for entry in entries:
             if entry.kind == "decision":
-                Record.from_json(entry.data["record"])
-        return dict(data["environments"]), entries
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, TuningError) as error:
+                Record.from_json({**entry.data["record"], "tactic": None})
+        return Bundle(
+            path,
+            float(data["created"]),
+            dict(data["environments"]),
+            tuple(entries),
+            tuple(map(str, data.get("loose", ()))),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, TuningError) as error:
         raise TuningError(f"{path} is not a bundle that this version reads: {error}") from error
 
 
@@ -96,7 +151,7 @@ def read_entries(source: Path, kinds: Iterable[str] = ("decision",)) -> list[Ent
     if source.is_dir():
         return Store(source).entries(kinds)
     wanted = set(kinds)
-    return [entry for entry in _bundle(source)[1] if entry.kind in wanted]
+    return [entry for entry in read_bundle(source).entries if entry.kind in wanted]
 
 
 @dataclass(frozen=True)
@@ -186,27 +241,3 @@ def _remove_empty(folder: Path, root: Path) -> None:
         if home != root and {p.name for p in home.iterdir()} == {"environment.json"}:
             (home / "environment.json").unlink()
             home.rmdir()
-
-
-@functools.cache
-def _shipped() -> Mapping[tuple[str, str], list[tuple[str, str, Entry]]]:
-    """(op, key) -> (bundle, environment, entry) of all bundles in the package."""
-    found: dict[tuple[str, str], list[tuple[str, str, Entry]]] = {}
-    for path in sorted(SHIPPED.glob("*.json")):
-        try:
-            _, entries = _bundle(path)
-        except TuningError as error:
-            warnings.warn(str(error), StoreWarning, stacklevel=2)
-            continue
-        for entry in entries:
-            if entry.kind == "decision":
-                key = StaticKey.from_fields(entry.key)
-                found.setdefault((key.op, key.text), []).append((path.stem, entry.environment, entry))
-    return found
-
-
-def shipped(key: StaticKey, environment: str | None) -> Iterator[tuple[str, Record]]:
-    """(bundle, decision) for a key in an environment, or in any with None, from the package's bundles."""
-    for name, where, entry in _shipped().get((key.op, key.text), ()):
-        if environment is None or where == environment:
-            yield name, entry.record

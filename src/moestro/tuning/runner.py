@@ -9,15 +9,14 @@ other.
 from __future__ import annotations
 
 import functools
-import hashlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from moestro.errors import TuningError
 from moestro.tuning.serial import digest, from_json, to_json
+from moestro.tuning.sources import file_digest
 
 __all__ = [
     "TunableRunner",
@@ -134,14 +133,6 @@ def tactic_from_json(value: Any) -> Any:
 
 
 @functools.cache
-def _file_digest(path: str) -> str:
-    try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-    except OSError:
-        return "unreadable"
-
-
-@functools.cache
 def _class_source(cls: Any) -> str | None:
     try:
         return inspect.getsourcefile(cls)
@@ -150,7 +141,9 @@ def _class_source(cls: Any) -> str | None:
 
 
 def source_digest(runners: Sequence[Any]) -> str:
-    """A digest of the files that these runners' speed depends on: their classes' and kernel_sources()."""
+    """A digest of the code in the files that these runners' speed depends on: their classes' and
+    kernel_sources(). Comments and docstrings do not count.
+    """
     paths: set[str] = set()
     for runner in runners:
         cls: Any = type(runner)
@@ -158,4 +151,4 @@ def source_digest(runners: Sequence[Any]) -> str:
         paths |= {own} if own else set()
         hook = getattr(runner, "kernel_sources", None)
         paths |= {str(path) for path in hook()} if callable(hook) else set()
-    return digest(sorted(_file_digest(path) for path in paths))
+    return digest(sorted(file_digest(path) for path in paths))

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from moestro.tuning import shipped
 from moestro.tuning.book import Book
-from moestro.tuning.bundle import shipped
 from moestro.tuning.context import Options
 from moestro.tuning.decisions import Record
 from moestro.tuning.environment import Environment
@@ -72,9 +72,9 @@ class Shelf:
             book.add(store.load(environment, book.key), str(store.root))
             book.banned.update(store.banned(environment, book.key))
         known = {(record.probes, record.bucket) for record in book.everything()}
-        for name, record in shipped(book.key, environment.name):
+        for source, record in shipped.serving(book.key, environment):
             if (record.probes, record.bucket) not in known:
-                book.add([record], f"bundle {name}")
+                book.add([record], source)
 
     def _share(self, book: Book, store: Store, environment: Environment) -> None:
         """Write what is known of this environment: a cache holds what its context served."""
@@ -100,7 +100,7 @@ class Shelf:
 
     def warm(self, book: Book, store: Store | None, environment: Environment) -> list[Record]:
         """Decisions made elsewhere, which are worth trying first."""
-        found = [record for _, record in shipped(book.key, None)]
+        found = shipped.hints(book.key)
         if store is not None:
             found = [*store.elsewhere(environment, book.key), *hints_for(store.root, book.key), *found]
         return found

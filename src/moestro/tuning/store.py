@@ -108,7 +108,8 @@ class Store:
         """Write another store's entry; False if what is here is as new. TuningError if it cannot be."""
         key = StaticKey.from_fields(entry.key)
         if entry.kind == "decision":
-            name = _file_of(entry.record.bucket, entry.record.probes)
+            written = entry.data["record"]  # as it is: its tactic's class may not be loaded here
+            name = _file_of(tuple(map(int, written["bucket"])), tuple(written["probes"]))
         else:
             name = f"quarantine-{digest(entry.data['candidate'])}.json"
         path = self.root / environment.name / folder_of(key) / name

@@ -1,0 +1,115 @@
+"""What ships in the package: bundles that can be read, what doctor says of them, and that an installation has
+them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moestro.bench import checkup
+from moestro.kernels import backends
+from moestro.tuning import shipped
+from moestro.tuning.bundle import read_bundle
+from moestro.tuning.runner import source_digest
+
+REPOSITORY = Path(__file__).parents[2]
+CLASSES = ("triton", "portable")
+H100 = {"name": "NVIDIA H100 80GB HBM3", "capability": "9.0"}
+
+
+def names() -> list[str]:
+    found = [backends.load(name) for name in CLASSES]
+    return [f"{cls.__module__}.{cls.__qualname__}" for cls in found]
+
+
+def sources() -> str:
+    found = [backends.load(name) for name in CLASSES]
+    return source_digest([cls.__new__(cls) for cls in found])
+
+
+def bundle_file(path: Path, **facts: Any) -> Path:
+    """A bundle of one decision for one layer on an H100."""
+    key = {"op": "moestro.fused_moe", "runners": [{"class": name, "config": {}} for name in names()]}
+    record = {
+        "bucket": [64], "runner": names()[0], "tactic": -1, "status": "measured", "probes": [], "tuned_for": [64],
+        "learned": False, "complete": True, "created": 1.0, "environment": "h100-x", "evidence": {"candidates": []},
+    }  # fmt: skip
+    known = {"device": H100["name"], "capability": "9.0", "sources": sources(), "driver": "1", **facts}
+    data = {
+        "schema": 1, "kind": "bundle", "created": 1.0, "loose": [], "environments": {"h100-x": known}, "keys": [key],
+        "entries": [{"environment": "h100-x", "kind": "decision", "op": key["op"], "key": 0, "record": record}],
+    }  # fmt: skip
+    path.write_text(json.dumps(data))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("facts", "gpus", "serves", "said"),
+    [
+        ({}, [H100], True, "serves layers that have not been tuned here"),
+        ({"driver": "2"}, [H100], True, "serves"),
+        ({}, [], False, "for these kernels on NVIDIA H100 80GB HBM3, which is not here"),
+        ({}, [{**H100, "capability": "9.1"}], False, "not here"),
+        ({"sources": "older"}, [H100], False, "measured with other kernels"),
+    ],
+)
+def test_doctor_says_what_a_bundle_is_worth_here(
+    tmp_path: Path, facts: dict[str, str], gpus: list[dict[str, str]], serves: bool, said: str
+) -> None:
+    (found,) = checkup._bundle(read_bundle(bundle_file(tmp_path / "b.json", **facts)), gpus)
+    assert (found["serves"], found["layers"], found["decisions"]) == (serves, 1, 1)
+    assert said in found["verdict"]
+
+
+def test_the_packages_bundles_can_be_read_and_their_tactics_made() -> None:
+    backends.load("triton")
+    for bundle in shipped.bundles():
+        decisions = [entry for entry in bundle.entries if entry.kind == "decision"]
+        assert decisions
+        if all(f["sources"] == sources() for f in bundle.environments.values()):
+            for entry in decisions:
+                assert dataclasses.is_dataclass(entry.record.tactic) or entry.record.tactic == -1
+
+
+def test_an_installation_has_the_bundles(tmp_path: Path) -> None:
+    environment = {**os.environ, "MOESTRO_CPU_BUILD": "0"}
+    source = tmp_path / "source"
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        source.mkdir(exist_ok=True)
+        shutil.copy(REPOSITORY / name, source)
+    shutil.copytree(
+        REPOSITORY / "src", source / "src", ignore=shutil.ignore_patterns("*.so", "*.pyc", "*.egg-info")
+    )
+    (source / "src/moestro/tuning/bundles").mkdir(exist_ok=True)
+    bundle_file(source / "src/moestro/tuning/bundles/probe.json")
+    build = f"from setuptools import build_meta; build_meta.build_wheel({str(tmp_path)!r})"
+    subprocess.run(
+        [sys.executable, "-c", build], cwd=source, check=True, env=environment, capture_output=True
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+    code = "from moestro.tuning import shipped; print(shipped.__file__, [b.path.name for b in shipped.bundles()])"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**environment, "PYTHONPATH": str(tmp_path / "installed")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    where, _, found = done.stdout.partition(" ")
+    assert where.startswith(str(tmp_path / "installed"))
+    assert found.strip() == str(
+        sorted(["probe.json", *(path.name for path in shipped.FOLDER.glob("*.json"))])
+    )
