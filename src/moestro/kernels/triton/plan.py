@@ -16,7 +16,7 @@ from moestro.kernels.problem import Experts, MoeProblem
 from moestro.kernels.scratch import Plan
 from moestro.kernels.triton import chain, combine, dense, device, gemm, gluon_plan, quantize, sort
 from moestro.kernels.triton.layout import TritonNVFP4
-from moestro.kernels.triton.tactics import Tactic
+from moestro.kernels.triton.tactics import Tactic, num_slots
 
 FLOAT_BYTES = 4 << 20  # below this, the pairs' results are kept in float32 until they are summed
 
@@ -79,11 +79,6 @@ def num_chunks(pairs: int) -> int:
 
 def num_bins(problem: MoeProblem) -> int:
     return int(triton.next_power_of_2(problem.num_local_experts + 1))
-
-
-def num_slots(problem: MoeProblem, pairs: int, width: int) -> int:
-    """An upper bound of the tiles of `width` pairs."""
-    return min(pairs, problem.num_local_experts + pairs // width)
 
 
 class Planner:

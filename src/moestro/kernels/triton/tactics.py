@@ -123,6 +123,11 @@ def candidates(problem: MoeProblem, num_tokens: int) -> list[Tactic]:
     return sorted(found, key=lambda t: cost(problem, t, num_tokens))
 
 
+def num_slots(problem: MoeProblem, pairs: int, width: int) -> int:
+    """An upper bound of the tiles of `width` pairs."""
+    return min(pairs, problem.num_local_experts + pairs // width)
+
+
 def shared_bytes(problem: MoeProblem, tactic: Tactic, stage: int) -> int:
     """Shared memory of the pipeline buffers of the first (0) or second (1) product."""
     rows, unroll, _, stages = tactic.tiles[stage]
@@ -155,7 +160,8 @@ def unfit(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> str | None:
             return "a chain sums pairs in order, and has one width"
         if tactic.first[2] != tactic.second[2]:
             return "the tiles of a chain have the same number of warps"
-        if pairs + tactic.group > CHAIN_SLOTS:
+        slots = pairs if tactic.route == "direct" else num_slots(problem, pairs, tactic.tokens)
+        if slots + tactic.group > CHAIN_SLOTS:
             return f"a chain counts at most {CHAIN_SLOTS} tiles"
     if tactic.path == "wide":
         return _unfit_wide(problem, tactic)
@@ -194,28 +200,49 @@ def _unfit_wide(problem: MoeProblem, tactic: Tactic) -> str | None:
 
 # The default: the first whose pairs per hit expert are not exceeded. (limit, tactic)
 NVFP4_DEFAULTS = (
-    (5.0, fused(8, S, S)),
-    (24.0, fused(64, M, M, ladder=1)),
+    (5.0, chain(8, M, M)),
+    (24.0, chain(32, M, M)),
     (2000.0, fused(128, B, M, ladder=1, tokens2=64)),
     (float("inf"), TABLE[-1]),
 )
+FULL = fused(64, M, M, ladder=1)  # where a chain has more tiles than it can count
 LONG = 8192  # columns of a second product that few rows of tiles are shared out over
+LONG_DEFAULTS = ((5.0, chain(8, T, T, split=2)), (24.0, chain(32, M, M, split=2)), *NVFP4_DEFAULTS[2:])
 DENSE_DEFAULTS = ((10.0, fused(16, S, S, together=0)), (24.0, fused(32, S, S)), (float("inf"), TABLE[-1]))
 
 
 def default(problem: MoeProblem, num_tokens: int) -> Tactic:
     """What runs before anything is tuned: by pairs per expert, as measured."""
     p, pairs = problem, num_tokens * problem.top_k
-    packed = p.weight_format == "nvfp4"
+    if p.weight_format != "nvfp4":
+        return _dense_default(p, num_tokens)
     long = p.intermediate_size >= LONG
-    if pairs <= 16 or (pairs <= DIRECT_PAIRS and 4 * pairs <= p.num_experts):
-        tile = M if pairs > 16 else S if long and pairs > 4 else T
-        few = fused(8, tile, tile, "direct", split=4 if long and pairs <= 8 else 1)
-        return fitted(p, few if packed else fused(16, S, S, "direct"))
-    per_expert = pairs / min(p.num_experts, pairs)
-    chosen = next(t for most, t in (NVFP4_DEFAULTS if packed else DENSE_DEFAULTS) if per_expert <= most)
+    if num_tokens == 1:
+        tile = M if p.hidden_size > 4096 else T
+        chosen = chain(8, T, T, "direct", split=4, ahead=16) if long else fused(8, tile, tile, "direct")
+    elif long and pairs <= 16:
+        chosen = chain(8, S, S, "direct", split=8)
+    elif pairs <= DIRECT_PAIRS and 4 * pairs <= p.num_experts:
+        chosen = chain(8, S, S, "direct")
+    elif pairs <= min(64, p.num_experts):
+        chosen = chain(8, S, S)
+    else:
+        per_expert = pairs / min(p.num_experts, pairs)
+        table = LONG_DEFAULTS if long else NVFP4_DEFAULTS
+        chosen = next(t for most, t in table if per_expert <= most)
+    if p.input_format is not None and chosen.path == "chain":
+        chosen = replace(chosen, path="fused", ahead=0)
     chosen = fitted(p, chosen)
-    return chosen if unfit(p, chosen, num_tokens) is None else fitted(p, NVFP4_DEFAULTS[1][1])
+    return chosen if unfit(p, chosen, num_tokens) is None else fitted(p, FULL)
+
+
+def _dense_default(p: MoeProblem, num_tokens: int) -> Tactic:
+    pairs = num_tokens * p.top_k
+    if pairs <= 16 or (pairs <= DIRECT_PAIRS and 4 * pairs <= p.num_experts):
+        return fitted(p, fused(16, S, S, "direct"))
+    per_expert = pairs / min(p.num_experts, pairs)
+    chosen = fitted(p, next(t for most, t in DENSE_DEFAULTS if per_expert <= most))
+    return chosen if unfit(p, chosen, num_tokens) is None else fitted(p, FULL)
 
 
 HBM, TENSOR, INSTRUCTIONS, LAUNCH = 2.7e12, 6.5e14, 2.0e13, 3e-6  # bytes/s, FLOP/s, lane instructions/s, s
