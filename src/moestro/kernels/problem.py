@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -114,6 +114,17 @@ class MoeRunner(TunableRunner):
         backend's name ("cpu_...", "triton_..."): that is how `runs_layout` knows its own.
         """
         return experts.gate_up, experts.down
+
+    @classmethod
+    def prepare_each(
+        cls, problem: MoeProblem, experts: Iterable[tuple[FormatTensor, FormatTensor]]
+    ) -> tuple[FormatTensor, FormatTensor] | None:
+        """What prepare() gives, from one expert's (gate_up [R, H], down [H, I]) after the other.
+
+        For weights that are never whole in memory in the checkpoint layout. None, before any is taken, where
+        this backend wants them whole.
+        """
+        return None
 
     @classmethod
     def needs_prepare(cls, problem: MoeProblem) -> bool:

@@ -6,6 +6,7 @@ torch.compile it is the operator moestro::fused_moe, which finds this layer agai
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -100,6 +101,19 @@ class FusedMoE(torch.nn.Module):
         flat.remember(self.weights.tensors, self._text, self)
         if self.use_cuda_graph:
             self._reserve(self._operation(self.dtype))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FusedMoE:
+        """Another layer with its own weights and workspace, and the same tuner."""
+        layer = FusedMoE(
+            copy.deepcopy(self.weights, memo),
+            self.top_k,
+            self.max_num_tokens,
+            self.use_cuda_graph,
+            **vars(self.options),
+            dtype=self.dtype,
+            tuner=self.tuner,
+        )
+        return layer.train(self.training)
 
     # --- calls ---------------------------------------------------------------------------------------
     def forward(

@@ -7,6 +7,8 @@ backend's kernel layout; who wants one copy only keeps that one, for it still de
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Collection, Iterator
 from typing import Any, Self
 
 import torch
@@ -20,6 +22,7 @@ from moestro.kernels.problem import MoeProblem
 from moestro.moe import flat
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+SIDE_TENSORS = ("gate_up_bias", "down_bias", "gate_up_input_scale", "down_input_scale")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,11 +100,14 @@ class ExpertWeights:
         down_bias: torch.Tensor | None = None,
         gate_up_input_scale: torch.Tensor | None = None,
         down_input_scale: torch.Tensor | None = None,
+        backend: str | None = None,
     ) -> Self:
         """Quantise dense weights gate_up [L, 2I, H] and down [L, H, I].
 
-        "bf16" keeps the tensors (bf16, fp16 or fp32) without a copy. Raises FormatError for an unknown format
-        or values that it cannot hold, ShapeError for sizes that it cannot block.
+        "bf16" keeps the tensors (bf16, fp16 or fp32) without a copy. backend: quantise each expert straight
+        into this backend's kernel layout ("auto": the preferred one's), see `from_experts`.
+        Raises FormatError for an unknown format or values that it cannot hold, ShapeError for sizes that it
+        cannot block, BackendError for a backend that cannot run them.
         """
         quantize = formats.get(format).quantize
         for name, dense in (("gate_up", gate_up), ("down", down)):
@@ -109,14 +115,63 @@ class ExpertWeights:
                 raise DTypeError(f"{name} must be a torch.Tensor, got {type(dense).__name__}")
             if dense.ndim != 3:
                 raise ShapeError(f"{name} must have 3 dimensions [L, rows, columns], got {list(dense.shape)}")
-        return cls(
-            quantize(gate_up.detach()),
-            quantize(down.detach()),
-            gate_up_bias=gate_up_bias,
-            down_bias=down_bias,
-            gate_up_input_scale=gate_up_input_scale,
-            down_input_scale=down_input_scale,
+        side: dict[str, Any] = {
+            "gate_up_bias": gate_up_bias,
+            "down_bias": down_bias,
+            "gate_up_input_scale": gate_up_input_scale,
+            "down_input_scale": down_input_scale,
+        }
+        if backend is None:
+            return cls(quantize(gate_up.detach()), quantize(down.detach()), **side)
+        if len(gate_up) != len(down):
+            raise ShapeError(f"down must have the {len(gate_up)} experts of gate_up, got {list(down.shape)}")
+        return cls.from_experts(_Quantized(quantize, gate_up.detach(), down.detach()), backend, **side)
+
+    @classmethod
+    def from_experts(
+        cls,
+        experts: Collection[tuple[FormatTensor, FormatTensor]],
+        backend: str = backends.AUTO,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        **side: Any,
+    ) -> Self:
+        """Weights from one expert's (gate_up [2I, H], down [H, I]) after the other, in the checkpoint layout.
+
+        Made in the kernel layout of `backend` ("auto": of the preferred one that can run them here for x of
+        `dtype`): a backend that packs expert by expert, as the cpu backend does, never holds more than the
+        result and one expert, wherever the experts come from (moestro.checkpoints.Experts maps them from
+        files). Others get them whole. side: biases and input scales, as in ExpertWeights.
+
+        Raises ShapeError or FormatError for experts that differ, BackendError for a backend that cannot.
+        """
+        if unknown := set(side) - set(SIDE_TENSORS):
+            raise TypeError(f"from_experts takes {', '.join(SIDE_TENSORS)}, got {', '.join(sorted(unknown))}")
+        first = next(iter(experts), None)
+        if first is None:
+            raise ShapeError("experts must hold at least one expert, got none")
+        gate_up, down = first
+        for name, value in (("gate_up", gate_up), ("down", down)):
+            _check_format_tensor(name, value, dimensions=2)
+        problem = MoeProblem(
+            num_experts=len(experts),
+            num_local_experts=len(experts),
+            expert_offset=0,
+            top_k=1,
+            hidden_size=down.shape[0],
+            intermediate_size=down.shape[1],
+            weight_format=gate_up.format,
+            activation=resolve_activation("silu" if gate_up.shape[0] == 2 * down.shape[1] else "relu2"),
+            dtype=dtype,
+            device=gate_up.device.type,
+            weight_dtype=_dense_dtype(gate_up),
+            biased=side.get("gate_up_bias") is not None or side.get("down_bias") is not None,
         )
+        made = backends.resolve(backend, problem)[0].prepare_each(problem, _exactly(len(experts), experts))
+        if made is not None:
+            return cls(*made, **side)
+        whole = (type(first[i]).stack(parts) for i, parts in enumerate(zip(*experts, strict=True)))  # type: ignore[attr-defined]
+        return cls(*whole, **side).prepare(backend, activation=problem.activation, dtype=dtype, donate=True)  # type: ignore[return-value]
 
     @property
     def format(self) -> str:
@@ -230,6 +285,10 @@ class ExpertWeights:
     def _replace(self, parts: dict[str, Any]) -> ExpertWeights:
         return dataclasses.replace(self, **parts)
 
+    def __reduce__(self) -> Any:
+        """Copies and pickles are made of the parts; what operators have bound to them stays behind."""
+        return _restored, (type(self), self._parts())
+
     def __repr__(self) -> str:
         sizes = f"num_experts={self.num_experts}, hidden_size={self.hidden_size}"
         return (
@@ -243,12 +302,44 @@ def _dense_dtype(tensor: FormatTensor) -> torch.dtype | None:
     return data.dtype if isinstance(data, torch.Tensor) else None
 
 
-def _check_format_tensor(name: str, value: object) -> None:
+def _restored(cls: type[ExpertWeights], parts: dict[str, Any]) -> ExpertWeights:
+    return cls(**parts)
+
+
+class _Quantized:
+    """Dense experts, quantised when they are asked for."""
+
+    def __init__(self, quantize: Any, gate_up: torch.Tensor, down: torch.Tensor) -> None:
+        self._quantize, self._gate_up, self._down = quantize, gate_up, down
+
+    def __len__(self) -> int:
+        return len(self._gate_up)
+
+    def __iter__(self) -> Iterator[tuple[FormatTensor, FormatTensor]]:
+        for gate_up, down in zip(self._gate_up, self._down, strict=True):
+            yield self._quantize(gate_up), self._quantize(down)
+
+    def __contains__(self, item: object) -> bool:
+        return False
+
+
+def _exactly(count: int, experts: Any) -> Iterator[Any]:
+    """The experts; ShapeError unless they are as many as they say."""
+    seen = 0
+    for seen, one in enumerate(itertools.islice(experts, count + 1), 1):
+        if seen <= count:
+            yield one
+    if seen != count:
+        raise ShapeError(f"experts must give as many as its length says, {count}, got {seen}")
+
+
+def _check_format_tensor(name: str, value: object, dimensions: int = 3) -> None:
     if not isinstance(value, FormatTensor):
         hint = "; ExpertWeights.from_dense takes dense tensors" if isinstance(value, torch.Tensor) else ""
         raise FormatError(f"{name} must be a tensor of moestro.formats, got {type(value).__name__}{hint}")
-    if len(value.shape) != 3:
-        raise ShapeError(f"{name} must have 3 dimensions [L, rows, columns], got {list(value.shape)}")
+    if len(value.shape) != dimensions:
+        wanted = "[L, rows, columns]" if dimensions == 3 else "[rows, columns]"
+        raise ShapeError(f"{name} must have {dimensions} dimensions {wanted}, got {list(value.shape)}")
 
 
 def _check_side(

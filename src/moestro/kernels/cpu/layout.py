@@ -2,12 +2,14 @@
 
 A packed tensor has as many bytes as the checkpoint layout (NVFP4 adds a float32 per row), holds the same
 values exactly, and answers everything a FormatTensor must. Packing goes expert by expert straight into the
-destination; with `donate` that is the source's own storage, and one expert is all the extra memory.
+destination; with `donate` each expert's source is given back to the system as soon as it is packed, so that one
+copy and one expert are all there ever is.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -15,6 +17,7 @@ import torch
 
 from moestro.errors import DTypeError, FormatError, ShapeError
 from moestro.formats import BF16, MXFP4, NVFP4, FormatTensor
+from moestro.formats.pages import release
 from moestro.kernels.cpu import core
 
 PANEL = 16  # rows of a panel, columns of an NVFP4 block
@@ -23,55 +26,86 @@ _shared: Any = weakref.WeakKeyDictionary()
 SCALE_SHIFT = 256.0  # the core reads e4m3 bits as half: value · 2^-8; the rest is in row_scale
 
 
-@dataclass(frozen=True, eq=False)
-class PanelBF16:
-    """bf16 matrices [E, R, C] in panels; R and C are multiples of 16."""
+class Panels:
+    """What the three layouts share. The first piece is [E, R/16, ...]: R and C are multiples of 16."""
 
-    data: torch.Tensor  # bfloat16 [E, R/16, C/2, 16, 2]
+    format: ClassVar[str]
+    layout: ClassVar[str] = "cpu_panels"
+    piece_names: ClassVar[tuple[str, ...]]  # the tensors, with the experts as their first dimension
+    per_line: ClassVar[int]  # columns that an entry of the first piece's columns stands for
     gated: bool  # panels alternate gate, up
 
-    format: ClassVar[str] = "bf16"
-    layout: ClassVar[str] = "cpu_panels"
-
-    @classmethod
-    def pack(cls, source: FormatTensor, gated: bool, donate: bool = False) -> Self:
-        """Pack a checkpoint-layout BF16 tensor of bfloat16.
-
-        Raises DTypeError for another dtype, ShapeError for sizes that are no multiples of 16.
-        """
-        if not isinstance(source, BF16) or source.data.dtype != torch.bfloat16:
-            got = source.data.dtype if isinstance(source, BF16) else type(source).__name__
-            raise DTypeError(f"the cpu backend packs bf16 weights of torch.bfloat16, got {got}")
-        experts, rows, columns = _require_panels(source.shape, gated)
-        donate = donate and source.data.is_contiguous()
-        out = source.data if donate else _empty((experts, rows, columns), torch.bfloat16)
-        pack = core.load().moestro_cpu_pack_bf16
-        for e in range(experts):
-            dense = source.data[e].clone() if donate else source.data[e].contiguous()
-            pack(out[e].data_ptr(), dense.data_ptr(), rows, columns, gated, torch.get_num_threads())
-        return cls(out.view(experts, rows // PANEL, columns // 2, PANEL, 2), gated)
+    @property
+    def pieces(self) -> tuple[torch.Tensor, ...]:
+        return tuple(getattr(self, name) for name in self.piece_names)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        *lead, panels, pairs, _, _ = self.data.shape
-        return (*lead, panels * PANEL, pairs * 2)
+        *lead, panels, lines = self.pieces[0].shape[: -len(self.tail)]
+        return (*lead, panels * PANEL, lines * self.per_line)
+
+    tail: ClassVar[tuple[int, ...]]  # of the first piece's shape
 
     @property
     def device(self) -> torch.device:
-        return self.data.device
+        return self.pieces[0].device
 
     @property
     def nbytes(self) -> int:
-        return self.data.nbytes
+        return sum(piece.nbytes for piece in self.pieces)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return self.to_checkpoint().dequantize(dtype)
 
-    def expert(self, index: int) -> PanelBF16:
-        return PanelBF16(self.data[index], self.gated)
+    def expert(self, index: int) -> Self:
+        return self._with(piece[index] for piece in self.pieces)
 
     def to(self, device: torch.device | str) -> Self:
-        return type(self)(self.data.to(device), self.gated)
+        return self._with(piece.to(device) for piece in self.pieces)
+
+    def _with(self, pieces: Iterable[torch.Tensor]) -> Self:
+        return type(self)(*pieces, self.gated)  # type: ignore[call-arg]
+
+    @classmethod
+    def empty(cls, experts: int, first: Any, gated: bool) -> Self:
+        """Room for `experts` matrices [R, C] like `first`, a tensor in the checkpoint layout."""
+        raise NotImplementedError
+
+    def put(self, index: int, source: FormatTensor) -> None:
+        """Pack one expert's matrix [R, C], in the checkpoint layout.
+
+        Raises FormatError, DTypeError or ShapeError for what does not fit.
+        """
+        raise NotImplementedError
+
+    def to_checkpoint(self) -> FormatTensor:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False)
+class PanelBF16(Panels):
+    """bf16 matrices [E, R, C]."""
+
+    data: torch.Tensor  # bfloat16 [E, R/16, C/2, 16, 2]
+    gated: bool
+
+    format: ClassVar[str] = "bf16"
+    piece_names: ClassVar[tuple[str, ...]] = ("data",)
+    per_line: ClassVar[int] = 2
+    tail: ClassVar[tuple[int, ...]] = (PANEL, 2)
+
+    @classmethod
+    def empty(cls, experts: int, first: Any, gated: bool) -> Self:
+        rows, columns = first.shape
+        return cls(_empty((experts, rows // PANEL, columns // 2, PANEL, 2), torch.bfloat16), gated)
+
+    def put(self, index: int, source: FormatTensor) -> None:
+        if not isinstance(source, BF16) or source.data.dtype != torch.bfloat16:
+            got = source.data.dtype if isinstance(source, BF16) else type(source).__name__
+            raise DTypeError(f"the cpu backend packs bf16 weights of torch.bfloat16, got {got}")
+        dense = source.data.contiguous()
+        args = (*source.shape, self.gated, torch.get_num_threads())
+        core.load().moestro_cpu_pack_bf16(self.data[index].data_ptr(), dense.data_ptr(), *args)
 
     def to_checkpoint(self) -> BF16:
         rows, columns = self.shape[-2:]
@@ -84,9 +118,47 @@ class PanelBF16:
         return BF16(dense.view(self.shape).to(self.device))
 
 
+class PanelsFP4(Panels):
+    """What NVFP4 and MXFP4 share: codes, and scales per 16 or 32 columns."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+
+    per_line: ClassVar[int] = PANEL
+    tail: ClassVar[tuple[int, ...]] = (128,)
+
+    @staticmethod
+    def room(experts: int, first: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """codes [E, R/16, C/16, 128] and scales [E, R/16, C/S, 16] for matrices like `first`."""
+        rows, columns = first.shape
+        codes = _empty((experts, rows // PANEL, columns // PANEL, 128), torch.uint8)
+        return codes, _empty((experts, rows // PANEL, first.scale.shape[-1], PANEL), torch.uint8)
+
+    def put_codes(self, index: int, packed: torch.Tensor, scale: torch.Tensor) -> None:
+        """Bytes [R, C/2] and [R, C/S] to the panels of an expert."""
+        rows, columns = packed.shape[0], 2 * packed.shape[1]
+        pieces = [self.codes[index], self.scale[index], packed.contiguous(), scale.contiguous()]
+        args = (rows, columns, columns // scale.shape[1], self.gated, torch.get_num_threads())
+        core.load().moestro_cpu_pack_fp4(*(t.data_ptr() for t in pieces), *args)
+
+    def take_codes(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What put_codes took, of all experts, with scales as bytes."""
+        *lead, rows, columns = self.shape
+        per_row = self.scale.shape[-2]
+        scales = self.scale.view(torch.uint8).cpu().reshape(-1, rows, per_row)
+        flat = self.codes.cpu().reshape(-1, rows, columns // 2), scales
+        packed, scale = (torch.empty_like(t) for t in flat)
+        for e in range(len(packed)):
+            pieces = [t[e].data_ptr() for t in (packed, scale, *flat)]
+            args = (rows, columns, columns // per_row, self.gated, torch.get_num_threads())
+            core.load().moestro_cpu_unpack_fp4(*pieces, *args)
+        shapes = ((*lead, rows, columns // 2), (*lead, rows, per_row))
+        return packed.view(shapes[0]).to(self.device), scale.view(shapes[1]).to(self.device)
+
+
 @dataclass(frozen=True, eq=False)
-class PanelNVFP4:
-    """NVFP4 matrices [E, R, C] in panels; R and C are multiples of 16."""
+class PanelNVFP4(PanelsFP4):
+    """NVFP4 matrices [E, R, C]."""
 
     codes: torch.Tensor  # uint8 [E, R/16, C/16, 128]
     scale: torch.Tensor  # float8_e4m3fn [E, R/16, C/16, 16]
@@ -95,118 +167,107 @@ class PanelNVFP4:
     gated: bool
 
     format: ClassVar[str] = "nvfp4"
-    layout: ClassVar[str] = "cpu_panels"
+    piece_names: ClassVar[tuple[str, ...]] = ("codes", "scale", "global_scale", "row_scale")
 
     @classmethod
-    def pack(cls, source: FormatTensor, gated: bool, donate: bool = False) -> Self:
-        """Pack a checkpoint-layout NVFP4 tensor.
+    def empty(cls, experts: int, first: Any, gated: bool) -> Self:
+        codes, scale = cls.room(experts, first)
+        global_scale = torch.empty((experts, *first.global_scale.shape), dtype=torch.float32)
+        row_scale = torch.empty((experts, first.shape[0]), dtype=torch.float32)
+        return cls(codes, scale.view(torch.float8_e4m3fn), global_scale, row_scale, gated)
 
-        Raises FormatError for block scales that are negative or NaN, ShapeError for sizes that are no
-        multiples of 16.
-        """
+    def put(self, index: int, source: FormatTensor) -> None:
         if not isinstance(source, NVFP4):
             raise FormatError(f"the cpu backend packs NVFP4 tensors, got {type(source).__name__}")
-        experts, rows, _ = _require_panels(source.shape, gated)
         scale = source.scale.view(torch.uint8)
-        if any(bool(((s & 0x7F) == 0x7F).any()) or bool((s & 0x80).any()) for s in scale):
+        if bool(((scale & 0x7F) == 0x7F).any()) or bool((scale & 0x80).any()):
             raise FormatError("scale must hold no NaN and no negative block scales for the cpu backend")
-        codes, scales = _pack_fp4(source.packed, scale, gated, donate)
-        row_scale = source.row_global_scale().expand(experts, rows, 1).reshape(experts, rows) * SCALE_SHIFT
-        per_row = in_panel_order(row_scale, gated)
-        return cls(codes, scales.view(torch.float8_e4m3fn), source.global_scale, per_row, gated)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        *lead, panels, blocks, _ = self.codes.shape
-        return (*lead, panels * PANEL, blocks * PANEL)
-
-    @property
-    def device(self) -> torch.device:
-        return self.codes.device
-
-    @property
-    def nbytes(self) -> int:
-        return self.codes.nbytes + self.scale.nbytes + self.global_scale.nbytes + self.row_scale.nbytes
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return self.to_checkpoint().dequantize(dtype)
-
-    def expert(self, index: int) -> PanelNVFP4:
-        return PanelNVFP4(
-            self.codes[index], self.scale[index], self.global_scale[index], self.row_scale[index], self.gated
-        )
-
-    def to(self, device: torch.device | str) -> Self:
-        codes, scale = self.codes.to(device), self.scale.to(device)
-        global_scale, row_scale = self.global_scale.to(device), self.row_scale.to(device)
-        return type(self)(codes, scale, global_scale, row_scale, self.gated)
+        self.put_codes(index, source.packed, scale)
+        rows = source.shape[0]
+        row_scale = source.row_global_scale().expand(rows, 1).reshape(1, rows) * SCALE_SHIFT
+        self.row_scale[index] = in_panel_order(row_scale, self.gated)[0]
+        self.global_scale[index] = source.global_scale
 
     def to_checkpoint(self) -> NVFP4:
-        packed, scale = _unpack_fp4(self.codes, self.scale.view(torch.uint8), self.gated)
+        packed, scale = self.take_codes()
         return NVFP4(packed, scale.view(torch.float8_e4m3fn), self.global_scale)
 
 
 @dataclass(frozen=True, eq=False)
-class PanelMXFP4:
-    """MXFP4 matrices [E, R, C] in panels; R is a multiple of 16, C of 32."""
+class PanelMXFP4(PanelsFP4):
+    """MXFP4 matrices [E, R, C]; C is a multiple of 32."""
 
     codes: torch.Tensor  # uint8 [E, R/16, C/16, 128]
     scale: torch.Tensor  # uint8 [E, R/16, C/32, 16], e8m0
     gated: bool
 
     format: ClassVar[str] = "mxfp4"
-    layout: ClassVar[str] = "cpu_panels"
+    piece_names: ClassVar[tuple[str, ...]] = ("codes", "scale")
 
     @classmethod
-    def pack(cls, source: FormatTensor, gated: bool, donate: bool = False) -> Self:
-        """Pack a checkpoint-layout MXFP4 tensor.
+    def empty(cls, experts: int, first: Any, gated: bool) -> Self:
+        return cls(*cls.room(experts, first), gated)
 
-        Raises FormatError for scales that are NaN, ShapeError for rows that are no multiple of 16.
-        """
+    def put(self, index: int, source: FormatTensor) -> None:
         if not isinstance(source, MXFP4):
             raise FormatError(f"the cpu backend packs MXFP4 tensors, got {type(source).__name__}")
-        _require_panels(source.shape, gated)
-        if any(bool((s == 0xFF).any()) for s in source.scale):
+        if bool((source.scale == 0xFF).any()):
             raise FormatError("scale must hold no NaN (255) for the cpu backend")
-        return cls(*_pack_fp4(source.packed, source.scale, gated, donate), gated)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        *lead, panels, blocks, _ = self.codes.shape
-        return (*lead, panels * PANEL, blocks * PANEL)
-
-    @property
-    def device(self) -> torch.device:
-        return self.codes.device
-
-    @property
-    def nbytes(self) -> int:
-        return self.codes.nbytes + self.scale.nbytes
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return self.to_checkpoint().dequantize(dtype)
-
-    def expert(self, index: int) -> PanelMXFP4:
-        return PanelMXFP4(self.codes[index], self.scale[index], self.gated)
-
-    def to(self, device: torch.device | str) -> Self:
-        return type(self)(self.codes.to(device), self.scale.to(device), self.gated)
+        self.put_codes(index, source.packed, source.scale)
 
     def to_checkpoint(self) -> MXFP4:
-        return MXFP4(*_unpack_fp4(self.codes, self.scale, self.gated))
+        return MXFP4(*self.take_codes())
 
 
-Panels = PanelBF16 | PanelNVFP4 | PanelMXFP4
 CLASSES: dict[str, type[Panels]] = {cls.format: cls for cls in (PanelBF16, PanelNVFP4, PanelMXFP4)}
 
 
+class Packer:
+    """Packs one expert after the other; the first says what all are like."""
+
+    def __init__(self, experts: int, gated: bool) -> None:
+        self._experts, self._gated = experts, gated
+        self._shape: tuple[int, ...] = ()
+        self._panels: Panels | None = None
+
+    def put(self, index: int, source: FormatTensor) -> None:
+        """An expert's matrix [R, C], in the checkpoint layout.
+
+        Raises FormatError, DTypeError or ShapeError for one that cannot be packed or differs from the first.
+        """
+        if self._panels is None:
+            if source.format not in CLASSES:
+                raise FormatError(f"the cpu backend packs {', '.join(CLASSES)}, got {source.format}")
+            _require_panels(source.shape, self._gated)
+            self._shape = source.shape
+            self._panels = CLASSES[source.format].empty(self._experts, source, self._gated)
+        if source.shape != self._shape:
+            raise ShapeError(f"experts must all be {list(self._shape)}, got {list(source.shape)}")
+        self._panels.put(index, source)
+
+    def done(self) -> Panels:
+        """All experts in panels. Raises ShapeError if there were none."""
+        if self._panels is None:
+            raise ShapeError("weights must hold at least one expert to be packed, got none")
+        return self._panels
+
+
 def pack(source: FormatTensor, gated: bool, donate: bool = False) -> FormatTensor:
-    """`source` in panels; itself if it is already."""
+    """`source` [E, R, C] in panels; itself if it is already."""
     if isinstance(source, Panels):
         return source
     if source.format not in CLASSES:
         raise FormatError(f"the cpu backend packs {', '.join(CLASSES)}, got {source.format}")
-    return CLASSES[source.format].pack(source.to_checkpoint(), gated, donate)
+    source = source.to_checkpoint()
+    if len(source.shape) != 3:
+        raise ShapeError(f"the cpu backend packs [E, R, C], got {list(source.shape)}")
+    packer = Packer(source.shape[0], gated)
+    for e in range(source.shape[0]):
+        one = source.expert(e)
+        packer.put(e, one)
+        if donate:
+            release(value for value in vars(one).values() if isinstance(value, torch.Tensor))
+    return packer.done()
 
 
 def shared(source: FormatTensor, gated: bool) -> FormatTensor:
@@ -236,45 +297,12 @@ def in_panel_order(per_row: torch.Tensor, gated: bool) -> torch.Tensor:
     return per_row.view(experts, 2, rows // (2 * PANEL), PANEL).transpose(1, 2).reshape(experts, rows)
 
 
-def _pack_fp4(
-    packed: torch.Tensor, scale: torch.Tensor, gated: bool, donate: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bytes [E, R, C/2] and [E, R, C/S] to codes [E, R/16, C/16, 128] and scales [E, R/16, C/S, 16]."""
-    experts, rows, half = packed.shape
-    donate = donate and packed.is_contiguous() and scale.is_contiguous()
-    codes = packed if donate else _empty((experts, rows, half), torch.uint8)
-    scales = scale if donate else _empty(tuple(scale.shape), torch.uint8)
-    per_scale = 2 * half // scale.shape[2]
-    for e in range(experts):
-        sources = [t[e].clone() if donate else t[e].contiguous() for t in (packed, scale)]
-        pieces = [t.data_ptr() for t in (codes[e], scales[e], *sources)]
-        core.load().moestro_cpu_pack_fp4(*pieces, rows, 2 * half, per_scale, gated, torch.get_num_threads())
-    panels = rows // PANEL
-    return codes.view(experts, panels, half // 8, 128), scales.view(experts, panels, scale.shape[2], PANEL)
-
-
-def _unpack_fp4(codes: torch.Tensor, scales: torch.Tensor, gated: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """What _pack_fp4 took: codes [..., R/16, C/16, 128], scales [..., R/16, C/S, 16] to packed and scale."""
-    *lead, panels, blocks, _ = codes.shape
-    rows, columns, per_row = panels * PANEL, blocks * PANEL, scales.shape[-2]
-    flat = codes.cpu().reshape(-1, rows, columns // 2), scales.cpu().reshape(-1, rows, per_row)
-    packed, scale = (torch.empty_like(t) for t in flat)
-    for e in range(len(packed)):
-        pieces = [t[e].data_ptr() for t in (packed, scale, *flat)]
-        per_scale, threads = columns // per_row, torch.get_num_threads()
-        core.load().moestro_cpu_unpack_fp4(*pieces, rows, columns, per_scale, gated, threads)
-    device = codes.device
-    return packed.view(*lead, rows, columns // 2).to(device), scale.view(*lead, rows, per_row).to(device)
-
-
-def _require_panels(shape: tuple[int, ...], gated: bool) -> tuple[int, int, int]:
-    if len(shape) != 3 or shape[1] % (PANEL * (2 if gated else 1)) or shape[2] % PANEL:
+def _require_panels(shape: tuple[int, ...], gated: bool) -> None:
+    if len(shape) != 2 or shape[0] % (PANEL * (2 if gated else 1)) or shape[1] % PANEL:
         raise ShapeError(
             f"the cpu backend packs [E, R, C] with C (and each half of gated R) divisible by {PANEL}, "
-            f"got {list(shape)}"
+            f"got experts of {list(shape)}"
         )
-    experts, rows, columns = shape
-    return experts, rows, columns
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -49,6 +49,7 @@ class CpuRunner(MoeRunner):
             raise BackendError(reason)
         self._core_cache = core.load()
         self.isa = core.choose_isa()
+        self._cuts_cache: dict[tuple[Any, int], core.TacticStruct] = {}
         self._pack()
 
     def _pack(self) -> None:
@@ -57,14 +58,15 @@ class CpuRunner(MoeRunner):
         biases = [
             b for b in (experts.gate_up_bias, experts.down_bias) if b is not None and not b.is_inference()
         ]
-        self._sources = [*layout.counted(experts.gate_up), *layout.counted(experts.down), *biases]
-        self._versions = [t._version for t in self._sources]
+        sources = [*layout.counted(experts.gate_up), *layout.counted(experts.down), *biases]
+        self._sources = [(source, source._version) for source in sources]
         self._weights = (layout.shared(experts.gate_up, gated), layout.shared(experts.down, False))
         self._biases = (
             _bias("gate_up_bias", experts.gate_up_bias, self._weights[0], gated),
             _bias("down_bias", experts.down_bias, self._weights[1], False),
         )
         self._layer = _layer(self.problem, self.isa, self._weights, self._biases)
+        self._layer_at = ctypes.byref(self._layer)
 
     @classmethod
     def why_not(cls, problem: MoeProblem) -> str | None:
@@ -95,11 +97,25 @@ class CpuRunner(MoeRunner):
     ) -> tuple[FormatTensor, FormatTensor]:
         """(gate_up, down) in panels.
 
-        With `donate`, contiguous weights are repacked in their own storage, one expert at a time: the
-        checkpoint tensors must not be used afterwards.
+        With `donate`, the memory of contiguous weights is given back to the system as they are packed, one
+        expert at a time: the checkpoint tensors must not be used afterwards.
         """
         gated = problem.activation.gated
         return layout.pack(experts.gate_up, gated, donate), layout.pack(experts.down, False, donate)
+
+    @classmethod
+    def prepare_each(
+        cls, problem: MoeProblem, experts: Iterable[tuple[FormatTensor, FormatTensor]]
+    ) -> tuple[FormatTensor, FormatTensor] | None:
+        """(gate_up, down) in panels: one copy, and whatever the iterator holds of one expert."""
+        packers = (
+            layout.Packer(problem.num_local_experts, problem.activation.gated),
+            layout.Packer(problem.num_local_experts, False),
+        )
+        for e, matrices in enumerate(experts):
+            for packer, matrix in zip(packers, matrices, strict=True):
+                packer.put(e, matrix)
+        return packers[0].done(), packers[1].done()
 
     def get_cache_key_extras(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
         return ("threads", torch.get_num_threads())
@@ -126,9 +142,7 @@ class CpuRunner(MoeRunner):
 
     def workspace_bytes(self, num_tokens: int, tactic: Any) -> int:
         cut = self._cut(tactic)
-        return int(
-            self._core_cache.moestro_cpu_workspace(ctypes.byref(self._layer), ctypes.byref(cut), num_tokens)
-        )
+        return int(self._core_cache.moestro_cpu_workspace(self._layer_at, ctypes.byref(cut), num_tokens))
 
     def forward(
         self, inputs: Sequence[Any], tactic: Any = -1, do_preparation: bool = False, **kwargs: Any
@@ -137,17 +151,16 @@ class CpuRunner(MoeRunner):
         x, ids, weights, out = inputs
         if do_preparation or not len(x):
             return out  # type: ignore[no-any-return]
-        if [t._version for t in self._sources] != self._versions:  # weights were changed in place
-            self._pack()
-        cut = self._cut(tactic)
-        layer, cut_at = ctypes.byref(self._layer), ctypes.byref(cut)
-        workspace = self._workspace
+        for source, version in self._sources:
+            if source._version != version:  # weights were changed in place
+                self._pack()
+                break
+        cut, workspace = self._cut(tactic), self._workspace
         if workspace is None:
-            need = self._core_cache.moestro_cpu_workspace(layer, cut_at, len(x))
-            workspace = torch.empty(need, dtype=torch.uint8)
-        pointers = (t.data_ptr() for t in (x, ids, weights, out, workspace))
-        call = core.Call(len(x), *pointers, workspace.nbytes)
-        if status := self._core_cache.moestro_cpu_moe(layer, cut_at, ctypes.byref(call)):
+            workspace = torch.empty(self.workspace_bytes(len(x), tactic), dtype=torch.uint8)
+        at = [t.data_ptr() for t in (x, ids, weights, out, workspace)]
+        call = core.Call(len(x), *at, workspace.nbytes)
+        if status := self._core_cache.moestro_cpu_moe(self._layer_at, ctypes.byref(cut), ctypes.byref(call)):
             need = self.workspace_bytes(len(x), tactic)
             raise BackendError(
                 f"the CPU core returned {status}: workspace has {workspace.nbytes} bytes, {need} are needed"
@@ -155,13 +168,20 @@ class CpuRunner(MoeRunner):
         return out  # type: ignore[no-any-return]
 
     def _cut(self, tactic: Any) -> core.TacticStruct:
-        chosen = self.default_tactic() if tactic == -1 else tactic
-        if not isinstance(chosen, CpuTactic):
+        """The core's struct for a tactic and torch's threads, made once: a call's Python runs on cold caches."""
+        if tactic != -1 and not isinstance(tactic, CpuTactic):
             raise BackendError(f"tactic must be -1 or a CpuTactic, got {tactic!r}")
+        key = tactic, torch.get_num_threads()
+        cut = self._cuts_cache.get(key)
+        if cut is None:
+            cut = self._cuts_cache[key] = self._make_cut(*key)
+        return cut
+
+    def _make_cut(self, tactic: Any, threads: int) -> core.TacticStruct:
+        chosen = self.default_tactic() if tactic == -1 else tactic
         if min(chosen.token_tile, chosen.row_tile, chosen.dequant_from, chosen.wave + 1) < 1:
             raise BackendError(f"tactic must have positive fields, got {tactic!r}")
         wave = chosen.wave or max(256, WAVE_BYTES // (2 * self.problem.hidden_size * self.problem.top_k))
-        threads = torch.get_num_threads()
         return core.TacticStruct(chosen.token_tile, chosen.row_tile, chosen.dequant_from, wave, threads)
 
 

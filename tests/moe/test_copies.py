@@ -1,0 +1,78 @@
+"""Layers and weights can be copied, and weights made expert by expert are those made at once."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+
+import moestro
+from moestro.errors import BackendError, ShapeError
+
+E, K, H, I = 4, 2, 64, 32  # noqa: E741
+
+
+def dense() -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    gate_up = torch.randn(E, 2 * I, H, generator=g).bfloat16() / 8
+    return gate_up, torch.randn(E, H, I, generator=g).bfloat16() / 6
+
+
+def call() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x = torch.randn(3, H, generator=torch.Generator().manual_seed(1)).bfloat16()
+    return x, torch.tensor([[0, 1], [2, 3], [1, 2]], dtype=torch.int32), torch.ones(3, K)
+
+
+@pytest.mark.parametrize("backend", ["auto", "portable"])
+def test_a_deep_copy_of_a_layer_that_has_run_gives_the_same_from_weights_of_its_own(backend: str) -> None:
+    layer = moestro.FusedMoE(moestro.ExpertWeights.from_dense(*dense()), top_k=K, backend=backend).eval()
+    y = layer(*call())
+    twin = copy.deepcopy(torch.nn.ModuleList([layer]))[0]
+    assert isinstance(twin, moestro.FusedMoE)
+    assert torch.equal(y, twin(*call()))
+    assert twin.options == layer.options
+    assert not twin.training
+    shared = {t.data_ptr() for t in twin.weights.tensors} & {t.data_ptr() for t in layer.weights.tensors}
+    assert shared == set()
+
+
+def test_weights_that_have_run_can_be_copied_and_saved() -> None:
+    w = moestro.ExpertWeights.from_dense(*dense(), format="bf16")
+    y = moestro.fused_moe(*call(), w)
+    file = io.BytesIO()
+    torch.save(w, file)
+    file.seek(0)
+    for again in (copy.deepcopy(w), torch.load(file, weights_only=False)):
+        assert torch.equal(y, moestro.fused_moe(*call(), again))
+
+
+@pytest.mark.parametrize("format", ["nvfp4", "bf16", "mxfp4"])
+@pytest.mark.parametrize("backend", ["auto", "cpu", "portable"])
+def test_quantising_straight_into_a_backends_layout_gives_the_same_weights(format: str, backend: str) -> None:
+    plain = moestro.ExpertWeights.from_dense(*dense(), format=format)
+    w = moestro.ExpertWeights.from_dense(*dense(), format=format, backend=backend)
+    assert (w.layout == "checkpoint") == (backend == "portable")
+    assert all(torch.equal(a, b) for a, b in zip(w.dequantize(), plain.dequantize(), strict=True))
+    assert torch.equal(
+        moestro.fused_moe(*call(), w, backend=backend), moestro.fused_moe(*call(), plain, backend=backend)
+    )
+
+
+def test_experts_without_a_gate_and_with_biases() -> None:
+    gate_up, down = dense()
+    bias = torch.randn(E, I)
+    w = moestro.ExpertWeights.from_dense(gate_up[:, :I], down, backend="auto", gate_up_bias=bias)
+    assert not w.gated
+    assert w.gate_up_bias is bias
+
+
+def test_what_does_not_fit_is_an_error() -> None:
+    gate_up, down = dense()
+    with pytest.raises(ShapeError, match="4 experts"):
+        moestro.ExpertWeights.from_dense(gate_up, down[:3], backend="auto")
+    with pytest.raises(BackendError, match="fp8_block"):
+        moestro.ExpertWeights.from_dense(gate_up, down, "fp8_block", backend="cpu")
+    with pytest.raises(TypeError, match="bias"):
+        moestro.ExpertWeights.from_experts([], "cpu", bias=down)
