@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -15,7 +16,7 @@ pytest.importorskip("triton")
 from moestro.kernels.problem import MoeProblem
 from moestro.kernels.triton import Tactic, tactics
 
-RESULTS = Path(__file__).parents[3] / "benchmarks" / "results" / "h100-kernels.json"
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 
 
 @settings(max_examples=200, deadline=None)
@@ -58,9 +59,16 @@ def test_deterministic_problems_get_no_atomic_sums() -> None:
     assert "repeatable" in (tactics.unfit(p, atomic, 64) or "")
 
 
-def recorded() -> list[tuple[str, int]]:
-    rows = json.loads(RESULTS.read_text())["layers"]
-    return sorted({(r["model"], r["tokens"]) for r in rows if r["format"] == "nvfp4"})
+def layers() -> dict[tuple[str, int], list[dict[str, Any]]]:
+    """(model, tokens) -> what was measured of it, the newest record."""
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for name in ("h100-kernels.json", "h100-few-tokens.json"):
+        record: dict[tuple[str, int], list[dict[str, Any]]] = {}
+        for row in json.loads((RESULTS / name).read_text())["layers"]:
+            if row["format"] == "nvfp4" and row.get("tactic"):
+                record.setdefault((row["model"], row["tokens"]), []).append(row)
+        found |= record
+    return found
 
 
 SIZES = {"qwen3": (128, 8, 2048, 768), "mixtral": (8, 2, 4096, 14336), "deepseek": (32, 8, 7168, 2048)}
@@ -70,18 +78,19 @@ def measured(model: str, num_tokens: int) -> tuple[MoeProblem, dict[Tactic, floa
     """(problem, tactic -> µs) as recorded on an H100."""
     experts, top_k, hidden, inter = SIZES[model]
     times = {}
-    for row in json.loads(RESULTS.read_text())["layers"]:
-        if (row["model"], row["tokens"], row["format"]) == (model, num_tokens, "nvfp4") and row.get("tactic"):
-            t = row["tactic"]
-            times[Tactic(**{**t, "first": tuple(t["first"]), "second": tuple(t["second"])})] = row["us"]
+    for row in layers()[model, num_tokens]:
+        t = row["tactic"]
+        times[Tactic(**{**t, "first": tuple(t["first"]), "second": tuple(t["second"])})] = row["us"]
     return MoeProblem(experts, experts, 0, top_k, hidden, inter, "nvfp4", device="cuda"), times
 
 
-@pytest.mark.parametrize(("model", "num_tokens"), recorded())
+@pytest.mark.parametrize(("model", "num_tokens"), sorted(layers()))
 def test_the_measured_best_is_a_candidate_and_the_default_is_near_it(model: str, num_tokens: int) -> None:
     problem, times = measured(model, num_tokens)
     best = min(times, key=lambda t: times[t])
     assert best in tactics.candidates(problem, num_tokens)
     default = tactics.default(problem, num_tokens)
-    if default in times:
+    if num_tokens <= 64:  # the default is among the measured ones, and no worse than the spread between runs
+        assert times[default] <= 1.015 * times[best]
+    elif default in times:
         assert times[default] <= 1.12 * times[best]

@@ -61,11 +61,11 @@ def chain(tokens: int, first: Tile, second: Tile, route: str = "sorted", **rest:
 
 
 T, S, M, B = (32, 4, 2, 4), (64, 2, 4, 4), (128, 2, 4, 3), (128, 1, 8, 4)  # tiles that several tactics share
-S6 = (64, 2, 4, 6)
+S6, M5 = (64, 2, 4, 6), (128, 2, 4, 5)
 WIDE = (256, 1, 8, 4)
 
-# What wins somewhere on an H100 (benchmarks/results/h100-kernels.json), or is close. UNROLL (the second
-# number of a tile) is halved until it divides a problem's blocks.
+# What wins somewhere on an H100 (benchmarks/results/h100-kernels.json, h100-few-tokens.json), or is close.
+# UNROLL (the second number of a tile) is halved until it divides a problem's blocks.
 TABLE: tuple[Tactic, ...] = (
     fused(8, T, T, "direct"),
     fused(8, T, T, "direct", split=4),
@@ -73,17 +73,19 @@ TABLE: tuple[Tactic, ...] = (
     fused(8, S, S, "direct", split=4),
     fused(8, M, M, "direct"),
     fused(16, S, S, "direct"),
-    chain(8, T, T, "direct"),
-    chain(8, T, T, "direct", split=4),
-    chain(8, S6, S6, "direct", ahead=16),
-    chain(8, S, S, "direct", split=4),
-    chain(8, T, T),
+    chain(8, T, T, "direct", split=4, ahead=16),
+    chain(8, S, S, "direct"),
+    chain(8, S, S, "direct", split=8),
+    chain(8, M5, M5, "direct", split=4),
     chain(8, S, S),
+    chain(8, S6, S6),
+    chain(8, T, T, split=2),
     chain(8, M, M),
+    chain(8, M5, M5),
     chain(16, M, M),
-    chain(32, S, S),
     chain(32, M, M),
-    chain(32, M, M, split=4),
+    chain(32, M, M, split=2),
+    chain(64, M, M, ladder=1),
     fused(8, S, S),
     fused(8, T, T),
     fused(8, M, M),
@@ -207,6 +209,8 @@ NVFP4_DEFAULTS = (
 )
 FULL = fused(64, M, M, ladder=1)  # where a chain has more tiles than it can count
 LONG = 8192  # columns of a second product that few rows of tiles are shared out over
+DEEP = 6144  # columns of a first product whose tiles last long enough for more stages
+DEEP_DEFAULTS = ((5.0, chain(8, M5, M5)), *NVFP4_DEFAULTS[1:])
 LONG_DEFAULTS = ((5.0, chain(8, T, T, split=2)), (24.0, chain(32, M, M, split=2)), *NVFP4_DEFAULTS[2:])
 DENSE_DEFAULTS = ((10.0, fused(16, S, S, together=0)), (24.0, fused(32, S, S)), (float("inf"), TABLE[-1]))
 
@@ -216,9 +220,9 @@ def default(problem: MoeProblem, num_tokens: int) -> Tactic:
     p, pairs = problem, num_tokens * problem.top_k
     if p.weight_format != "nvfp4":
         return _dense_default(p, num_tokens)
-    long = p.intermediate_size >= LONG
+    long, deep = p.intermediate_size >= LONG, p.hidden_size >= DEEP
     if num_tokens == 1:
-        tile = M if p.hidden_size > 4096 else T
+        tile = M if deep else T
         chosen = chain(8, T, T, "direct", split=4, ahead=16) if long else fused(8, tile, tile, "direct")
     elif long and pairs <= 16:
         chosen = chain(8, S, S, "direct", split=8)
@@ -228,7 +232,7 @@ def default(problem: MoeProblem, num_tokens: int) -> Tactic:
         chosen = chain(8, S, S)
     else:
         per_expert = pairs / min(p.num_experts, pairs)
-        table = LONG_DEFAULTS if long else NVFP4_DEFAULTS
+        table = LONG_DEFAULTS if long else DEEP_DEFAULTS if deep else NVFP4_DEFAULTS
         chosen = next(t for most, t in table if per_expert <= most)
     if p.input_format is not None and chosen.path == "chain":
         chosen = replace(chosen, path="fused", ahead=0)
