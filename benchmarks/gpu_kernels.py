@@ -511,7 +511,8 @@ def main() -> int:
         rows = layer(args.model, args.format, tokens, args.rounds, args.all, args.baseline)
     if args.json:
         with open(args.json, "w") as f:
-            about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "argv": sys.argv[1:]}
+            about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "argv": sys.argv[1:],
+                     "models": MODELS}  # fmt: skip
             json.dump({**about, "rows": rows}, f, indent=1)
     return 0
 

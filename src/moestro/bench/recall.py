@@ -8,6 +8,9 @@ raced; `recall` counts it as kept, `strict` does not.
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +18,7 @@ from typing import Any
 
 import torch
 
+from moestro.errors import TuningError
 from moestro.kernels.problem import MoeProblem
 from moestro.kernels.triton import tactics
 from moestro.kernels.triton.tactics import Tactic
@@ -22,7 +26,7 @@ from moestro.tuning.bundle import read_entries
 from moestro.tuning.serial import from_json
 from moestro.tuning.store import Entry
 
-__all__ = ["Cell", "Pruned", "cells_of", "problem_of", "prune_at"]
+__all__ = ["Cell", "Pruned", "cells_of", "problem_of", "prune_at", "worst"]
 
 NOISE = 0.01  # at least; two captures of one candidate differ by as much
 RUNNER = "moestro.kernels.triton.runner.TritonRunner"
@@ -87,8 +91,46 @@ def prune_at(cells: Sequence[Cell], factor: float, cost: Cost = tactics.cost) ->
 
 
 def cells_of(source: Path) -> list[Cell]:
-    """The cells in a store's folder or a bundle's file, of the Triton backend. Raises TuningError."""
+    """The cells of the Triton backend in a store's folder, a bundle's file, or what benchmarks/gpu_kernels.py
+    wrote. Raises TuningError for anything else.
+    """
+    if source.is_file() and (rows := _rows(source)) is not None:
+        return rows
     return [cell for entry in read_entries(source) if (cell := _cell(entry)) is not None]
+
+
+def _rows(path: Path) -> list[Cell] | None:
+    """The cells of {"models": {name: [L, K, H, I]}, "rows": [{model, format, tokens, us, tactic}]}, all pairs
+    local, SiLU; None for another file. Times there have no default to be ratios of: the best is 1.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TuningError(f"{path} cannot be read: {error}") from error
+    if not isinstance(data, dict) or "models" not in data:
+        return None
+    known = {field.name for field in dataclasses.fields(Tactic)}
+    times: dict[tuple[str, str, int], dict[Tactic, float]] = {}
+    for row in data["rows"]:
+        fields = row.get("tactic")
+        if not fields or not set(fields) <= known:
+            continue  # a baseline, or a tactic that there is no longer
+        values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in fields.items()}
+        tactic = Tactic(**values)
+        cell = times.setdefault((row["model"], row["format"], int(row["tokens"])), {})
+        cell[tactic] = min(float(row["us"]), cell.get(tactic, math.inf))
+    cells = []
+    for (model, format, tokens), measured in times.items():
+        experts, top_k, hidden, inter = data["models"][model]
+        dense = torch.bfloat16 if format == "bf16" else None
+        problem = MoeProblem(
+            experts, experts, 0, top_k, hidden, inter, format, device="cuda", weight_dtype=dense
+        )
+        best = min(measured.values())
+        ratios = {tactic: us / best for tactic, us in measured.items()}
+        if len(ratios) > 1:
+            cells.append(Cell(problem, tokens, ratios, default=math.inf))
+    return cells
 
 
 def _cell(entry: Entry) -> Cell | None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from moestro.cli import options as opt
-from moestro.cli import regret
+from moestro.cli import recall, regret
 from moestro.cli.console import ProgressListener, errors, output, progress, quiet
 
 __all__ = ["app"]
@@ -214,3 +214,4 @@ def _nothing_to_compare(against: str | None) -> Exception:
 
 
 app.command("regret")(regret.regret)
+app.command("recall")(recall.recall)

@@ -20,7 +20,7 @@ from moestro.formats.base import CHECKPOINT, FormatTensor
 from moestro.kernels.activations import GeGLUTanh, ReLU2, SwiGLU
 from moestro.kernels.problem import Experts, MoeProblem, MoeRunner
 from moestro.kernels.scratch import carve, plan_bytes
-from moestro.kernels.triton import chain, device, native, tactics
+from moestro.kernels.triton import chain, device, native, prune, tactics
 from moestro.kernels.triton.layout import LAYOUT, TritonNVFP4
 from moestro.kernels.triton.plan import Launch, Planner, scratch_plan
 from moestro.kernels.triton.tactics import Tactic
@@ -114,6 +114,8 @@ class TritonRunner(MoeRunner):
 
     def get_valid_tactics(self, inputs: Sequence[Any], profile: Any) -> list[Tactic]:
         num_tokens = inputs[1].shape[0]
+        if self._rules is tactics:
+            return prune.worth_measuring(self.problem, num_tokens)
         found: list[Tactic] = self._rules.candidates(self.problem, num_tokens)
         return found
 
