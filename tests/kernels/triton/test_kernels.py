@@ -15,7 +15,7 @@ from moestro.errors import BackendError
 from moestro.formats import BF16, NVFP4
 from moestro.kernels.activations import Activation, GeGLUTanh, ReLU2, SwiGLU
 from moestro.kernels.problem import MoeProblem
-from moestro.kernels.triton import Tactic, TritonRunner
+from moestro.kernels.triton import Tactic, TritonRunner, plan
 from moestro.moe import reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -122,6 +122,26 @@ def test_one_token_takes_three_launches_and_no_sorting() -> None:
     runner, _ = make((4, 2, 128, 64), "nvfp4")
     names = [launch.kernel.__name__ for launch in runner.plan(inputs_of(runner, 1))]
     assert names == ["moe_gemm", "moe_gemm", "reduce_pairs"]
+
+
+def test_a_chain_that_broke_off_does_not_spoil_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tiles were counted, but nobody cleared the counters: the next would not wait for anything."""
+    runner, plain = make((4, 2, 128, 64), "nvfp4")
+    inputs, tactic = inputs_of(runner, 5), TACTICS["chained"]
+    run = plan.Launch.run
+
+    def breaks(launch: plan.Launch) -> None:
+        if launch.kernel.__name__ == "reduce_pairs":
+            raise RuntimeError("out of memory")
+        run(launch)
+
+    monkeypatch.setattr(plan.Launch, "run", breaks)
+    with pytest.raises(RuntimeError, match="memory"):
+        error(runner, plain, inputs, tactic)
+    monkeypatch.undo()
+    assert not runner._done.any()
+    assert error(runner, plain, inputs, tactic) < TOLERANCE
+    assert not runner._done.any()
 
 
 def test_no_tokens_is_no_work() -> None:

@@ -13,8 +13,8 @@ import triton
 from moestro.kernels.problem import MoeProblem
 from moestro.kernels.scratch import Plan
 from moestro.kernels.triton import blackwell, tactics
-from moestro.kernels.triton.plan import Planner, kernel_rows, num_slots, scratch_plan
-from moestro.kernels.triton.tactics import SHARED_BYTES, Tactic
+from moestro.kernels.triton.plan import Planner, kernel_rows, scratch_plan
+from moestro.kernels.triton.tactics import SHARED_BYTES, Tactic, num_slots
 
 FP4_CAPABILITY = (10, 0)
 

@@ -155,8 +155,13 @@ class TritonRunner(MoeRunner):
     ) -> torch.Tensor:
         out: torch.Tensor = inputs[3]
         if not do_preparation:
-            for launch in self.plan(inputs, tactic):
-                launch.run()
+            launches = self.plan(inputs, tactic)
+            try:
+                for launch in launches:
+                    launch.run()
+            except BaseException:
+                self._done.zero_()  # the launch that clears the counters of a chain may not have run
+                raise
         return out
 
 
