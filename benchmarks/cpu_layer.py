@@ -6,6 +6,7 @@ Every round draws a routing (top-k of softmax of normal logits); every contender
 Before each sample a buffer of four times the last-level cache is written, so that weights come from memory.
 The time is that of one call on torch's threads; the router is outside. Moestro runs untuned: its default
 tactic through the public layer. `--error` also gives the relative error norm against the float32 reference.
+`--ggml` and `--vllm` add llama.cpp's and vLLM's layers from libraries on this machine (see cpu_peers.py).
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from typing import Any
 
 import torch
 import transformers
+from cpu_peers import GgmlExperts, VllmExperts
 from transformers.integrations import moe as transformers_moe
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import moestro
+from moestro.formats import NVFP4
 from moestro.kernels.cpu import core
 
 Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -46,7 +49,7 @@ def main() -> None:
     args = parse()
     sizes = SIZES[args.model]
     torch.manual_seed(0)
-    contenders, weights = make_contenders(sizes, args.formats.split(","), args.peers.split(","))
+    contenders, weights = make_contenders(sizes, args)
     rows = []
     with torch.inference_mode():
         for num_tokens in map(int, args.tokens.split(",")):
@@ -68,22 +71,32 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peers", default="eager,grouped_mm,batched_mm")
     parser.add_argument("--rounds", type=int, default=11, help="a third of them from 256 tokens on")
     parser.add_argument("--error", action="store_true")
+    parser.add_argument("--ggml", type=Path, help="a folder with libggml-base.so and libggml-cpu.so")
+    parser.add_argument("--vllm", type=Path, help="a folder with an unpacked CPU wheel of vLLM")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
 
 def make_contenders(
-    sizes: tuple[int, int, int, int], formats: list[str], peers: list[str]
+    sizes: tuple[int, int, int, int], args: argparse.Namespace
 ) -> tuple[dict[str, Run], dict[str, moestro.ExpertWeights]]:
     experts, top_k, hidden, inter = sizes
     gate_up = normal(experts, 2 * inter, hidden)
     down = normal(experts, hidden, inter)
-    contenders: dict[str, Run] = {f"transformers {p}": peer(p, gate_up, down) for p in peers if p}
+    peers = filter(None, args.peers.split(","))
+    contenders: dict[str, Run] = {f"transformers {p}": peer(p, gate_up, down) for p in peers}
+    if args.vllm:
+        contenders["vllm bf16"] = VllmExperts(args.vllm, gate_up, down)
     weights = {}
-    for fmt in formats:
-        layer = moestro.FusedMoE(
-            moestro.ExpertWeights.from_dense(gate_up, down, fmt), top_k=top_k, backend="cpu"
-        )
+    for fmt in args.formats.split(","):
+        quantized = [moestro.formats.get(fmt).quantize(dense) for dense in (gate_up, down)]
+        if fmt == "nvfp4":  # one global scale for all experts, as ggml's tensors have none of their own
+            quantized = [
+                NVFP4.quantize(d, d.abs().amax().float().expand(experts) / 2688) for d in (gate_up, down)
+            ]
+            if args.ggml:
+                contenders["ggml nvfp4"] = GgmlExperts(args.ggml, *quantized)
+        layer = moestro.FusedMoE(moestro.ExpertWeights(*quantized), top_k=top_k, backend="cpu")
         contenders[f"moestro {fmt}"] = layer
         weights[f"moestro {fmt}"] = layer.weights
     return contenders, weights
@@ -137,9 +150,13 @@ def measure(
         call = draw(sizes, num_tokens)
         hit.append(call[1].unique().numel())
         for name in names[i % len(names) :] + names[: i % len(names)]:
+            run, inputs = contenders[name], call
+            if isinstance(run, GgmlExperts):
+                inputs = (call[0].float(), *call[1:])
+                run.prepare(*call[1].shape)
             evict.add_(1)
             start = time.perf_counter()
-            contenders[name](*call)
+            run(*inputs)
             samples[name].append(time.perf_counter() - start)
     return [row(name, num_tokens, sizes, samples[name][1:], statistics.mean(hit[1:])) for name in names]
 
@@ -172,9 +189,13 @@ def add_errors(
 ) -> None:
     call = draw(sizes, min(num_tokens, 16))
     for row in rows:
-        if row["tokens"] == num_tokens and row["contender"] in weights:
-            expected = moestro.reference.fused_moe(*call, weights[row["contender"]])
-            y = contenders[row["contender"]](*call).float()
+        name = row["contender"]
+        if row["tokens"] == num_tokens and not name.startswith("transformers"):
+            run, of = contenders[name], weights.get(f"moestro {name.split()[-1]}")
+            if of is None:
+                continue
+            expected = moestro.reference.fused_moe(*call, of)
+            y = run(call[0].float() if isinstance(run, GgmlExperts) else call[0], *call[1:]).float()
             row["error"] = float((y - expected).norm() / expected.norm())
 
 
@@ -183,7 +204,11 @@ def show(rows: list[dict[str, Any]], num_tokens: int) -> None:
     best = {name: r["median_ms"] for r in now for name in [r["contender"]]}
     peers = {name: ms for name, ms in best.items() if not name.startswith("moestro")}
     for r in now:
+        if "error" in r:
+            print(f"N={num_tokens:5d} {r['contender']:24s} relative error {r['error']:.1e}")
+    for r in now:
         ratios = "  ".join(f"{ms / r['median_ms']:5.2f}x {name.split()[-1]}" for name, ms in peers.items())
+        ratios = ratios if r["contender"].startswith("moestro") else ""
         print(
             f"N={num_tokens:5d} {r['contender']:24s} {r['median_ms']:10.3f} ms [{r['min_ms']:.3f} .. "
             f"{r['max_ms']:.3f}] {r['gflops']:6.0f} GFLOP/s {r['weight_gb_per_s']:6.1f} GB/s  {ratios}",
