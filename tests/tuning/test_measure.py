@@ -351,3 +351,30 @@ def test_probes_must_have_different_names() -> None:
     probe = Probe("p", lambda inputs, profile, seed: inputs)
     with pytest.raises(TuningError, match="different names"):
         TuningConfig(probes=(probe, probe))
+
+
+class Reserve(Kernel):
+    """Slow, always there."""
+
+    def last_resort(self, inputs: Any) -> bool:
+        return True
+
+
+def race_with_a_reserve(times: dict[Any, Any]) -> tuple[Kernel, Reserve, Any]:
+    clock = quiet_clock()
+    kernel, reserve, t = Kernel(clock, times), Reserve(clock, {-1: 1e-1, "r": 1e-5}), tuner(clock)
+    with t.autotune(True, crossover=False):
+        choice = t.choose_one("op", [kernel, reserve], config((64,)), inputs(64))
+    return kernel, reserve, choice
+
+
+def test_a_last_resort_is_not_raced_against_others() -> None:
+    kernel, reserve, choice = race_with_a_reserve({-1: 1e-3, "a": 5e-4})
+    assert choice == (kernel, "a")
+    assert reserve.sizes == set()
+
+
+def test_a_last_resort_is_tried_where_nothing_else_runs() -> None:
+    bad = ValueError("bad")
+    _, reserve, choice = race_with_a_reserve({-1: bad, "a": bad})
+    assert choice == (reserve, "r")

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,16 +21,17 @@ import torch
 
 from moestro.bench import results
 from moestro.bench.contenders import make_layer, tactic_words
-from moestro.bench.layers import LayerSource, make_case
+from moestro.bench.layers import LayerSource
 from moestro.bench.models import MoeShape
 from moestro.bench.progress import Listener
 from moestro.errors import BackendError
 from moestro.moe.layer import FusedMoE
 from moestro.moe.operation import as_inputs
 from moestro.moe.tuning_config import OP, as_probes
-from moestro.routing import Distribution, Uniform
+from moestro.routing import Distribution
 from moestro.tuning import AutoTuner, Decision, Store
 from moestro.tuning.keys import static_key
+from moestro.tuning.precompile import precompile
 from moestro.tuning.store import Entry, default_root, folder_of
 
 __all__ = ["SCHEMA", "TuneResult", "TuneRow", "TuneSpec", "run"]
@@ -96,7 +99,9 @@ class TuneResult:
 
 
 class _Budget:
-    """Seconds of tuning, shared out evenly over the steps that are left; making layers is not counted."""
+    """Seconds of tuning, compiling included, shared out evenly over the steps that are left; making layers is
+    not counted.
+    """
 
     def __init__(self, seconds: float | None, steps: int) -> None:
         self._left, self._steps = seconds, steps
@@ -107,6 +112,14 @@ class _Budget:
         start = time.monotonic()
         yield None if self._left is None else max(0.0, self._left / max(1, self._steps))
         self._steps -= 1
+        if self._left is not None:
+            self._left -= time.monotonic() - start
+
+    @contextlib.contextmanager
+    def before(self) -> Iterator[Callable[[], bool]]:
+        """What precedes all steps, in half of the seconds at most: whether they are over."""
+        start, half = time.monotonic(), math.inf if self._left is None else self._left / 2
+        yield lambda: time.monotonic() - start >= half
         if self._left is not None:
             self._left -= time.monotonic() - start
 
@@ -212,6 +225,9 @@ def _tune_layer(
             tuner.choose_one(OP, layer.runners, layer.tuning_config, _inputs(spec, size))
         listener.done()
 
+    listener.stage(f"compiling {format}", 1)
+    with _timed(result, f"{format}: compiling"), budget.before() as late:
+        _compile(spec, layer, tokens, late)
     listener.stage(f"tuning {format}", len(tokens) + 1)
     for size in [tokens[-1], *tokens[:-1]]:
         listener.step(f"N = {size}")
@@ -220,6 +236,20 @@ def _tune_layer(
     listener.step("where winners change")
     with _timed(result, f"{format}: where winners change"):
         tune(tokens[-1], tokens, crossover=True)
+
+
+def _compile(spec: TuneSpec, layer: FusedMoE, tokens: Sequence[int], late: Callable[[], bool]) -> None:
+    """All sizes' candidates together: each alone would leave most processors idle at its end. What fails is
+    found, and noted, when its size is tuned.
+    """
+    jobs = {}
+    for size in tokens:
+        inputs = _inputs(spec, size)
+        for runner in layer.runners:
+            if callable(hook := getattr(runner, "compile", None)):
+                for tactic in (-1, *runner.get_valid_tactics(inputs, None)):
+                    jobs[runner.backend, size, tactic] = functools.partial(hook, inputs, tactic)
+    precompile(jobs, late)
 
 
 @contextlib.contextmanager
@@ -233,8 +263,12 @@ def _timed(result: TuneResult, phase: str) -> Iterator[None]:
 
 
 def _inputs(spec: TuneSpec, num_tokens: int) -> list[torch.Tensor]:
-    case = make_case(spec.shape, num_tokens, Uniform(), seed=spec.seed, device=spec.device)
-    return as_inputs(case.x, case.ids, case.weights, torch.empty_like(case.x))
+    """Shapes and dtypes of a call; the tuner makes the values."""
+    shape, device = spec.shape, spec.device
+    x = torch.zeros(num_tokens, shape.hidden_size, dtype=torch.bfloat16, device=device)
+    ids = torch.zeros(num_tokens, shape.top_k, dtype=torch.int32, device=device)
+    weights = torch.zeros(num_tokens, shape.top_k, device=device)
+    return as_inputs(x, ids, weights, torch.empty_like(x))
 
 
 def _row(format: str, backend: str, tokens: int, decision: Decision) -> TuneRow:

@@ -63,6 +63,10 @@ class PortableRunner(MoeRunner):
         num_tokens = inputs[0].shape[0]
         return [t for t in LISTED if self.unfit(t, num_tokens) is None and not self._wastes(t, num_tokens)]
 
+    def last_resort(self, inputs: Sequence[Any]) -> bool:
+        """The tuner's hook: not raced against the owner of a kernel layout (see get_valid_tactics)."""
+        return self.problem.weight_layout != CHECKPOINT
+
     def unfit(self, tactic: Tactic, num_tokens: int) -> str | None:
         """Why a tactic cannot run this many tokens; None if it can."""
         name, knob = tactic

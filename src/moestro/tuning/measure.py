@@ -38,6 +38,8 @@ def measure(
     """
     trial = Trial(job, bucket, deadline)
     sound = trial.fit(trial.candidates(only))
+    if not sound and not trial.late:
+        sound = trial.fit(trial.spare)
     fit, samplers = _samplers(trial, sound)
     if trial.late and len(fit) < 2:
         return None

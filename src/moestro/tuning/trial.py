@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 from moestro.tuning.decisions import CandidateEvidence, Record
 from moestro.tuning.job import (
@@ -48,6 +49,7 @@ class Trial:
         self.started = job.budget.spent
         self._time = min(deadline - self.started, job.budget.left)
         self.evidence: list[CandidateEvidence] = []
+        self.spare: list[Candidate] = []  # of last resort: for where nothing else runs
         self.profile = job.config.profile(shapes_of(job.inputs), bucket)
         try:
             self.inputs = [
@@ -69,8 +71,12 @@ class Trial:
         return self.job.budget.spent - self.started > share * self._time
 
     def candidates(self, only: Sequence[Record] | None) -> list[Candidate]:
-        """The default first, then every runner's tactics, warm ones first; without those in quarantine."""
+        """The default first, then every runner's tactics, warm ones first; without those in quarantine.
+
+        Those of runners that are only a last resort go to `spare`, unless there is no other.
+        """
         found: dict[str, Candidate] = {}
+        last = {i for i, runner in enumerate(self.job.runners) if _is_last_resort(runner, self.inputs[0])}
         for index, runner in enumerate(self.job.runners):
             for tactic in (DEFAULT_TACTIC, *runner.get_valid_tactics(self.inputs[0], self.profile)):
                 name = candidate_name(self.job.key.runners[index], tactic_key(tactic, runner))
@@ -85,7 +91,10 @@ class Trial:
             if c.name in self.job.banned:
                 reason = self.job.banned[c.name]
                 self.evidence.append(CandidateEvidence(c.runner, c.tactic, "quarantined", reason=reason))
-        return [c for c in (default, *others) if c.name not in self.job.banned]
+        fit = [c for c in (default, *others) if c.name not in self.job.banned]
+        first = [c for c in fit if c.index not in last]
+        self.spare = [c for c in fit if c.index in last] if first else []
+        return first or fit
 
     def fit(self, candidates: list[Candidate]) -> list[Candidate]:
         """Those that are fit to be timed, the reference first: the default, or else the first one that runs.
@@ -189,3 +198,8 @@ class Trial:
             why = reference.why_wrong(functools.partial(self.job.run, candidate, inputs))
             if why is not None:
                 raise UnfitError(why)
+
+
+def _is_last_resort(runner: Any, inputs: Sequence[Any]) -> bool:
+    hook = getattr(runner, "last_resort", None)
+    return callable(hook) and bool(hook(inputs))

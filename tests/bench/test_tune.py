@@ -1,0 +1,65 @@
+"""Tuning ahead of serving: what is compiled first, and where its time goes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moestro.bench import tune
+from moestro.bench.models import MoeShape
+from moestro.kernels.portable import PortableRunner
+
+
+def spec(shape: MoeShape, store: Path, **more: Any) -> tune.TuneSpec:
+    return tune.TuneSpec(shape, (1, 4, 16), formats=("bf16",), backends=("portable",), store=store, **more)
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, Any]]:
+    """What the portable backend compiles (were it to) and runs."""
+    found: list[tuple[str, int, Any]] = []
+    forward = PortableRunner.forward
+
+    def run(self: PortableRunner, inputs: Any, tactic: Any = -1, **more: Any) -> Any:
+        found.append(("run", inputs[0].shape[0], tactic))
+        return forward(self, inputs, tactic, **more)
+
+    def compile(self: PortableRunner, inputs: Any, tactic: Any) -> None:
+        found.append(("compile", inputs[0].shape[0], tactic))
+
+    monkeypatch.setattr(PortableRunner, "forward", run)
+    monkeypatch.setattr(PortableRunner, "compile", compile, raising=False)
+    return found
+
+
+def test_all_sizes_are_compiled_before_anything_is_measured(
+    tiny: MoeShape, tmp_path: Path, events: list[tuple[str, int, Any]]
+) -> None:
+    result = tune.run(spec(tiny, tmp_path, budget_s=2.0), "moestro tune")
+    first_run = next(i for i, (what, _, _) in enumerate(events) if what == "run")
+    compiled = {(size, tactic) for _, size, tactic in events[:first_run]}
+    assert {size for size, _ in compiled} == {1, 4, 16}
+    assert {(size, tactic) for what, size, tactic in events if what == "run"} <= compiled
+    assert {row.tokens for row in result.rows} == {1, 4, 16}
+
+
+def test_the_result_says_where_the_time_went(tiny: MoeShape, tmp_path: Path) -> None:
+    result = tune.run(spec(tiny, tmp_path, budget_s=1.0), "moestro tune")
+    assert list(result.phases) == [
+        "bf16: making the layer",
+        "bf16: compiling",
+        *(f"bf16: N = {size}" for size in (16, 1, 4)),
+        "bf16: where winners change",
+    ]
+    assert sum(result.phases.values()) <= result.seconds
+    assert result.to_json()["phases"] == result.phases
+
+
+def test_without_a_budget_left_nothing_is_compiled(
+    tiny: MoeShape, tmp_path: Path, events: list[tuple[str, int, Any]]
+) -> None:
+    result = tune.run(spec(tiny, tmp_path, budget_s=0.0), "moestro tune")
+    assert result.rows == []
+    assert [what for what, _, _ in events if what == "run"] == []
