@@ -15,11 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from moestro.bench import checkup
+from moestro import FusedMoE
+from moestro.bench import checkup, tune
+from moestro.bench.layers import LayerSource
+from moestro.bench.models import MoeShape
 from moestro.kernels import backends
-from moestro.tuning import shipped
-from moestro.tuning.bundle import read_bundle
+from moestro.tuning import AutoTuner, Store, shipped
+from moestro.tuning.bundle import export_bundle, read_bundle
 from moestro.tuning.runner import source_digest
 
 REPOSITORY = Path(__file__).parents[2]
@@ -113,3 +117,37 @@ def test_an_installation_has_the_bundles(tmp_path: Path) -> None:
     assert found.strip() == str(
         sorted(["probe.json", *(path.name for path in shipped.FOLDER.glob("*.json"))])
     )
+
+
+def test_a_tuned_layers_bundle_serves_the_other_ranks_of_a_fresh_install(
+    tiny: MoeShape, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As benchmarks/h100_record.py makes it: tune, export, ship; another rank's layer finds it untuned."""
+    shape, store = tiny.on_ranks(2), tmp_path / "store"
+    spec = tune.TuneSpec(shape, (1, 8), formats=("bf16",), backends=("portable",), store=store, budget_s=1.0)
+    tune.run(spec, "moestro tune")
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path / "bundles")
+    loose = ["mode", "cuda_graph", "expert_offset"]
+    export_bundle(Store(store), tmp_path / "bundles" / "here.json", slim=True, loose=loose)
+    shipped.forget()
+    try:
+        rank1 = FusedMoE(
+            LayerSource(shape).weights("bf16"),
+            top_k=shape.top_k,
+            max_num_tokens=64,
+            num_experts=shape.num_experts,
+            expert_offset=shape.num_local_experts,
+            backend="portable",
+            tuner=AutoTuner(),
+        )
+        decision = rank1.decision(8)
+        assert decision is not None
+        assert decision.source == "bundle here, of another mode"
+        assert decision.runner is rank1.runners[0]
+        x = torch.ones(8, shape.hidden_size, dtype=torch.bfloat16)
+        ids = torch.arange(16, dtype=torch.int32).view(8, 2) % shape.num_experts
+        assert rank1(x, ids, torch.full((8, 2), 0.5)).shape == x.shape
+        (found,) = checkup.examine()["bundles"]
+        assert (found["layers"], found["decisions"]) == (1, 2)
+    finally:
+        shipped.forget()

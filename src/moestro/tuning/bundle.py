@@ -83,6 +83,7 @@ def export_bundle(
     }
     try:
         write_atomically(path, data)
+        path.chmod(0o644)  # to be read by whoever gets it, unlike a temporary file
     except OSError as error:
         raise TuningError(f"{path} cannot be written: {error}") from error
     return decisions
