@@ -261,6 +261,25 @@ def test_missing_and_broken_peers_are_listed_with_their_reason(monkeypatch: pyte
     ]
 
 
+def test_what_does_not_fit_into_memory_is_left_out_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any, **more: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 22.50 GiB.\nMore of it")
+
+    monkeypatch.setattr("moestro.bench.contenders.make_layer", full)
+    monkeypatch.setattr("moestro.bench.run.transformers_peers", full)
+    monkeypatch.setattr("moestro.bench.run.transformers_missing", lambda: None)
+    spec = BenchSpec(SHAPE, (1,), Uniform(), formats=("nvfp4",), peers=("grouped_mm",))
+    contenders, missing = build(spec, [LayerSource(SHAPE)], Listener())
+    assert contenders == []
+    assert [(entry["contender"], "Tried to allocate 22.50 GiB" in entry["reason"]) for entry in missing] == [
+        ("moestro nvfp4", True),
+        ("transformers grouped_mm", True),
+    ]
+    monkeypatch.setattr(LayerSource, "weights", full)
+    case = make_case(SHAPE, 2, Uniform())
+    assert References(LayerSource(SHAPE))(SimpleNamespace(format="nvfp4"), case) is None  # type: ignore[arg-type]
+
+
 def test_a_backend_that_cannot_be_imported_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(name: str) -> None:
         if name == "triton":

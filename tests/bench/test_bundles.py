@@ -119,12 +119,13 @@ def test_an_installation_has_the_bundles(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.usefixtures("short_races")
 def test_a_tuned_layers_bundle_serves_the_other_ranks_of_a_fresh_install(
     tiny: MoeShape, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As benchmarks/h100_record.py makes it: tune, export, ship; another rank's layer finds it untuned."""
     shape, store = tiny.on_ranks(2), tmp_path / "store"
-    spec = tune.TuneSpec(shape, (1, 8), formats=("bf16",), backends=("portable",), store=store, budget_s=1.0)
+    spec = tune.TuneSpec(shape, (1, 8), formats=("bf16",), backends=("portable",), store=store)
     tune.run(spec, "moestro tune")
     monkeypatch.setattr(shipped, "FOLDER", tmp_path / "bundles")
     loose = ["mode", "cuda_graph", "expert_offset"]

@@ -157,7 +157,10 @@ def moestro_contenders(
     max_num_tokens: int,
     tuner: AutoTuner | None = None,
 ) -> Iterator[tuple[Contender | str, str]]:
-    """Ours per format and backend: (contender, ""), or (its name, why it cannot take part), one by one."""
+    """Ours per format and backend: (contender, ""), or (its name, why it cannot take part), one by one.
+
+    One whose weights or workspace do not fit into a GPU's memory cannot.
+    """
     for format in formats:
         for backend in backends:
             name = f"moestro {format}" if len(backends) == 1 else f"moestro {format} {backend}"
@@ -165,3 +168,5 @@ def moestro_contenders(
                 yield MoestroLayers(sources, format, backend, max_num_tokens, name, tuner), ""
             except BackendError as error:
                 yield name, str(error)
+            except torch.OutOfMemoryError as error:
+                yield name, f"its weights and workspace do not fit: {str(error).splitlines()[0]}"

@@ -26,7 +26,7 @@ __all__ = ["Measured", "Outcome", "Plan", "Timer", "measure_case", "quartiles"]
 WRONG = 0.02  # relative error norm of two bf16 implementations of the same layer; they differ by 0.4 % or so
 ERROR = 0.01  # relative error norm against the reference, on the same weights
 
-Truth = Callable[[Contender, Case], torch.Tensor]
+Truth = Callable[[Contender, Case], torch.Tensor | None]
 
 
 class Timer(Protocol):
@@ -95,7 +95,8 @@ def measure_case(
     """Measure every contender that can run the case.
 
     `on_step` hears what happens ("checking …", "round 3"). `truth` gives the float32 reference [N, H] for a
-    contender's weights. KeyboardInterrupt ends the case; whole rounds that were measured stay in the outcome.
+    contender's weights, or None where it cannot be had. KeyboardInterrupt ends the case; whole rounds that
+    were measured stay in the outcome.
     """
     outcome = Outcome()
     samples: dict[str, list[float]] = {}
@@ -149,7 +150,8 @@ def _prepare(
             difference = None if first is None else _difference(output, first)
             if contender.format == "bf16" and difference is not None and not difference < WRONG:
                 raise MoestroError(f"its output differs from the first bf16 contender's by {difference:.2g}")
-            error = None if truth is None else _difference(output, truth(contender, case))
+            expected = None if truth is None else truth(contender, case)
+            error = None if expected is None else _difference(output, expected)
             if error is not None and not error < ERROR:
                 raise MoestroError(f"its output differs from the float32 reference by {error:.2g}")
             timer = timer_of(contender)

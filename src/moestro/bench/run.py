@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moestro.bench import results, roofline
 from moestro.bench.adapters import ADAPTERS, AdapterContender
 from moestro.bench.contenders import Compiles, Contender, moestro_contenders
@@ -79,8 +81,11 @@ def build(
         listener.step("dense weights for the peers")
         reason = transformers_missing()
         if reason is None:
-            peers = [*transformers_peers(sources, named, spec.peer_memory), *peers]
-        else:
+            try:
+                peers = [*transformers_peers(sources, named, spec.peer_memory), *peers]
+            except torch.OutOfMemoryError as error:
+                reason = f"dense weights do not fit: {str(error).splitlines()[0]}"
+        if reason is not None:
             missing += [{"contender": f"transformers {name}", "reason": reason} for name in named]
         for _ in named:
             listener.done()
