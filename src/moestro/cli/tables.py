@@ -226,8 +226,12 @@ def tune_view(result: TuneResult) -> RenderableType:
     if result.open:
         left = ", ".join(f"{entry['format']} N = {entry['tokens']}" for entry in result.open)
         parts.append(Text(f"not decided: {left}; run again to go on from here", style="yellow"))
+    if result.phases:
+        slowest = sorted(result.phases.items(), key=lambda item: -item[1])[:4]
+        where = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in slowest)
+        parts.append(Text(f"\nmost of the time: {where}", "dim"))
     stopped = "interrupted after" if result.interrupted else "in"
     parts.append(
-        Text(f"\n{len(result.rows)} decisions {stopped} {result.seconds:.0f} s, in {result.store}", "dim")
+        Text(f"{len(result.rows)} decisions {stopped} {result.seconds:.0f} s, in {result.store}", "dim")
     )
     return Group(*parts)
