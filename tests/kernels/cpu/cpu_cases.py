@@ -35,6 +35,7 @@ class Case:
     biases: bool = False
     offset: int = 0
     total: int | None = None  # E, where it is more than L
+    dtype: torch.dtype = torch.bfloat16  # of x
 
     @property
     def problem(self) -> MoeProblem:
@@ -48,6 +49,7 @@ class Case:
             weight_format=self.fmt,
             activation=self.activation,
             biased=self.biases,
+            dtype=self.dtype,
         )
 
     @functools.lru_cache(maxsize=64)  # noqa: B019
@@ -70,7 +72,7 @@ class Case:
 
     def call(self, num_tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         g = torch.Generator().manual_seed(seed)
-        x = torch.randn(num_tokens, self.hidden, generator=g).bfloat16()
+        x = torch.randn(num_tokens, self.hidden, generator=g).to(self.dtype)
         scores = torch.rand(num_tokens, self.total or self.experts, generator=g)
         ids = scores.topk(self.top_k).indices.int().contiguous()
         return x, ids, torch.rand(num_tokens, self.top_k, generator=g)

@@ -76,33 +76,50 @@ struct Weights {  // experts' matrices, packed from random ones; packing and unp
   Buffer<float> row_scale, bias;
 };
 
-double difference(const uint16_t* a, const uint16_t* b, int64_t count) {
+double number(int x_type, const uint8_t* at, int64_t i) {  // of bf16, or of float32
+  if (x_type == MOESTRO_X_FP32) {
+    float value;
+    std::memcpy(&value, at + 4 * i, 4);
+    return static_cast<double>(value);
+  }
+  uint16_t value;
+  std::memcpy(&value, at + 2 * i, 2);
+  return static_cast<double>(widen(value));
+}
+
+double difference(int x_type, const uint8_t* a, const uint8_t* b, int64_t count) {
   double apart = 0, norm = 1e-30;
   for (int64_t i = 0; i < count; ++i) {
-    apart += std::pow(static_cast<double>(widen(a[i])) - static_cast<double>(widen(b[i])), 2);
-    norm += std::pow(static_cast<double>(widen(b[i])), 2);
+    apart += std::pow(number(x_type, a, i) - number(x_type, b, i), 2);
+    norm += std::pow(number(x_type, b, i), 2);
   }
   return std::sqrt(apart / norm);
 }
 
-int check(int format, int activation, int32_t hidden, int32_t inter, int64_t tokens, MoestroTactic tactic) {
+int check(int format, int x_type, int activation, int32_t hidden, int32_t inter, int64_t tokens, MoestroTactic tactic) {
+  const int64_t size = x_type == MOESTRO_X_FP32 ? 4 : 2;
   const int32_t experts = 3, top_k = 2;
   const bool gated = activation != MOESTRO_RELU2;
   const Weights gate_up(format, experts, gated ? 2 * inter : inter, hidden, gated);
   const Weights down(format, experts, hidden, inter, false);
-  MoestroLayer layer{0, format, experts, 1, top_k, hidden, inter, activation, 1.702f, 7.f, 1.f,
+  MoestroLayer layer{0, format, experts, 1, top_k, hidden, inter, activation, x_type, 1.702f, 7.f, 1.f,
                      gate_up.matrix(format), down.matrix(format)};
-  Buffer<uint16_t> x(tokens * hidden), out(tokens * hidden), plain(tokens * hidden);
+  Buffer<uint8_t> x(tokens * hidden * size), out(tokens * hidden * size), plain(tokens * hidden * size);
   Buffer<int32_t> ids(tokens * top_k);
   Buffer<float> weights(tokens * top_k);
-  for (int64_t i = 0; i < x.count; ++i) x.data[i] = small();
+  for (int64_t i = 0; i < tokens * hidden; ++i) {
+    const uint16_t bits = small();  // as float16 it is a number too
+    const float value = widen(bits);
+    if (size == 4) std::memcpy(x.data + 4 * i, &value, 4);
+    else std::memcpy(x.data + 2 * i, &bits, 2);
+  }
   for (int64_t i = 0; i < ids.count; ++i) ids.data[i] = static_cast<int32_t>(next() % 6) - 1;  // some of nobody
   for (int64_t i = 0; i < weights.count; ++i) weights.data[i] = widen(small());
   int failures = 0;
   for (int isa = MOESTRO_GENERIC; isa <= MOESTRO_AMX_EMULATED; ++isa) {
     if (!(moestro_cpu_isas() >> isa & 1)) continue;
     layer.isa = isa;
-    Buffer<uint16_t> first(tokens * hidden);
+    Buffer<uint8_t> first(tokens * hidden * size);
     for (int threads = 1; threads <= 3; threads += 2) {
       tactic.threads = threads;
       Buffer<uint8_t> workspace(moestro_cpu_workspace(&layer, &tactic, tokens));
@@ -112,9 +129,10 @@ int check(int format, int activation, int32_t hidden, int32_t inter, int64_t tok
       call.workspace_bytes -= 64;
       failures += moestro_cpu_moe(&layer, &tactic, &call) != MOESTRO_SMALL_WORKSPACE;
     }
-    failures += std::memcmp(first.data, out.data, sizeof(uint16_t) * static_cast<size_t>(out.count)) != 0;
-    if (isa == MOESTRO_GENERIC) std::memcpy(plain.data, out.data, sizeof(uint16_t) * static_cast<size_t>(out.count));
-    const double apart = difference(out.data, plain.data, out.count);
+    failures += std::memcmp(first.data, out.data, static_cast<size_t>(out.count)) != 0;
+    if (isa == MOESTRO_GENERIC) std::memcpy(plain.data, out.data, static_cast<size_t>(out.count));
+    if (x_type == MOESTRO_X_FP16) continue;
+    const double apart = difference(x_type, out.data, plain.data, tokens * hidden);
     if (!(apart < 5e-3)) {
       std::printf("isa %d format %d activation %d H %d I %d N %d: %g apart\n", isa, format, activation, hidden, inter,
                   static_cast<int>(tokens), apart);
@@ -136,7 +154,9 @@ int main() {
         if (size[0] % per_scale(format) || size[1] % per_scale(format)) continue;
         for (const auto& tactic : tactics)
           for (int64_t tokens : {1, 3, 53})
-            failures += check(format, activation, size[0], size[1], tokens, tactic);
+            for (int x_type : {MOESTRO_X_BF16, MOESTRO_X_FP16, MOESTRO_X_FP32})
+              if (x_type == MOESTRO_X_BF16 || activation == MOESTRO_SWIGLU)
+                failures += check(format, x_type, activation, size[0], size[1], tokens, tactic);
       }
   std::printf("%d failures\n", failures);
   return failures != 0;

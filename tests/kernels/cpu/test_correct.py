@@ -10,6 +10,7 @@ from cpu_cases import TACTICS, Case, relative_error, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moestro import ExpertWeights
 from moestro.kernels.activations import GeGLUTanh, ReLU2, SwiGLU
 from moestro.kernels.cpu import CpuRunner, CpuTactic, core
 
@@ -89,6 +90,43 @@ def test_ids_out_of_any_range_are_ignored(isa: str) -> None:
     assert relative_error(run(CpuRunner(case.problem, w), call), case.expected(call, w)) < TOLERANCE
     nobody = (x, torch.full_like(ids, 8), weights)
     assert torch.equal(torch.zeros_like(x), run(CpuRunner(case.problem, w), nobody))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 37])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 6e-4), (torch.float32, 2e-6)])
+@pytest.mark.parametrize("fmt", ["nvfp4", "bf16", "mxfp4"])
+def test_float16_and_float32_lose_nothing_to_bf16(
+    isa: str, fmt: str, dtype: torch.dtype, tolerance: float, num_tokens: int
+) -> None:
+    sizes = (96, 160) if fmt == "mxfp4" else (80, 48)
+    case = Case(fmt, *sizes, activation=GPT_OSS, biases=True, dtype=dtype)
+    w, call = case.weights(), case.call(num_tokens)
+    runner, expected = CpuRunner(case.problem, w), case.expected(call, w)
+    errors = {tactic: relative_error(run(runner, call, tactic), expected) for tactic in TACTICS}
+    assert max(errors.values()) < tolerance, errors
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_every_value_of_the_type_survives(isa: str, dtype: torch.dtype) -> None:
+    """Experts that hand x through: relu(x)² of one column, times one: subnormals of float16 and large values too."""
+    eye = torch.eye(16).bfloat16()[None]
+    w = ExpertWeights.from_dense(eye, eye, format="bf16")
+    case = Case("bf16", 16, 16, 1, 1, ReLU2(), dtype=dtype)
+    x = torch.tensor(
+        [1 / 3, 5.9e-8, 2.0**-14, 2.0**-24, 255.9, 1e-3, 0.0, -1.0, 65504.0**0.5, 7.7e-5, 1 + 2.0**-10, 3]
+    )
+    x = torch.nn.functional.pad(x, (0, 4))[None].to(dtype)
+    y = run(CpuRunner(case.problem, w), (x, torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1)))
+    assert torch.equal(y, (x.float().clamp(min=0) ** 2).to(dtype))
+
+
+def test_infinities_and_nan_do_not_vanish(isa: str) -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        case = Case("bf16", dtype=dtype)
+        x, ids, weights = case.call(3)
+        x[1, 5], x[2, 7] = float("inf"), float("nan")
+        y = run(CpuRunner(case.problem, case.weights()), (x, ids, weights))
+        assert torch.equal(y.isfinite().all(1), torch.tensor([True, False, False]))
 
 
 def test_no_tokens(isa: str) -> None:

@@ -29,7 +29,7 @@ class Strange(SwiGLU):
     [
         ({"device": "cuda"}, "cuda"),
         ({"weight_format": "fp8_block"}, "fp8_block"),
-        ({"dtype": torch.float32}, "float32"),
+        ({"dtype": torch.float64}, "float64"),
         ({"weight_dtype": torch.float16}, "float16"),
         ({"input_format": "nvfp4"}, "input_format"),
         ({"hidden_size": 72}, "divisible by 16"),

@@ -16,7 +16,7 @@ from typing import Any
 
 from moestro.errors import BackendError, unknown_name
 
-ABI = 2
+ABI = 3
 ISAS = ("generic", "avx2", "avx512", "amx", "amx_emulated")  # in the core's numbering
 FASTEST_FIRST = ("amx", "avx512", "avx2", "generic")
 ISA_VARIABLE = "MOESTRO_CPU_ISA"
@@ -34,7 +34,7 @@ class Layer(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("isa", "format", "experts", "expert_offset", "top_k")),
-        *((name, ctypes.c_int32) for name in ("hidden", "intermediate", "activation")),
+        *((name, ctypes.c_int32) for name in ("hidden", "intermediate", "activation", "x_type")),
         *((name, ctypes.c_float) for name in ("alpha", "limit", "up_shift")),
         ("gate_up", Matrix),
         ("down", Matrix),

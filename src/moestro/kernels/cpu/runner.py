@@ -21,6 +21,7 @@ from moestro.kernels.cpu import core, layout
 from moestro.kernels.problem import Experts, MoeProblem, MoeRunner
 
 ACTIVATIONS = {SwiGLU: 0, GeGLUTanh: 1, ReLU2: 2}
+X_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # as one, two and three numbers of bfloat16
 DENSE_NEVER = 1 << 30
 WAVE_BYTES = 128 << 20  # gathered x: enough tokens per expert to amortise decoding, a bound for the workspace
 
@@ -36,7 +37,7 @@ class CpuTactic:
 
 
 class CpuRunner(MoeRunner):
-    """Runs bf16, NVFP4 and MXFP4 experts on a CPU, for bf16 activations.
+    """Runs bf16, NVFP4 and MXFP4 experts on a CPU, for activations in bf16, and in fp16 and fp32 exactly.
 
     Raises BackendError where why_not() gives a reason, DTypeError or ShapeError for biases that do not fit.
     """
@@ -78,8 +79,8 @@ class CpuRunner(MoeRunner):
             return f"the cpu backend runs {', '.join(core.FORMATS)} weights, not {problem.weight_format}"
         if problem.weight_dtype not in (None, torch.bfloat16):
             return f"the cpu backend runs dense weights of bfloat16, not {_name(problem.weight_dtype)}"
-        if problem.dtype != torch.bfloat16:
-            return f"the cpu backend multiplies in bfloat16, not {_name(problem.dtype)}"
+        if problem.dtype not in X_TYPES:
+            return f"the cpu backend takes x in {', '.join(map(_name, X_TYPES))}, not {_name(problem.dtype)}"
         if problem.input_format is not None:
             return "the cpu backend does not quantise activations (input_format)"
         if type(problem.activation) not in ACTIVATIONS:
@@ -232,6 +233,7 @@ def _layer(
         problem.hidden_size,
         problem.intermediate_size,
         ACTIVATIONS[type(act)],
+        X_TYPES[problem.dtype],
         alpha,
         limit,
         shift,

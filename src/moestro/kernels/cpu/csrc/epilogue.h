@@ -1,42 +1,10 @@
 // The element-wise ends of both products, in plain loops over 16 lanes that the compiler vectorises for the instruction
 // set of the file which includes this. Everything is static: each file has its own copy.
 #pragma once
-#include <cstring>
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
-
-#include "kernels.h"
+#include "numbers.h"
 
 namespace moestro {
 namespace {
-
-inline uint32_t bits_of(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return bits;
-}
-
-inline float float_of(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-inline uint16_t round_bf16(float value) {  // to nearest, ties to even; NaN stays NaN
-  const uint32_t bits = bits_of(value), nan = (bits & 0x7FFFFFFFu) > 0x7F800000u ? ~0u : 0u;
-  const uint32_t rounded = bits + 0x7FFFu + (bits >> 16 & 1u);
-  return static_cast<uint16_t>(((nan & 0x7FC00000u) | (~nan & rounded)) >> 16);
-}
-
-// 16 lanes. GCC keeps the loop scalar, which took 8 of 10 cycles of an activation; AVX-512 has an instruction.
-inline void store_bf16(const float* from, uint16_t* to) {
-#if defined(__AVX512BF16__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from)));
-#else
-  for (int i = 0; i < kPanel; ++i) to[i] = round_bf16(from[i]);
-#endif
-}
 
 // 1 / (1 + exp(-v)): 2^n by its exponent bits, 2^f by its series to f^6, relative error under 3e-7.
 inline float sigmoid(float v) {
@@ -91,26 +59,26 @@ inline void geglu_tanh(const float* gate, const float* up, float* a) {  // (1 + 
 void activate_gated(const Epilogue& end, const float* sums, int tokens, uint16_t* out) {
   const Affine affine(end, kTileRows);
   alignas(64) float gate[kPanel], up[kPanel], a[kPanel];
-  for (int t = 0; t < tokens; ++t, sums += kTileRows, out += kChunk) {
+  for (int t = 0; t < tokens; ++t, sums += kTileRows, out += parts_of(end.x_type) * kChunk) {
     affine.apply(0, sums, gate);
     affine.apply(kPanel, sums, up);
     if (end.activation == MOESTRO_SWIGLU)
       swiglu(end, gate, up, a);
     else
       geglu_tanh(gate, up, a);
-    store_bf16(a, out);
+    store_parts(end.x_type, a, out);
   }
 }
 
 void activate(const Epilogue& end, const float* sums, int tokens, int panels, uint16_t* out) {
   const Affine affine(end, panels * kPanel);
   alignas(64) float h[kPanel];
-  for (int t = 0; t < tokens; ++t, sums += kTileRows, out += kChunk)
+  for (int t = 0; t < tokens; ++t, sums += kTileRows, out += parts_of(end.x_type) * kChunk)
     for (int p = 0; p < panels; ++p) {
       affine.apply(p * kPanel, sums, h);
       for (int i = 0; i < kPanel; ++i) h[i] = h[i] < 0.f ? 0.f : h[i];
       for (int i = 0; i < kPanel; ++i) h[i] *= h[i];
-      store_bf16(h, out + p * kPanel);
+      store_parts(end.x_type, h, out + p * kPanel);
     }
 }
 
@@ -123,10 +91,6 @@ void combine(const Epilogue& end, const float* sums, int tokens, int columns, co
     for (int c = 0; c < columns; c += kPanel)
       for (int i = c; i < c + kPanel; ++i) to[i] += w * (sums[i] * affine.scale[i] + affine.bias[i]);
   }
-}
-
-void to_bf16(const float* from, uint16_t* to, int64_t count) {
-  for (int64_t i = 0; i < count; i += kPanel) store_bf16(from + i, to + i);
 }
 
 }  // namespace

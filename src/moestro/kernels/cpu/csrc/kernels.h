@@ -62,7 +62,10 @@ struct Epilogue {            // of the first product, for one tile
   const float* bias;         // [32] or null (0)
   int activation;
   float alpha, limit, up_shift;
+  int x_type;
 };
+
+inline int parts_of(int x_type) { return 1 + x_type; }  // lines of a token: bf16 1, fp16 2, fp32 3
 
 struct Kernels {
   // sums += codes * tokens over `blocks` blocks of 16 columns, decoding in registers; null: decode and multiply instead
@@ -71,14 +74,16 @@ struct Kernels {
   void (*decode)(const Codes&, int blocks, uint16_t* dense);
   // sums += dense * tokens over `blocks` blocks of 16 columns, asking for all of `ahead` meanwhile
   void (*multiply)(const Dense&, int blocks, const Tokens&, float* sums, Ahead& ahead);
-  // activation(sums * row_scale + bias) as bf16: gate panel and up panel to 16 columns of a token panel ...
+  // activation(sums * row_scale + bias) in parts: gate panel and up panel to 16 columns of a token panel ...
   void (*activate_gated)(const Epilogue&, const float* sums, int tokens, uint16_t* out);
   // ... or, without a gate, one or two panels to 16 or 32 columns
   void (*activate)(const Epilogue&, const float* sums, int tokens, int panels, uint16_t* out);
   // result[token[t]] += weight[t] * (sums * row_scale + bias), on `columns` columns
   void (*combine)(const Epilogue&, const float* sums, int tokens, int columns, const int32_t* token,
                   const float* weight, float* result, int64_t result_stride);
-  void (*to_bf16)(const float* from, uint16_t* to, int64_t count);  // count: a multiple of 16
+  // a row of x to its lines (numbers.h); and float32 to x's type, count a multiple of 16
+  void (*gather)(int x_type, const void* row, int64_t columns, uint16_t* to, int64_t stride);
+  void (*store_result)(int x_type, const float* from, void* to, int64_t count);
   // on each thread before its first and after its last product of a region; may be null
   void (*enter)();
   void (*leave)();

@@ -8,8 +8,8 @@
 namespace moestro {
 namespace {
 
-constexpr Kernels kKernels{direct,  decode,  multiply_tiles<multiply>, activate_gated, activate,
-                           combine, to_bf16, configure_tiles,          release_tiles};
+constexpr Kernels kKernels{direct, decode, multiply_tiles<multiply>, activate_gated,
+                           activate, combine, gather, store_result, configure_tiles, release_tiles};
 
 }  // namespace
 

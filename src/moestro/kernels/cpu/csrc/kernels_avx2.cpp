@@ -101,7 +101,8 @@ void multiply(const Dense& w, int blocks, const Tokens& x, float* sums, Ahead& a
   }
 }
 
-constexpr Kernels kKernels{nullptr, decode, multiply, activate_gated, activate, combine, to_bf16, nullptr, nullptr};
+constexpr Kernels kKernels{nullptr, decode, multiply, activate_gated,
+                           activate, combine, gather, store_result, nullptr, nullptr};
 
 }  // namespace
 

@@ -6,7 +6,8 @@
 namespace moestro {
 namespace {
 
-constexpr Kernels kKernels{direct, decode, multiply, activate_gated, activate, combine, to_bf16, nullptr, nullptr};
+constexpr Kernels kKernels{direct, decode, multiply, activate_gated,
+                           activate, combine, gather, store_result, nullptr, nullptr};
 
 }  // namespace
 

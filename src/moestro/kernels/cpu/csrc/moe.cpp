@@ -47,9 +47,10 @@ class Phase {
 class Wave {
  public:
   Wave(const MoestroLayer& layer, const MoestroTactic& tactic, const Sizes& sizes, const Plan& plan,
-       const uint16_t* x, uint16_t* out, int64_t tokens)
-      : layer_(layer), tactic_(tactic), sizes_(sizes), plan_(plan), kernels_(*kernels_of(layer.isa)), x_(x),
-        out_(out), tokens_(tokens), gated_(layer.activation != MOESTRO_RELU2),
+       const void* x, void* out, int64_t first, int64_t tokens)
+      : layer_(layer), tactic_(tactic), sizes_(sizes), plan_(plan), kernels_(*kernels_of(layer.isa)),
+        x_(static_cast<const uint8_t*>(x) + first * layer.hidden * sizes.x_bytes),
+        out_(static_cast<uint8_t*>(out) + first * layer.hidden * sizes.x_bytes), tokens_(tokens), gated_(layer.activation != MOESTRO_RELU2),
         gate_up_(layer, tactic, layer.gate_up, layer.intermediate * (gated_ ? 2 : 1), layer.hidden),
         down_(layer, tactic, layer.down, layer.hidden, layer.intermediate) {}
 
@@ -81,28 +82,35 @@ class Wave {
 
   void gather(int64_t item) {
     const int64_t end = std::min(plan_.pairs, (item + 1) * kGather);
-    const int64_t whole = layer_.hidden / kChunk, rest = layer_.hidden % kChunk;
     for (int64_t at = item * kGather; at < end; ++at) {
       const Unit& unit = unit_of(at);
-      const uint16_t* from = x_ + static_cast<int64_t>(plan_.token[at]) * layer_.hidden;
-      uint16_t* to = plan_.x + unit.first * sizes_.x_columns + (at - unit.first) * kChunk;
-      const int64_t stride = static_cast<int64_t>(unit.tokens) * kChunk;
-      for (int64_t c = 0; c < whole; ++c, from += kChunk, to += stride) std::memcpy(to, from, 2 * kChunk);
-      if (rest) {
-        std::memset(to, 0, 2 * kChunk);
-        std::memcpy(to, from, 2 * rest);
-      }
+      const Tokens to = tokens_of(plan_.x, unit, sizes_.x_columns);
+      const int64_t line = (at - unit.first) * sizes_.parts;
+      kernels_.gather(layer_.x_type, x_ + plan_.token[at] * layer_.hidden * sizes_.x_bytes, layer_.hidden,
+                      const_cast<uint16_t*>(to.data) + line * kChunk, to.stride);
     }
   }
 
   Tokens tokens_of(const uint16_t* panels, const Unit& unit, int64_t columns) const {
-    return {panels + unit.first * columns, static_cast<int64_t>(unit.tokens) * kChunk, unit.tokens};
+    const auto lines = static_cast<int>(unit.tokens * sizes_.parts);
+    return {panels + unit.first * sizes_.parts * columns, static_cast<int64_t>(lines) * kChunk, lines};
+  }
+
+  void add_parts(float* sums, int64_t count) const {  // [count, parts, 32] to [count, 32], in place
+    const int64_t parts = sizes_.parts;
+    if (parts == 1) return;
+    for (int64_t i = 0; i < count; ++i)
+      for (int r = 0; r < kTileRows; ++r) {
+        float sum = 0.f;
+        for (int64_t p = parts; p-- > 0;) sum += sums[(i * parts + p) * kTileRows + r];  // the smallest first
+        sums[i * kTileRows + r] = sum;
+      }
   }
 
   Epilogue epilogue(const MoestroMatrix& m, int64_t e, int64_t rows, int64_t tile) const {
     const int64_t row = e * rows + tile * kTileRows;
     return {m.row_scale ? m.row_scale + row : nullptr, m.bias ? m.bias + row : nullptr, layer_.activation,
-            layer_.alpha, layer_.limit, layer_.up_shift};
+            layer_.alpha, layer_.limit, layer_.up_shift, layer_.x_type};
   }
 
   Place place_of(int64_t item) const {  // of the first product; past the last one, none
@@ -118,15 +126,16 @@ class Wave {
     auto* decoded = reinterpret_cast<uint16_t*>(scratch);
     auto* sums = reinterpret_cast<float*>(scratch + 2 * kDecodeColumns * kPanel * 2);
     gate_up_.run(at, tiles, place_of(item + tactic_.threads), tokens_of(plan_.x, unit, sizes_.x_columns), sums, decoded);
-    uint16_t* a = plan_.a + unit.first * sizes_.a_columns;
-    const int64_t stride = static_cast<int64_t>(unit.tokens) * kChunk;
+    add_parts(sums, tiles * unit.tokens);
+    const Tokens to = tokens_of(plan_.a, unit, sizes_.a_columns);
+    auto* a = const_cast<uint16_t*>(to.data);
     for (int64_t t = tile; t < tile + tiles; ++t, sums += unit.tokens * kTileRows) {
       const Epilogue end = epilogue(layer_.gate_up, unit.expert, rows, t);
       if (gated_) {
-        kernels_.activate_gated(end, sums, unit.tokens, a + t / 2 * stride + t % 2 * kPanel);
+        kernels_.activate_gated(end, sums, unit.tokens, a + t / 2 * to.stride + t % 2 * kPanel);
       } else {
         const int panels = static_cast<int>(std::min<int64_t>(2, rows / kPanel - 2 * t));
-        kernels_.activate(end, sums, unit.tokens, panels, a + t * stride);
+        kernels_.activate(end, sums, unit.tokens, panels, a + t * to.stride);
       }
     }
   }
@@ -143,6 +152,7 @@ class Wave {
       const Unit& unit = plan_.units[u];
       const Place after{u + 1 < plan_.num_units ? plan_.units[u + 1].expert : -1, tile};
       down_.run({unit.expert, tile}, tiles, after, tokens_of(plan_.a, unit, sizes_.a_columns), sums, decoded);
+      add_parts(sums, tiles * unit.tokens);
       for (int64_t t = 0; t < tiles; ++t) {
         const Epilogue end = epilogue(layer_.down, unit.expert, layer_.hidden, tile + t);
         const int width = static_cast<int>(std::min<int64_t>(kTileRows, columns - t * kTileRows));
@@ -151,7 +161,7 @@ class Wave {
       }
     }
     for (int64_t n = 0; n < tokens_; ++n)
-      kernels_.to_bf16(result + n * stride, out_ + n * layer_.hidden + column, columns);
+      kernels_.store_result(layer_.x_type, result + n * stride, out_ + (n * layer_.hidden + column) * sizes_.x_bytes, columns);
   }
 
   const MoestroLayer& layer_;
@@ -159,8 +169,8 @@ class Wave {
   const Sizes& sizes_;
   const Plan& plan_;
   const Kernels& kernels_;
-  const uint16_t* x_;
-  uint16_t* out_;
+  const uint8_t* x_;
+  uint8_t* out_;
   int64_t tokens_;
   bool gated_;
   Product gate_up_, down_;
@@ -186,7 +196,7 @@ int32_t moestro_cpu_moe(const MoestroLayer* layer, const MoestroTactic* tactic, 
   for (int64_t n = 0; n < call->tokens; n += sizes.wave) {
     const int64_t tokens = std::min(sizes.wave, call->tokens - n);
     plan.sort(*layer, *tactic, call->ids + n * layer->top_k, call->weights + n * layer->top_k, tokens);
-    Wave(*layer, *tactic, sizes, plan, call->x + n * layer->hidden, call->out + n * layer->hidden, tokens).run();
+    Wave(*layer, *tactic, sizes, plan, call->x, call->out, n, tokens).run();
   }
   return MOESTRO_OK;
 }

@@ -18,8 +18,9 @@
 extern "C" {
 #endif
 
-enum { MOESTRO_ABI = 2 };
+enum { MOESTRO_ABI = 3 };
 enum { MOESTRO_BF16 = 0, MOESTRO_NVFP4 = 1, MOESTRO_MXFP4 = 2 };
+enum { MOESTRO_X_BF16 = 0, MOESTRO_X_FP16 = 1, MOESTRO_X_FP32 = 2 };  // of x, of the intermediate and of the result
 enum { MOESTRO_SWIGLU = 0, MOESTRO_GEGLU_TANH = 1, MOESTRO_RELU2 = 2 };
 // The emulated AMX runs the AMX path with its tile instructions in plain C++: for tests on any machine.
 enum { MOESTRO_GENERIC = 0, MOESTRO_AVX2 = 1, MOESTRO_AVX512 = 2, MOESTRO_AMX = 3, MOESTRO_AMX_EMULATED = 4 };
@@ -41,6 +42,7 @@ typedef struct {
   int32_t hidden;        // H
   int32_t intermediate;  // I
   int32_t activation;
+  int32_t x_type;
   float alpha, limit, up_shift;  // MOESTRO_SWIGLU; limit may be infinite
   MoestroMatrix gate_up;         // R = 2I (I without a gate), C = H
   MoestroMatrix down;            // R = H, C = I
@@ -56,10 +58,10 @@ typedef struct {          // how to run: a tactic
 
 typedef struct {
   int64_t tokens;       // N
-  const uint16_t* x;    // bf16 [N, H]
+  const void* x;        // of x_type [N, H]
   const int32_t* ids;   // [N, K], global; any value outside this layer's experts is skipped
   const float* weights; // [N, K]
-  uint16_t* out;        // bf16 [N, H]
+  void* out;            // of x_type [N, H]
   uint8_t* workspace;   // 64-byte aligned
   int64_t workspace_bytes;
 } MoestroCall;

@@ -35,8 +35,10 @@ Sizes::Sizes(const MoestroLayer& layer, const MoestroTactic& tactic, int64_t tok
   wave = (tokens + waves - 1) / waves;
   const int64_t tile_rows = static_cast<int64_t>(tactic.row_tile) * kTileRows;
   const int64_t most = std::min<int64_t>(tactic.token_tile, std::max<int64_t>(wave, 1));
-  scratch = round_up(most * tile_rows * 4, 64)        // sums of one unit
-            + round_up(wave * tile_rows * 4, 64)      // result rows of all tokens
+  parts = parts_of(layer.x_type);
+  x_bytes = layer.x_type == MOESTRO_X_FP32 ? 4 : 2;
+  scratch = round_up(most * parts * tile_rows * 4, 64)  // sums of one unit
+            + round_up(wave * tile_rows * 4, 64)        // result rows of all tokens
             + 2 * kDecodeColumns * kPanel * 2 + 4096;  // decoded weights; a page between threads
 }
 
@@ -47,8 +49,8 @@ int64_t Plan::place(uint8_t* workspace, const MoestroLayer& layer, const Moestro
   weight = bump.take<float>(most);
   units = bump.take<Unit>(std::min<int64_t>(most, layer.experts + most / tactic.token_tile));
   cursor = bump.take<int64_t>(layer.experts + 1);
-  x = bump.take<uint16_t>(most * sizes.x_columns);
-  a = bump.take<uint16_t>(most * sizes.a_columns);
+  x = bump.take<uint16_t>(most * sizes.parts * sizes.x_columns);
+  a = bump.take<uint16_t>(most * sizes.parts * sizes.a_columns);
   scratch = bump.take<uint8_t>(sizes.scratch * tactic.threads);
   return bump.used();
 }

@@ -16,6 +16,8 @@ struct Sizes {         // of a layer and a tactic; everything that follows from 
   int64_t tiles1, tiles2;  // tiles of two panels of gate_up and of down
   int64_t wave;            // most tokens in a wave
   int64_t scratch;         // bytes per thread
+  int64_t parts;           // lines of a token
+  int64_t x_bytes;         // of an element of x
 
   Sizes(const MoestroLayer& layer, const MoestroTactic& tactic, int64_t tokens);
 };
