@@ -22,9 +22,11 @@ from moestro.bench import checkup, tune
 from moestro.bench.layers import LayerSource
 from moestro.bench.models import MoeShape
 from moestro.kernels import backends
+from moestro.kernels.triton import tactics
 from moestro.tuning import AutoTuner, Store, shipped
-from moestro.tuning.bundle import export_bundle, read_bundle
+from moestro.tuning.bundle import export_bundle, import_bundle, read_bundle
 from moestro.tuning.runner import source_digest
+from moestro.tuning.serial import to_json
 
 REPOSITORY = Path(__file__).parents[2]
 CLASSES = ("triton", "portable")
@@ -41,11 +43,14 @@ def sources() -> str:
     return source_digest([cls.__new__(cls) for cls in found])
 
 
-def bundle_file(path: Path, **facts: Any) -> Path:
+def bundle_file(path: Path, tactic: Any = -1, **facts: Any) -> Path:
     """A bundle of one decision for one layer on an H100."""
-    key = {"op": "moestro.fused_moe", "runners": [{"class": name, "config": {}} for name in names()]}
+    key = {
+        "op": "moestro.fused_moe", "runners": [{"class": name, "config": {}} for name in names()], "inputs": [],
+        "device": "cuda", "mode": "graph", "extras": [], "kwargs": {},
+    }  # fmt: skip
     record = {
-        "bucket": [64], "runner": names()[0], "tactic": -1, "status": "measured", "probes": [], "tuned_for": [64],
+        "bucket": [64], "runner": names()[0], "tactic": tactic, "status": "measured", "probes": [], "tuned_for": [64],
         "learned": False, "complete": True, "created": 1.0, "environment": "h100-x", "evidence": {"candidates": []},
     }  # fmt: skip
     known = {"device": H100["name"], "capability": "9.0", "sources": sources(), "driver": "1", **facts}
@@ -152,3 +157,20 @@ def test_a_tuned_layers_bundle_serves_the_other_ranks_of_a_fresh_install(
         assert (found["layers"], found["decisions"]) == (1, 2)
     finally:
         shipped.forget()
+
+
+@pytest.mark.parametrize("command", ["show", "diff"])
+def test_the_command_line_reads_tactics_whose_classes_it_has_not_loaded(tmp_path: Path, command: str) -> None:
+    """In a process of its own: here a test may have loaded the backends."""
+    bundle = bundle_file(tmp_path / "b.json", to_json(tactics.TABLE[0]))
+    import_bundle(bundle, Store(tmp_path / "store"))
+    arguments = ["show", "--store", "store"] if command == "show" else ["diff", "store", "b.json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "moestro.cli", "cache", *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY / "src")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ("path=fused" if command == "show" else "0 differ, 1 agree") in done.stdout.replace("\n", "")

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from moestro.cli.console import output
+from moestro.cli.tactics import load_tactics
 
 if TYPE_CHECKING:
     from moestro.tuning.store import Store
@@ -84,6 +85,7 @@ def show(store: StoreOption = None, op: OpOption = "*", environment: Environment
     from moestro.tuning.explain import age_text, ratio_text, runner_text, seconds_text, tactic_text
     from moestro.tuning.select import families
 
+    load_tactics()
     found = families(_store(store).entries(), op, environment or ())
     if not found:
         output.print("no decisions match")
@@ -177,6 +179,7 @@ def diff(
     from moestro.tuning.bundle import diff as compare
     from moestro.tuning.explain import ratio_text, runner_text, tactic_text
 
+    load_tactics()
     different, same = compare(one, other, op)
     table = Table("operation", "size", one.name, other.name, box=box.SIMPLE_HEAD)
     for d in different:

@@ -8,6 +8,7 @@ import typer
 
 from moestro.cli.cache import EnvironmentOption, OpOption, StoreOption, screen
 from moestro.cli.console import output
+from moestro.cli.tactics import load_tactics
 
 __all__ = ["app", "explain"]
 
@@ -45,6 +46,7 @@ def explain(
     from moestro.tuning.select import families, parse_sizes
     from moestro.tuning.store import Store, default_root
 
+    load_tactics()
     source = Store(store if store is not None else default_root())
     sizes = parse_sizes(tokens) if tokens is not None else None
     found = families(source.entries(), op, environment or (), match)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from moestro.cli.console import output
+from moestro.cli.tactics import load_tactics
 
 __all__ = ["report"]
 
@@ -43,5 +44,6 @@ def report(
         raise typer.BadParameter("give bench results, a --store, or both", param_hint="[BENCH.json]…")
     if store is not None and not store.is_dir():
         raise typer.BadParameter(f"no such folder: {store}", param_hint="--store")
+    load_tactics()
     write_report(out, [files.read(path) for path in results or []], store)
     output.print(f"wrote {out}")

@@ -228,8 +228,8 @@ def tune_view(result: TuneResult) -> RenderableType:
         parts.append(Text(f"not decided: {left}; run again to go on from here", style="yellow"))
     if result.phases:
         slowest = sorted(result.phases.items(), key=lambda item: -item[1])[:4]
-        where = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in slowest)
-        parts.append(Text(f"\nmost of the time: {where}", "dim"))
+        spent = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in slowest)
+        parts.append(Text(f"\nmost of the time: {spent}", "dim"))
     stopped = "interrupted after" if result.interrupted else "in"
     parts.append(
         Text(f"{len(result.rows)} decisions {stopped} {result.seconds:.0f} s, in {result.store}", "dim")

@@ -10,12 +10,13 @@ from __future__ import annotations
 import fnmatch
 import json
 import time
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moestro.errors import TuningError
+from moestro.errors import StoreWarning, TuningError
 from moestro.tuning.decisions import SCHEMA, Record
 from moestro.tuning.environment import Environment
 from moestro.tuning.keys import StaticKey
@@ -194,7 +195,11 @@ def _winners(entries: Iterable[Entry], op: str) -> dict[tuple[Any, ...], Record]
     found: dict[tuple[Any, ...], Record] = {}
     for entry in sorted(entries, key=lambda e: float(e.data["record"]["created"])):
         if fnmatch.fnmatchcase(entry.op, op):
-            record = entry.record
+            try:
+                record = entry.record
+            except TuningError as error:
+                warnings.warn(f"{entry.path}: {error}; not compared", StoreWarning, stacklevel=3)
+                continue
             key = StaticKey.from_fields(entry.key).text
             found[entry.environment, entry.op, key, record.bucket, record.probes] = record
     return found
