@@ -12,6 +12,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moestro.formats import BF16, NVFP4
@@ -60,7 +61,8 @@ def compile_launch(launch: Launch, capability: int = 90) -> Any:
                 continue
         attrs[(i,)] = [["tt.divisibility", 16]]
     options = {k: v for k, v in launch.meta.items() if k in OPTIONS}
-    source = ASTSource(launch.kernel, signature, constants, attrs)
+    kind = GluonASTSource if launch.kernel.is_gluon() else ASTSource
+    source = kind(launch.kernel, signature, constants, attrs)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 

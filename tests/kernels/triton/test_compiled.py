@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("triton", minversion="3.8")
 
 
-@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("target", ["sm_90", "gluon_sm_90", "sm_100"])
 def test_compiles_to_what_it_must(target: str) -> None:
     program = Path(__file__).with_name("compile_all.py")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from moestro.kernels.problem import MoeProblem
-from moestro.kernels.triton import Tactic, tactics
+from moestro.kernels.triton import Tactic, gluon_plan, tactics
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 
@@ -40,10 +40,41 @@ def test_the_default_fits_every_problem(
     assert tactics.candidates(p, num_tokens) != []
 
 
-def test_every_entry_of_the_table_is_a_candidate_somewhere() -> None:
+def test_every_entry_of_the_table_is_a_candidate_somewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gluon_plan, "runs_here", lambda: True)
     p = MoeProblem(8, 8, 0, 2, 4096, 14336, "nvfp4")
     found = {t for n in (1, 8, 4096) for t in tactics.candidates(p, n)}
     assert {tactics.fitted(p, t) for t in tactics.TABLE} <= found
+
+
+@pytest.mark.parametrize(("here", "path"), [(True, "wide"), (False, "fused")])
+def test_many_pairs_of_an_expert_take_the_wide_path_where_there_is_wgmma(
+    here: bool, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gluon_plan, "runs_here", lambda: here)
+    p = MoeProblem(32, 32, 0, 8, 7168, 2048, "nvfp4")
+    default = tactics.default(p, 1024)
+    assert default.path == path
+    assert tactics.unfit(p, default, 1024) is None
+    assert tactics.default(replace(p, input_format="nvfp4"), 1024).path == "fused"
+
+
+@pytest.mark.parametrize(
+    ("tactic", "why"),
+    [
+        (tactics.wide(128, (256, 1, 8, 7), (256, 1, 8, 9)), "shared memory"),
+        (tactics.wide(128, (128, 1, 4, 5), (128, 1, 4, 6)), "shared memory"),  # two programs a processor
+        (tactics.wide(256, (256, 1, 8, 2), (256, 1, 8, 2)), "sums than registers"),
+        (tactics.wide(128, (192, 1, 8, 2), (192, 1, 8, 2)), "64 or 128 rows"),
+        (replace(tactics.wide(128, (256, 1, 8, 7), (256, 1, 8, 7)), combine="atomic"), "in order"),
+    ],
+)
+def test_wide_tiles_that_do_not_fit_say_why(
+    tactic: Tactic, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gluon_plan, "runs_here", lambda: True)
+    p = MoeProblem(32, 32, 0, 8, 7168, 2048, "nvfp4")
+    assert why in (tactics.unfit(p, tactic, 1024) or "")
 
 
 def test_steps_are_halved_until_they_divide() -> None:

@@ -112,7 +112,7 @@ class Planner:
 
     def _product(self, stage: int, x: torch.Tensor, x_scale: torch.Tensor | None, out: torch.Tensor) -> None:
         if self.tactic.path == "wide":
-            gluon_plan.product(self, stage, x, x_scale, out)
+            gluon_plan.product(self, stage, x, out)
             return
         product = self._fused if self.tactic.path == "fused" else self._dense
         product(stage, x, x_scale, out)

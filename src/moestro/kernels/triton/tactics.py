@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from moestro.kernels.problem import MoeProblem
+from moestro.kernels.triton import gluon_plan
 
 SHARED_BYTES = 232_448  # of a program on sm_90
-DIRECT_PAIRS = 128  # beyond this, sorting costs less than every program finding its own pairs
+DIRECT_PAIRS = 64  # beyond this, sorting costs less than every program finding its own pairs
 MAX_PAIRS = 1 << 22
 WIDE_EXTRA = 10_240  # shared bytes of a wide product beside its ring
 CHAIN_SLOTS = 1024  # tiles of pairs that a chain can count
@@ -23,18 +24,20 @@ Tile = tuple[int, int, int, int]
 class Tactic:
     """One setting. A tile is (rows of weights, blocks of 64 columns per step, warps, pipeline stages).
 
+    The blocks per step of a "wide" tile are the stages that its producer fills in one turn.
+
     path "fused": weights decoded in the registers that feed the tensor core; "chain": so, and both products in
-    one launch; "dense": dequantised once to memory, then a bf16 product; "native": FP4 tensor cores
-    (native.py). tokens: pairs of one expert in a tile.
+    one launch; "wide": so, and while the tensor cores run (gluon_gemm.py); "dense": dequantised once to memory,
+    then a bf16 product; "native": FP4 tensor cores (native.py). tokens: pairs of one expert in a tile.
     """
 
-    path: str  # "fused" | "chain" | "dense" | "native"
+    path: str  # "fused" | "chain" | "dense" | "wide" | "native"
     route: str  # "direct" (every program finds its pairs) | "sorted"
     combine: str  # "reduce" (deterministic) | "atomic"
     tokens: int
     first: Tile
     second: Tile
-    ladder: int = 0  # 1: fused tiles that are not full run narrower
+    ladder: int = 0  # 1: fused and wide tiles that are not full run narrower; 2: wide ones by half only
     tokens2: int = 0  # the same for the second product; 0: as in the first
     split: int = 1  # programs that share the columns of a tile of the second fused product
     together: int = 1  # 0: a step's products wait for each other, in fewer registers (steps of 2 blocks only)
@@ -60,9 +63,13 @@ def chain(tokens: int, first: Tile, second: Tile, route: str = "sorted", **rest:
     return Tactic("chain", route, "reduce", tokens, first, second, **rest)
 
 
+def wide(tokens: int, first: Tile, second: Tile, ladder: int = 1, **rest: int) -> Tactic:
+    return Tactic("wide", "sorted", "reduce", tokens, first, second, ladder=ladder, **rest)
+
+
 T, S, M, B = (32, 4, 2, 4), (64, 2, 4, 4), (128, 2, 4, 3), (128, 1, 8, 4)  # tiles that several tactics share
 S6, M5 = (64, 2, 4, 6), (128, 2, 4, 5)
-WIDE = (256, 1, 8, 4)
+WIDE, DEEPER = (256, 1, 8, 4), (256, 1, 8, 7)
 
 # What wins somewhere on an H100 (benchmarks/results/h100-kernels.json, h100-few-tokens.json), or is close.
 # UNROLL (the second number of a tile) is halved until it divides a problem's blocks.
@@ -97,13 +104,14 @@ TABLE: tuple[Tactic, ...] = (
     fused(64, M, M, ladder=1),
     fused(128, B, M, ladder=1, tokens2=64),
     fused(128, B, WIDE, ladder=1),
+    wide(128, DEEPER, DEEPER),
     Tactic("dense", "sorted", "reduce", 128, WIDE, WIDE),
 )
 
 
 def fitted(problem: MoeProblem, tactic: Tactic) -> Tactic:
     """The tactic with steps that divide the problem's columns."""
-    if tactic.path == "dense":
+    if tactic.path in ("dense", "wide"):
         return tactic
     blocks = -(-problem.hidden_size // 64), -(-problem.intermediate_size // 64)
     split = tactic.split if blocks[1] % tactic.split == 0 else 1
@@ -185,17 +193,19 @@ def unfit(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> str | None:
 
 
 def _unfit_wide(problem: MoeProblem, tactic: Tactic) -> str | None:
-    if problem.weight_format != "nvfp4" or tactic.route != "sorted" or tactic.combine != "reduce":
-        return "the wide path takes NVFP4 weights and sorted pairs, and sums them in order"
-    if tactic.split != 1:
-        return "the wide path does not share out columns"
-    for stage, (rows, unroll, warps, _) in enumerate(tactic.tiles):
-        if warps not in (4, 8) or unroll != 1 or rows not in (16 * warps, 32 * warps):
-            return "a wide tile has 64 or 128 rows for each 4 of its 4 or 8 warps"
+    if not gluon_plan.runs_here():
+        return "the wide path needs the tensor cores of compute capability 9.0, and no interpreter"
+    if problem.weight_format != "nvfp4" or problem.input_format is not None:
+        return "the wide path takes NVFP4 weights and bf16 activations"
+    if tactic.route != "sorted" or tactic.combine != "reduce" or tactic.split != 1:
+        return "the wide path takes sorted pairs, and sums whole ones in order"
+    for stage, (rows, turn, warps, _) in enumerate(tactic.tiles):
         width = tactic.widths[stage]
+        if warps not in (4, 8) or rows not in (16 * warps, 32 * warps) or turn not in (1, 2, 4):
+            return "a wide tile has 64 or 128 rows for each 4 of 4 or 8 warps, and 1, 2 or 4 stages a turn"
         if width not in (64, 128, 256) or rows * width > 4096 * warps:
             return "a wide tile has 64, 128 or 256 pairs, and no more sums than registers"
-        if shared_bytes(problem, tactic, stage) * (2 if warps == 4 else 1) > SHARED_BYTES:
+        if shared_bytes(problem, tactic, stage) * gluon_plan.programs(warps) > SHARED_BYTES:
             return "its tiles exceed shared memory"
     return None
 
@@ -204,7 +214,8 @@ def _unfit_wide(problem: MoeProblem, tactic: Tactic) -> str | None:
 NVFP4_DEFAULTS = (
     (5.0, chain(8, M, M)),
     (24.0, chain(32, M, M)),
-    (2000.0, fused(128, B, M, ladder=1, tokens2=64)),
+    (150.0, fused(128, B, M, ladder=1, tokens2=64)),
+    (2000.0, wide(128, DEEPER, DEEPER)),
     (float("inf"), TABLE[-1]),
 )
 FULL = fused(64, M, M, ladder=1)  # where a chain has more tiles than it can count
@@ -234,6 +245,8 @@ def default(problem: MoeProblem, num_tokens: int) -> Tactic:
         per_expert = pairs / min(p.num_experts, pairs)
         table = LONG_DEFAULTS if long else DEEP_DEFAULTS if deep else NVFP4_DEFAULTS
         chosen = next(t for most, t in table if per_expert <= most)
+        if chosen.path == "wide" and unfit(p, chosen, num_tokens) is not None:
+            chosen = NVFP4_DEFAULTS[2][1]
     if p.input_format is not None and chosen.path == "chain":
         chosen = replace(chosen, path="fused", ahead=0)
     chosen = fitted(p, chosen)
@@ -277,6 +290,9 @@ def cost(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> float:
             products /= 1.1
             memory += weights * 2.6 / HBM if packed else 0.0
             total += memory + products
+        elif tactic.path == "wide":
+            decoding = weights * tiles * DECODE / INSTRUCTIONS  # beside the products, and slows them
+            total += max(memory, products / 0.9 + decoding / 4)
         else:
             decoding = weights * tiles * DECODE / INSTRUCTIONS if packed else 0.0
             total += max(memory, products + decoding)
