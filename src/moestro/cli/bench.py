@@ -41,7 +41,8 @@ PeersOption = Annotated[
     typer.Option(
         "--peers",
         metavar="LIST",
-        help="all, none, or names: eager, batched_mm, grouped_mm (Transformers), and GPU peers.",
+        help="all, none, or names: eager, batched_mm, grouped_mm (Transformers); on a GPU also humming, marlin, "
+        "vllm_triton, triton_kernels, where installed.",
     ),
 ]
 PeerMemoryOption = Annotated[

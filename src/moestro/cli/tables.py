@@ -58,8 +58,10 @@ def _times(result: BenchResult) -> Table:
             table.add_column(f"{brand}\n{kind} {unit}", justify="right")
             table.add_column("×\npeer", justify="right")
             table.add_column("roof\n%", justify="right")
+        elif brand == "transformers":
+            table.add_column(f"{kind}\n{unit}", justify="right", style="dim")
         else:
-            table.add_column(f"{kind or brand}\n{unit}", justify="right", style="dim")
+            table.add_column(f"{brand}\n{kind} {unit}", justify="right", style="dim")
     for tokens in result.tokens:
         cells = [Text(str(tokens), style="bold")]
         rows = [result.row(name, tokens) for name in result.contenders]
@@ -71,8 +73,11 @@ def _times(result: BenchResult) -> Table:
 
 
 def _unit(result: BenchResult) -> tuple[float, str]:
-    """One unit for the whole table, so that its columns can be compared at a glance."""
-    return (1e3, "ms") if max(row.median_s for row in result.rows) >= 5e-3 else (1e6, "µs")
+    """One unit for the whole table, so that its columns can be compared at a glance: milliseconds if none is
+    below a half, where they would lose digits.
+    """
+    seconds = [row.median_s for row in result.rows]
+    return (1e3, "ms") if max(seconds) >= 5e-3 and min(seconds) >= 5e-4 else (1e6, "µs")
 
 
 def _cells(row: Row | None, best_peer: float | None, ours: bool, scale: float) -> list[Text]:
