@@ -214,7 +214,7 @@ def test_activations_that_come_quantised() -> None:
 def test_a_tactic_that_does_not_fit_is_refused_with_its_reason() -> None:
     runner, _ = make((4, 2, 128, 64), "nvfp4", deterministic=True)
     inputs = inputs_of(runner, 65)
-    with pytest.raises(BackendError, match="at most 128 pairs"):
+    with pytest.raises(BackendError, match="at most 64 pairs"):
         runner.forward(inputs, TACTICS["few"])
     with pytest.raises(BackendError, match="not repeatable"):
         runner.forward(inputs, TACTICS["atomic"])
