@@ -39,6 +39,18 @@ MODELS = {  # L, K, H, I; all pairs local
     "gptoss20": (32, 4, 2880, 2880),
 }
 DEV = "cuda"
+WIDE = [  # rows, stages a turn, warps, stages
+    table.wide(tokens, (rows, turn, warps, stages), (rows, turn, warps, stages), ladder=ladder)
+    for turn in (1, 4)
+    for tokens, rows, warps, stages, ladder in (
+        (128, 256, 8, 7, 1),
+        (256, 128, 8, 5, 0),
+        (256, 128, 8, 5, 2),
+        (128, 128, 8, 7, 1),
+        (128, 128, 4, 4, 2),
+        (64, 128, 4, 7, 1),
+    )
+]
 
 
 def random_nvfp4(experts: int, rows: int, columns: int, groups: int, gen: torch.Generator) -> NVFP4:
@@ -117,9 +129,10 @@ def truth_of(runner: TritonRunner, plain: Any, inputs: list[torch.Tensor]) -> to
 
 
 def candidates(runner: TritonRunner, n: int) -> list[Tactic]:
-    """The table, and some of its tactics with atomic sums."""
+    """The table, wide tiles of every kind, and some tactics with atomic sums."""
     valid = table.candidates(runner.problem, n)
-    return valid + [replace(t, combine="atomic") for t in valid[-2:]]
+    found = valid + WIDE + [replace(t, combine="atomic") for t in valid[-3:]]
+    return [t for t in dict.fromkeys(found) if table.unfit(runner.problem, t, n) is None]
 
 
 def check() -> int:
@@ -292,6 +305,8 @@ def space(n: int, per_expert: float) -> list[Tactic]:
                 if not per_expert / 3 <= bn <= per_expert * 3 or bn * tile[0] > 256 * tile[2] * 16:
                     continue
                 out += [fused(bn, tile), fused(bn, tile, ladder=1)] if bn >= per_expert else [fused(bn, tile)]
+    if per_expert >= 24:
+        out += WIDE
     if per_expert >= 200:
         for tile, bn in (
             ((256, 1, 8, 4), 128),
@@ -323,11 +338,14 @@ def stages(model: str, fmt: str, tokens: list[int], rounds: int) -> list[dict[st
         failed = compile_all(runner, [(inputs, t) for t in variants])
         compiled = time.time() - began
         runs: dict[str, Callable[[], Any]] = {}
-        keep = []
+        keep: list[Any] = []
         for i, tactic in enumerate(variants):
             if i in failed:
                 print("  failed", tactic, failed[i])
                 continue
+            own = torch.empty(runner.workspace_bytes(n, tactic), dtype=torch.uint8, device=DEV)
+            runner.use_workspace(own)  # a kernel alone reads what others of its own tactic left
+            keep.append(own)
             launches = runner.plan(inputs, tactic)
             try:
                 for launch in launches:

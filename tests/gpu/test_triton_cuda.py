@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from moestro import ExpertWeights, FusedMoE, reference
-from moestro.kernels.triton import tactics
+from moestro.kernels.triton import gluon_plan, tactics
 
 pytestmark = [
     pytest.mark.gpu,
@@ -77,3 +79,45 @@ def test_chained_products_repeat_bit_for_bit(num_tokens: int) -> None:
                 first = out.clone()
                 assert float((out.float() - expected).norm() / expected.norm()) < 1e-2
             assert torch.equal(first, out)
+
+
+WIDE = [  # tokens, rows, stages a turn, warps, stages, ladder
+    (128, 256, 1, 8, 7, 1),
+    (128, 256, 4, 8, 7, 1),
+    (256, 128, 1, 8, 5, 0),
+    (256, 128, 4, 8, 5, 2),
+    (128, 128, 1, 4, 4, 2),
+    (64, 128, 2, 4, 7, 1),
+]
+
+
+@pytest.mark.skipif(not gluon_plan.runs_here(), reason="needs wgmma")
+@pytest.mark.parametrize("tile", WIDE, ids=str)
+@pytest.mark.parametrize("sizes", [(256, 192), (272, 176), (640, 1040)], ids=str)
+def test_wide_products_equal_the_reference_and_repeat(tile: tuple[int, ...], sizes: tuple[int, int]) -> None:
+    tokens, rows, turn, warps, stages, ladder = tile
+    each = (rows, turn, warps, stages)
+    tactic = tactics.wide(tokens, each, each, ladder=ladder)
+    hidden, inter = sizes
+    g = torch.Generator().manual_seed(tokens)
+    gate_up, down = torch.randn(5, 2 * inter, hidden, generator=g), torch.randn(5, hidden, inter, generator=g)
+    biases = torch.randn(5, 2 * inter, generator=g).cuda(), torch.randn(5, hidden, generator=g).cuda()
+    weights = ExpertWeights.from_dense(gate_up.cuda() * 0.1, down.cuda() * 0.1, "nvfp4")
+    weights = replace(weights, gate_up_bias=biases[0], down_bias=biases[1])
+    runner = FusedMoE(weights, 2, backend="triton").runners[0]
+    for n in (1, 3, 17, 64, 257, 1024):
+        x = torch.randn(n, hidden, generator=g).bfloat16().cuda()
+        ids = (
+            (torch.rand(n, 4, generator=g).argsort(-1)[:, :2].int() + (n % 2)).contiguous().cuda()
+        )  # one idle
+        routing = torch.rand(n, 2, generator=g).cuda()
+        expected = reference.fused_moe(x, ids, routing, weights)
+        results = []
+        for _ in range(2):
+            out = torch.full_like(x, torch.nan)
+            size = runner.workspace_bytes(n, tactic)
+            runner.use_workspace(torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda"))
+            runner.forward([x, ids, routing, out], tactic)
+            results.append(out)
+        assert float((results[0].float() - expected).norm() / expected.norm()) < 1e-2
+        assert torch.equal(*results)
