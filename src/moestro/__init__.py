@@ -23,7 +23,7 @@ from moestro.errors import (
 )
 
 if TYPE_CHECKING:
-    from moestro import formats, routing, tuning
+    from moestro import checkpoints, formats, routing, tuning
     from moestro.kernels.activations import Activation, GeGLUTanh, ReLU2, SwiGLU
     from moestro.moe import reference
     from moestro.moe.checks import debug_checks
@@ -52,7 +52,8 @@ _NAMES = {
     "route": "moestro.routing",
 }
 _MODULES = {"reference": "moestro.moe.reference"} | {
-    name: f"moestro.{name}" for name in ("errors", "formats", "kernels", "moe", "routing", "tuning")
+    name: f"moestro.{name}"
+    for name in ("checkpoints", "errors", "formats", "kernels", "moe", "routing", "tuning")
 }
 
 __all__ = [
@@ -76,6 +77,7 @@ __all__ = [
     "TuningWarning",
     "Workspace",
     "autotune",
+    "checkpoints",
     "debug_checks",
     "formats",
     "fused_moe",
