@@ -398,7 +398,7 @@ def short(t: Tactic) -> str:
     """A tactic in one word: path, route, combine, widths, tiles, split, group."""
     width = f"{t.tokens}/{t.tokens2}" if t.tokens2 else str(t.tokens)
     second = "" if t.first == t.second else f"+{t.second}"
-    flags = ("L" if t.ladder else "") + ("" if t.together else "-")
+    flags = ("", "L", "H")[t.ladder] + ("" if t.together else "-")
     rest = f"s{t.split}g{t.group}" + (f"p{t.persistent}" if t.persistent else "")
     return f"{t.path[0]}{t.route[0]}{t.combine[0]}{width}{flags}{t.first}{second}{rest}".replace(" ", "")
 
@@ -433,8 +433,10 @@ def layer(
     for n in tokens:
         inputs = inputs_of(runner, n)
         default = table.default(runner.problem, n)
-        chosen = list(dict.fromkeys([default, *(table.candidates(runner.problem, n) if every else [])]))
         per_expert = n * runner.problem.top_k / min(runner.problem.num_experts, n * runner.problem.top_k)
+        others = table.candidates(runner.problem, n) + WIDE * (per_expert >= 24) if every else []
+        others = [t for t in others if table.unfit(runner.problem, t, n) is None]
+        chosen = list(dict.fromkeys([default, *others]))
         chosen = [
             t
             for t in chosen
