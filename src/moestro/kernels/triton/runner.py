@@ -8,6 +8,7 @@ checkpoint's layout.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -137,9 +138,12 @@ class TritonRunner(MoeRunner):
         ).build()
 
     def compile(self, inputs: Sequence[Any], tactic: Any) -> None:
-        """Compile what a tactic needs for inputs like these, without running anything."""
-        for launch in self.plan(inputs, tactic):
-            launch.compile()
+        """Compile what a tactic needs for inputs like these, without running anything; its kernels side by
+        side, for a warp-specialised product takes 5 to 7 s (9 of 10 outside Python's lock).
+        """
+        launches = self.plan(inputs, tactic)
+        with ThreadPoolExecutor(max(1, len(launches))) as pool:
+            list(pool.map(Launch.compile, launches))
 
     def kernel_sources(self) -> list[Path]:
         """The files that decide the speed of these kernels: all of this package."""
