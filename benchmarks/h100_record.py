@@ -3,18 +3,21 @@
     PYTHONPATH=src python benchmarks/h100_record.py OUT --seconds 240
 
 In this order, until the time is over: tune the three models of docs/kernels.md, bench them beside the peers
-with those decisions, then tune the other models; at the end (and when the time is over) write
-    OUT/bundle.json        slim: copy it to src/moestro/tuning/bundles/h100.json to ship it
-    OUT/tuning.json        with all evidence: benchmarks/results/h100-tuning.json, which `moestro bench recall`
-                           and tests/bench/test_recall.py read
-    OUT/tune-*.json, bench-*.json
+with those decisions, then tune the other models. After each step these three files are written anew, so that
+whatever ends it loses nothing:
+    OUT/bundle.json   slim: copy it to src/moestro/tuning/bundles/h100.json to ship it
+    OUT/tuning.json   with all evidence: benchmarks/results/h100-tuning.json, which `moestro bench recall` and
+                      tests/bench/test_recall.py read
+    OUT/record.json   what each command wrote, by its command line
 Decisions hold for the kernels of this checkout: `moestro doctor` says whether a bundle's are these.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -22,8 +25,8 @@ from several import run
 
 TOKENS = "1..16384"
 FIRST = {  # what docs/kernels.md has figures of
-    "qwen3-30b-a3b": "",
     "mixtral-8x7b": "",
+    "qwen3-30b-a3b": "",
     "deepseek-v3": "--ep 8 --local-pairs",
 }
 OTHERS = (  # the models of bench/models.py whose formats the kernels run, as people serve them
@@ -43,6 +46,28 @@ OTHERS = (  # the models of bench/models.py whose formats the kernels run, as pe
 LOOSE = "--loose mode --loose cuda_graph --loose expert_offset"
 
 
+class Recorder:
+    """Runs commands and keeps OUT up to date."""
+
+    def __init__(self, out: Path) -> None:
+        self.out, self.work = out, Path(tempfile.mkdtemp())
+        self.store = self.work / "store"
+        self.failed = 0
+        out.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, command: str) -> None:
+        """Run a command with a --json of its own, and write the files anew."""
+        path = self.work / f"{len(list(self.work.glob('*.json'))):03}.json"
+        self.failed += not run(f"{command} --store {self.store} --json {path}")
+        found = [json.loads(p.read_text()) for p in sorted(self.work.glob("*.json"))]
+        (self.out / "record.json").write_text(json.dumps({r["command"]: r for r in found}, indent=1) + "\n")
+
+    def export(self) -> None:
+        """The bundle and all evidence."""
+        for name, options in (("bundle.json", f"--slim {LOOSE}"), ("tuning.json", "")):
+            self.failed += not run(f"cache export {self.out / name} --store {self.store} {options}")
+
+
 def main() -> int:
     """How many of the commands failed."""
     parser = argparse.ArgumentParser(
@@ -53,34 +78,28 @@ def main() -> int:
     parser.add_argument("--each", type=float, default=25.0, help="budget of tuning one model")
     parser.add_argument("--peers", default="grouped_mm,humming")
     args = parser.parse_args()
-    out, end = args.out, time.monotonic() + args.seconds
-    out.mkdir(parents=True, exist_ok=True)
-    store, failed = out / "store", 0
+    record, end = Recorder(args.out), time.monotonic() + args.seconds
 
-    def tune(model: str, ranks: str, seconds: float) -> bool:
-        name = f"{model}{ranks.replace('--', '-').replace(' ', '')}"
-        return run(
-            f"tune -m {model} {ranks} -d cuda -f nvfp4 -n {TOKENS} --budget {seconds:.0f} --store {store} "
-            f"--json {out}/tune-{name}.json"
-        )
-
-    for model, ranks in FIRST.items():
-        failed += not tune(model, ranks, args.each)
-    for model, ranks in FIRST.items():
-        failed += not run(
-            f"bench -m {model} {ranks} -d cuda -f nvfp4 -n 1,4,16,64,256,1024,4096,16384 --store {store} "
-            f"--peers {args.peers} --seconds 0.15 --rounds 15 --json {out}/bench-{model}.json"
-        )
-    for model, ranks in OTHERS:
+    def tune(model: str, ranks: str) -> None:
         left = end - time.monotonic()
         if left < args.each / 2:
             print(f"no time left for {model} {ranks}")
-            continue
-        failed += not tune(model, ranks, min(args.each, left * 0.8))
-    failed += not run(f"cache export {out}/bundle.json --store {store} --slim {LOOSE}")
-    failed += not run(f"cache export {out}/tuning.json --store {store}")
-    failed += not run(f"bench recall {out}/tuning.json")
-    return failed
+            return
+        budget = min(args.each, left * 0.7)
+        record(f"tune -m {model} {ranks} -d cuda -f nvfp4 -n {TOKENS} --budget {budget:.0f}")
+        record.export()
+
+    for model, ranks in FIRST.items():
+        tune(model, ranks)
+    for model, ranks in FIRST.items():
+        record(
+            f"bench -m {model} {ranks} -d cuda -f nvfp4 -n 1,4,16,64,256,1024,4096,16384 "
+            f"--peers {args.peers} --seconds 0.15 --rounds 15"
+        )
+    for model, ranks in OTHERS:
+        tune(model, ranks)
+    record.failed += not run(f"bench recall {args.out}/tuning.json")
+    return record.failed
 
 
 if __name__ == "__main__":
