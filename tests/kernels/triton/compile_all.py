@@ -30,7 +30,7 @@ def sm_90() -> list[str]:
     """Every family of tactics: products must be on the tensor cores, and wait as they must."""
     bad = []
     nvfp4, bf16 = runner_of(8, 2, 512, 256, "nvfp4"), runner_of(8, 2, 512, 256, "bf16")
-    large, dense = tactics.NVFP4_DEFAULTS[-3][1], tactics.NVFP4_DEFAULTS[-1][1]
+    large, dense = (tactic for _, tactic in tactics.NOT_WIDE)
     plain = tactics.DENSE_DEFAULTS[0][1]  # 16 pairs wide
     cases = [
         (nvfp4, 1, -1),  # one pair a program
@@ -83,13 +83,11 @@ def complaints(launch: Launch) -> list[str]:
 def gluon_sm_90() -> list[str]:
     """Wide products: wgmmas run on while the next weights are decoded, but none sees its registers change."""
     odd = runner_of(4, 2, 320, 144, "nvfp4", ReLU2(), biases=True)
-    whole, rest = tactics.NVFP4_DEFAULTS[-2][1], (128, 1, 4, 4)
-    broad = tactics.wide(256, (128, 1, 8, 5), (128, 4, 8, 5), ladder=0)
+    even, rest = runner_of(8, 2, 512, 256, "nvfp4"), (128, 1, 4, 4)
     bad = []
     for runner, tactic in (
-        (runner_of(8, 2, 512, 256, "nvfp4"), whole),  # 128 rows a consumer
+        *((even, tactic) for tactic in tactics.TABLE if tactic.path == "wide"),
         (odd, tactics.wide(64, rest, rest, ladder=0)),  # one consumer, ragged columns
-        (runner_of(8, 2, 512, 256, "nvfp4"), broad),  # 64 rows a consumer; four stages a turn
     ):
         assert tactics.unfit(runner.problem, tactic, 700) is None
         bad += [c for launch in runner.plan(inputs_of(runner, 700), tactic)[1:-1] for c in complaints(launch)]
@@ -119,7 +117,7 @@ def machine_code(name: str, cubin: bytes) -> list[str]:
 def sm_100() -> list[str]:
     """The families of sm_90 on the tensor cores of sm_100, and W4A4 on its FP4 ones, scales included."""
     nvfp4, bf16 = runner_of(8, 2, 512, 256, "nvfp4"), runner_of(8, 2, 512, 256, "bf16")
-    large, dense = tactics.NVFP4_DEFAULTS[-3][1], tactics.NVFP4_DEFAULTS[-1][1]
+    large, dense = (tactic for _, tactic in tactics.NOT_WIDE)
     launches = [
         launch
         for runner, n, tactic in ((nvfp4, 1, -1), (nvfp4, 700, large), (nvfp4, 700, dense), (bf16, 12, -1))

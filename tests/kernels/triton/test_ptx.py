@@ -64,8 +64,14 @@ def evaluate(function: Any, inputs: dict[str, np.ndarray]) -> Registers:
         if statement.startswith(".reg"):
             continue
         name, rest = statement.split(maxsplit=1)
-        target, *operands = [o.strip() for o in rest.split(",")]
-        if name == "lop3.b32":  # table 0xEA: (a & b) | c
+        target, *operands = [o.strip() for o in re.split(r",(?![^{]*\})", rest)]
+        halves = re.findall(r"\w+", target if target.startswith("{") else operands[0])
+        if target.startswith("{"):  # a register's halves
+            whole = value(operands[0])
+            registers |= dict(zip(halves, (whole & 0xFFFF, whole >> 16), strict=True))
+        elif operands[0].startswith("{"):
+            registers[target] = value(halves[0]) | value(halves[1]) << 16
+        elif name == "lop3.b32":  # table 0xEA: (a & b) | c
             a, b, c = map(value, operands[:3])
             assert operands[3] == "0xEA"
             registers[target] = a & b | c
@@ -76,7 +82,22 @@ def evaluate(function: Any, inputs: dict[str, np.ndarray]) -> Registers:
     return registers
 
 
-def test_every_code_under_every_scale_decodes_to_its_value() -> None:
+def one_scale_a_register(pairs: np.ndarray, scale_words: np.ndarray) -> dict[str, np.ndarray]:
+    scales = evaluate(device.unpack_scales, {"$4": scale_words})
+    return evaluate(
+        device.unpack_words, {"$4": pairs, **{f"${5 + 2 * i}": scales[f"${i}"] for i in range(4)}}
+    )
+
+
+def two_scales_a_register(pairs: np.ndarray, scale_words: np.ndarray) -> dict[str, np.ndarray]:
+    scales = evaluate(device.unpack_scale_pairs, {"$2": scale_words})
+    return evaluate(device.unpack_words_of_pairs, {"$4": pairs, "$5": scales["$0"], "$7": scales["$1"]})
+
+
+@pytest.mark.parametrize("decode", [one_scale_a_register, two_scales_a_register])
+def test_every_code_under_every_scale_decodes_to_its_value(
+    decode: Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]],
+) -> None:
     """e2m1 · e4m3 · 2^-8, subnormal scales included, exactly; four planes of a word, two words of a register."""
     bytes_ = torch.arange(1, 127, dtype=torch.uint8)  # 0 has no codes, 127 is NaN
     codes = torch.arange(16, dtype=torch.uint8)
@@ -88,10 +109,7 @@ def test_every_code_under_every_scale_decodes_to_its_value() -> None:
     words = t.words.numpy().view(np.uint16).reshape(-1, 8, 2).astype(U32)  # [blocks of 64 rows, pairs, 2]
     pairs = (words[..., 0] | words[..., 1] << 16).reshape(-1)
     scale_words = np.repeat(t.scales.numpy().view(U32).reshape(-1), 8)
-    scales = evaluate(device.unpack_scales, {"$4": scale_words})
-    found = evaluate(
-        device.unpack_words, {"$4": pairs, **{f"${5 + 2 * i}": scales[f"${i}"] for i in range(4)}}
-    )
+    found = decode(pairs, scale_words)
     planes = np.stack(
         [np.stack([bf16(found[f"${i}"] & 0xFFFF), bf16(found[f"${i}"] >> 16)], -1) for i in range(4)]
     )

@@ -93,7 +93,7 @@ def test_deterministic_problems_get_no_atomic_sums() -> None:
 def layers() -> dict[tuple[str, int], list[dict[str, Any]]]:
     """(model, tokens) -> what was measured of it, the newest record."""
     found: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for name in ("h100-kernels.json", "h100-few-tokens.json"):
+    for name in ("h100-kernels.json", "h100-few-tokens.json", "h100-tactics.json"):
         record: dict[tuple[str, int], list[dict[str, Any]]] = {}
         for row in json.loads((RESULTS / name).read_text())["layers"]:
             if row["format"] == "nvfp4" and row.get("tactic"):
@@ -116,7 +116,10 @@ def measured(model: str, num_tokens: int) -> tuple[MoeProblem, dict[Tactic, floa
 
 
 @pytest.mark.parametrize(("model", "num_tokens"), sorted(layers()))
-def test_the_measured_best_is_a_candidate_and_the_default_is_near_it(model: str, num_tokens: int) -> None:
+def test_the_measured_best_is_a_candidate_and_the_default_is_near_it(
+    model: str, num_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gluon_plan, "runs_here", lambda: True)
     problem, times = measured(model, num_tokens)
     best = min(times, key=lambda t: times[t])
     assert best in tactics.candidates(problem, num_tokens)
@@ -124,4 +127,4 @@ def test_the_measured_best_is_a_candidate_and_the_default_is_near_it(model: str,
     if num_tokens <= 64:  # the default is among the measured ones, and no worse than the spread between runs
         assert times[default] <= 1.015 * times[best]
     elif default in times:
-        assert times[default] <= 1.12 * times[best]
+        assert times[default] <= 1.03 * times[best]

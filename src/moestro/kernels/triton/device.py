@@ -136,6 +136,49 @@ def unpack_words(w, s0, s1, s2, s3):
 
 
 @triton.jit
+def unpack_scale_pairs(word):
+    """int32 of 4 scale codes -> 2 int32, each two bfloat16: scale · 2^118 of columns 0 and 16, 32 and 48."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 t;
+        prmt.b32 t, $2, 0, 0x4140; mad.lo.u32 $0, t, 16, 0x75807580;
+        prmt.b32 t, $2, 0, 0x4342; mad.lo.u32 $1, t, 16, 0x75807580;
+        }""",
+        "=r,=r,r",
+        [word],
+        dtype=(tl.int32, tl.int32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def unpack_words_of_pairs(w, s01, s23):
+    """unpack_words, with the scales two in a register: a bfloat16 product reads either half of it twice."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 t, u, s; .reg .b16 lo, hi;
+        mov.b32 {lo, hi}, $5; mov.b32 s, {lo, lo};
+        and.b32 t, $4, 0x81C081C0; mul.rn.bf16x2 $0, t, s;
+        mov.b32 s, {hi, hi};
+        shl.b32 t, $4, 3; and.b32 t, t, 0x81C081C0; mul.rn.bf16x2 $1, t, s;
+        mov.b32 {lo, hi}, $7; mov.b32 s, {lo, lo};
+        shl.b32 t, $4, 6; and.b32 t, t, 0x81C081C0; mul.rn.bf16x2 $2, t, s;
+        mov.b32 s, {hi, hi};
+        shl.b32 t, $4, 1; and.b32 t, t, 0x80008000;
+        shr.b32 u, $4, 4; lop3.b32 t, u, 0x00C000C0, t, 0xEA;
+        shr.b32 u, $4, 5; lop3.b32 t, u, 0x01000100, t, 0xEA;
+        mul.rn.bf16x2 $3, t, s;
+        }""",
+        "=r,=r,=r,=r,r,r,r,r,r",
+        [w, s01, s23],
+        dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
 def _plain_plane(bits, code):
     """Bits of a bfloat16 (value · 2^-126) and a scale code -> bfloat16: e2m1 · scale · 2^-8."""
     value = ((bits & 0x81C0) << 16).to(tl.float32, bitcast=True)
@@ -149,8 +192,8 @@ def decode_block(w, scale_word):
     2^-8."""
     s = scale_word[:, None]
     if PTX:
-        s0, s1, s2, s3 = unpack_scales(s)
-        a0, a1, a2, a3 = unpack_words(w, s0, s1, s2, s3)
+        s01, s23 = unpack_scale_pairs(s)
+        a0, a1, a2, a3 = unpack_words_of_pairs(w, s01, s23)
     else:
         u = w.to(tl.int32) & 0xFFFF
         a0 = _plain_plane(u, s & 255)

@@ -69,9 +69,11 @@ def wide(tokens: int, first: Tile, second: Tile, ladder: int = 1, **rest: int) -
 
 T, S, M, B = (32, 4, 2, 4), (64, 2, 4, 4), (128, 2, 4, 3), (128, 1, 8, 4)  # tiles that several tactics share
 S6, M5 = (64, 2, 4, 6), (128, 2, 4, 5)
-WIDE, DEEPER = (256, 1, 8, 4), (256, 1, 8, 7)
+WIDE = (256, 1, 8, 4)
+TALL, FLAT = (256, 4, 8, 7), (128, 4, 8, 5)  # of the wide path: for up to 128 pairs of an expert, and 256
 
-# What wins somewhere on an H100 (benchmarks/results/h100-kernels.json, h100-few-tokens.json), or is close.
+# What wins somewhere on an H100 (benchmarks/results/h100-kernels.json, h100-few-tokens.json,
+# h100-wide.json), or is close.
 # UNROLL (the second number of a tile) is halved until it divides a problem's blocks.
 TABLE: tuple[Tactic, ...] = (
     fused(8, T, T, "direct"),
@@ -79,9 +81,11 @@ TABLE: tuple[Tactic, ...] = (
     fused(8, S, S, "direct"),
     fused(8, S, S, "direct", split=4),
     fused(8, M, M, "direct"),
+    fused(8, S, M, "direct"),
     fused(16, S, S, "direct"),
     chain(8, T, T, "direct", split=4, ahead=16),
     chain(8, S, S, "direct"),
+    chain(8, S6, S6, "direct"),
     chain(8, S, S, "direct", split=8),
     chain(8, M5, M5, "direct", split=4),
     chain(8, S, S),
@@ -104,7 +108,10 @@ TABLE: tuple[Tactic, ...] = (
     fused(64, M, M, ladder=1),
     fused(128, B, M, ladder=1, tokens2=64),
     fused(128, B, WIDE, ladder=1),
-    wide(128, DEEPER, DEEPER),
+    wide(128, TALL, TALL),
+    wide(256, FLAT, TALL, ladder=2, tokens2=128),
+    wide(256, FLAT, FLAT, ladder=2),
+    wide(256, FLAT, FLAT, ladder=0),
     Tactic("dense", "sorted", "reduce", 128, WIDE, WIDE),
 )
 
@@ -214,10 +221,12 @@ def _unfit_wide(problem: MoeProblem, tactic: Tactic) -> str | None:
 NVFP4_DEFAULTS = (
     (5.0, chain(8, M, M)),
     (24.0, chain(32, M, M)),
-    (150.0, fused(128, B, M, ladder=1, tokens2=64)),
-    (2000.0, wide(128, DEEPER, DEEPER)),
-    (float("inf"), TABLE[-1]),
+    (45.0, fused(128, B, M, ladder=1, tokens2=64)),
+    (512.0, wide(128, TALL, TALL)),
+    (2000.0, wide(256, FLAT, FLAT, ladder=2)),
+    (float("inf"), wide(256, FLAT, FLAT, ladder=0)),
 )
+NOT_WIDE = ((2000.0, NVFP4_DEFAULTS[2][1]), (float("inf"), TABLE[-1]))  # where the wide path cannot run
 FULL = fused(64, M, M, ladder=1)  # where a chain has more tiles than it can count
 LONG = 8192  # columns of a second product that few rows of tiles are shared out over
 DEEP = 6144  # columns of a first product whose tiles last long enough for more stages
@@ -233,12 +242,12 @@ def default(problem: MoeProblem, num_tokens: int) -> Tactic:
         return _dense_default(p, num_tokens)
     long, deep = p.intermediate_size >= LONG, p.hidden_size >= DEEP
     if num_tokens == 1:
-        tile = M if deep else T
-        chosen = chain(8, T, T, "direct", split=4, ahead=16) if long else fused(8, tile, tile, "direct")
+        tiles = (S, M) if deep else (T, T)
+        chosen = chain(8, T, T, "direct", split=4, ahead=16) if long else fused(8, *tiles, "direct")
     elif long and pairs <= 16:
         chosen = chain(8, S, S, "direct", split=8)
     elif pairs <= DIRECT_PAIRS and 4 * pairs <= p.num_experts:
-        chosen = chain(8, S, S, "direct")
+        chosen = chain(8, S6, S6, "direct")
     elif pairs <= min(64, p.num_experts):
         chosen = chain(8, S, S)
     else:
@@ -246,7 +255,7 @@ def default(problem: MoeProblem, num_tokens: int) -> Tactic:
         table = LONG_DEFAULTS if long else DEEP_DEFAULTS if deep else NVFP4_DEFAULTS
         chosen = next(t for most, t in table if per_expert <= most)
         if chosen.path == "wide" and unfit(p, chosen, num_tokens) is not None:
-            chosen = NVFP4_DEFAULTS[2][1]
+            chosen = next(t for most, t in NOT_WIDE if per_expert <= most)
     if p.input_format is not None and chosen.path == "chain":
         chosen = replace(chosen, path="fused", ahead=0)
     chosen = fitted(p, chosen)
@@ -273,7 +282,7 @@ def cost(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> float:
     Tokens are taken to spread evenly over the experts. Nothing is left out on its word.
     """
     p, pairs = problem, num_tokens * problem.top_k
-    hit = p.num_local_experts * (1 - (1 - 1 / p.num_local_experts) ** pairs)
+    hit = p.num_local_experts * (1 - (1 - 1 / p.num_experts) ** pairs)
     each = pairs / p.num_experts * p.num_local_experts / hit  # pairs of an expert that is hit
     packed = p.weight_format == "nvfp4"
     total = LAUNCH * (3 + (tactic.route == "sorted") - (tactic.path == "chain"))
@@ -281,7 +290,7 @@ def cost(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> float:
     for (rows, columns), width, tile in zip(sizes, tactic.widths, tactic.tiles, strict=True):
         weights = hit * rows * columns
         tiles = max(1.0, each / width + (0.5 if each > width / 2 else 0.0))
-        step = width / 4 if tactic.ladder else width
+        step = width / (1, 4, 2)[tactic.ladder]
         padded = min(tiles * width, each + step / 2) if tactic.ladder else tiles * width
         programs = hit * tiles * rows / tile[0] * (tactic.split if columns == p.intermediate_size else 1)
         memory = weights * (0.5625 if packed else 2.0) / HBM / min(1.0, programs / 264)
