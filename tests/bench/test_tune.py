@@ -44,6 +44,7 @@ def test_all_sizes_are_compiled_before_anything_is_measured(
     first_run = next(i for i, (what, _, _) in enumerate(events) if what == "run")
     compiled = {(size, tactic) for _, size, tactic in events[:first_run]}
     assert {size for size, _ in compiled} == {1, 4, 16}
+    assert events[0][1] == 16  # measured first, so compiled first where time is short
     measured = {(size, tactic) for what, size, tactic in events if what == "run" and size in (1, 4, 16)}
     assert measured <= compiled
     assert {row.tokens for row in result.rows} == {1, 4, 16}
@@ -67,3 +68,17 @@ def test_without_a_budget_left_nothing_is_compiled(
     result = tune.run(spec(tiny, tmp_path, budget_s=0.0), "moestro tune")
     assert result.rows == []
     assert [what for what, _, _ in events if what == "run"] == []
+
+
+def test_what_compiling_leaves_of_a_short_budget_is_not_cut_into_even_shares(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(tune.time, "monotonic", lambda: now)
+    for compiling, expected in ((19.0, 21.0 / 16), (20.0, 10.0)):
+        budget = tune._Budget(40.0, 16)
+        with budget.before() as late:
+            now += compiling
+            assert late() == (compiling == 20.0)
+        with budget.share() as seconds:
+            assert seconds == pytest.approx(expected)

@@ -1,7 +1,7 @@
 """Which tactics are worth measuring: those whose estimate is within FACTOR of the smallest.
 
 The estimate (tactics.cost) is a roofline, and wrong by up to 1.3 in favour of a slower tactic: in 36 measured
-cells of three models from 1 to 16384 tokens the best one was always kept from a factor of 1.28 on
+cells of three models from 1 to 16384 tokens the best one was always kept from a factor of 1.27 on
 (benchmarks/results/h100-candidates.json; `moestro bench recall` computes it, tests/bench/test_recall.py fails
 if a measured best would be dropped). The rest is margin for sizes and kernels that were not measured. What is
 left out can still be run, by name.
