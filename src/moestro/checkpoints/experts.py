@@ -53,9 +53,6 @@ class Experts:
     def __len__(self) -> int:
         return len(self._only)
 
-    def __contains__(self, item: object) -> bool:
-        return False
-
     def __iter__(self) -> Iterator[tuple[FormatTensor, FormatTensor]]:
         for e in self._only:
             parts = self._stacked_parts(e) if self._stacked else [self._part(e, name) for name in self._names]

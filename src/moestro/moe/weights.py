@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Collection, Iterator
-from typing import Any, Self
+from collections.abc import Iterator
+from typing import Any, Protocol, Self
 
 import torch
 
@@ -23,6 +23,14 @@ from moestro.moe import flat
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 SIDE_TENSORS = ("gate_up_bias", "down_bias", "gate_up_input_scale", "down_input_scale")
+
+
+class ExpertSource(Protocol):
+    """So many experts' (gate_up [2I, H], down [H, I]), one after the other: a list, or what makes them when asked."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[tuple[FormatTensor, FormatTensor]]: ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -130,7 +138,7 @@ class ExpertWeights:
     @classmethod
     def from_experts(
         cls,
-        experts: Collection[tuple[FormatTensor, FormatTensor]],
+        experts: ExpertSource,
         backend: str = backends.AUTO,
         *,
         dtype: torch.dtype = torch.bfloat16,
@@ -318,9 +326,6 @@ class _Quantized:
     def __iter__(self) -> Iterator[tuple[FormatTensor, FormatTensor]]:
         for gate_up, down in zip(self._gate_up, self._down, strict=True):
             yield self._quantize(gate_up), self._quantize(down)
-
-    def __contains__(self, item: object) -> bool:
-        return False
 
 
 def _exactly(count: int, experts: Any) -> Iterator[Any]:
