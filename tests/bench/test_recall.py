@@ -78,7 +78,7 @@ def test_what_is_worth_measuring_is_in_order_and_within_the_factor(format: str, 
 def test_the_command_shows_recall_by_factor(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["bench", "recall", str(RECORDED[0])], env={"COLUMNS": "120"})
     assert done.exit_code == 0, done.output
-    assert "2.00 ← used" in done.output
+    assert f"{prune.FACTOR:.2f} ← used" in done.output
     empty = tmp_path / "empty.json"
     empty.write_text(json.dumps({"models": {}, "rows": []}))
     assert CliRunner().invoke(app, ["bench", "recall", str(empty)]).exit_code == 1

@@ -50,6 +50,21 @@ def test_all_sizes_are_compiled_before_anything_is_measured(
     assert {row.tokens for row in result.rows} == {1, 4, 16}
 
 
+def test_what_sizes_and_tactics_share_is_compiled_once(
+    tiny: MoeShape, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[str] = []
+
+    def jobs(self: PortableRunner, inputs: Any, tactic: Any) -> dict[str, Any]:
+        name = f"{tactic} of few" if inputs[0].shape[0] < 16 else f"{tactic} of many"
+        return {name: lambda: compiled.append(name), "sorting": lambda: compiled.append("sorting")}
+
+    monkeypatch.setattr(PortableRunner, "compile_jobs", jobs, raising=False)
+    tune.run(spec(tiny, tmp_path), "moestro tune")
+    assert {"sorting", "-1 of few", "-1 of many"} <= set(compiled)
+    assert len(compiled) == len(set(compiled))
+
+
 def test_the_result_says_where_the_time_went(tiny: MoeShape, tmp_path: Path) -> None:
     result = tune.run(spec(tiny, tmp_path), "moestro tune")
     assert list(result.phases) == [

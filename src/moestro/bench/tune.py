@@ -247,15 +247,18 @@ def _tune_layer(
 
 
 def _compile(spec: TuneSpec, layer: FusedMoE, tokens: Sequence[int], late: Callable[[], bool]) -> None:
-    """All sizes' candidates together: each alone would leave most processors idle at its end. What fails is
-    found, and noted, when its size is tuned.
+    """All sizes' candidates together, each kernel once: a size alone would leave most processors idle at its
+    end. What fails is found, and noted, when its size is tuned.
     """
-    jobs = {}
+    jobs: dict[Any, Callable[[], object]] = {}
     for size in tokens:
         inputs = _inputs(spec, size)
         for runner in layer.runners:
-            if callable(hook := getattr(runner, "compile", None)):
-                for tactic in (-1, *runner.get_valid_tactics(inputs, None)):
+            for tactic in (-1, *runner.get_valid_tactics(inputs, None)):
+                if callable(split := getattr(runner, "compile_jobs", None)):
+                    for kernel, job in split(inputs, tactic).items():
+                        jobs.setdefault(kernel, job)
+                elif callable(hook := getattr(runner, "compile", None)):
                     jobs[runner.backend, size, tactic] = functools.partial(hook, inputs, tactic)
     precompile(jobs, late)
 

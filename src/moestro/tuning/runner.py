@@ -36,8 +36,9 @@ class TunableRunner(ABC):
 
     Hooks that a runner may also have: reserve(inputs, tactics) allocates outputs and workspaces for the
     largest candidate before any timing; compile(inputs, tactic) compiles without timing and is called from
-    several threads; tolerance(inputs) -> the relative error norm allowed against the default tactic;
-    last_resort(inputs) -> whether it is only raced where no other runner runs;
+    several threads; compile_jobs(inputs, tactic) -> the same as {key: job}, where equal keys are one job, so
+    that what many tactics share is compiled once; tolerance(inputs) -> the relative error norm allowed against
+    the default tactic; last_resort(inputs) -> whether it is only raced where no other runner runs;
     kernel_sources() -> paths of the files that decide its speed, besides the one that its class is written
     in.
     """

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import pytest
+import torch
 from offline import inputs_of, runner_of
 
+from moestro.kernels.triton import sort, tactics
 from moestro.kernels.triton.plan import Launch
 
 
@@ -35,3 +38,27 @@ def test_a_kernel_that_does_not_compile_is_an_error(monkeypatch: pytest.MonkeyPa
     runner = runner_of(8, 2, 512, 256, "nvfp4")
     with pytest.raises(RuntimeError, match="no such tile"):
         runner.compile(inputs_of(runner, 3), -1)
+
+
+def test_sizes_and_tactics_share_their_kernels() -> None:
+    """Tuning compiles each kernel once: all sorting is one kernel for each number of threads, whatever the widths."""
+    runner = runner_of(8, 2, 512, 256, "nvfp4")
+    keys = [
+        launch.key
+        for n in (300, 332)
+        for tactic in (tactics.FULL, tactics.NOT_WIDE[0][1], -1)
+        for launch in runner.plan(inputs_of(runner, n), tactic)
+    ]
+    assert len({key for key in keys if key[0] == "place"}) == 1
+    products = {launch.key for launch in runner.plan(inputs_of(runner, 300), tactics.FULL)}
+    assert products == {launch.key for launch in runner.plan(inputs_of(runner, 332), tactics.FULL)}
+    assert products != {launch.key for launch in runner.plan(inputs_of(runner, 300), -1)}
+
+
+def test_keys_tell_apart_what_triton_does() -> None:
+    launch = Launch(sort.count, (1,), (torch.zeros(4, dtype=torch.int32),), {"CHUNK": 32})
+    wider = replace(launch, args=(torch.zeros(4, dtype=torch.int64),))
+    shifted = replace(launch, args=(torch.zeros(5, dtype=torch.int32)[1:],))
+    other = replace(launch, meta={"CHUNK": 64})
+    assert len({launch.key, wider.key, shifted.key, other.key}) == 4
+    assert replace(launch, grid=(9,), args=(torch.ones(8, dtype=torch.int32),)).key == launch.key

@@ -43,8 +43,9 @@ def test_the_default_fits_every_problem(
 def test_every_entry_of_the_table_is_a_candidate_somewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gluon_plan, "runs_here", lambda: True)
     p = MoeProblem(8, 8, 0, 2, 4096, 14336, "nvfp4")
-    found = {t for n in (1, 8, 4096) for t in tactics.candidates(p, n)}
-    assert {tactics.fitted(p, t) for t in tactics.TABLE} <= found
+    for problem, entries in ((p, tactics.TABLE), (replace(p, weight_format="bf16"), tactics.OTHERS)):
+        found = {t for n in (1, 8, 4096) for t in tactics.candidates(problem, n)}
+        assert {tactics.fitted(p, t) for t in entries} == found
 
 
 @pytest.mark.parametrize(("here", "path"), [(True, "wide"), (False, "fused")])
@@ -116,13 +117,14 @@ def measured(model: str, num_tokens: int) -> tuple[MoeProblem, dict[Tactic, floa
 
 
 @pytest.mark.parametrize(("model", "num_tokens"), sorted(layers()))
-def test_the_measured_best_is_a_candidate_and_the_default_is_near_it(
+def test_one_as_fast_as_the_measured_best_is_a_candidate_and_the_default_is_near_it(
     model: str, num_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gluon_plan, "runs_here", lambda: True)
     problem, times = measured(model, num_tokens)
     best = min(times, key=lambda t: times[t])
-    assert best in tactics.candidates(problem, num_tokens)
+    candidates = set(tactics.candidates(problem, num_tokens))
+    assert any(times[t] <= 1.01 * times[best] for t in candidates & set(times))
     default = tactics.default(problem, num_tokens)
     if num_tokens <= 64:  # the default is among the measured ones, and no worse than the spread between runs
         assert times[default] <= 1.015 * times[best]

@@ -32,7 +32,7 @@ launch_next = gluon.jit(device.launch_next.fn)
 TURNED = gl.constexpr(gl.BlockedLayout([8, 1], [4, 8], [1, 4], [0, 1]))  # 8 rows of weights a thread
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["stride"])
 def wide_gemm(
     x, sorted_pairs, table, stride, w, w_scales, row_scale, bias, out,
     rows, columns, out_stride, K,

@@ -36,6 +36,22 @@ class Launch:
     def compile(self) -> Any:
         return self.kernel.warmup(*self.args, grid=self.grid, **self.meta)
 
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What Triton specialises on: launches of one key share a compiled kernel."""
+        plain = {i for i, p in enumerate(getattr(self.kernel, "params", ())) if p.do_not_specialize}
+        kinds = tuple(_kind(value, i in plain) for i, value in enumerate(self.args))
+        return (self.kernel.__name__, kinds, tuple(sorted((k, repr(v)) for k, v in self.meta.items())))
+
+
+def _kind(value: Any, plain: bool) -> Any:
+    """What a kernel's argument contributes to its specialisation."""
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), value.data_ptr() % 16 == 0
+    if isinstance(value, TensorDescriptor):
+        return str(value.base.dtype), tuple(value.block_shape)
+    return (value >> 31 != 0, *(() if plain else (value == 1, value % 16 == 0)))
+
 
 def scratch_plan(problem: MoeProblem, num_tokens: int, tactic: Tactic, x_rows: int) -> Plan:
     """The workspace of a call: name -> (shape, dtype)."""
@@ -135,7 +151,7 @@ class Planner:
         first, second = self.tactic.widths
         tables = (*self._table(1)[1:], *self._table(2)[1:])
         args = (self.ids, s["counts"], s["cursors"], s["sorted_pairs"], *tables, self.pairs, chunks)
-        self._add(sort.place, (chunks,), *args, BN1=first, BN2=second, **meta)
+        self._add(sort.place, (chunks,), *args, first, second, **meta)
 
     def _inputs(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x as GEMM 1 reads it, and its scale per row."""

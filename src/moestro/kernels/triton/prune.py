@@ -13,7 +13,7 @@ from moestro.kernels.problem import MoeProblem
 from moestro.kernels.triton import tactics
 from moestro.kernels.triton.tactics import Tactic
 
-FACTOR = 2.0
+FACTOR = 1.5
 
 
 def worth_measuring(problem: MoeProblem, num_tokens: int) -> list[Tactic]:

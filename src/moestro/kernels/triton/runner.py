@@ -7,7 +7,7 @@ checkpoint's layout.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -141,9 +141,15 @@ class TritonRunner(MoeRunner):
         """Compile what a tactic needs for inputs like these, without running anything; its kernels side by
         side, for a warp-specialised product takes 5 to 7 s (9 of 10 outside Python's lock).
         """
-        launches = self.plan(inputs, tactic)
-        with ThreadPoolExecutor(max(1, len(launches))) as pool:
-            list(pool.map(Launch.compile, launches))
+        jobs = self.compile_jobs(inputs, tactic)
+        with ThreadPoolExecutor(max(1, len(jobs))) as pool:
+            list(pool.map(lambda job: job(), jobs.values()))
+
+    def compile_jobs(self, inputs: Sequence[Any], tactic: Any) -> dict[Any, Callable[[], Any]]:
+        """What `compile` does, kernel by kernel: those of several tactics and sizes together are compiled once
+        each.
+        """
+        return {launch.key: launch.compile for launch in self.plan(inputs, tactic)}
 
     def kernel_sources(self) -> list[Path]:
         """The files that decide the speed of these kernels: all of this package."""

@@ -39,7 +39,7 @@ def count(ids, counts, P, OFFSET: tl.constexpr, L: tl.constexpr, LB: tl.constexp
 
 
 @triton.jit
-def _cut(table, stride, totals, starts, bins, L: tl.constexpr, BN: tl.constexpr):
+def _cut(table, stride, totals, starts, bins, BN, L: tl.constexpr):
     """Write the tiles of BN pairs: rows [expert], [start], [end of the expert] of table, then their
     number."""
     tiles = tl.where(bins < L, (totals + BN - 1) // BN, 0)
@@ -52,15 +52,16 @@ def _cut(table, stride, totals, starts, bins, L: tl.constexpr, BN: tl.constexpr)
         tl.store(first + 2 * stride + i, starts + totals, here)
 
 
-@triton.jit(do_not_specialize=["P", "num_chunks", "stride1", "stride2"])
+@triton.jit(do_not_specialize=["P", "num_chunks", "stride1", "stride2", "BN1", "BN2"])
 def place(ids, counts, cursors, sorted_pairs, table1, stride1, table2, stride2, P, num_chunks,
-          OFFSET: tl.constexpr, L: tl.constexpr, LB: tl.constexpr, CHUNK: tl.constexpr, BN1: tl.constexpr,
-          BN2: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+          BN1, BN2, OFFSET: tl.constexpr, L: tl.constexpr, LB: tl.constexpr, CHUNK: tl.constexpr,
+          PDL: tl.constexpr):  # fmt: skip
     """sorted_pairs [P] (pairs by expert; those of no local expert last), and two tables of tiles of them.
 
     A table is int32 [3 * stride + 1]; tile t is of expert table[t] and covers sorted_pairs from
     table[stride + t] to BN further, or to table[2 * stride + t] if that is less; table[3 * stride] is how
-    many there are. counts is read if there is more than one chunk.
+    many there are. counts is read if there is more than one chunk. BN1 and BN2 are not constants of the kernel:
+    tuning would compile one for each pair of widths.
     """
     wait_for_previous(PDL)
     launch_next(PDL)
@@ -87,6 +88,6 @@ def place(ids, counts, cursors, sorted_pairs, table1, stride1, table2, stride2, 
     at = tl.atomic_add(cursors + c * LB + e, 1, mask=p < P, sem="relaxed")
     tl.store(sorted_pairs + at, p, p < P)
     if c == 0:
-        _cut(table1, stride1, total, starts, bins, L, BN1)
+        _cut(table1, stride1, total, starts, bins, BN1, L)
         if BN2 != BN1:
-            _cut(table2, stride2, total, starts, bins, L, BN2)
+            _cut(table2, stride2, total, starts, bins, BN2, L)

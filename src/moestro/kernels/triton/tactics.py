@@ -72,17 +72,14 @@ S6, M5 = (64, 2, 4, 6), (128, 2, 4, 5)
 WIDE = (256, 1, 8, 4)
 TALL, FLAT = (256, 4, 8, 7), (128, 4, 8, 5)  # of the wide path: for up to 128 pairs of an expert, and 256
 
-# What wins somewhere on an H100 (benchmarks/results/h100-kernels.json, h100-few-tokens.json,
-# h100-wide.json), or is close.
+# What wins somewhere on an H100, or is close, of NVFP4 weights and bf16 activations: of the tactics in
+# benchmarks/results/h100-candidates.json, those without which a measured cell would lose more than 1 %.
 # UNROLL (the second number of a tile) is halved until it divides a problem's blocks.
 TABLE: tuple[Tactic, ...] = (
     fused(8, T, T, "direct"),
-    fused(8, T, T, "direct", split=4),
-    fused(8, S, S, "direct"),
-    fused(8, S, S, "direct", split=4),
-    fused(8, M, M, "direct"),
     fused(8, S, M, "direct"),
-    fused(16, S, S, "direct"),
+    fused(8, M, M, "direct"),
+    fused(8, T, T, "direct", split=4),
     chain(8, T, T, "direct", split=4, ahead=16),
     chain(8, S, S, "direct"),
     chain(8, S6, S6, "direct"),
@@ -96,10 +93,27 @@ TABLE: tuple[Tactic, ...] = (
     chain(16, M, M),
     chain(32, M, M),
     chain(32, M, M, split=2),
+    fused(64, M, M, ladder=1),
+    fused(128, B, M, ladder=1, tokens2=64),
+    wide(128, TALL, TALL),
+    wide(256, FLAT, FLAT, ladder=2),
+    wide(256, FLAT, FLAT, ladder=0),
+    Tactic("dense", "sorted", "reduce", 128, WIDE, WIDE),
+)
+# The same for bf16 weights, and for NVFP4 activations, which take neither chains nor wide tiles.
+OTHERS: tuple[Tactic, ...] = (
+    fused(8, T, T, "direct"),
+    fused(8, S, S, "direct"),
+    fused(8, S, S, "direct", split=4),
+    fused(8, M, M, "direct"),
+    fused(16, S, S, "direct"),
+    chain(8, S, S, "direct"),
+    chain(8, S6, S6),
+    chain(8, M5, M5),
+    chain(16, M, M),
     chain(64, M, M, ladder=1),
     fused(8, S, S),
     fused(8, T, T),
-    fused(8, M, M),
     fused(8, S, S, split=2),
     fused(16, S, S, together=0),
     fused(32, S, S),
@@ -108,10 +122,6 @@ TABLE: tuple[Tactic, ...] = (
     fused(64, M, M, ladder=1),
     fused(128, B, M, ladder=1, tokens2=64),
     fused(128, B, WIDE, ladder=1),
-    wide(128, TALL, TALL),
-    wide(256, FLAT, TALL, ladder=2, tokens2=128),
-    wide(256, FLAT, FLAT, ladder=2),
-    wide(256, FLAT, FLAT, ladder=0),
     Tactic("dense", "sorted", "reduce", 128, WIDE, WIDE),
 )
 
@@ -135,7 +145,8 @@ def fitted(problem: MoeProblem, tactic: Tactic) -> Tactic:
 
 def candidates(problem: MoeProblem, num_tokens: int) -> list[Tactic]:
     """The tactics that can run this many tokens, those estimated to be fast first."""
-    found = list(dict.fromkeys(fitted(problem, t) for t in TABLE))
+    table = TABLE if problem.weight_format == "nvfp4" and problem.input_format is None else OTHERS
+    found = list(dict.fromkeys(fitted(problem, t) for t in table))
     found = [t for t in found if unfit(problem, t, num_tokens) is None]
     return sorted(found, key=lambda t: cost(problem, t, num_tokens))
 
