@@ -232,13 +232,14 @@ def _unfit_wide(problem: MoeProblem, tactic: Tactic) -> str | None:
 NVFP4_DEFAULTS = (
     (5.0, chain(8, M, M)),
     (24.0, chain(32, M, M)),
-    (45.0, fused(128, B, M, ladder=1, tokens2=64)),
+    (45.0, fused(64, M, M, ladder=1)),
     (512.0, wide(128, TALL, TALL)),
     (2000.0, wide(256, FLAT, FLAT, ladder=2)),
     (float("inf"), wide(256, FLAT, FLAT, ladder=0)),
 )
-NOT_WIDE = ((2000.0, NVFP4_DEFAULTS[2][1]), (float("inf"), TABLE[-1]))  # where the wide path cannot run
-FULL = fused(64, M, M, ladder=1)  # where a chain has more tiles than it can count
+FULL = NVFP4_DEFAULTS[2][1]  # also where a chain has more tiles than it can count
+# where the wide path cannot run
+NOT_WIDE = ((2000.0, fused(128, B, M, ladder=1, tokens2=64)), (float("inf"), TABLE[-1]))
 LONG = 8192  # columns of a second product that few rows of tiles are shared out over
 DEEP = 6144  # columns of a first product whose tiles last long enough for more stages
 DEEP_DEFAULTS = ((5.0, chain(8, M5, M5)), *NVFP4_DEFAULTS[1:])
@@ -257,8 +258,9 @@ def default(problem: MoeProblem, num_tokens: int) -> Tactic:
         chosen = chain(8, T, T, "direct", split=4, ahead=16) if long else fused(8, *tiles, "direct")
     elif long and pairs <= 16:
         chosen = chain(8, S, S, "direct", split=8)
-    elif pairs <= DIRECT_PAIRS and 4 * pairs <= p.num_experts:
-        chosen = chain(8, S6, S6, "direct")
+    elif pairs <= 16 or (pairs <= DIRECT_PAIRS and 4 * pairs <= p.num_experts):
+        tile = S if pairs <= 16 and not deep else S6
+        chosen = chain(8, tile, tile, "direct")
     elif pairs <= min(64, p.num_experts):
         chosen = chain(8, S, S)
     else:
