@@ -160,32 +160,64 @@ void direct(const Codes& from, int blocks, const Tokens& x, float* sums) {
     direct_panels<1>(from, blocks, x, sums);
 }
 
-// Pairs of bf16 times the scale of their row; the product has 6 significant bits, so cutting float32 is exact.
-inline __m512i times_scale(__m512i pairs, __m512 scale) {
-  const __m512i high = _mm512_set1_epi32(static_cast<int32_t>(0xFFFF0000u));
-  const __m512 even = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)), scale);
-  const __m512 odd = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_and_si512(pairs, high)), scale);
-  return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(even), 16), _mm512_castps_si512(odd));
+// Magnitudes of e2m1 times 1 + m/8, m = 0 .. 7, times 2^128: [m][code], bf16 with a ninth bit of exponent.
+struct Products {
+  alignas(64) uint16_t of[64];
+  constexpr Products() : of() {
+    for (int m = 0; m < 8; ++m)
+      for (int code = 1; code < 8; ++code) {
+        int product = (code < 2 ? 2 : (code & 1 ? 6 : 4) << (code / 2 - 1)) * (8 + m), exponent = -5;  // times 2^5
+        for (; product < 128; product *= 2) --exponent;  // to 8 bits
+        for (; product > 255; product /= 2) ++exponent;
+        of[8 * m + code] = static_cast<uint16_t>((exponent + 7 + 127 + 128) << 7 | (product & 127));
+      }
+  }
+};
+alignas(64) constexpr Products kProducts;
+
+// A block of a panel, exactly: the product of a code's magnitude and the scale's mantissa is looked up, the scale's
+// exponent is subtracted with saturation (zero stays zero), and the code's sign put in: 5.5 instructions for 32 weights.
+MOESTRO_INLINE void decode_block(const uint8_t* codes, const uint8_t* scales, bool mx, uint16_t* dense) {
+  const __m512i bits = _mm512_castps_si512(block_scales(scales, mx));
+  const __m512i scale = _mm512_or_si512(bits, _mm512_srli_epi32(bits, 16));  // bf16 for both columns
+  const __m512i mantissa = _mm512_srli_epi16(scale, 1);
+  const __m512i less = _mm512_mask_andnot_epi32(  // 0x7F80 - exponent; everything where the scale is 0
+      _mm512_set1_epi32(-1), _mm512_test_epi32_mask(bits, bits), scale, _mm512_set1_epi16(0x7F80));
+  const __m512i low = _mm512_load_si512(kProducts.of);
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    const __m512i line = _mm512_loadu_si512(codes + 64 * half);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j, dense += kTileRows) {
+      const __m512i code = j ? _mm512_srli_epi16(line, 4 * j) : line;
+      const __m512i index = _mm512_ternarylogic_epi32(code, mantissa, _mm512_set1_epi16(7), 0xE4);
+      __m512i product = _mm512_permutex2var_epi16(low, index, _mm512_load_si512(kProducts.of + 32));
+      product = _mm512_subs_epu16(product, less);
+      const __m512i sign = j < 3 ? _mm512_slli_epi16(line, 12 - 4 * j) : line;
+      _mm512_storeu_si512(dense, _mm512_ternarylogic_epi32(sign, product, _mm512_set1_epi16(-0x8000), 0xEC));
+    }
+  }
 }
 
 void decode(const Codes& from, int blocks, uint16_t* dense) {
-  const __m512i table = e2m1_table();
-  for (int p = 0; p < from.panels; ++p) {
-    const uint8_t* codes = from.codes + p * from.code_stride;
-    for (int b = 0; b < blocks; ++b, codes += kCodeBytes) {
-      __m512i w[8];
-      unpack_codes(table, codes, w);
-      const __m512 scale = block_scales(from.scale(p, b), from.mx);
-#pragma GCC unroll 8
-      for (int j = 0; j < 8; ++j, dense += kTileRows) _mm512_storeu_si512(dense, times_scale(w[j], scale));
-    }
+  for (int p = 0; p < from.panels; ++p)
+    for (int b = 0; b < blocks; ++b, dense += kBlock * kPanel)
+      decode_block(from.codes + p * from.code_stride + b * kCodeBytes, from.scale(p, b), from.mx, dense);
+}
+
+// Among products: decoding before them took 9 % of a layer of 1024 tokens.
+MOESTRO_INLINE void decode_some(Ahead& ahead, int count) {
+  for (; count > 0 && ahead.done < ahead.blocks * ahead.next.panels; --count, ++ahead.done) {
+    const int p = ahead.done >= ahead.blocks, b = ahead.done - (p ? ahead.blocks : 0);
+    decode_block(ahead.next.codes + p * ahead.next.code_stride + b * kCodeBytes, ahead.next.scale(p, b), ahead.next.mx,
+                 ahead.dense + ahead.done * kBlock * kPanel);
   }
 }
 
 // P panels by T tokens of sums in registers: 2 x 12 leave room for the weights and the broadcast pair, and need
 // 14 loads for 24 dot products.
 template <int P, int T>
-inline void multiply_tile(const Dense& w, int blocks, const Tokens& x, float* sums, Ahead& ahead, int ask) {
+inline void multiply_tile(const Dense& w, int blocks, const Tokens& x, float* sums, Ahead& ahead, int ask, int some) {
   __m512 c[P][T];
 #pragma GCC unroll 12
   for (int t = 0; t < T; ++t)
@@ -196,6 +228,7 @@ inline void multiply_tile(const Dense& w, int blocks, const Tokens& x, float* su
   for (int left = blocks * 8; left > 0; left -= 16, chunk += x.stride) {
     const int pairs = left < 16 ? left : 16;
     ahead.ask(ask);
+    decode_some(ahead, some);
 #pragma GCC unroll 12
     for (int t = 0; t < T; ++t)  // T lines, then a jump: a pattern that hardware does not follow
       _mm_prefetch(reinterpret_cast<const char*>(chunk + x.stride + t * kChunk), _MM_HINT_T0);
@@ -220,25 +253,26 @@ inline void multiply_tile(const Dense& w, int blocks, const Tokens& x, float* su
 constexpr int kMostTokens = 12;
 
 template <int P, int T>
-void multiply_count(const Dense& w, int blocks, const Tokens& x, float* sums, Ahead& ahead, int ask) {
+void multiply_count(const Dense& w, int blocks, const Tokens& x, float* sums, Ahead& ahead, int ask, int some) {
   if constexpr (T == 1) {
-    multiply_tile<P, 1>(w, blocks, x, sums, ahead, ask);
+    multiply_tile<P, 1>(w, blocks, x, sums, ahead, ask, some);
   } else {
-    if (x.count == T) return multiply_tile<P, T>(w, blocks, x, sums, ahead, ask);
-    multiply_count<P, T - 1>(w, blocks, x, sums, ahead, ask);
+    if (x.count == T) return multiply_tile<P, T>(w, blocks, x, sums, ahead, ask, some);
+    multiply_count<P, T - 1>(w, blocks, x, sums, ahead, ask, some);
   }
 }
 
 void multiply(const Dense& w, int blocks, const Tokens& x, float* sums, Ahead& ahead) {
   const int pieces = (x.count + kMostTokens - 1) / kMostTokens;
-  const int chunks = pieces * ((blocks + 1) / 2), ask = (ahead.lines + chunks - 1) / chunks;
+  const int chunks = pieces * ((blocks + 1) / 2);
+  const int ask = (ahead.lines + chunks - 1) / chunks, some = (ahead.left() + chunks - 1) / chunks;
   for (int i = 0; i < pieces; ++i) {  // of equal size, give or take one
     const int from = x.count * i / pieces, count = x.count * (i + 1) / pieces - from;
     const Tokens part{x.data + from * kChunk, x.stride, count};
     if (w.panels == 2)
-      multiply_count<2, kMostTokens>(w, blocks, part, sums + from * kTileRows, ahead, ask);
+      multiply_count<2, kMostTokens>(w, blocks, part, sums + from * kTileRows, ahead, ask, some);
     else
-      multiply_count<1, kMostTokens>(w, blocks, part, sums + from * kTileRows, ahead, ask);
+      multiply_count<1, kMostTokens>(w, blocks, part, sums + from * kTileRows, ahead, ask, some);
   }
 }
 

@@ -44,10 +44,16 @@ struct Dense {  // bf16 panels, from some pair of columns on
 // GCC takes a function that only prefetches for one without effects and drops its calls, unless it is inlined first.
 #define MOESTRO_INLINE inline __attribute__((always_inline))
 
-struct Ahead {            // weights that are read next, to be asked for while others are multiplied
+struct Ahead {            // what is done for the next products while others are multiplied
   const uint8_t* at = nullptr;
   int64_t stride = 0;   // bytes from a panel to the next
   int lines = 0;        // of 64 bytes, of each of two panels
+
+  Codes next{};             // codes to decode
+  int blocks = 0, done = 0; // of each panel; and so many, of all panels
+  uint16_t* dense = nullptr;
+
+  int left() const { return blocks * next.panels - done; }
 
   MOESTRO_INLINE void ask(int count) {  // for L2: decoded weights and tokens fill L1
     for (; count > 0 && lines > 0; --count, --lines, at += 64) {

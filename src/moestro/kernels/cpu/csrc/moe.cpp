@@ -1,9 +1,10 @@
 // The layer: waves of tokens, each sorted, gathered, multiplied by gate_up with the activation, then by down with the
 // weighted sum.
 //
-// All of a wave is one parallel region. Work items are taken from an atomic counter: pairs to gather, (unit, row tiles)
-// for gate_up, row tiles over all units for down. A thread goes on to the next phase when the items of the one before
-// are done, whoever did them: a worker that the system has not woken yet keeps nobody waiting but at the region's end.
+// All of a wave is one parallel region. For gate_up a thread takes whole units, whose rows of x it gathers into its own
+// cache (gathered by all for all they went to memory and back); when there are none left it helps with others'. For down
+// it takes row tiles over all units. A thread goes on to down when all of gate_up is done, whoever did it: a worker that
+// the system has not woken yet keeps nobody waiting but at the region's end.
 // The columns of a product are never split, and a result row is summed by one thread over the units in order of expert:
 // results are bitwise equal whatever the number of threads. Nothing is allocated.
 #include <algorithm>
@@ -16,31 +17,28 @@
 namespace moestro {
 namespace {
 
+template <class F>
+void wait(F&& done) {
+  constexpr int kSpins = 2000;  // some 20 us, the length of an item; then others may need the core
+  for (int i = 0; !done(); ++i) {
+    if (i > kSpins) std::this_thread::yield();
+#if defined(__x86_64__)
+    else __builtin_ia32_pause();
+#endif
+  }
+}
+
 class Phase {
  public:
   explicit Phase(int64_t items) : items_(items) {}
 
   template <class F>
   void run(F&& body) {
-    for (int64_t item; (item = next_.fetch_add(1, std::memory_order_relaxed)) < items_;) {
-      body(item);
-      done_.fetch_add(1, std::memory_order_release);
-    }
-  }
-
-  void wait() const {
-    constexpr int kSpins = 2000;  // some 20 us, the length of an item; then others may need the core
-    for (int i = 0; done_.load(std::memory_order_acquire) < items_; ++i) {
-      if (i > kSpins) std::this_thread::yield();
-#if defined(__x86_64__)
-      else __builtin_ia32_pause();
-#endif
-    }
+    for (int64_t item; (item = next_.fetch_add(1, std::memory_order_relaxed)) < items_;) body(item);
   }
 
  private:
   alignas(64) std::atomic<int64_t> next_{0};
-  alignas(64) std::atomic<int64_t> done_{0};
   const int64_t items_;
 };
 
@@ -55,40 +53,56 @@ class Wave {
         down_(layer, tactic, layer.down, layer.hidden, layer.intermediate) {}
 
   void run() {
-    Phase gathers((plan_.pairs + kGather - 1) / kGather), firsts(plan_.num_units * groups(sizes_.tiles1)),
-        seconds(groups(sizes_.tiles2));
+    Phase seconds(groups(sizes_.tiles2));
     parallel(tactic_.threads, [&](int worker) {
       uint8_t* scratch = plan_.scratch + worker * sizes_.scratch;
       if (kernels_.enter) kernels_.enter();
-      gathers.run([&](int64_t item) { gather(item); });
-      gathers.wait();
-      firsts.run([&](int64_t item) { first(item, scratch); });
-      firsts.wait();
+      firsts(worker, scratch);
       seconds.run([&](int64_t item) { second(item * tactic_.row_tile, scratch); });
       if (kernels_.leave) kernels_.leave();
     });
   }
 
  private:
-  static constexpr int64_t kGather = 16;  // pairs per item
-
   int64_t groups(int64_t tiles) const { return (tiles + tactic_.row_tile - 1) / tactic_.row_tile; }
 
-  const Unit& unit_of(int64_t position) const {
-    const Unit* after = std::upper_bound(plan_.units, plan_.units + plan_.num_units, position,
-                                         [](int64_t at, const Unit& unit) { return at < unit.first; });
-    return after[-1];
+  // Whole units as long as there are any, then what is left of others' units.
+  void firsts(int worker, uint8_t* scratch) {
+    for (int64_t unit; (unit = next_unit_.fetch_add(1, std::memory_order_relaxed)) < plan_.num_units;)
+      share(unit, scratch);
+    for (int64_t unit; (unit = least_taken(worker)) >= 0;) share(unit, scratch);
+    const int64_t all = plan_.num_units * groups(sizes_.tiles1);
+    wait([&] { return first_done_.load(std::memory_order_acquire) >= all; });
   }
 
-  void gather(int64_t item) {
-    const int64_t end = std::min(plan_.pairs, (item + 1) * kGather);
-    for (int64_t at = item * kGather; at < end; ++at) {
-      const Unit& unit = unit_of(at);
-      const Tokens to = tokens_of(plan_.x, unit, sizes_.x_columns);
-      const int64_t line = (at - unit.first) * sizes_.parts;
-      kernels_.gather(layer_.x_type, x_ + plan_.token[at] * layer_.hidden * sizes_.x_bytes, layer_.hidden,
-                      const_cast<uint16_t*>(to.data) + line * kChunk, to.stride);
+  void share(int64_t u, uint8_t* scratch) {
+    const int64_t all = groups(sizes_.tiles1);
+    int64_t group = plan_.taken[u].fetch_add(1, std::memory_order_relaxed);
+    if (group >= all) return;
+    const Tokens tokens = gather(plan_.units[u], scratch);
+    for (; group < all; group = plan_.taken[u].fetch_add(1, std::memory_order_relaxed)) {
+      first(plan_.units[u], tokens, group, scratch);
+      first_done_.fetch_add(1, std::memory_order_release);
     }
+  }
+
+  int64_t least_taken(int worker) const {  // of the units, the one with the most work left; -1: none has any
+    int64_t found = -1, least = groups(sizes_.tiles1);
+    for (int64_t i = 0; i < plan_.num_units; ++i) {
+      const int64_t u = (i + worker) % plan_.num_units, taken = plan_.taken[u].load(std::memory_order_relaxed);
+      if (taken < least) found = u, least = taken;
+    }
+    return found;
+  }
+
+  // A unit's rows of x, into this thread's cache.
+  Tokens gather(const Unit& unit, uint8_t* scratch) const {
+    auto* to = reinterpret_cast<uint16_t*>(scratch);
+    const auto lines = static_cast<int>(unit.tokens * sizes_.parts);
+    for (int64_t i = 0; i < unit.tokens; ++i)
+      kernels_.gather(layer_.x_type, x_ + plan_.token[unit.first + i] * layer_.hidden * sizes_.x_bytes, layer_.hidden,
+                      to + i * sizes_.parts * kChunk, static_cast<int64_t>(lines) * kChunk);
+    return {to, static_cast<int64_t>(lines) * kChunk, lines};
   }
 
   Tokens tokens_of(const uint16_t* panels, const Unit& unit, int64_t columns) const {
@@ -113,19 +127,19 @@ class Wave {
             layer_.alpha, layer_.limit, layer_.up_shift, layer_.x_type};
   }
 
-  Place place_of(int64_t item) const {  // of the first product; past the last one, none
-    const int64_t groups1 = groups(sizes_.tiles1), unit = item / groups1;
-    return {unit < plan_.num_units ? plan_.units[unit].expert : -1, item % groups1 * tactic_.row_tile};
+  Place after(const Unit& unit, int64_t group) const {  // what this thread probably multiplies next
+    if (group + 1 < groups(sizes_.tiles1)) return {unit.expert, (group + 1) * tactic_.row_tile};
+    const int64_t next = next_unit_.load(std::memory_order_relaxed);
+    return {next < plan_.num_units ? plan_.units[next].expert : -1, 0};
   }
 
-  void first(int64_t item, uint8_t* scratch) {
-    const Unit& unit = plan_.units[item / groups(sizes_.tiles1)];
-    const Place at = place_of(item);
-    const int64_t tile = at.tile, tiles = std::min<int64_t>(tactic_.row_tile, sizes_.tiles1 - tile);
+  void first(const Unit& unit, const Tokens& tokens, int64_t group, uint8_t* scratch) {
+    const int64_t tile = group * tactic_.row_tile;
+    const int64_t tiles = std::min<int64_t>(tactic_.row_tile, sizes_.tiles1 - tile);
     const int64_t rows = static_cast<int64_t>(layer_.intermediate) * (gated_ ? 2 : 1);
-    auto* decoded = reinterpret_cast<uint16_t*>(scratch);
-    auto* sums = reinterpret_cast<float*>(scratch + 2 * kDecodeColumns * kPanel * 2);
-    gate_up_.run(at, tiles, place_of(item + tactic_.threads), tokens_of(plan_.x, unit, sizes_.x_columns), sums, decoded);
+    auto* decoded = reinterpret_cast<uint16_t*>(scratch + sizes_.x_scratch);
+    auto* sums = reinterpret_cast<float*>(decoded + 4 * kDecodeColumns * kPanel);
+    gate_up_.run({unit.expert, tile}, tiles, after(unit, group), tokens, sums, decoded);
     add_parts(sums, tiles * unit.tokens);
     const Tokens to = tokens_of(plan_.a, unit, sizes_.a_columns);
     auto* a = const_cast<uint16_t*>(to.data);
@@ -144,8 +158,8 @@ class Wave {
     const int64_t tiles = std::min<int64_t>(tactic_.row_tile, sizes_.tiles2 - tile);
     const int64_t column = tile * kTileRows, stride = static_cast<int64_t>(tactic_.row_tile) * kTileRows;
     const int64_t columns = std::min<int64_t>(tiles * kTileRows, layer_.hidden - column);
-    auto* decoded = reinterpret_cast<uint16_t*>(scratch);
-    auto* result = reinterpret_cast<float*>(scratch + 2 * kDecodeColumns * kPanel * 2);
+    auto* decoded = reinterpret_cast<uint16_t*>(scratch + sizes_.x_scratch);
+    auto* result = reinterpret_cast<float*>(decoded + 4 * kDecodeColumns * kPanel);
     float* sums = result + tokens_ * stride;
     std::memset(result, 0, sizeof(float) * tokens_ * stride);
     for (int64_t u = 0; u < plan_.num_units; ++u) {
@@ -174,6 +188,8 @@ class Wave {
   int64_t tokens_;
   bool gated_;
   Product gate_up_, down_;
+  alignas(64) std::atomic<int64_t> next_unit_{0};
+  alignas(64) std::atomic<int64_t> first_done_{0};
 };
 
 }  // namespace

@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <new>
 
 namespace moestro {
 namespace {
@@ -34,12 +35,14 @@ Sizes::Sizes(const MoestroLayer& layer, const MoestroTactic& tactic, int64_t tok
   const int64_t waves = std::max<int64_t>(1, (tokens + tactic.wave - 1) / tactic.wave);
   wave = (tokens + waves - 1) / waves;
   const int64_t tile_rows = static_cast<int64_t>(tactic.row_tile) * kTileRows;
-  const int64_t most = std::min<int64_t>(tactic.token_tile, std::max<int64_t>(wave, 1));
+  // of a unit: a token may name an expert more than once
+  const int64_t most = std::min<int64_t>(tactic.token_tile, std::max<int64_t>(wave * layer.top_k, 1));
   parts = parts_of(layer.x_type);
   x_bytes = layer.x_type == MOESTRO_X_FP32 ? 4 : 2;
-  scratch = round_up(most * parts * tile_rows * 4, 64)  // sums of one unit
+  x_scratch = round_up(most * parts * x_columns * 2, 64);
+  scratch = x_scratch + round_up(most * parts * tile_rows * 4, 64)  // sums of one unit
             + round_up(wave * tile_rows * 4, 64)        // result rows of all tokens
-            + 2 * kDecodeColumns * kPanel * 2 + 4096;  // decoded weights; a page between threads
+            + 4 * kDecodeColumns * kPanel * 2 + 4096;  // decoded weights; a page between threads
 }
 
 int64_t Plan::place(uint8_t* workspace, const MoestroLayer& layer, const MoestroTactic& tactic, const Sizes& sizes) {
@@ -47,9 +50,10 @@ int64_t Plan::place(uint8_t* workspace, const MoestroLayer& layer, const Moestro
   Bump bump(workspace);
   token = bump.take<int32_t>(most);
   weight = bump.take<float>(most);
-  units = bump.take<Unit>(std::min<int64_t>(most, layer.experts + most / tactic.token_tile));
+  const int64_t most_units = std::min<int64_t>(most, layer.experts + most / tactic.token_tile);
+  units = bump.take<Unit>(most_units);
+  taken = bump.take<std::atomic<int32_t>>(most_units);
   cursor = bump.take<int64_t>(layer.experts + 1);
-  x = bump.take<uint16_t>(most * sizes.parts * sizes.x_columns);
   a = bump.take<uint16_t>(most * sizes.parts * sizes.a_columns);
   scratch = bump.take<uint8_t>(sizes.scratch * tactic.threads);
   return bump.used();
@@ -68,6 +72,7 @@ void Plan::sort(const MoestroLayer& layer, const MoestroTactic& tactic, const in
     const int64_t pieces = (count + tactic.token_tile - 1) / tactic.token_tile;
     for (int64_t i = 0; i < pieces; ++i) {  // of equal size, give or take one
       const int64_t from = count * i / pieces, to = count * (i + 1) / pieces;
+      new (taken + num_units) std::atomic<int32_t>(0);
       units[num_units++] = {e, static_cast<int32_t>(to - from), begin + from};
     }
     cursor[e + 1] += begin;

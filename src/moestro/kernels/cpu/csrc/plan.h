@@ -1,5 +1,7 @@
 // One wave of tokens: its pairs sorted by expert, cut into units, and where everything lies in the workspace.
 #pragma once
+#include <atomic>
+
 #include "kernels.h"
 
 namespace moestro {
@@ -15,7 +17,8 @@ struct Sizes {         // of a layer and a tactic; everything that follows from 
   int64_t a_columns;   // I likewise
   int64_t tiles1, tiles2;  // tiles of two panels of gate_up and of down
   int64_t wave;            // most tokens in a wave
-  int64_t scratch;         // bytes per thread
+  int64_t x_scratch;       // bytes of a unit's x
+  int64_t scratch;         // bytes per thread, beginning with it
   int64_t parts;           // lines of a token
   int64_t x_bytes;         // of an element of x
 
@@ -26,8 +29,8 @@ struct Plan {
   int32_t* token;     // [pairs] token within the wave, sorted by expert, then token
   float* weight;      // [pairs]
   Unit* units;
+  std::atomic<int32_t>* taken;  // [units] groups of row tiles of the first product that somebody has taken
   int64_t pairs = 0, num_units = 0;
-  uint16_t* x;        // token panels of the units, one after the other
   uint16_t* a;        // token panels of the activations
   int64_t* cursor;    // [L + 1] scratch of the sort
   uint8_t* scratch;   // [threads]

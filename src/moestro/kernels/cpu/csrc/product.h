@@ -1,8 +1,8 @@
 // A product: row tiles of one expert's matrix times the tokens of a unit, in whichever way suits their number.
 //
 // Few tokens: codes are decoded in registers as they are multiplied. Many: a piece of a tile is decoded into cache, once,
-// and multiplied by all tokens; bf16 is multiplied from where it lies. While one piece is multiplied the next is asked
-// for: decoding straight from memory took three times as long (74 against 26 cycles a block of a panel, Zen 5).
+// and multiplied by all tokens; bf16 is multiplied from where it lies. While one piece is multiplied the next one is
+// decoded, and the one after it asked for: decoding straight from memory took three times as long.
 #pragma once
 #include <algorithm>
 #include <cstring>
@@ -62,19 +62,31 @@ class Product {
   void pieces(Place first, int64_t tiles, Place after, const Tokens& tokens, float* sums, uint16_t* decoded) const {
     const bool whole = !fp4_ && tokens.count <= kStream;
     const int64_t step = whole ? blocks_ : std::min<int64_t>(blocks_, kDecodeColumns / kBlock);
-    for (int64_t b = 0; b < blocks_; b += step) {
+    const int64_t all = (blocks_ + step - 1) / step * tiles;
+    const auto piece_of = [&](int64_t i) {
+      const bool here = i < all;
+      if (!here) i -= all;
+      const int64_t b = i / tiles * step;
+      const Place& from = here ? first : after;
+      return Piece{{from.expert, from.tile + i % tiles}, b, std::min(step, blocks_ - b)};
+    };
+    const auto buffer = [&](int64_t i) { return decoded + i % 2 * 2 * kDecodeColumns * kPanel; };
+    if (fp4_) decode(piece_of(0), buffer(0));
+    for (int64_t i = 0; i < all; ++i) {
+      const Piece piece = piece_of(i);
       Tokens part = tokens;
-      part.data += b / 2 * tokens.stride;
-      for (int64_t t = 0; t < tiles; ++t) {
-        const Piece piece{{first.expert, first.tile + t}, b, std::min(step, blocks_ - b)};
-        const bool more = b + step < blocks_;
-        const Piece next = t + 1 < tiles ? Piece{{first.expert, first.tile + t + 1}, b, piece.count}
-                           : more        ? Piece{first, b + step, std::min(step, blocks_ - b - step)}
-                                         : Piece{after, 0, step};
-        Ahead ahead = whole ? Ahead{} : ask(next);  // hardware follows a stream; asking as well cost 10 %
-        kernels_.multiply(dense(piece, decoded), static_cast<int>(piece.count), part,
-                          sums + t * tokens.count * kTileRows, ahead);
+      part.data += piece.block / 2 * tokens.stride;
+      // hardware follows a stream: asking as well cost 10 %
+      Ahead ahead = whole ? Ahead{} : ask(piece_of(i + (fp4_ ? 2 : 1)));
+      if (fp4_ && i + 1 < all) {
+        const Piece next = piece_of(i + 1);
+        ahead.next = codes_of(next.at, next.block, next.at);
+        ahead.blocks = static_cast<int>(next.count);
+        ahead.dense = buffer(i + 1);
       }
+      kernels_.multiply(dense(piece, buffer(i)), static_cast<int>(piece.count), part,
+                        sums + i % tiles * tokens.count * kTileRows, ahead);
+      if (ahead.left() > 0) decode(piece_of(i + 1), buffer(i + 1));  // not every multiply() decodes meanwhile
     }
   }
 
@@ -87,10 +99,13 @@ class Product {
     return {codes(at), blocks_ * kCodeBytes, static_cast<int>(next.count * kCodeBytes / 64)};
   }
 
+  void decode(const Piece& piece, uint16_t* decoded) const {
+    kernels_.decode(codes_of(piece.at, piece.block, piece.at), static_cast<int>(piece.count), decoded);
+  }
+
   Dense dense(const Piece& piece, uint16_t* decoded) const {
     const int64_t here = index(piece.at, piece.block);
     if (!fp4_) return {reinterpret_cast<const uint16_t*>(codes(here)), columns_ * kPanel, panels(piece.at)};
-    kernels_.decode(codes_of(piece.at, piece.block, piece.at), static_cast<int>(piece.count), decoded);
     return {decoded, piece.count * kBlock * kPanel, panels(piece.at)};
   }
 
