@@ -30,7 +30,7 @@ def test_delta_is_relative_to_the_peer_of_the_same_run() -> None:
         assert delta.spread == pytest.approx(20.0)
 
 
-@pytest.mark.parametrize("name", ["eager", "transformers eager"])
+@pytest.mark.parametrize("name", ["eager", "transformers", "transformers eager"])
 def test_a_peer_can_be_named(name: str) -> None:
     assert len(parity.deltas([some_result()], name)) == 2
 

@@ -55,6 +55,14 @@ def test_no_measured_best_is_dropped(path: Path) -> None:
     assert found.strict >= 0.99, [(n, c.tokens, c.problem) for n, c in worst(cells)[:3]]
 
 
+def test_what_is_raced_holds_something_as_fast_as_the_best_of_all_tactics() -> None:
+    """Tunings of eight models on an H200 without pruning: the default, which is always raced, counts."""
+    found = prune_at(cells_of(RESULTS / "h200-tuning.json"), prune.FACTOR)
+    assert found.cells >= 100
+    assert found.recall >= 0.99
+    assert found.strict >= 0.98
+
+
 def test_a_useless_estimate_would_be_noticed() -> None:
     cells = cells_of(RECORDED[0])
     reversed_ = prune_at(cells, prune.FACTOR, lambda p, t, n: 1 / tactics.cost(p, t, n))

@@ -48,7 +48,7 @@ class Delta:
 def deltas(runs: Iterable[BenchResult], peer: str | None = None) -> list[Delta]:
     """One Delta per (EP, N, contender of ours), against the named peer or the fastest one of each run.
 
-    `peer` matches a contender's name or its last word ("grouped_mm"). Cells that a run did not measure are
+    `peer` matches a contender's name or a word of it ("grouped_mm", "humming"). Cells that a run did not measure are
     left out of it.
     """
     found: dict[tuple[int, int, str], list[float]] = {}
@@ -57,9 +57,7 @@ def deltas(runs: Iterable[BenchResult], peer: str | None = None) -> list[Delta]:
         for tokens in run.tokens:
             rows = [row for row in run.rows if row.tokens == tokens]
             peers = [
-                row
-                for row in rows
-                if not row.ours and peer in (None, row.contender, row.contender.split()[-1])
+                row for row in rows if not row.ours and peer in (None, row.contender, *row.contender.split())
             ]
             if not peers:
                 continue

@@ -9,6 +9,7 @@ namespace {
 // 1 / (1 + exp(-v)): 2^n by its exponent bits, 2^f by its series to f^6, relative error under 3e-7.
 inline float sigmoid(float v) {
   float y = v * -1.442695041f;
+  // Within [-126, 126], in integers: of comparisons of floats GCC makes three masked ways for all that follows.
   const auto most = static_cast<int32_t>(bits_of(y));
   const auto least = static_cast<uint32_t>(most < 0x42FC0000 ? most : 0x42FC0000);
   y = float_of(least < 0xC2FC0000u ? least : 0xC2FC0000u);

@@ -44,16 +44,20 @@ struct Dense {  // bf16 panels, from some pair of columns on
 // GCC takes a function that only prefetches for one without effects and drops its calls, unless it is inlined first.
 #define MOESTRO_INLINE inline __attribute__((always_inline))
 
-struct Ahead {            // what is done for the next products while others are multiplied
+struct Pending {          // codes to decode: all of them or none are when a product returns
+  Codes from{};
+  int blocks = 0;             // of each panel
+  uint16_t* dense = nullptr;  // [panels, blocks * 8, 16, 2], 64-byte aligned
+  int done = 0;               // blocks, of all panels
+
+  int left() const { return blocks * from.panels - done; }
+};
+
+struct Ahead {            // for the products after this one: codes to decode, and weights to ask for
   const uint8_t* at = nullptr;
   int64_t stride = 0;   // bytes from a panel to the next
   int lines = 0;        // of 64 bytes, of each of two panels
-
-  Codes next{};             // codes to decode
-  int blocks = 0, done = 0; // of each panel; and so many, of all panels
-  uint16_t* dense = nullptr;
-
-  int left() const { return blocks * next.panels - done; }
+  Pending next{};
 
   MOESTRO_INLINE void ask(int count) {  // for L2: decoded weights and tokens fill L1
     for (; count > 0 && lines > 0; --count, --lines, at += 64) {
@@ -78,7 +82,7 @@ struct Kernels {
   void (*direct)(const Codes&, int blocks, const Tokens&, float* sums);
   // e2m1 * scale, exactly, to bf16 panels [panels, blocks * 8, 16, 2]
   void (*decode)(const Codes&, int blocks, uint16_t* dense);
-  // sums += dense * tokens over `blocks` blocks of 16 columns, asking for all of `ahead` meanwhile
+  // sums += dense * tokens over `blocks` blocks of 16 columns; meanwhile asks for all of `ahead`, and may decode its codes
   void (*multiply)(const Dense&, int blocks, const Tokens&, float* sums, Ahead& ahead);
   // activation(sums * row_scale + bias) in parts: gate panel and up panel to 16 columns of a token panel ...
   void (*activate_gated)(const Epilogue&, const float* sums, int tokens, uint16_t* out);

@@ -1,10 +1,10 @@
 // The layer: waves of tokens, each sorted, gathered, multiplied by gate_up with the activation, then by down with the
 // weighted sum.
 //
-// All of a wave is one parallel region. For gate_up a thread takes whole units, whose rows of x it gathers into its own
-// cache (gathered by all for all they went to memory and back); when there are none left it helps with others'. For down
-// it takes row tiles over all units. A thread goes on to down when all of gate_up is done, whoever did it: a worker that
-// the system has not woken yet keeps nobody waiting but at the region's end.
+// All of a wave is one parallel region. For gate_up a thread takes a unit, gathers its rows of x into its own cache and
+// multiplies them by group after group of row tiles; when no unit is left it helps with the groups of others'. For down
+// the items are row tiles over all units. A thread goes on when the groups of gate_up are done, whoever did them: a worker
+// that the system has not woken yet keeps nobody waiting but at the region's end.
 // The columns of a product are never split, and a result row is summed by one thread over the units in order of expert:
 // results are bitwise equal whatever the number of threads. Nothing is allocated.
 #include <algorithm>
@@ -134,11 +134,10 @@ class Wave {
   }
 
   void first(const Unit& unit, const Tokens& tokens, int64_t group, uint8_t* scratch) {
-    const int64_t tile = group * tactic_.row_tile;
-    const int64_t tiles = std::min<int64_t>(tactic_.row_tile, sizes_.tiles1 - tile);
+    const int64_t tile = group * tactic_.row_tile, tiles = std::min<int64_t>(tactic_.row_tile, sizes_.tiles1 - tile);
     const int64_t rows = static_cast<int64_t>(layer_.intermediate) * (gated_ ? 2 : 1);
     auto* decoded = reinterpret_cast<uint16_t*>(scratch + sizes_.x_scratch);
-    auto* sums = reinterpret_cast<float*>(decoded + 4 * kDecodeColumns * kPanel);
+    auto* sums = reinterpret_cast<float*>(decoded + 2 * kPieceElements);
     gate_up_.run({unit.expert, tile}, tiles, after(unit, group), tokens, sums, decoded);
     add_parts(sums, tiles * unit.tokens);
     const Tokens to = tokens_of(plan_.a, unit, sizes_.a_columns);
@@ -159,7 +158,7 @@ class Wave {
     const int64_t column = tile * kTileRows, stride = static_cast<int64_t>(tactic_.row_tile) * kTileRows;
     const int64_t columns = std::min<int64_t>(tiles * kTileRows, layer_.hidden - column);
     auto* decoded = reinterpret_cast<uint16_t*>(scratch + sizes_.x_scratch);
-    auto* result = reinterpret_cast<float*>(decoded + 4 * kDecodeColumns * kPanel);
+    auto* result = reinterpret_cast<float*>(decoded + 2 * kPieceElements);
     float* sums = result + tokens_ * stride;
     std::memset(result, 0, sizeof(float) * tokens_ * stride);
     for (int64_t u = 0; u < plan_.num_units; ++u) {

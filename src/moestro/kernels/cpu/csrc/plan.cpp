@@ -35,14 +35,14 @@ Sizes::Sizes(const MoestroLayer& layer, const MoestroTactic& tactic, int64_t tok
   const int64_t waves = std::max<int64_t>(1, (tokens + tactic.wave - 1) / tactic.wave);
   wave = (tokens + waves - 1) / waves;
   const int64_t tile_rows = static_cast<int64_t>(tactic.row_tile) * kTileRows;
-  // of a unit: a token may name an expert more than once
-  const int64_t most = std::min<int64_t>(tactic.token_tile, std::max<int64_t>(wave * layer.top_k, 1));
+  const int64_t most = std::min<int64_t>(tactic.token_tile, std::max<int64_t>(wave, 1));
   parts = parts_of(layer.x_type);
   x_bytes = layer.x_type == MOESTRO_X_FP32 ? 4 : 2;
   x_scratch = round_up(most * parts * x_columns * 2, 64);
-  scratch = x_scratch + round_up(most * parts * tile_rows * 4, 64)  // sums of one unit
+  scratch = x_scratch
+            + round_up(most * parts * tile_rows * 4, 64)  // sums of one unit
             + round_up(wave * tile_rows * 4, 64)        // result rows of all tokens
-            + 4 * kDecodeColumns * kPanel * 2 + 4096;  // decoded weights; a page between threads
+            + 2 * kPieceElements * 2 + 4096;  // decoded weights; a page between threads
 }
 
 int64_t Plan::place(uint8_t* workspace, const MoestroLayer& layer, const MoestroTactic& tactic, const Sizes& sizes) {

@@ -41,7 +41,9 @@ struct Plan {
             int64_t tokens);
 };
 
-// Columns of a weight tile that are decoded at once: 2 panels x 512 columns of bf16 are 32 KiB, two thirds of L1.
-constexpr int kDecodeColumns = 512;
+// Columns of a tile that are multiplied at once. FP4: 2 panels x 512 columns are 32 KiB of bf16, of which there are two:
+// one is multiplied while the other is decoded. 256 columns were slower, 384 no faster.
+constexpr int kPieceColumns = 512;
+constexpr int64_t kPieceElements = 2 * kPieceColumns * kPanel;
 
 }  // namespace moestro

@@ -1,8 +1,9 @@
 // A product: row tiles of one expert's matrix times the tokens of a unit, in whichever way suits their number.
 //
 // Few tokens: codes are decoded in registers as they are multiplied. Many: a piece of a tile is decoded into cache, once,
-// and multiplied by all tokens; bf16 is multiplied from where it lies. While one piece is multiplied the next one is
-// decoded, and the one after it asked for: decoding straight from memory took three times as long.
+// and multiplied by all tokens; bf16 is multiplied from where it lies. While one piece is multiplied the next is decoded,
+// in between, and the one after it asked for: decoding straight from memory took
+// three times as long (74 against 26 cycles a block of a panel, Zen 5).
 #pragma once
 #include <algorithm>
 #include <cstring>
@@ -61,37 +62,30 @@ class Product {
 
   void pieces(Place first, int64_t tiles, Place after, const Tokens& tokens, float* sums, uint16_t* decoded) const {
     const bool whole = !fp4_ && tokens.count <= kStream;
-    const int64_t step = whole ? blocks_ : std::min<int64_t>(blocks_, kDecodeColumns / kBlock);
+    const int64_t step = whole ? blocks_ : std::min<int64_t>(blocks_, kPieceColumns / kBlock);
     const int64_t all = (blocks_ + step - 1) / step * tiles;
-    const auto piece_of = [&](int64_t i) {
-      const bool here = i < all;
-      if (!here) i -= all;
-      const int64_t b = i / tiles * step;
-      const Place& from = here ? first : after;
+    const auto piece_of = [&](int64_t i) {  // all tiles of some columns, then the next columns; then what comes after
+      const Place& from = i < all ? first : after;
+      const int64_t b = i % all / tiles * step;
       return Piece{{from.expert, from.tile + i % tiles}, b, std::min(step, blocks_ - b)};
     };
-    const auto buffer = [&](int64_t i) { return decoded + i % 2 * 2 * kDecodeColumns * kPanel; };
-    if (fp4_) decode(piece_of(0), buffer(0));
+    const auto buffer = [&](int64_t i) { return decoded + i % 2 * kPieceElements; };
+    if (fp4_) kernels_.decode(codes_of(piece_of(0)), static_cast<int>(step), buffer(0));
     for (int64_t i = 0; i < all; ++i) {
       const Piece piece = piece_of(i);
       Tokens part = tokens;
       part.data += piece.block / 2 * tokens.stride;
-      // hardware follows a stream: asking as well cost 10 %
+      // hardware follows a stream of bf16; asking as well cost 10 %
       Ahead ahead = whole ? Ahead{} : ask(piece_of(i + (fp4_ ? 2 : 1)));
-      if (fp4_ && i + 1 < all) {
-        const Piece next = piece_of(i + 1);
-        ahead.next = codes_of(next.at, next.block, next.at);
-        ahead.blocks = static_cast<int>(next.count);
-        ahead.dense = buffer(i + 1);
-      }
+      if (fp4_ && i + 1 < all) ahead.next = pending(piece_of(i + 1), buffer(i + 1));
       kernels_.multiply(dense(piece, buffer(i)), static_cast<int>(piece.count), part,
                         sums + i % tiles * tokens.count * kTileRows, ahead);
-      if (ahead.left() > 0) decode(piece_of(i + 1), buffer(i + 1));  // not every multiply() decodes meanwhile
+      if (ahead.next.left() > 0) kernels_.decode(ahead.next.from, ahead.next.blocks, ahead.next.dense);
     }
   }
 
   Ahead ask(const Piece& next) const {
-    if (next.at.expert < 0) return {};
+    if (next.at.expert < 0 || 2 * next.at.tile >= panels_) return {};
     const int64_t at = index(next.at, next.block);
     if (!fp4_) return {codes(at), columns_ * kPanel * 2, static_cast<int>(next.count * kPanel * kBlock * 2 / 64)};
     Ahead few{scales(at), scale_stride(), static_cast<int>(next.count * kPanel / (mx_ ? 128 : 64) + 1)};
@@ -99,8 +93,10 @@ class Product {
     return {codes(at), blocks_ * kCodeBytes, static_cast<int>(next.count * kCodeBytes / 64)};
   }
 
-  void decode(const Piece& piece, uint16_t* decoded) const {
-    kernels_.decode(codes_of(piece.at, piece.block, piece.at), static_cast<int>(piece.count), decoded);
+  Codes codes_of(const Piece& piece) const { return codes_of(piece.at, piece.block, piece.at); }
+
+  Pending pending(const Piece& piece, uint16_t* decoded) const {
+    return {codes_of(piece), static_cast<int>(piece.count), decoded, 0};
   }
 
   Dense dense(const Piece& piece, uint16_t* decoded) const {
