@@ -35,7 +35,8 @@ Sizes::Sizes(const MoestroLayer& layer, const MoestroTactic& tactic, int64_t tok
   const int64_t waves = std::max<int64_t>(1, (tokens + tactic.wave - 1) / tactic.wave);
   wave = (tokens + waves - 1) / waves;
   const int64_t tile_rows = static_cast<int64_t>(tactic.row_tile) * kTileRows;
-  const int64_t most = std::min<int64_t>(tactic.token_tile, std::max<int64_t>(wave, 1));
+  // of a unit: a token comes as often as it names the expert
+  const int64_t most = std::min<int64_t>(tactic.token_tile, std::max<int64_t>(wave * layer.top_k, 1));
   parts = parts_of(layer.x_type);
   x_bytes = layer.x_type == MOESTRO_X_FP32 ? 4 : 2;
   x_scratch = round_up(most * parts * x_columns * 2, 64);
