@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moestro import ExpertWeights
+from moestro.formats import MXFP4, NVFP4
 from moestro.kernels.activations import GeGLUTanh, ReLU2, SwiGLU
 from moestro.kernels.cpu import CpuRunner, CpuTactic, core
 
@@ -182,3 +183,58 @@ def test_any_sizes_and_any_tactic(
 ) -> None:
     case = Case(fmt, 16 * hidden, 16 * inter, experts, top_k=min(experts, 2))
     check(case, num_tokens, CpuTactic(**cut), seed)
+
+
+def one_column_at_a_time(fmt: str, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """relu(± column of gate_up)² of every column, rounded to bf16, and the same exactly.
+
+    Rows hold codes 0 .. 15 over and over, under `scale` [R, blocks]; down is the identity.
+    """
+    make = NVFP4 if fmt == "nvfp4" else MXFP4
+    inter, hidden = len(scale), scale.shape[1] * make.block
+    codes = torch.arange(hidden) % 16
+    one = torch.eye(hidden, inter, dtype=torch.int64) * 2  # the code of 1.0
+    scales = (scale, torch.full((hidden, inter // make.block), 0x38 if fmt == "nvfp4" else 127))
+    matrices: list[Any] = []
+    for code, of in zip((codes.expand(inter, -1), one), scales, strict=True):
+        packed, bits = (code[:, ::2] | code[:, 1::2] << 4).to(torch.uint8)[None], of.to(torch.uint8)[None]
+        nvfp4 = fmt == "nvfp4"
+        matrices.append(
+            NVFP4(packed, bits.view(torch.float8_e4m3fn), torch.ones(1)) if nvfp4 else MXFP4(packed, bits)
+        )
+    case = Case(fmt, hidden, inter, experts=1, top_k=1, activation=ReLU2())
+    x = torch.cat([torch.eye(hidden), -torch.eye(hidden)]).bfloat16()
+    call = x, torch.zeros(len(x), 1, dtype=torch.int32), torch.ones(len(x), 1)
+    tactic = CpuTactic(token_tile=64, row_tile=1, dequant_from=1)
+    y = run(CpuRunner(case.problem, ExpertWeights(*matrices)), call, tactic)
+    h = x.double() @ matrices[0].dequantize(torch.float32)[0].double().T
+    return y[:, :inter], h.relu().square().bfloat16()
+
+
+@pytest.mark.parametrize("fmt", ["nvfp4", "mxfp4"])
+def test_decoding_first_is_exact_for_every_code_and_scale(isa: str, fmt: str) -> None:
+    scale = torch.arange(128).view(
+        32, 4
+    )  # every e4m3 that is a number, and 2^-60 .. 2^60, whose squares are floats
+    y, expected = one_column_at_a_time(
+        fmt, (scale if fmt == "nvfp4" else scale + 67).clamp(max=126 if fmt == "nvfp4" else 187)
+    )
+    assert torch.equal(y, expected)
+
+
+def test_weights_beyond_floats_decode_to_infinity(isa: str) -> None:
+    w = ExpertWeights(
+        *(MXFP4(torch.full((1, 32, 16), 0x77).byte(), torch.full((1, 32, 1), 254).byte()) for _ in "ud")
+    )
+    call = torch.ones(1, 32).bfloat16(), torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1)
+    runner = CpuRunner(Case("mxfp4", 32, 32, experts=1, top_k=1, activation=ReLU2()).problem, w)
+    assert run(runner, call, CpuTactic(64, 1, dequant_from=1)).isinf().all()  # 6 times 2^127
+
+
+@pytest.mark.parametrize("tactic", TACTICS)
+def test_a_token_may_name_an_expert_more_than_once(isa: str, tactic: Any) -> None:
+    case = Case(hidden=1056)
+    w, (x, ids, weights) = case.weights(), case.call(1)
+    call = x, torch.full_like(ids, 2), weights
+    y = run(CpuRunner(case.problem, w), call, tactic)
+    assert relative_error(y, case.expected(call, w)) < TOLERANCE
