@@ -52,7 +52,7 @@ typedef struct {          // how to run: a tactic
   int32_t token_tile;     // most tokens of an expert that one work item takes
   int32_t row_tile;       // tiles of two panels per work item
   int32_t dequant_from;   // fp4: from so many tokens on, decode to bf16 in cache first
-  int32_t wave;           // most tokens that are gathered at once
+  int32_t wave;           // most tokens that are sorted at once
   int32_t threads;
 } MoestroTactic;
 
