@@ -174,27 +174,108 @@ def test_humming_computes_the_layer(
 
 
 # --- vLLM and triton_kernels -----------------------------------------------------------------------------
-def test_vllm_is_given_what_its_version_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    source = LayerSource(SHAPE, seed=2)
-    weights = source.weights("bf16")
+def put(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> None:
+    """A module of that name, in modules of its parents' names."""
+    parts = name.split(".")
+    for end in range(1, len(parts) + 1):
+        path = ".".join(parts[:end])
+        if path not in sys.modules:
+            module = ModuleType(path)
+            module.__spec__ = SimpleNamespace()  # type: ignore[assignment]
+            monkeypatch.setitem(sys.modules, path, module)
+    sys.modules[name].__dict__.update(members)
 
-    def fused_experts(
-        x: Any, w1: Any, w2: Any, topk_weights: Any, topk_ids: Any, activation: str = ""
-    ) -> Any:
-        assert activation == "silu"
-        assert w1.shape == (8, 64, 64)
-        from moestro.moe import reference
 
-        return reference.fused_moe(x, topk_ids, topk_weights, weights).bfloat16()
+LAYERS = "vllm.model_executor.layers"
+EP_SHAPES = [SHAPE, SHAPE.on_ranks(2), SHAPE.on_ranks(2, local_pairs=True)]
 
-    for name in ("vllm", "vllm.model_executor", "vllm.model_executor.layers"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    fused = ModuleType("vllm.model_executor.layers.fused_moe")
-    fused.fused_experts = fused_experts  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, fused.__name__, fused)
-    peer = AdapterContender(vllm.TRITON, [vllm.TRITON.prepare(weights, SHAPE)])
-    case = make_case(SHAPE, 5, Uniform())
+
+def check_vllm(adapter: Adapter, shape: MoeShape) -> None:
+    source = LayerSource(shape, seed=2)
+    assert adapter.missing(shape) is None
+    peer = AdapterContender(adapter, [adapter.prepare(source.weights(adapter.format), shape)])
+    case = make_case(shape, 5, Uniform())
     assert relative_error(peer.calls(case)[0](), References(source)(peer, case)) < 1e-2
+
+
+def computed(x: Any, w1: Any, w2: Any, weights: Any, ids: Any, count: int, mapped: Any) -> torch.Tensor:
+    """The layer of dense w1 and w2, of which vLLM is told what `_routing` says."""
+    assert count == (len(w1) if mapped is None else len(mapped))
+    local = ids if mapped is None else mapped[ids.long()]
+    from moestro.moe import reference
+    from moestro.moe.weights import ExpertWeights
+
+    layer = ExpertWeights.from_dense(w1, w2, "bf16")
+    return reference.fused_moe(x, local.int(), weights, layer).bfloat16()
+
+
+@pytest.mark.parametrize("shape", EP_SHAPES)
+def test_vllm_triton_computes_the_layer(monkeypatch: pytest.MonkeyPatch, shape: MoeShape) -> None:
+    def fused_experts(hidden_states: Any, w1: Any, w2: Any, topk_weights: Any, topk_ids: Any, *,
+                      activation: str = "silu", global_num_experts: int = -1,
+                      expert_map: Any = None) -> torch.Tensor:  # fmt: skip
+        assert activation == "silu"  # an enum's member in newer versions, which text would break
+        return computed(hidden_states, w1, w2, topk_weights, topk_ids, global_num_experts, expert_map)
+
+    put(monkeypatch, f"{LAYERS}.fused_moe", fused_experts=fused_experts)
+    check_vllm(vllm.TRITON, shape)
+
+
+def repacked(layer: Any, w13: Any, s13: Any, g13: Any, w2: Any, s2: Any, g2: Any) -> Any:
+    """vLLM 0.14's helper, with weights that stay as they came."""
+    assert w13.shape[:2] == (layer.num_experts, 2 * layer.intermediate_size_per_partition)
+    assert w2.shape[:2] == (layer.num_experts, layer.hidden_size)
+    assert layer.params_dtype == torch.bfloat16
+    return w13, s13, g13, w2, s2, g2
+
+
+def repacked_newer(layer: Any, *parts: Any, is_act_and_mul: bool) -> Any:
+    assert is_act_and_mul
+    return repacked(layer, *parts)
+
+
+def fused_marlin(hidden_states: Any, w1: Any, w2: Any, bias1: Any, bias2: Any, w1_scale: Any, w2_scale: Any,
+                 topk_weights: Any, topk_ids: Any, quant_type_id: int, global_num_experts: int = -1,
+                 activation: str = "silu", expert_map: Any = None, global_scale1: Any = None,
+                 global_scale2: Any = None, workspace: Any = None) -> torch.Tensor:  # fmt: skip
+    """Of vLLM 0.32's arguments those that matter here."""
+    assert (bias1, bias2, quant_type_id, activation) == (None, None, 7, "silu")
+    assert len(workspace) == 4
+    first, second = NVFP4(w1, w1_scale, global_scale1), NVFP4(w2, w2_scale, global_scale2)
+    dense = (part.dequantize(torch.bfloat16) for part in (first, second))
+    return computed(hidden_states, *dense, topk_weights, topk_ids, global_num_experts, expert_map)
+
+
+def fused_marlin_older(*, gating_output: Any, **more: Any) -> torch.Tensor:
+    return fused_marlin(**more)
+
+
+def fake_marlin(monkeypatch: pytest.MonkeyPatch, old: bool) -> None:
+    """vLLM 0.14's signatures and places, or 0.32's."""
+
+    def workspace(device: torch.device, blocks: int) -> torch.Tensor:
+        return torch.zeros(blocks, dtype=torch.int32, device=device)
+
+    utils = f"{LAYERS}.quantization.utils.marlin_utils"
+    prepare = repacked if old else repacked_newer
+    put(monkeypatch, f"{utils}_fp4", prepare_nvfp4_moe_layer_for_marlin=prepare)
+    put(monkeypatch, utils, marlin_make_workspace_new=workspace)
+    put(monkeypatch, "vllm.scalar_type", scalar_types=SimpleNamespace(float4_e2m1f=SimpleNamespace(id=7)))
+    place = "fused_moe.fused_marlin_moe" if old else "fused_moe.experts.marlin_moe"
+    fused = fused_marlin_older if old else fused_marlin
+    put(monkeypatch, f"{LAYERS}.{place}", fused_marlin_moe=fused)
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("shape", EP_SHAPES)
+def test_marlin_computes_the_layer(monkeypatch: pytest.MonkeyPatch, shape: MoeShape, old: bool) -> None:
+    fake_marlin(monkeypatch, old)
+    check_vllm(vllm.MARLIN, shape)
+
+
+def test_marlin_needs_a_vllm_that_repacks_nvfp4(monkeypatch: pytest.MonkeyPatch) -> None:
+    put(monkeypatch, f"{LAYERS}.quantization.utils.marlin_utils_fp4")  # as in 0.11
+    assert "0.14 and newer" in str(vllm.MARLIN.missing(SHAPE))
 
 
 def test_triton_kernels_computes_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,9 @@
-"""triton_kernels (python/triton_kernels of Triton's repository, 3.6 and newer) on bf16 weights.
+"""triton_kernels (python/triton_kernels of Triton's repository, 3.7 and newer) on bf16 weights.
 
 Not run by us: the package is on no registry (what PyPI calls triton-kernels is another project), so this was
-written from its source and is used where `triton_kernels.matmul` can be imported. Its own router takes
-logits; here the ids are given, so pairs are sorted by glue.py, and SiLU and the sum over a token's experts
-are glue.py's as well.
+checked against the sources of 3.7.1 and 3.8.0 and is used where `triton_kernels.matmul` can be imported; up
+to 3.6 it was matmul_ogs, with other arguments. Its own router takes logits; here the ids are given, so pairs
+are sorted by glue.py, and SiLU and the sum over a token's experts are glue.py's as well.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def _missing(shape: MoeShape) -> str | None:
         try:
             from triton_kernels.matmul import matmul  # noqa: F401
             from triton_kernels.tensor import make_ragged_tensor_metadata  # noqa: F401
-        except ImportError as error:
-            return f"this triton_kernels is another package, or older than Triton 3.6's: {error}"
+        except Exception as error:  # other people's code may raise anything, say under an older Triton
+            return f"this triton_kernels is another package, or older than Triton 3.7's: {error}"
     return reason
 
 

@@ -1,9 +1,12 @@
 """vLLM's fused MoE kernels, called as its layers call them: Marlin on NVFP4 (W4A16) and Triton on bf16.
 
-Not run by us: vLLM's wheel is too large for the machine that we measured on. Written from the source of its
-main branch of autumn 2026; arguments that not every version has are passed where the signature has them.
-Marlin keeps scales in its own encoding, which flushes the smallest subnormal e4m3 scale to zero: on weights
-that have such scales it will differ.
+Not run by us: vLLM's wheel is too large for the machine that we measured on. Checked against the Python
+sources of vLLM 0.11 (Triton only), 0.14, 0.17, 0.20, 0.24, 0.28 and 0.32, which differ in a few arguments and
+places. SiLU is every version's default activation; some name it by text, some by an enum.
+
+Marlin keeps scales in an encoding of its own. From 0.20 on, all subnormal e4m3 scales (below 2^-6) of a layer
+whose largest scale is 448 become zero, and its output differs on weights that have some; 0.14 and 0.17 round
+the global scale to bfloat16, which alone is half of the error that the bench allows.
 """
 
 from __future__ import annotations
@@ -26,20 +29,13 @@ if TYPE_CHECKING:
 
 __all__ = ["MARLIN", "TRITON", "accepted"]
 
+BLOCKS_PER_SM = 4  # that vLLM's MoE layers make Marlin's workspace for
+
 
 def accepted(function: Callable[..., Any], **given: Any) -> dict[str, Any]:
     """Those of the given arguments that a function takes."""
     known = inspect.signature(function).parameters
     return {name: value for name, value in given.items() if name in known}
-
-
-def _silu() -> Any:
-    """SiLU as this version names it: an enum's member, or text."""
-    try:
-        from vllm.model_executor.layers.fused_moe.activation import MoEActivation
-    except ImportError:
-        return "silu"
-    return MoEActivation.SILU
 
 
 def _routing(shape: MoeShape, device: torch.device) -> dict[str, Any]:
@@ -64,24 +60,29 @@ class _Triton:
     def bind(self, case: Case) -> Call:
         from vllm.model_executor.layers.fused_moe import fused_experts
 
-        more = accepted(
-            fused_experts, activation=_silu(), inplace=False, **_routing(self._shape, case.x.device)
-        )
+        routing = _routing(self._shape, case.x.device)
 
         def call() -> torch.Tensor:
-            y: torch.Tensor = fused_experts(case.x, self._w1, self._w2, case.weights, case.ids, **more)
+            y: torch.Tensor = fused_experts(case.x, self._w1, self._w2, case.weights, case.ids, **routing)
             return y
 
         return call
+
+
+def _prepare_for_marlin() -> Callable[..., Any]:
+    from vllm.model_executor.layers.quantization.utils.marlin_utils_fp4 import (
+        prepare_nvfp4_moe_layer_for_marlin,
+    )
+
+    prepare: Callable[..., Any] = prepare_nvfp4_moe_layer_for_marlin
+    return prepare
 
 
 class _Marlin:
     """fused_marlin_moe on NVFP4 weights that vLLM has repacked."""
 
     def __init__(self, weights: ExpertWeights, shape: MoeShape) -> None:
-        from vllm.model_executor.layers.quantization.utils.marlin_utils_fp4 import (
-            prepare_nvfp4_moe_layer_for_marlin,
-        )
+        from vllm.model_executor.layers.quantization.utils.marlin_utils import marlin_make_workspace_new
 
         first, second = weights.gate_up, weights.down
         assert isinstance(first, NVFP4)
@@ -93,15 +94,9 @@ class _Marlin:
             intermediate_size_per_partition=shape.intermediate_size,
             params_dtype=torch.bfloat16,
         )
-        parts = (
-            first.packed,
-            first.scale,
-            first.global_scale,
-            second.packed,
-            second.scale,
-            second.global_scale,
-        )
-        w1, s1, g1, w2, s2, g2 = prepare_nvfp4_moe_layer_for_marlin(layer, *parts, is_act_and_mul=True)
+        prepare = _prepare_for_marlin()
+        gated = accepted(prepare, is_act_and_mul=True)  # 0.14 knows no other
+        w1, s1, g1, w2, s2, g2 = prepare(layer, *first.pieces, *second.pieces, **gated)
         self._tensors = {
             "w1": w1,
             "w2": w2,
@@ -110,7 +105,8 @@ class _Marlin:
             "global_scale1": g1,
             "global_scale2": g2,
         }
-        self._workspace = layer.workspace
+        # Up to 0.28 `prepare` leaves one on the layer; without one every product allocates its own.
+        self._workspace = marlin_make_workspace_new(first.packed.device, BLOCKS_PER_SM)
         self.nbytes = sum(tensor.nbytes for tensor in self._tensors.values())
 
     def bind(self, case: Case) -> Call:
@@ -118,26 +114,21 @@ class _Marlin:
 
         try:
             from vllm.model_executor.layers.fused_moe.experts.marlin_moe import fused_marlin_moe
-        except ImportError:  # its place before autumn 2026
+        except ImportError:  # its place up to 0.20
             from vllm.model_executor.layers.fused_moe.fused_marlin_moe import fused_marlin_moe
 
-        more = accepted(
-            fused_marlin_moe,
-            bias1=None,
-            bias2=None,
-            gating_output=None,
-            quant_type_id=scalar_types.float4_e2m1f.id,
-            activation=_silu(),
-            workspace=self._workspace,
-            inplace=False,
-            **_routing(self._shape, case.x.device),
-        )
+        more = accepted(fused_marlin_moe, gating_output=None)  # 0.14 insists on it and does not read it
+        more |= _routing(self._shape, case.x.device)
 
         def call() -> torch.Tensor:
             y: torch.Tensor = fused_marlin_moe(
                 hidden_states=case.x,
+                bias1=None,
+                bias2=None,
                 topk_weights=case.weights,
                 topk_ids=case.ids,
+                quant_type_id=scalar_types.float4_e2m1f.id,
+                workspace=self._workspace,
                 **self._tensors,
                 **more,
             )
@@ -150,5 +141,15 @@ def _missing(shape: MoeShape) -> str | None:
     return installed("vllm", "pip install vllm") or plain_silu(shape)
 
 
-MARLIN = Adapter("marlin", "nvfp4", _missing, _Marlin)
+def _marlin_missing(shape: MoeShape) -> str | None:
+    reason = _missing(shape)
+    if reason is None:
+        try:
+            _prepare_for_marlin()
+        except Exception as error:  # other people's code may raise anything
+            return f"this vllm cannot repack NVFP4 experts for Marlin as 0.14 and newer do: {error}"
+    return reason
+
+
+MARLIN = Adapter("marlin", "nvfp4", _marlin_missing, _Marlin)
 TRITON = Adapter("vllm_triton", "bf16", _missing, _Triton)

@@ -1,0 +1,115 @@
+"""The warp-specialised product on the CPU (gluon_machine.py), in many interleavings of its partitions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import gluon_machine
+from test_kernels import TOLERANCE, error, inputs_of, make
+
+from moestro.kernels.activations import Activation, GeGLUTanh, ReLU2, SwiGLU
+from moestro.kernels.triton import gluon_gemm, gluon_plan, tactics
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the GPU itself: tests/gpu")
+
+WIDE = [  # tokens, rows, stages a turn, warps, stages, ladder
+    (128, 256, 4, 8, 7, 1),
+    (256, 128, 4, 8, 5, 2),
+    (256, 128, 4, 8, 5, 0),
+    (256, 128, 1, 8, 5, 2),
+    (128, 128, 1, 4, 4, 2),
+    (64, 128, 2, 4, 7, 1),
+]
+
+
+@pytest.fixture
+def on_machine(monkeypatch: pytest.MonkeyPatch) -> Any:
+    kernel = gluon_gemm.wide_gemm
+
+    def start(seed: int, **mutants: tuple[str, str]) -> None:
+        monkeypatch.setattr(gluon_plan, "runs_here", lambda: True)
+        monkeypatch.setattr(gluon_gemm, "wide_gemm", gluon_machine.GluonMachine(kernel, seed, mutants))
+
+    return start
+
+
+def tactic_of(tile: tuple[int, ...]) -> tactics.Tactic:
+    tokens, *each, ladder = tile
+    return tactics.wide(tokens, tuple(each), tuple(each), ladder=ladder)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("tile", WIDE, ids=str)
+def test_wide_products_match_the_reference_on_odd_sizes(tile: tuple[int, ...], on_machine: Any) -> None:
+    """Ragged experts, biases, experts of other ranks, an id that no rank has, an expert without pairs."""
+    on_machine(sum(tile))
+    for sizes in ((4, 2, 144, 80), (4, 2, 640, 208)):
+        runner, plain = make(sizes, "nvfp4", biases=True, foreign=1)
+        for n in (1, 37, 300):
+            inputs = inputs_of(runner, n)
+            inputs[1][inputs[1] == 2] = 3
+            inputs[1][n - 1] = torch.tensor([-7, 1])
+            assert error(runner, plain, inputs, tactic_of(tile)) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "act", [SwiGLU(1.702, 7.0, 1.0), GeGLUTanh(), ReLU2()], ids=lambda a: type(a).__name__
+)
+def test_wide_activations(act: Activation, on_machine: Any) -> None:
+    on_machine(1)
+    runner, plain = make((3, 2, 128, 96), "nvfp4", act)
+    assert error(runner, plain, inputs_of(runner, 70), tactic_of(WIDE[0])) < TOLERANCE
+
+
+@pytest.mark.parametrize("tile", [WIDE[0], WIDE[3]], ids=str)
+def test_every_interleaving_gives_the_same_bits(tile: tuple[int, ...], on_machine: Any) -> None:
+    """Stages of the ring are used several times over, tiles follow each other in a program."""
+    runner, plain = make((3, 2, 640, 96), "nvfp4")
+    inputs = inputs_of(runner, 150)
+    results = []
+    for seed in range(8):
+        on_machine(seed)
+        assert error(runner, plain, inputs, tactic_of(tile)) < TOLERANCE
+        results.append(inputs[3].clone())
+    assert all(torch.equal(results[0], r) for r in results)
+
+
+MUTANTS = {  # function, its text, the wrong text, the tile, tokens (two thirds of them are an expert's pairs)
+    "a stage is read before it is full": (
+        "_step", "mbarrier.wait(ring[3].index(stage), phase)", "pass", WIDE[0], 120),
+    "a stage is filled before it is empty": (
+        "_fill", "mbarrier.wait(empty.index(stage), phase)", "pass", WIDE[0], 120),
+    "64 rows give a stage back while a product reads it": (
+        "_retire", "wait(RUNNING", "wait(RUNNING + 1", WIDE[1], 120),
+    "128 rows give a stage back while a product reads it": (
+        "_retire_both", "wait(RUNNING", "wait(RUNNING + 1", WIDE[0], 60),
+    "the same where a tile is three quarters wide": (
+        "_retire_both", "2 * RUNNING", "2 * RUNNING + 1", WIDE[0], 120),
+    "the last product is not waited for": (
+        "one", "acc, acc2, b = _retire(acc, acc2, b, 0, W2)", "pass", WIDE[1], 120),
+    "the phase is not turned": ("following", "phase ^ wrap", "phase", WIDE[0], 120),
+    "too narrow a tile": ("_consume", "count <= 2 * Q", "count <= 3 * Q", WIDE[0], 120),
+    "a stage of the turn is left out": (
+        "_fill", "first + u < blocks", "first + u < blocks - 1", WIDE[0], 120),
+    "a row beyond the expert's is written": ("_pairs", "i < at[3], other", "i <= at[3], other", WIDE[0], 120),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_machine_notices_a_kernel_that_is_wrong(name: str, on_machine: Any) -> None:
+    function, old, new, tile, num_tokens = MUTANTS[name]
+    runner, plain = make((3, 2, 640, 96), "nvfp4")
+    inputs = inputs_of(runner, num_tokens)
+
+    def wrong(seed: int) -> bool:
+        on_machine(seed, **{function: (old, new)})
+        try:
+            return not error(runner, plain, inputs, tactic_of(tile)) < TOLERANCE
+        except AssertionError:
+            return True
+
+    assert any(wrong(seed) for seed in range(12))
