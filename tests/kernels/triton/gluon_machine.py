@@ -8,10 +8,11 @@ What the hardware may do late is done late, and what it may overwrite early is o
 
 - a copy makes its target NaN when it is issued; the data comes when a copy engine (an agent of its own) gets its turn,
   and the barrier hears of it then;
-- a wgmma reads shared memory when it is waited for, and its sum cannot be used before.
+- a wgmma reads shared memory when it is waited for, and its sum cannot be used before; it must not read what came
+  through a barrier before the partition has fenced the proxies.
 
 A partition that reads a stage too early, gives one back too early or waits for the wrong phase thus computes NaN, stops
-with an error, or leaves nobody who can go on, which raises Deadlock. Registers are values here: that a running wgmma's
+with an error, or leaves nobody who can go on, which raises DeadlockError. Registers are values here: that a running wgmma's
 A registers are not written is what inflight.py reads from the machine code.
 """
 
@@ -33,7 +34,7 @@ THREADS = 128  # of a partition of four warps
 Mutants = dict[str, tuple[str, str]]  # function -> (text, what stands there instead)
 
 
-class Deadlock(AssertionError):
+class DeadlockError(AssertionError):
     """Nobody can go on."""
 
 
@@ -59,7 +60,7 @@ class Agent:
     def __init__(self, machine: Program, body: Callable[[], None], weight: float) -> None:
         self.ready: Callable[[], bool] = lambda: True
         self.turn = threading.Semaphore(0)
-        self.weight, self.over = weight, False
+        self.weight, self.over, self.fenced = weight, False, False
         self.error: BaseException | None = None
         self.uncommitted: list[
             tuple[torch.Tensor, torch.Tensor]
@@ -120,7 +121,9 @@ class Program:
         ready = [a for a in self.agents if not a.over and a.ready()]
         weights = [a.weight for a in ready] + [engine if self._arriving else 0.0]
         if not ready and not self._arriving:
-            raise Deadlock(f"program {self.number}: {sum(not a.over for a in self.agents)} partitions wait")
+            raise DeadlockError(
+                f"program {self.number}: {sum(not a.over for a in self.agents)} partitions wait"
+            )
         chosen = self._draw.choices([*ready, None], weights)[0]
         if chosen is None:
             self._arriving.popleft()()
@@ -156,6 +159,7 @@ class Program:
 
     def wait(self, barrier: Shared, phase: Any) -> None:
         at, parity = self._barriers[barrier.place], int(phase)
+        self.here.fenced = False
         self.here.pause(lambda: at.passed(parity))
 
     def arrive(self, barrier: Shared, count: int = 1) -> None:
@@ -183,8 +187,14 @@ class Program:
         self._arriving.append(done)
         self.here.pause()
 
+    def fence(self) -> None:
+        """fence.proxy.async: what the last barrier let through is there for wgmma too."""
+        if self._current is not None:
+            self.here.fenced = True
+
     def multiply(self, a: Tensor, b: Shared, acc: Tensor, is_async: bool) -> Tensor:
         assert is_async
+        assert self.here.fenced, "a wgmma reads what cp.async wrote without a fence of the proxies"
         result, left = Tensor(None), a.data.float()
         self.here.running.append(lambda: result.complete(acc.data + left @ b.data.float()))
         self.here.pause()
@@ -229,7 +239,7 @@ class Code:
         copies = type("AsyncCopy", (), {"mbarrier_arrive": staticmethod(program.arrive_after_copies)})
         self._names: dict[str, Any] = {
             "gl": gl, "tl": gl, "mbarrier": barriers, "async_copy": copies, "copy_async": program.copy,
-            "fence_async_shared": lambda: None, "warpgroup_mma": program.multiply, "_to": _to,
+            "fence_async_shared": program.fence, "warpgroup_mma": program.multiply, "_to": _to,
             "warpgroup_mma_wait": program.retire,
         }  # fmt: skip
         self._mutants = mutants

@@ -111,6 +111,10 @@ class Shared:
     def __init__(self, data: torch.Tensor, place: tuple[int, ...]) -> None:
         self.data, self.place = data, place
 
+    @property
+    def shape(self) -> list[int]:
+        return list(self.data.shape)
+
     def index(self, i: Any) -> Shared:
         assert 0 <= int(i) < len(self.data)
         return Shared(self.data[int(i)], (*self.place, int(i)))

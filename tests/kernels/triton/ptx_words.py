@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 LINE = re.compile(r"([a-z][\w.]*)\s+([^;]+);")
+OPERAND = re.compile(r"\{[^}]*\}|[^,\s]+")
 MASK = 0xFFFFFFFF
 
 
@@ -67,11 +68,19 @@ def execute(text: str, registers: dict[str, torch.Tensor]) -> None:
     for name, operands in LINE.findall(text):
         if name == "reg":
             continue
-        to, *sources = (operand.strip() for operand in operands.split(","))
-        registers[to] = INSTRUCTIONS[name](*(_operand(s, registers) for s in sources))
+        to, *sources = (operand.strip() for operand in OPERAND.findall(operands))
+        values = [_operand(s, registers) for s in sources]
+        if to.startswith("{"):
+            low, high = to[1:-1].split(",")
+            registers[low.strip()], registers[high.strip()] = values[0] & 0xFFFF, values[0] >> 16
+        else:
+            registers[to] = INSTRUCTIONS[name](*values)
 
 
 def _operand(text: str, registers: dict[str, torch.Tensor]) -> torch.Tensor:
+    if text.startswith("{"):  # two halves of a register
+        low, high = (registers[name.strip()] for name in text[1:-1].split(","))
+        return low | high << 16
     return registers[text] if text in registers else torch.tensor(int(text, 0))
 
 

@@ -7,8 +7,10 @@ groups of four warps share the work and meet at barriers in shared memory:
 - one or two consumers, of 64 or 128 rows of weights each, decode one part of a stage while the tensor core
   multiplies another (`gluon_steps.py`).
 
-Programs are persistent: the producer is in the next tile while the consumers write the last one. As in
-`gemm.py`, a tile of few pairs is narrower than BN (LADDER 1: by quarters, 2: by half).
+Programs are persistent: the producer is in the next tile while the consumers write the last one. A tile has up to
+BN + EXTRA pairs, EXTRA with a ring of their own (operands are powers of two wide): where each expert has about 256,
+a tile of 288 saves half of them a second one. As in `gemm.py`, a tile of few pairs is narrower (LADDER 1: by quarters
+of BN, 2: by half).
 
 A partition ends with `exit`. Falling out of it would lead back to Triton's dispatch loop, and then ptxas no
 longer sees which registers setmaxnreg gives, and serialises every wgmma (C7512).
@@ -21,7 +23,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 
 from moestro.kernels.triton import device
-from moestro.kernels.triton.gluon_steps import following, one, two
+from moestro.kernels.triton.gluon_steps import alone, following, one, two
 
 async_copy, mbarrier, fence_async_shared = hopper.async_copy, hopper.mbarrier, hopper.fence_async_shared
 copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # 3.9, 3.6
@@ -38,8 +40,8 @@ def wide_gemm(
     rows, columns, out_stride, K,
     STAGE: gl.constexpr, GATED: gl.constexpr, ACT: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr,
     SHIFT: gl.constexpr, BIAS: gl.constexpr, EVEN: gl.constexpr, ODD: gl.constexpr, BM: gl.constexpr,
-    BN: gl.constexpr, GROUPS: gl.constexpr, TURN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
-    LADDER: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, PDL: gl.constexpr,
+    BN: gl.constexpr, EXTRA: gl.constexpr, GROUPS: gl.constexpr, TURN: gl.constexpr, STAGES: gl.constexpr,
+    GROUP: gl.constexpr, LADDER: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """As gemm.moe_gemm with sorted pairs and NVFP4 weights; out by place (STAGE 1) or by pair, not weighted.
 
@@ -48,6 +50,10 @@ def wide_gemm(
     xs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BN, 64], gl.NVMMASharedLayout(128, 16, 2))
     ws = gl.allocate_shared_memory(gl.int16, [STAGES, BM, 16], gl.SwizzledSharedLayout(8, 4, 2, [1, 0]))
     ss = gl.allocate_shared_memory(gl.int32, [STAGES, BM], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    if EXTRA > 0:
+        xe = gl.allocate_shared_memory(gl.bfloat16, [STAGES, EXTRA, 64], gl.NVMMASharedLayout(128, 16, 2))
+    else:
+        xe = xs
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -56,7 +62,7 @@ def wide_gemm(
     fence_async_shared()
     wait_for_previous(PDL)
     launch_next(PDL)
-    ring = (xs, ws, ss, full, empty)
+    ring = (xs, ws, ss, full, empty, xe)
     row_blocks = gl.cdiv(rows // 2, 32) if GATED else gl.cdiv(rows, 64)
     shape = (table, stride, gl.load(table + 3 * stride), gl.cdiv(row_blocks * 64, BM), row_blocks, rows,
              columns, K)  # fmt: skip
@@ -66,8 +72,8 @@ def wide_gemm(
         gl.warp_specialize(
             [
                 (_consume, (ring, shape, to, (STAGE, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS), 0, ODD, BM, BN,
-                            GROUPS, STAGES, GROUP, LADDER)),
-                (_produce, (ring, shape, source, STAGE, EVEN, BM, BN, TURN, STAGES, GROUP)),
+                            EXTRA, GROUPS, STAGES, GROUP, LADDER)),
+                (_produce, (ring, shape, source, STAGE, EVEN, BM, BN, EXTRA, TURN, STAGES, GROUP)),
             ],
             [4],
             [PRODUCER_REGISTERS],
@@ -76,10 +82,10 @@ def wide_gemm(
         gl.warp_specialize(
             [
                 (_consume, (ring, shape, to, (STAGE, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS), 0, ODD, BM, BN,
-                            GROUPS, STAGES, GROUP, LADDER)),
+                            EXTRA, GROUPS, STAGES, GROUP, LADDER)),
                 (_consume, (ring, shape, to, (STAGE, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS), 1, ODD, BM, BN,
-                            GROUPS, STAGES, GROUP, LADDER)),
-                (_produce, (ring, shape, source, STAGE, EVEN, BM, BN, TURN, STAGES, GROUP)),
+                            EXTRA, GROUPS, STAGES, GROUP, LADDER)),
+                (_produce, (ring, shape, source, STAGE, EVEN, BM, BN, EXTRA, TURN, STAGES, GROUP)),
             ],
             [4, 4],
             [REGISTERS, PRODUCER_REGISTERS],
@@ -118,8 +124,8 @@ def _tile(shape, tile, GROUP: gl.constexpr):
 
 @gluon.jit
 def _produce(ring, shape, source, STAGE: gl.constexpr, EVEN: gl.constexpr,
-             BM: gl.constexpr, BN: gl.constexpr, TURN: gl.constexpr, STAGES: gl.constexpr,
-             GROUP: gl.constexpr):  # fmt: skip
+             BM: gl.constexpr, BN: gl.constexpr, EXTRA: gl.constexpr, TURN: gl.constexpr,
+             STAGES: gl.constexpr, GROUP: gl.constexpr):  # fmt: skip
     """Fill the ring, tile after tile."""
     stage = 0
     phase = 1
@@ -127,24 +133,27 @@ def _produce(ring, shape, source, STAGE: gl.constexpr, EVEN: gl.constexpr,
         m, e, start, count = _tile(shape, tile, GROUP)
         if TURN > 1 and count > 0 and count <= BN // 2:
             stage, phase = _fill(ring, shape, source, m, e, start, count, stage, phase, STAGE,
-                                 EVEN, BM, BN // 2, TURN, STAGES)  # fmt: skip
+                                 EVEN, BM, BN // 2, 0, TURN, STAGES)  # fmt: skip
+        elif EXTRA > 0 and count > BN:
+            stage, phase = _fill(ring, shape, source, m, e, start, count, stage, phase, STAGE,
+                                 EVEN, BM, BN, EXTRA, TURN, STAGES)  # fmt: skip
         elif count > 0:
             stage, phase = _fill(ring, shape, source, m, e, start, count, stage, phase, STAGE,
-                                 EVEN, BM, BN, TURN, STAGES)  # fmt: skip
+                                 EVEN, BM, BN, 0, TURN, STAGES)  # fmt: skip
     _exit(stage)
 
 
 @gluon.jit
 def _fill(ring, shape, source, m, e, start, count, stage, phase, STAGE: gl.constexpr,
-          EVEN: gl.constexpr, BM: gl.constexpr, W: gl.constexpr, TURN: gl.constexpr,
+          EVEN: gl.constexpr, BM: gl.constexpr, W: gl.constexpr, W2: gl.constexpr, TURN: gl.constexpr,
           STAGES: gl.constexpr):  # fmt: skip
     """One tile, 64 columns a stage.
 
     Several stages a TURN share the arithmetic of addresses; then rows that are not there are not masked out
     either: the last one is copied again.
     """
-    xs, ws, ss, full, empty = ring
-    x, w, w_scales, sorted_pairs = source
+    xs, ws, ss, full, empty, xe = ring
+    x, w, w_scales = source[0], source[1], source[2]
     row_blocks, columns = shape[4], shape[6]
     XL: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     WL: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0])
@@ -153,15 +162,14 @@ def _fill(ring, shape, source, m, e, start, count, stage, phase, STAGE: gl.const
     r = gl.arange(0, BM, gl.SliceLayout(1, WL))
     c = gl.arange(0, 16, gl.SliceLayout(0, WL))
     s = gl.arange(0, BM, gl.BlockedLayout([4], [32], [4], [0]))
-    row = start + gl.minimum(i, count - 1)
-    if STAGE == 1:
-        row = gl.load(sorted_pairs + row)
-        row = row // shape[7]  # top_k
     blocks = gl.cdiv(columns, 64)
     strip = e.to(gl.int64) * row_blocks
     strip_w = strip + gl.minimum(m * (BM // 64) + r // 64, row_blocks - 1)
     strip_s = strip + gl.minimum(m * (BM // 64) + s // 64, row_blocks - 1)
-    xp = x + row.to(gl.int64)[:, None] * columns + k[None, :]
+    xp = x + _rows(source, shape, start, count, i, STAGE)[:, None] * columns + k[None, :]
+    if W2 > 0:
+        i2 = W + gl.arange(0, W2, gl.SliceLayout(1, XL))
+        xp2 = x + _rows(source, shape, start, count, i2, STAGE)[:, None] * columns + k[None, :]
     wp = w + (strip_w * (blocks * 1024) + r % 64 * 16)[:, None] + c[None, :]
     sp = w_scales + strip_s * (blocks * 64) + s % 64
     for first in range(0, blocks, TURN):
@@ -171,25 +179,44 @@ def _fill(ring, shape, source, m, e, start, count, stage, phase, STAGE: gl.const
                 mbarrier.wait(empty.index(stage), phase)
                 if EVEN and TURN > 1:
                     copy_async(xs.index(stage).slice(0, W), xp + ahead * 64)
+                    if W2 > 0:
+                        copy_async(xe.index(stage), xp2 + ahead * 64)
                 else:
                     mask = (i < count)[:, None]
                     if not EVEN:
                         mask = mask & (k[None, :] < columns - (first + u) * 64)
                     copy_async(xs.index(stage).slice(0, W), xp + ahead * 64, mask)
+                    if W2 > 0:
+                        mask2 = (i2 < count)[:, None]
+                        if not EVEN:
+                            mask2 = mask2 & (k[None, :] < columns - (first + u) * 64)
+                        copy_async(xe.index(stage), xp2 + ahead * 64, mask2)
                 copy_async(ws.index(stage), wp + ahead * 1024)
                 copy_async(ss.index(stage), sp + ahead * 64)
                 async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
                 stage, phase = following(stage, phase, STAGES)
         if TURN > 1:
             xp += TURN * 64
+            if W2 > 0:
+                xp2 += TURN * 64
             wp += TURN * 1024
             sp += TURN * 64
     return stage, phase
 
 
 @gluon.jit
+def _rows(source, shape, start, count, i, STAGE: gl.constexpr):
+    """Rows of x (int64) of a tile's columns i; beyond the last, the last again."""
+    row = start + gl.minimum(i, count - 1)
+    if STAGE == 1:
+        row = gl.load(source[3] + row)
+        row = row // shape[7]  # top_k
+    return row.to(gl.int64)
+
+
+@gluon.jit
 def _consume(ring, shape, to, how, WG: gl.constexpr, ODD: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-             GROUPS: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+             EXTRA: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
              LADDER: gl.constexpr):  # fmt: skip
     """Multiply and write the rows of this group, tile after tile."""
     Q: gl.constexpr = BN // 4
@@ -208,6 +235,10 @@ def _consume(ring, shape, to, how, WG: gl.constexpr, ODD: gl.constexpr, BM: gl.c
                 stage, phase = _run(ring, shape, to, how, at, stage, phase, ROW, ODD, PARTS, 2 * Q, 0, STAGES)
             elif LADDER == 1 and count <= 3 * Q:
                 stage, phase = _run(ring, shape, to, how, at, stage, phase, ROW, ODD, PARTS, 2 * Q, Q, STAGES)
+            elif EXTRA > 0 and count > BN:
+                stage, phase = _run(
+                    ring, shape, to, how, at, stage, phase, ROW, ODD, PARTS, BN, EXTRA, STAGES
+                )
             else:
                 stage, phase = _run(ring, shape, to, how, at, stage, phase, ROW, ODD, PARTS, BN, 0, STAGES)
         m, e, start, count = later
@@ -227,7 +258,9 @@ def _run(ring, shape, to, how, at, stage, phase, ROW: gl.constexpr, ODD: gl.cons
     pairs = _pairs(to, how, at, 0, W)
     pairs2 = _pairs(to, how, at, W, V2)
     blocks = gl.cdiv(shape[6], 64)
-    if PARTS == 1:
+    if PARTS == 1 and W + W2 > 256:
+        acc, acc2, stage, phase = alone(ring, stage, phase, blocks, ROW, M, M2, W, W2, V2, STAGES)
+    elif PARTS == 1:
         acc, acc2, stage, phase = one(ring, stage, phase, blocks, ROW, ODD, M, M2, W, W2, V2, STAGES)
     else:
         lower = _of_rows(to, how, at[1], r + 64, shape[5])

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 THREADS = 128  # of a consumer, and of the producer
 REGISTER_FILE = 65536
+SUMS = {
+    4: 128,
+    8: 144,
+}  # registers of a thread for sums, at most, by the warps that multiply: more, and C7512
 
 
 @lru_cache
@@ -24,6 +28,12 @@ def runs_here() -> bool:
     if device.INTERPRETED:
         return False
     return not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] == 9
+
+
+def parts(width: int) -> tuple[int, int]:
+    """A tile's pairs as a power of two, and what is over: each has a ring of its own."""
+    most = 1 << width.bit_length() - 1
+    return most, width - most
 
 
 def programs(warps: int) -> int:
@@ -49,11 +59,12 @@ def product(plan: Planner, stage: int, x: torch.Tensor, out: torch.Tensor) -> No
     bm, turn, warps, stages = plan.tactic.tiles[stage - 1]
     groups, each = warps // 4, programs(warps)
     consumer, producer = registers(warps, turn)
+    width, extra = parts(plan.tactic.widths[stage - 1])
     plan._add(
         wide_gemm, (plan.processors * each,), x, *plan._table(stage), weights.words, weights.scales,
         weights.row_scale, x if bias is None else bias, out, rows, columns, out.shape[1], plan.p.top_k,
         EVEN=columns % 64 == 0, ODD=triton.cdiv(columns, 64) % 2 == 1, BM=bm,
-        BN=plan.tactic.widths[stage - 1], GROUPS=groups, TURN=turn, STAGES=stages, GROUP=plan.tactic.group,
+        BN=width, EXTRA=extra, GROUPS=groups, TURN=turn, STAGES=stages, GROUP=plan.tactic.group,
         LADDER=plan.tactic.ladder, REGISTERS=consumer, PRODUCER_REGISTERS=producer, num_warps=4,
         maxnreg=REGISTER_FILE // (THREADS * (groups + 1) * each) // 8 * 8, **meta,
     )  # fmt: skip

@@ -70,7 +70,8 @@ def wide(tokens: int, first: Tile, second: Tile, ladder: int = 1, **rest: int) -
 T, S, M, B = (32, 4, 2, 4), (64, 2, 4, 4), (128, 2, 4, 3), (128, 1, 8, 4)  # tiles that several tactics share
 S6, M5 = (64, 2, 4, 6), (128, 2, 4, 5)
 WIDE = (256, 1, 8, 4)
-TALL, FLAT = (256, 4, 8, 7), (128, 4, 8, 5)  # of the wide path: for up to 128 pairs of an expert, and 256
+# of the wide path: for up to 80, 128 or 144, 192 and 256 or 288 pairs of an expert
+SLIM, TALL, EVEN, FLAT = (256, 4, 8, 9), (256, 4, 8, 7), (128, 4, 8, 7), (128, 4, 8, 5)
 
 # What wins somewhere on an H100, or is close, of NVFP4 weights and bf16 activations: of the tactics in
 # benchmarks/results/h100-candidates.json, those without which a measured cell would lose more than 1 %.
@@ -95,7 +96,11 @@ TABLE: tuple[Tactic, ...] = (
     chain(32, M, M, split=2),
     fused(64, M, M, ladder=1),
     fused(128, B, M, ladder=1, tokens2=64),
+    wide(80, SLIM, SLIM, ladder=2),
     wide(128, TALL, TALL),
+    wide(144, TALL, TALL, ladder=2),
+    wide(192, EVEN, EVEN, ladder=2),
+    wide(288, FLAT, FLAT, ladder=2),
     wide(256, FLAT, FLAT, ladder=2),
     wide(256, FLAT, FLAT, ladder=0),
     Tactic("dense", "sorted", "reduce", 128, WIDE, WIDE),
@@ -221,8 +226,11 @@ def _unfit_wide(problem: MoeProblem, tactic: Tactic) -> str | None:
         width = tactic.widths[stage]
         if warps not in (4, 8) or rows not in (16 * warps, 32 * warps) or turn not in (1, 2, 4):
             return "a wide tile has 64 or 128 rows for each 4 of 4 or 8 warps, and 1, 2 or 4 stages a turn"
-        if width not in (64, 128, 256) or rows * width > 4096 * warps:
-            return "a wide tile has 64, 128 or 256 pairs, and no more sums than registers"
+        most, extra = gluon_plan.parts(width)
+        if most not in (64, 128, 256) or extra not in (0, 16, 32, 64):
+            return "a wide tile has 64, 128 or 256 pairs, or 16, 32 or 64 more"
+        if rows * width > gluon_plan.SUMS[warps] * 32 * warps or (extra and tactic.ladder == 1):
+            return "a wide tile has no more sums than registers, and by quarters only a power of two"
         if shared_bytes(problem, tactic, stage) * gluon_plan.programs(warps) > SHARED_BYTES:
             return "its tiles exceed shared memory"
     return None
@@ -233,6 +241,12 @@ NVFP4_DEFAULTS = (
     (5.0, chain(8, M, M)),
     (24.0, chain(32, M, M)),
     (45.0, fused(64, M, M, ladder=1)),
+    (70.0, wide(80, SLIM, SLIM, ladder=2)),
+    (115.0, wide(128, TALL, TALL)),
+    (136.0, wide(144, TALL, TALL, ladder=2)),
+    (176.0, wide(192, EVEN, EVEN, ladder=2)),
+    (220.0, wide(128, TALL, TALL)),
+    (275.0, wide(144, TALL, TALL, ladder=2)),
     (512.0, wide(128, TALL, TALL)),
     (2000.0, wide(256, FLAT, FLAT, ladder=2)),
     (float("inf"), wide(256, FLAT, FLAT, ladder=0)),
@@ -242,8 +256,9 @@ FULL = NVFP4_DEFAULTS[2][1]  # also where a chain has more tiles than it can cou
 NOT_WIDE = ((2000.0, fused(128, B, M, ladder=1, tokens2=64)), (float("inf"), TABLE[-1]))
 LONG = 8192  # columns of a second product that few rows of tiles are shared out over
 DEEP = 6144  # columns of a first product whose tiles last long enough for more stages
-DEEP_DEFAULTS = ((5.0, chain(8, M5, M5)), *NVFP4_DEFAULTS[1:])
-LONG_DEFAULTS = ((5.0, chain(8, T, T, split=2)), (24.0, chain(32, M, M, split=2)), *NVFP4_DEFAULTS[2:])
+LARGE = (*NVFP4_DEFAULTS[2:8], (275.0, wide(288, FLAT, FLAT, ladder=2)), *NVFP4_DEFAULTS[9:])
+DEEP_DEFAULTS = ((5.0, chain(8, M5, M5)), NVFP4_DEFAULTS[1], *LARGE)
+LONG_DEFAULTS = ((5.0, chain(8, T, T, split=2)), (24.0, chain(32, M, M, split=2)), *LARGE)
 DENSE_DEFAULTS = ((10.0, fused(16, S, S, together=0)), (24.0, fused(32, S, S)), (float("inf"), TABLE[-1]))
 
 
