@@ -41,14 +41,17 @@ MODELS = {  # L, K, H, I; all pairs local
 DEV = "cuda"
 WIDE = [  # rows, stages a turn, warps, stages
     table.wide(tokens, (rows, turn, warps, stages), (rows, turn, warps, stages), ladder=ladder)
-    for turn in (1, 4)
-    for tokens, rows, warps, stages, ladder in (
-        (128, 256, 8, 7, 1),
-        (256, 128, 8, 5, 0),
-        (256, 128, 8, 5, 2),
-        (128, 128, 8, 7, 1),
-        (128, 128, 4, 4, 2),
-        (64, 128, 4, 7, 1),
+    for tokens, rows, turn, warps, stages, ladder in (
+        (96, 256, 4, 8, 9, 2),
+        (128, 256, 4, 8, 7, 1),
+        (144, 256, 4, 8, 7, 2),
+        (192, 128, 4, 8, 7, 2),
+        (256, 128, 4, 8, 5, 2),
+        (288, 128, 4, 8, 5, 2),
+        (128, 256, 1, 8, 7, 1),
+        (256, 128, 1, 8, 5, 0),
+        (128, 128, 1, 4, 4, 2),
+        (64, 128, 4, 4, 7, 1),
     )
 ]
 

@@ -72,7 +72,8 @@ class Agent:
     def _run(self) -> None:
         self.turn.acquire()
         try:
-            self._body()
+            if not self._machine.stopped:
+                self._body()
         except ProgramExit:
             pass
         except BaseException as e:
@@ -138,6 +139,7 @@ class Program:
         self.stopped = True
         for agent in self.agents:
             while not agent.over:
+                self._current = agent
                 agent.turn.release()
                 self.turn.acquire()
 

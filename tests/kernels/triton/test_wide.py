@@ -23,7 +23,7 @@ WIDE = [  # tokens, rows, stages a turn, warps, stages, ladder
     (288, 128, 4, 8, 5, 2),
     (144, 256, 4, 8, 7, 2),
     (192, 128, 1, 8, 7, 2),
-    (80, 256, 4, 8, 9, 2),
+    (96, 256, 4, 8, 9, 2),
     (256, 128, 1, 8, 5, 0),
     (128, 128, 1, 4, 4, 2),
     (64, 128, 2, 4, 7, 1),
@@ -101,6 +101,8 @@ MUTANTS = {  # function, its text, the wrong text, the tile, tokens (two thirds 
         "one", "acc, acc2, b = _retire(acc, acc2, b, 0, W2)", "pass", WIDE[1], 120),
     "the phase is not turned": ("following", "phase ^ wrap", "phase", WIDE[0], 120),
     "too narrow a tile": ("_consume", "count <= 2 * Q", "count <= 3 * Q", WIDE[0], 120),
+    "pairs beyond 64 in too narrow a tile": (
+        "_consume", "count <= BN + EXTRA // 2", "count <= BN + EXTRA", WIDE[5], 135),
     "a stage of the turn is left out": (
         "_fill", "first + u < blocks", "first + u < blocks - 1", WIDE[0], 120),
     "a row beyond the expert's is written": ("_pairs", "i < at[3], other", "i <= at[3], other", WIDE[0], 120),

@@ -10,7 +10,7 @@ groups of four warps share the work and meet at barriers in shared memory:
 Programs are persistent: the producer is in the next tile while the consumers write the last one. A tile has up to
 BN + EXTRA pairs, EXTRA with a ring of their own (operands are powers of two wide): where each expert has about 256,
 a tile of 288 saves half of them a second one. As in `gemm.py`, a tile of few pairs is narrower (LADDER 1: by quarters
-of BN, 2: by half).
+of BN, 2: by half; and by half of EXTRA beside 64).
 
 A partition ends with `exit`. Falling out of it would lead back to Triton's dispatch loop, and then ptxas no
 longer sees which registers setmaxnreg gives, and serialises every wgmma (C7512).
@@ -235,6 +235,10 @@ def _consume(ring, shape, to, how, WG: gl.constexpr, ODD: gl.constexpr, BM: gl.c
                 stage, phase = _run(ring, shape, to, how, at, stage, phase, ROW, ODD, PARTS, 2 * Q, 0, STAGES)
             elif LADDER == 1 and count <= 3 * Q:
                 stage, phase = _run(ring, shape, to, how, at, stage, phase, ROW, ODD, PARTS, 2 * Q, Q, STAGES)
+            elif EXTRA > 16 and BN < 128 and count > BN and count <= BN + EXTRA // 2:
+                stage, phase = _run(
+                    ring, shape, to, how, at, stage, phase, ROW, ODD, PARTS, BN, EXTRA // 2, STAGES
+                )
             elif EXTRA > 0 and count > BN:
                 stage, phase = _run(
                     ring, shape, to, how, at, stage, phase, ROW, ODD, PARTS, BN, EXTRA, STAGES

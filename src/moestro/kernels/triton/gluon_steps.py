@@ -48,7 +48,7 @@ def _multiply(a, ring, stage, acc, acc2, M2: gl.constexpr, W: gl.constexpr, W2: 
     if W2 > 0:
         a2 = gl.convert_layout(a, gl.DotOperandLayout(0, M2, 2))
         if W == BN:
-            acc2 = warpgroup_mma(a2, ring[5].index(stage).permute((1, 0)), acc2, is_async=True)
+            acc2 = warpgroup_mma(a2, ring[5].index(stage).slice(0, W2).permute((1, 0)), acc2, is_async=True)
         else:
             acc2 = warpgroup_mma(a2, xs.slice(W, W2).permute((1, 0)), acc2, is_async=True)
     return acc, acc2

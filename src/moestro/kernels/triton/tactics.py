@@ -6,6 +6,7 @@ only to order candidates (the tuner measures them).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from moestro.kernels.problem import MoeProblem
@@ -70,7 +71,7 @@ def wide(tokens: int, first: Tile, second: Tile, ladder: int = 1, **rest: int) -
 T, S, M, B = (32, 4, 2, 4), (64, 2, 4, 4), (128, 2, 4, 3), (128, 1, 8, 4)  # tiles that several tactics share
 S6, M5 = (64, 2, 4, 6), (128, 2, 4, 5)
 WIDE = (256, 1, 8, 4)
-# of the wide path: for up to 80, 128 or 144, 192 and 256 or 288 pairs of an expert
+# of the wide path: for up to 96, 128 or 144, 192 and 256 or 288 pairs of an expert
 SLIM, TALL, EVEN, FLAT = (256, 4, 8, 9), (256, 4, 8, 7), (128, 4, 8, 7), (128, 4, 8, 5)
 
 # What wins somewhere on an H100, or is close, of NVFP4 weights and bf16 activations: of the tactics in
@@ -96,7 +97,7 @@ TABLE: tuple[Tactic, ...] = (
     chain(32, M, M, split=2),
     fused(64, M, M, ladder=1),
     fused(128, B, M, ladder=1, tokens2=64),
-    wide(80, SLIM, SLIM, ladder=2),
+    wide(96, SLIM, SLIM, ladder=2),
     wide(128, TALL, TALL),
     wide(144, TALL, TALL, ladder=2),
     wide(192, EVEN, EVEN, ladder=2),
@@ -241,7 +242,7 @@ NVFP4_DEFAULTS = (
     (5.0, chain(8, M, M)),
     (24.0, chain(32, M, M)),
     (45.0, fused(64, M, M, ladder=1)),
-    (70.0, wide(80, SLIM, SLIM, ladder=2)),
+    (75.0, wide(96, SLIM, SLIM, ladder=2)),
     (115.0, wide(128, TALL, TALL)),
     (136.0, wide(144, TALL, TALL, ladder=2)),
     (176.0, wide(192, EVEN, EVEN, ladder=2)),
@@ -300,14 +301,28 @@ def _dense_default(p: MoeProblem, num_tokens: int) -> Tactic:
 
 
 HBM, TENSOR, INSTRUCTIONS, LAUNCH = 2.7e12, 6.5e14, 2.0e13, 3e-6  # bytes/s, FLOP/s, lane instructions/s, s
+SPREAD = (-1.4, -0.9, -0.5, -0.2, 0.2, 0.5, 0.9, 1.4)  # standard deviations: the middles of eight equal parts
 DECODE = 28 / 8  # instructions per weight, counted in the SASS of the loop
+
+
+def expected(each: float, width: int, ladder: int) -> tuple[float, float]:
+    """(tiles, their columns in all) of an expert that draws `each` pairs on average, as a binomial spreads them."""
+    tiles = columns = 0.0
+    for z in SPREAD:
+        count = max(1.0, each + z * math.sqrt(each))
+        full = math.ceil(count / width) - 1
+        step = gluon_plan.parts(width)[0] / (1, 4, 2)[ladder]
+        last = min(width, math.ceil((count - full * width) / step) * step)
+        tiles += (full + 1) / len(SPREAD)
+        columns += (full * width + last) / len(SPREAD)
+    return tiles, columns
 
 
 def cost(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> float:
     """Estimated seconds, for the order in which candidates are tried: a roofline of bytes, products and
     decoding.
 
-    Tokens are taken to spread evenly over the experts. Nothing is left out on its word.
+    Tokens are taken to draw their experts at random, all alike.
     """
     p, pairs = problem, num_tokens * problem.top_k
     hit = p.num_local_experts * (1 - (1 - 1 / p.num_experts) ** pairs)
@@ -317,9 +332,7 @@ def cost(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> float:
     sizes = ((p.gate_up_rows, p.hidden_size), (p.hidden_size, p.intermediate_size))
     for (rows, columns), width, tile in zip(sizes, tactic.widths, tactic.tiles, strict=True):
         weights = hit * rows * columns
-        tiles = max(1.0, each / width + (0.5 if each > width / 2 else 0.0))
-        step = width / (1, 4, 2)[tactic.ladder]
-        padded = min(tiles * width, each + step / 2) if tactic.ladder else tiles * width
+        tiles, padded = expected(each, width, tactic.ladder)
         programs = hit * tiles * rows / tile[0] * (tactic.split if columns == p.intermediate_size else 1)
         memory = weights * (0.5625 if packed else 2.0) / HBM / min(1.0, programs / 264)
         products = 2 * rows * columns * hit * padded / TENSOR
@@ -329,7 +342,7 @@ def cost(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> float:
             total += memory + products
         elif tactic.path == "wide":
             decoding = weights * tiles * DECODE / INSTRUCTIONS  # beside the products, and slows them
-            total += max(memory, products / 0.9 + decoding / 4)
+            total += max(memory, products / 0.9 + decoding / 2)
         else:
             decoding = weights * tiles * DECODE / INSTRUCTIONS if packed else 0.0
             total += max(memory, products + decoding)
