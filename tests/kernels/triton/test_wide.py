@@ -95,7 +95,7 @@ MUTANTS = {  # function, its text, the wrong text, the tile, tokens (two thirds 
     "288 pairs give a stage back while a product reads it": (
         "alone", "_retire(acc, acc2, a, 0, W2)", "(acc, acc2, a)", WIDE[2], 400),
     "the pairs beyond 256 are not copied": (
-        "_fill", "copy_async(xe.index(stage), xp2 + ahead * 64)", "pass", WIDE[2], 400),
+        "_fill", "copy_async(xe.index(stage).slice(0, W2), xp2 + ahead * 64)", "pass", WIDE[2], 400),
     "the proxies are not fenced": ("_step", "fence_async_shared()", "pass", WIDE[0], 120),
     "the last product is not waited for": (
         "one", "acc, acc2, b = _retire(acc, acc2, b, 0, W2)", "pass", WIDE[1], 120),
@@ -103,6 +103,8 @@ MUTANTS = {  # function, its text, the wrong text, the tile, tokens (two thirds 
     "too narrow a tile": ("_consume", "count <= 2 * Q", "count <= 3 * Q", WIDE[0], 120),
     "pairs beyond 64 in too narrow a tile": (
         "_consume", "count <= BN + EXTRA // 2", "count <= BN + EXTRA", WIDE[5], 135),
+    "too few of the pairs beyond 64 are copied": (
+        "_produce", "count <= BN + EXTRA // 2", "count <= BN + EXTRA", WIDE[5], 135),
     "a stage of the turn is left out": (
         "_fill", "first + u < blocks", "first + u < blocks - 1", WIDE[0], 120),
     "a row beyond the expert's is written": ("_pairs", "i < at[3], other", "i <= at[3], other", WIDE[0], 120),

@@ -134,6 +134,9 @@ def _produce(ring, shape, source, STAGE: gl.constexpr, EVEN: gl.constexpr,
         if TURN > 1 and count > 0 and count <= BN // 2:
             stage, phase = _fill(ring, shape, source, m, e, start, count, stage, phase, STAGE,
                                  EVEN, BM, BN // 2, 0, TURN, STAGES)  # fmt: skip
+        elif EXTRA > 16 and BN < 128 and count > BN and count <= BN + EXTRA // 2:
+            stage, phase = _fill(ring, shape, source, m, e, start, count, stage, phase, STAGE,
+                                 EVEN, BM, BN, EXTRA // 2, TURN, STAGES)  # fmt: skip
         elif EXTRA > 0 and count > BN:
             stage, phase = _fill(ring, shape, source, m, e, start, count, stage, phase, STAGE,
                                  EVEN, BM, BN, EXTRA, TURN, STAGES)  # fmt: skip
@@ -180,7 +183,7 @@ def _fill(ring, shape, source, m, e, start, count, stage, phase, STAGE: gl.const
                 if EVEN and TURN > 1:
                     copy_async(xs.index(stage).slice(0, W), xp + ahead * 64)
                     if W2 > 0:
-                        copy_async(xe.index(stage), xp2 + ahead * 64)
+                        copy_async(xe.index(stage).slice(0, W2), xp2 + ahead * 64)
                 else:
                     mask = (i < count)[:, None]
                     if not EVEN:
@@ -190,7 +193,7 @@ def _fill(ring, shape, source, m, e, start, count, stage, phase, STAGE: gl.const
                         mask2 = (i2 < count)[:, None]
                         if not EVEN:
                             mask2 = mask2 & (k[None, :] < columns - (first + u) * 64)
-                        copy_async(xe.index(stage), xp2 + ahead * 64, mask2)
+                        copy_async(xe.index(stage).slice(0, W2), xp2 + ahead * 64, mask2)
                 copy_async(ws.index(stage), wp + ahead * 1024)
                 copy_async(ss.index(stage), sp + ahead * 64)
                 async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
