@@ -241,7 +241,7 @@ def _unfit_wide(problem: MoeProblem, tactic: Tactic) -> str | None:
 NVFP4_DEFAULTS = (
     (5.0, chain(8, M, M)),
     (24.0, chain(32, M, M)),
-    (45.0, fused(64, M, M, ladder=1)),
+    (50.0, fused(64, M, M, ladder=1)),
     (75.0, wide(96, SLIM, SLIM, ladder=2)),
     (115.0, wide(128, TALL, TALL)),
     (136.0, wide(144, TALL, TALL, ladder=2)),
