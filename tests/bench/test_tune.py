@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,13 @@ def test_the_result_says_where_the_time_went(tiny: MoeShape, tmp_path: Path) -> 
     ]
     assert sum(result.phases.values()) <= result.seconds
     assert result.to_json()["phases"] == result.phases
+
+
+def test_sizes_are_decided_from_the_largest_on_with_ever_smaller_gaps(tiny: MoeShape, tmp_path: Path) -> None:
+    """Whenever the budget ends, a size that is open has a decided one near: all up to the largest are served."""
+    result = tune.run(replace(spec(tiny, tmp_path), tokens=(1, 2, 4, 8, 16)), "moestro tune")
+    steps = [phase.rpartition(" ")[2] for phase in result.phases if " N = " in phase]
+    assert steps == ["16", "1", "4", "2", "8"]
 
 
 def test_without_a_budget_left_nothing_is_compiled(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tuning_fakes import Kernel, config, inputs, quiet_clock, tuner
 
-from moestro.tuning.campaign import _spread
+from moestro.tuning.campaign import spread
 
 CROSSES_AT_2900 = {-1: 1.0, "a": lambda n: 0.1 if n <= 2900 else 0.3, "b": lambda n: 0.2}
 
@@ -93,11 +93,11 @@ def test_the_search_can_be_left_out() -> None:
 
 def test_buckets_are_taken_from_coarse_to_fine_the_waiting_one_first() -> None:
     grid = [(n,) for n in (1, 2, 4, 8, 16, 32, 64, 128, 256)]
-    order = _spread(grid, (32,))
+    order = spread(grid, (32,))
     assert order[:4] == [(32,), (256,), (1,), (16,)]
     assert sorted(order) == grid
-    assert _spread([()], ()) == [()]
-    assert _spread([(7,)], (64,)) == [(7,)]
+    assert spread([()], ()) == [()]
+    assert spread([(7,)], (64,)) == [(7,)]
 
 
 SLOW = {-1: 0.02, 0: 0.015, 1: lambda n: 0.01 + n * 1e-5, 2: 0.03, 3: 0.018}

@@ -30,6 +30,7 @@ from moestro.moe.operation import as_inputs
 from moestro.moe.tuning_config import OP, as_probes
 from moestro.routing import Distribution
 from moestro.tuning import AutoTuner, Decision, Store
+from moestro.tuning.campaign import spread
 from moestro.tuning.keys import static_key
 from moestro.tuning.precompile import precompile
 from moestro.tuning.store import Entry, default_root, folder_of
@@ -216,7 +217,9 @@ def _tune_layer(
     listener: Listener,
     format: str,
 ) -> None:
-    """Bucket by bucket, the largest first (it covers the smaller ones); then the crossovers between them."""
+    """Bucket by bucket, the largest first (it covers the smaller ones), then the middles of ever smaller gaps, so
+    that a size which the budget leaves open is served by a near one; then the crossovers between them.
+    """
     probes = as_probes(layer.runners[0].problem, spec.routings) if spec.routings else None
 
     def tune(size: int, buckets: Sequence[int], crossover: bool) -> None:
@@ -234,7 +237,7 @@ def _tune_layer(
             tuner.choose_one(OP, layer.runners, layer.tuning_config, _inputs(spec, size))
         listener.done()
 
-    order = [tokens[-1], *tokens[:-1]]
+    order = [size for (size,) in spread([(size,) for size in tokens], (tokens[-1],))]
     listener.stage(f"compiling {format}", 1)
     with _timed(result, f"{format}: compiling"), budget.before() as late:
         _compile(spec, layer, order, late)

@@ -20,7 +20,7 @@ from moestro.tuning.job import Job, OutOfMemoryError, record_name
 from moestro.tuning.measure import measure
 from moestro.tuning.specs import Sizes
 
-__all__ = ["Campaign"]
+__all__ = ["Campaign", "spread"]
 
 RESOLUTION = 32  # a boundary is searched to 3 % of the size, where both winners are nearly equal
 
@@ -66,7 +66,7 @@ class Campaign:
         The first may take all, the others half of what is left, or more: cut any finer, a small budget would
         be spent on races that end before they have decided anything.
         """
-        waiting = [bucket for bucket in _spread(grid, self.first) if not self._settled(bucket)]
+        waiting = [bucket for bucket in spread(grid, self.first) if not self._settled(bucket)]
         for final in (False, True):
             for done, bucket in enumerate(waiting):
                 if self.job.budget.left <= 0:
@@ -141,7 +141,7 @@ def _neighbour(bucket: Sizes, known: Mapping[Sizes, Record]) -> Record | None:
     return known[nearest]
 
 
-def _spread(grid: Sequence[Sizes], first: Sizes) -> list[Sizes]:
+def spread(grid: Sequence[Sizes], first: Sizes) -> list[Sizes]:
     """The grid with `first`, then the largest, then the smallest, then middles of ever smaller gaps."""
     ordered = sorted(grid)
     order = [b for b in (first,) if b in ordered] + [ordered[-1], ordered[0]]
