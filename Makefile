@@ -19,7 +19,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 demo: $(STAMP)
 	$(BIN)/moestro tune --model qwen3-30b-a3b --format nvfp4 --device cpu --tokens 1,16,64,256 --routing zipf --budget 60 --store demo/store
