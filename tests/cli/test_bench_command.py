@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from cli_tools import QUICK, TINY, Run
 
-from moestro.bench import measure, results
+from moestro.bench import measure, results, roofline
 from moestro.bench.peers import IMPLEMENTATIONS, transformers_missing
 
 ROW_FIELDS = {
@@ -54,6 +54,22 @@ def test_json_says_under_which_conditions(run: Run) -> None:
     assert data["conditions"] | {"routing": "zipf(1.2)", "seed": 7, "layers": 1} == data["conditions"]
     assert data["ceilings"]["bytes_per_s"] > 0
     assert data["problem"]["num_experts"] == 8
+
+
+def test_the_roofline_is_of_the_best_rates_of_the_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = iter((3e9, 9e9, 6e9))  # at the start, and before the second and the third case
+
+    def ceilings(device: str) -> roofline.Ceilings:
+        rate = next(rates)
+        return roofline.Ceilings(rate, 1e30 / rate, "bfloat16")
+
+    monkeypatch.setattr(roofline, "measure_ceilings", ceilings)
+    run("bench", *TINY, *QUICK, "--tokens", "1,2,5", "--format", "bf16", "--json", "o.json")
+    data = json.loads(Path("o.json").read_text())
+    assert data["ceilings"] == {"bytes_per_s": 9e9, "flops_per_s": 1e30 / 3e9, "dtype": "bfloat16"}
+    first = next(row for row in data["rows"] if row["ours"] and row["tokens"] == 1)
+    weights = first["weight_bytes_per_s"] * first["median_s"]
+    assert first["roofline"] == pytest.approx((weights + 2 * 2 * 64) / 9e9 / first["median_s"])
 
 
 def test_ratios_are_against_the_fastest_peer_of_the_row(run: Run) -> None:

@@ -148,7 +148,7 @@ def _cards(result: BenchResult) -> str:
         (
             f"{ceilings['bytes_per_s'] / 1e9:,.1f} GB/s",
             f"this machine's memory, with {ceilings['flops_per_s'] / 1e12:,.3g} {ceilings['dtype']} TFLOP/s "
-            "the ceilings of the roofline, measured at start",
+            "the ceilings of the roofline, the best of the run",
         )
     )
     inner = "".join(

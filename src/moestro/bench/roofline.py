@@ -1,4 +1,4 @@
-"""How fast a call could be here: ceilings measured at start, bytes and FLOPs counted from the routing.
+"""How fast a call could be here: ceilings measured in the run, bytes and FLOPs counted from the routing.
 
 A call must read the weights of the experts that its pairs hit once, read x and write y once, and do
 2·pairs·weights_per_expert FLOPs. The roofline is the larger of bytes / bandwidth and FLOPs / matmul rate; a
@@ -31,6 +31,11 @@ class Ceilings:
     def seconds(self, work: Work) -> float:
         """The roofline of a call."""
         return max(work.num_bytes / self.bytes_per_s, work.flops / self.flops_per_s)
+
+    def raised(self, other: Ceilings) -> Ceilings:
+        """The higher of two measurements, rate by rate."""
+        rates = max(self.bytes_per_s, other.bytes_per_s), max(self.flops_per_s, other.flops_per_s)
+        return Ceilings(*rates, self.dtype)
 
 
 @dataclass(frozen=True)

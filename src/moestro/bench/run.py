@@ -163,7 +163,11 @@ def _measure(
     result: BenchResult,
     listener: Listener,
 ) -> BenchResult:
+    """The result with its rows. A CPU's ceilings are measured again before each case: its memory is shared with
+    others, and its rate at the start was below what a layer reached later (43 and 50 GB/s in one run).
+    """
     interrupted = False
+    outcomes: list[tuple[Case, Outcome]] = []
     try:
         cases = {
             tokens: make_case(spec.shape, tokens, spec.routing, seed=spec.seed + tokens, device=spec.device)
@@ -173,6 +177,8 @@ def _measure(
         listener.stage("measuring", len(spec.tokens))
         for tokens, case in cases.items():
             say = functools.partial(_say, listener, tokens)
+            if outcomes and not spec.device.startswith("cuda"):
+                ceilings = ceilings.raised(roofline.measure_ceilings(spec.device))
             try:
                 outcome = measure_case(contenders, case, timer_of, spec.plan, say, truth)
             except RuntimeError as error:  # in the rounds: a device that is lost, for everybody
@@ -180,7 +186,7 @@ def _measure(
                 entries = [{"tokens": tokens, "contender": who.name, "reason": why} for who in contenders]
                 result.failed.extend(entries)
                 break
-            result.rows.extend(_rows(spec.shape, contenders, case, ceilings, outcome))
+            outcomes.append((case, outcome))
             for reasons, entries in ((outcome.skipped, result.skipped), (outcome.failed, result.failed)):
                 entries.extend(
                     {"tokens": tokens, "contender": who, "reason": why} for who, why in reasons.items()
@@ -190,7 +196,9 @@ def _measure(
             listener.done()
     except KeyboardInterrupt:
         interrupted = True
-    return dataclasses.replace(result, interrupted=interrupted)
+    for case, outcome in outcomes:
+        result.rows.extend(_rows(spec.shape, contenders, case, ceilings, outcome))
+    return dataclasses.replace(result, ceilings=asdict(ceilings), interrupted=interrupted)
 
 
 def _compile(contenders: Sequence[Contender], cases: Sequence[Case], listener: Listener) -> None:
