@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -125,3 +126,14 @@ def test_the_machine_notices_a_kernel_that_is_wrong(name: str, on_machine: Any) 
             return True
 
     assert any(wrong(seed) for seed in range(12))
+
+
+@pytest.mark.timeout(20)
+def test_a_mistake_ends_a_program_whose_other_partitions_have_not_begun() -> None:
+    def wrong() -> None:
+        raise AssertionError("of the first")
+
+    for seed in range(20):
+        program = gluon_machine.Program(0, 1, random.Random(seed))
+        with pytest.raises(AssertionError, match="of the first"):
+            program.run([wrong, *[lambda p=program: p.here.pause(lambda: False)] * 2])
