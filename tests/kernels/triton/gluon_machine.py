@@ -138,8 +138,7 @@ class Program:
     def _stop(self) -> None:
         self.stopped = True
         for agent in self.agents:
-            while not agent.over:
-                self._current = agent
+            if not agent.over:
                 agent.turn.release()
                 self.turn.acquire()
 
