@@ -237,7 +237,7 @@ def _tune_layer(
             tuner.choose_one(OP, layer.runners, layer.tuning_config, _inputs(spec, size))
         listener.done()
 
-    order = [size for (size,) in spread([(size,) for size in tokens], (tokens[-1],))]
+    order = spread(tokens, tokens[-1])
     listener.stage(f"compiling {format}", 1)
     with _timed(result, f"{format}: compiling"), budget.before() as late:
         _compile(spec, layer, order, late)

@@ -13,6 +13,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from moestro.errors import TuningWarning
 from moestro.tuning.decisions import Record
@@ -22,6 +23,7 @@ from moestro.tuning.specs import Sizes
 
 __all__ = ["Campaign", "spread"]
 
+Bucket = TypeVar("Bucket", int, Sizes)
 RESOLUTION = 32  # a boundary is searched to 3 % of the size, where both winners are nearly equal
 
 
@@ -141,7 +143,7 @@ def _neighbour(bucket: Sizes, known: Mapping[Sizes, Record]) -> Record | None:
     return known[nearest]
 
 
-def spread(grid: Sequence[Sizes], first: Sizes) -> list[Sizes]:
+def spread(grid: Sequence[Bucket], first: Bucket) -> list[Bucket]:
     """The grid with `first`, then the largest, then the smallest, then middles of ever smaller gaps."""
     ordered = sorted(grid)
     order = [b for b in (first,) if b in ordered] + [ordered[-1], ordered[0]]
