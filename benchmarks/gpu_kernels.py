@@ -39,20 +39,17 @@ MODELS = {  # L, K, H, I; all pairs local
     "gptoss20": (32, 4, 2880, 2880),
 }
 DEV = "cuda"
-WIDE = [  # rows, stages a turn, warps, stages
-    table.wide(tokens, (rows, turn, warps, stages), (rows, turn, warps, stages), ladder=ladder)
-    for tokens, rows, turn, warps, stages, ladder in (
-        (96, 256, 4, 8, 9, 2),
-        (128, 256, 4, 8, 7, 1),
-        (144, 256, 4, 8, 7, 2),
-        (192, 128, 4, 8, 7, 2),
-        (256, 128, 4, 8, 5, 2),
-        (288, 128, 4, 8, 5, 2),
-        (128, 256, 1, 8, 7, 1),
-        (256, 128, 1, 8, 5, 0),
-        (128, 128, 1, 4, 4, 2),
-        (64, 128, 4, 4, 7, 1),
-    )
+WIDE = [  # the table's tiles of the wide path, and others: (tokens, tile, ladder)
+    *(tactic for tactic in table.TABLE if tactic.path == "wide"),
+    *(
+        table.wide(tokens, tile, tile, ladder=ladder)
+        for tokens, tile, ladder in (
+            (128, (256, 1, 8, 7), 1),
+            (256, (128, 1, 8, 5), 0),
+            (128, (128, 1, 4, 4), 2),
+            (64, (128, 4, 4, 7), 1),
+        )
+    ),
 ]
 
 

@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+import wide_tiles
 
 from moestro import ExpertWeights, FusedMoE, reference
 from moestro.kernels.triton import gluon_plan, tactics
+from moestro.kernels.triton.tactics import Tactic
 
 pytestmark = [
     pytest.mark.gpu,
@@ -81,29 +83,12 @@ def test_chained_products_repeat_bit_for_bit(num_tokens: int) -> None:
             assert torch.equal(first, out)
 
 
-WIDE = [  # tokens, rows, stages a turn, warps, stages, ladder
-    (128, 256, 1, 8, 7, 1),
-    (128, 256, 4, 8, 7, 1),
-    (256, 128, 1, 8, 5, 0),
-    (256, 128, 4, 8, 5, 2),
-    (96, 256, 4, 8, 9, 2),
-    (144, 256, 4, 8, 7, 2),
-    (192, 128, 4, 8, 7, 2),
-    (288, 128, 4, 8, 5, 2),
-    (128, 128, 1, 4, 4, 2),
-    (64, 128, 2, 4, 7, 1),
-]
-
-
 @pytest.mark.skipif(not gluon_plan.runs_here(), reason="needs wgmma")
-@pytest.mark.parametrize("tile", WIDE, ids=str)
+@pytest.mark.parametrize("tactic", wide_tiles.TILES, ids=wide_tiles.name)
 @pytest.mark.parametrize("sizes", [(256, 192), (272, 176), (640, 1040)], ids=str)
-def test_wide_products_equal_the_reference_and_repeat(tile: tuple[int, ...], sizes: tuple[int, int]) -> None:
-    tokens, rows, turn, warps, stages, ladder = tile
-    each = (rows, turn, warps, stages)
-    tactic = tactics.wide(tokens, each, each, ladder=ladder)
+def test_wide_products_equal_the_reference_and_repeat(tactic: Tactic, sizes: tuple[int, int]) -> None:
     hidden, inter = sizes
-    g = torch.Generator().manual_seed(tokens)
+    g = torch.Generator().manual_seed(tactic.tokens)
     gate_up, down = torch.randn(5, 2 * inter, hidden, generator=g), torch.randn(5, hidden, inter, generator=g)
     biases = torch.randn(5, 2 * inter, generator=g).cuda(), torch.randn(5, hidden, generator=g).cuda()
     weights = ExpertWeights.from_dense(gate_up.cuda() * 0.1, down.cuda() * 0.1, "nvfp4")

@@ -11,24 +11,20 @@ import torch
 pytest.importorskip("triton")
 
 import gluon_machine
+import wide_tiles
 from test_kernels import TOLERANCE, error, inputs_of, make
 
 from moestro.kernels.activations import Activation, GeGLUTanh, ReLU2, SwiGLU
 from moestro.kernels.triton import gluon_gemm, gluon_plan, tactics
+from moestro.kernels.triton.tactics import Tactic
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the GPU itself: tests/gpu")
 
-WIDE = [  # tokens, rows, stages a turn, warps, stages, ladder
-    (128, 256, 4, 8, 7, 1),
-    (256, 128, 4, 8, 5, 2),
-    (288, 128, 4, 8, 5, 2),
-    (144, 256, 4, 8, 7, 2),
-    (192, 128, 1, 8, 7, 2),
-    (96, 256, 4, 8, 9, 2),
-    (256, 128, 1, 8, 5, 0),
-    (128, 128, 1, 4, 4, 2),
-    (64, 128, 2, 4, 7, 1),
-]
+SLIM, TALL = (
+    tactics.wide(96, tactics.SLIM, tactics.SLIM, ladder=2),
+    tactics.wide(128, tactics.TALL, tactics.TALL),
+)
+FLAT, FLATTER = (tactics.wide(tokens, tactics.FLAT, tactics.FLAT, ladder=2) for tokens in (256, 288))
 
 
 @pytest.fixture
@@ -42,22 +38,17 @@ def on_machine(monkeypatch: pytest.MonkeyPatch) -> Any:
     return start
 
 
-def tactic_of(tile: tuple[int, ...]) -> tactics.Tactic:
-    tokens, *each, ladder = tile
-    return tactics.wide(tokens, tuple(each), tuple(each), ladder=ladder)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("tile", WIDE, ids=str)
-def test_wide_products_match_the_reference_on_odd_sizes(tile: tuple[int, ...], on_machine: Any) -> None:
+@pytest.mark.parametrize("tile", wide_tiles.TILES, ids=wide_tiles.name)
+def test_wide_products_match_the_reference_on_odd_sizes(tile: Tactic, on_machine: Any) -> None:
     """Ragged experts, biases, experts of other ranks, an id that no rank has, an expert without pairs."""
-    on_machine(sum(tile))
+    on_machine(tile.tokens + sum(tile.first) + tile.ladder)
     for sizes, tokens in (((4, 2, 144, 80), (1, 37)), ((4, 2, 640, 112), (420,))):
         runner, plain = make(sizes, "nvfp4", biases=True, foreign=1)
         for n in tokens:
             inputs = inputs_of(runner, n)
             inputs[1][inputs[1] == 2] = 3
             inputs[1][n - 1] = torch.tensor([-7, 1])
-            assert error(runner, plain, inputs, tactic_of(tile)) < TOLERANCE
+            assert error(runner, plain, inputs, tile) < TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -66,49 +57,49 @@ def test_wide_products_match_the_reference_on_odd_sizes(tile: tuple[int, ...], o
 def test_wide_activations(act: Activation, on_machine: Any) -> None:
     on_machine(1)
     runner, plain = make((3, 2, 128, 96), "nvfp4", act)
-    assert error(runner, plain, inputs_of(runner, 70), tactic_of(WIDE[0])) < TOLERANCE
+    assert error(runner, plain, inputs_of(runner, 70), TALL) < TOLERANCE
 
 
-@pytest.mark.parametrize("tile", [WIDE[0], WIDE[2]], ids=str)
-def test_every_interleaving_gives_the_same_bits(tile: tuple[int, ...], on_machine: Any) -> None:
+@pytest.mark.parametrize("tile", [TALL, FLATTER], ids=wide_tiles.name)
+def test_every_interleaving_gives_the_same_bits(tile: Tactic, on_machine: Any) -> None:
     """Stages of the ring are used several times over, tiles follow each other in a program."""
     runner, plain = make((3, 2, 640, 96), "nvfp4")
     inputs = inputs_of(runner, 150)
     results = []
     for seed in range(5):
         on_machine(seed)
-        assert error(runner, plain, inputs, tactic_of(tile)) < TOLERANCE
+        assert error(runner, plain, inputs, tile) < TOLERANCE
         results.append(inputs[3].clone())
     assert all(torch.equal(results[0], r) for r in results)
 
 
 MUTANTS = {  # function, its text, the wrong text, the tile, tokens (two thirds of them are an expert's pairs)
     "a stage is read before it is full": (
-        "_step", "mbarrier.wait(ring[3].index(stage), phase)", "pass", WIDE[0], 120),
+        "_step", "mbarrier.wait(ring[3].index(stage), phase)", "pass", TALL, 120),
     "a stage is filled before it is empty": (
-        "_fill", "mbarrier.wait(empty.index(stage), phase)", "pass", WIDE[0], 120),
+        "_fill", "mbarrier.wait(empty.index(stage), phase)", "pass", TALL, 120),
     "64 rows give a stage back while a product reads it": (
-        "_retire", "wait(RUNNING", "wait(RUNNING + 1", WIDE[1], 120),
+        "_retire", "wait(RUNNING", "wait(RUNNING + 1", FLAT, 120),
     "128 rows give a stage back while a product reads it": (
-        "_retire_both", "wait(RUNNING", "wait(RUNNING + 1", WIDE[0], 60),
+        "_retire_both", "wait(RUNNING", "wait(RUNNING + 1", TALL, 60),
     "the same where a tile is three quarters wide": (
-        "_retire_both", "2 * RUNNING", "2 * RUNNING + 1", WIDE[0], 120),
+        "_retire_both", "2 * RUNNING", "2 * RUNNING + 1", TALL, 120),
     "288 pairs give a stage back while a product reads it": (
-        "alone", "_retire(acc, acc2, a, 0, W2)", "(acc, acc2, a)", WIDE[2], 400),
+        "alone", "_retire(acc, acc2, a, 0, W2)", "(acc, acc2, a)", FLATTER, 400),
     "the pairs beyond 256 are not copied": (
-        "_fill", "copy_async(xe.index(stage).slice(0, W2), xp2 + ahead * 64)", "pass", WIDE[2], 400),
-    "the proxies are not fenced": ("_step", "fence_async_shared()", "pass", WIDE[0], 120),
+        "_fill", "copy_async(xe.index(stage).slice(0, W2), xp2 + ahead * 64)", "pass", FLATTER, 400),
+    "the proxies are not fenced": ("_step", "fence_async_shared()", "pass", TALL, 120),
     "the last product is not waited for": (
-        "one", "acc, acc2, b = _retire(acc, acc2, b, 0, W2)", "pass", WIDE[1], 120),
-    "the phase is not turned": ("following", "phase ^ wrap", "phase", WIDE[0], 120),
-    "too narrow a tile": ("_consume", "count <= 2 * Q", "count <= 3 * Q", WIDE[0], 120),
+        "one", "acc, acc2, b = _retire(acc, acc2, b, 0, W2)", "pass", FLAT, 120),
+    "the phase is not turned": ("following", "phase ^ wrap", "phase", TALL, 120),
+    "too narrow a tile": ("_consume", "count <= 2 * Q", "count <= 3 * Q", TALL, 120),
     "pairs beyond 64 in too narrow a tile": (
-        "_consume", "count <= BN + EXTRA // 2", "count <= BN + EXTRA", WIDE[5], 135),
+        "_consume", "count <= BN + EXTRA // 2", "count <= BN + EXTRA", SLIM, 135),
     "too few of the pairs beyond 64 are copied": (
-        "_produce", "count <= BN + EXTRA // 2", "count <= BN + EXTRA", WIDE[5], 135),
+        "_produce", "count <= BN + EXTRA // 2", "count <= BN + EXTRA", SLIM, 135),
     "a stage of the turn is left out": (
-        "_fill", "first + u < blocks", "first + u < blocks - 1", WIDE[0], 120),
-    "a row beyond the expert's is written": ("_pairs", "i < at[3], other", "i <= at[3], other", WIDE[0], 120),
+        "_fill", "first + u < blocks", "first + u < blocks - 1", TALL, 120),
+    "a row beyond the expert's is written": ("_pairs", "i < at[3], other", "i <= at[3], other", TALL, 120),
 }  # fmt: skip
 
 
@@ -121,7 +112,7 @@ def test_the_machine_notices_a_kernel_that_is_wrong(name: str, on_machine: Any) 
     def wrong(seed: int) -> bool:
         on_machine(seed, **{function: (old, new)})
         try:
-            return not error(runner, plain, inputs, tactic_of(tile)) < TOLERANCE
+            return not error(runner, plain, inputs, tile) < TOLERANCE
         except AssertionError:
             return True
 
