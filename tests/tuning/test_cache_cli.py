@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import typer
-from tuning_fakes import Kernel, config, inputs, quiet_clock, tuner
+from tuning_fakes import WRONG, Kernel, config, inputs, quiet_clock, tuner
 from typer.testing import CliRunner
 
 from moestro.cli.cache import app as cache_app
@@ -24,7 +24,7 @@ app = typer.Typer()
 app.add_typer(cache_app, name="cache")
 app.command("explain")(explain)
 
-FAST = {-1: 1e-3, "a": 5e-4, "b": ValueError("bad")}
+FAST = {-1: 1e-3, "a": 5e-4, "b": WRONG}
 
 
 def tune(store: Path, size: int = 64, times: Any = None, op: str = "moe") -> Kernel:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moestro.tuning.measure.check import Reference
+from moestro.tuning.measure.bits import overwrite
 from moestro.tuning.measure.compile import precompile
-from moestro.tuning.measure.inputs import synthesise
+from moestro.tuning.measure.inputs import is_torch, synthesise
 from moestro.tuning.measure.request import (
     OUT_OF_MEMORY,
     Candidate,
@@ -22,10 +22,11 @@ from moestro.tuning.measure.request import (
     OutOfMemoryError,
     UnfitError,
     candidate_name,
-    names_out_of_memory,
+    is_out_of_memory,
     record_name,
 )
 from moestro.tuning.measure.sandbox import Sandbox
+from moestro.tuning.measure.verify import Verification
 from moestro.tuning.spec.keys import shapes_of
 from moestro.tuning.spec.runner import DEFAULT_TACTIC, tactic_key
 from moestro.tuning.spec.specs import Sizes
@@ -56,10 +57,17 @@ class Trial:
                 synthesise(job.config, self.profile, job.inputs, probe, job.policy.seed)
                 for probe in job.probes
             ]
+            self.before = [self._copies(inputs) for inputs in self.inputs]
         except (MemoryError, RuntimeError) as error:
-            if isinstance(error, MemoryError) or names_out_of_memory(f"{type(error).__name__}: {error}"):
-                raise OutOfMemoryError("the inputs do not fit") from error
+            if is_out_of_memory(error):
+                raise OutOfMemoryError(f"the inputs do not fit: {error}") from error
             raise
+        self.verification: Verification | None = None
+
+    def _copies(self, inputs: Sequence[Any]) -> dict[int, Any]:
+        """The dynamic inputs as they are."""
+        dynamic = [i for i in range(len(inputs)) if self.profile.is_dynamic(i) and is_torch(inputs[i])]
+        return {i: inputs[i].detach().clone() for i in dynamic}
 
     @property
     def late(self) -> bool:
@@ -101,7 +109,7 @@ class Trial:
 
         Raises OutOfMemoryError if not one of them fits into memory.
         """
-        self._reserve(candidates)
+        self.reserve(candidates)
         for step in (self._compiled, self._surviving, self._verified):
             candidates = step(candidates)
         if not candidates and any(e.reason == OUT_OF_MEMORY for e in self.evidence):
@@ -112,17 +120,28 @@ class Trial:
         """Note that there was no time for a candidate."""
         self.evidence.append(CandidateEvidence(candidate.runner, candidate.tactic, "not measured"))
 
-    def _reserve(self, candidates: list[Candidate]) -> None:
+    def reserve(self, candidates: list[Candidate]) -> None:
+        """Workspaces for the largest of these, and what each runner prepares, with the default tactic.
+
+        Preparation sees other values than the candidates: what it computes is not the answer that a candidate
+        which computes nothing could return.
+        """
+        watched = self.job.watched(self.profile) if self.job.policy.verify else None
         for index, runner in enumerate(self.job.runners):
             tactics = [c.tactic for c in candidates if c.index == index]
             if not tactics:
                 continue
             default = Candidate(index, self.job.key.runners[index], DEFAULT_TACTIC, "")
-            for inputs in self.inputs:
+            for inputs, before in zip(self.inputs, self.before, strict=True):
                 if callable(getattr(runner, "reserve", None)):
                     runner.reserve(inputs, tactics)
                 if "do_preparation" in inspect.signature(runner.forward).parameters:
+                    _disguise(inputs, before)
                     self.job.run(default, inputs, do_preparation=True)
+                    for i, value in before.items():
+                        overwrite(inputs[i], value)
+        if watched is not None:
+            watched.accept()
 
     def _compiled(self, candidates: list[Candidate]) -> list[Candidate]:
         """Those that can be compiled, where their runner has a `compile` hook."""
@@ -162,42 +181,32 @@ class Trial:
         return alive
 
     def _verified(self, candidates: list[Candidate]) -> list[Candidate]:
-        """Those that run and give what the first one that runs gives."""
+        """Those that run, give what the first one that runs gives, and leave the weights alone."""
         if not self.job.policy.verify:
             return candidates
-        references: list[Reference] | None = None
-        sound: list[Candidate] = []
-        for candidate in candidates:
-            if self.late or (len(sound) > 1 and self.past(FOR_CHECKS)):
+        self.verification = Verification(
+            self.job, self.profile, self.inputs, self.before, lambda: self.late
+        )
+
+        def skip(candidate: Candidate, sound: int) -> bool:
+            leave = self.late or (sound > 1 and self.past(FOR_CHECKS))
+            if leave:
                 self.skip(candidate)
-                continue
-            try:
-                if references is None:
-                    references = self._references(candidate)
-                else:
-                    self._compare(candidate, references)
-                sound.append(candidate)
-            except Exception as error:
-                self.evidence.append(self.job.failed(candidate, error))
-        return sound
+            return leave
 
-    def _references(self, candidate: Candidate) -> list[Reference]:
-        """What the candidate, which is to be the reference, gives for each probe."""
-        hook = getattr(self.job.runners[candidate.index], "tolerance", None)
-        references = []
-        for inputs in self.inputs:
-            written = [i for i in range(len(inputs)) if self.profile.is_dynamic(i)]
-            tolerance = functools.partial(hook, inputs) if callable(hook) else None
-            run = functools.partial(self.job.run, candidate, inputs)
-            references.append(Reference(run, inputs, written, tolerance))
-        return references
+        return self.verification.sound(candidates, skip, self.fail)
 
-    def _compare(self, candidate: Candidate, references: list[Reference]) -> None:
-        """Raise UnfitError if the candidate's output is not the reference's for some probe."""
-        for inputs, reference in zip(self.inputs, references, strict=True):
-            why = reference.why_wrong(functools.partial(self.job.run, candidate, inputs))
-            if why is not None:
-                raise UnfitError(why)
+    def fail(self, candidate: Candidate, error: Exception) -> None:
+        """Note that a candidate is out, and why."""
+        self.evidence.append(self.job.failed(candidate, error))
+
+
+def _disguise(inputs: Sequence[Any], before: Mapping[int, Any]) -> None:
+    """Other values for the dynamic inputs: the same ones in other places, so that they stay valid."""
+    for i, value in before.items():
+        rows = value.dim() > 0 and len(value) > 1
+        if rows or (value.dim() and value.dtype.is_floating_point):
+            overwrite(inputs[i], value.roll(1, 0 if rows else -1))
 
 
 def _is_last_resort(runner: Any, inputs: Sequence[Any]) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from moestro.errors import TuningError
 from moestro.tuning.measure.candidates import Trial
-from moestro.tuning.measure.request import Candidate, Job, candidate_name, names_out_of_memory, record_name
+from moestro.tuning.measure.request import Candidate, Job, candidate_name, record_name
 from moestro.tuning.measure.scope import measured
 from moestro.tuning.race.race import CandidateEvidence as Raced
 from moestro.tuning.race.race import RaceResult, race
@@ -40,11 +40,11 @@ def measure(
     sound = trial.fit(trial.candidates(only))
     if not sound and not trial.late:
         sound = trial.fit(trial.spare)
-    fit, samplers = _samplers(trial, sound)
+    fit, samplers = samplers_of(trial, sound)
     if trial.late and len(fit) < 2:
         return None
     if len(fit) < 2:
-        return _without_choice(trial, fit)
+        return without_choice(trial, fit)
     wanted = record_name(preferred) if preferred is not None else None
     names = [candidate.name for candidate in fit]
     try:
@@ -58,11 +58,11 @@ def measure(
         )
     except TuningError as error:  # every candidate failed while it was timed
         trial.evidence += [job.failed(candidate, error) for candidate in fit]
-        return _without_choice(trial, [])
-    return _conclude(trial, fit, result)
+        return without_choice(trial, [])
+    return conclude(trial, fit, result)
 
 
-def _samplers(
+def samplers_of(
     trial: Trial, sound: list[Candidate]
 ) -> tuple[list[Candidate], list[list[Callable[[], float]]]]:
     """(candidates that the timer could prepare, their samplers, one a probe)."""
@@ -91,7 +91,7 @@ def _sampler(job: Job, candidate: Candidate, inputs: Sequence[Any]) -> Callable[
     return sampler
 
 
-def _without_choice(trial: Trial, fit: list[Candidate]) -> Record:
+def without_choice(trial: Trial, fit: list[Candidate]) -> Record:
     """The decision where there is one candidate, or none: remembered, so that nobody tries again."""
     job, runner = trial.job, trial.job.key.runners[0]
     winner = fit[0] if fit else Candidate(0, runner, DEFAULT_TACTIC, candidate_name(runner, DEFAULT_TACTIC))
@@ -108,7 +108,7 @@ def _without_choice(trial: Trial, fit: list[Candidate]) -> Record:
     return _record(trial, winner, "quarantined" if job.banned else "default", found)
 
 
-def _conclude(trial: Trial, fit: list[Candidate], result: RaceResult) -> Record | None:
+def conclude(trial: Trial, fit: list[Candidate], result: RaceResult) -> Record | None:
     if result.rounds < 2 and result.ended != "decided":
         return None
     job = trial.job
@@ -117,9 +117,7 @@ def _conclude(trial: Trial, fit: list[Candidate], result: RaceResult) -> Record 
         if i == result.winner:
             fate = "winner"
         elif raced.reason.startswith("failed"):
-            fate = "failed" if names_out_of_memory(raced.reason) else "quarantined"
-            if fate == "quarantined":
-                job.ban(candidate, raced.reason)
+            fate = "failed"
         trial.evidence.append(_evidence(job, candidate, fate, raced))
     found = Evidence(
         tuple(trial.evidence),
