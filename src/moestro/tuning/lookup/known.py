@@ -73,7 +73,11 @@ class DecisionsOfKey:
 
     def serving(self, probes: tuple[str, ...]) -> Mapping[Sizes, Record]:
         """What serves a layer with these probes: their own records, else those of the probes tuned last."""
-        known = self._records
+        known = {
+            names: decided
+            for names, by_bucket in self._records.items()
+            if (decided := {bucket: record for bucket, record in by_bucket.items() if record.is_decided})
+        }
         if known.get(probes) or not known:
             return known.get(probes, {})
         return max(known.values(), key=lambda found: max(r.created for r in found.values()))

@@ -24,6 +24,7 @@ class Budget:
         self.clock = clock
         self._spent = 0.0
         self._sampled = 0.0
+        self._forgiven = 0.0
         self._since: float | None = None
 
     def start(self) -> None:
@@ -31,17 +32,21 @@ class Budget:
         self._sampled = 0.0
 
     def stop(self) -> None:
-        self._spent = self.spent
+        self._spent, self._forgiven = self.spent, 0.0
         self._since = None
 
     def sampled(self, seconds: float) -> None:
         """A timer has reported this many seconds."""
         self._sampled += seconds
 
+    def forgive(self, seconds: float) -> None:
+        """These seconds do not count: what took them takes longer than any budget that was given."""
+        self._forgiven += seconds
+
     @property
     def spent(self) -> float:
         running = 0.0 if self._since is None else max(self.clock() - self._since, self._sampled)
-        return self._spent + running
+        return self._spent + running - self._forgiven
 
     @property
     def left(self) -> float:

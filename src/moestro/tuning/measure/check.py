@@ -61,7 +61,7 @@ class Reference:
         """written: which inputs an operation may write (the dynamic ones). before: copies of them from before
         anything ran, where preparation may have written them. hurry: time is over, one run must do.
         """
-        self._run, self._tolerance = run, tolerance
+        self._run, self._tolerance, self.runs = run, tolerance, 1
         places = [(f"input {i}", inputs[i], (before or {}).get(i)) for i in written if _is_memory(inputs[i])]
         places += [(f"argument {p}", t, None) for p, t in tensors_in(dict(kwargs or {})) if _is_memory(t)]
         self._places = [
@@ -130,6 +130,7 @@ class Reference:
     def _again(self, alternative: bool = False) -> list[Any] | None:
         """One more run of the default, as candidates start: its leaves; None if they are not the same ones."""
         self._start(alternative)
+        self.runs += 1
         try:
             found = self._leaves(self._run())
         except Exception:

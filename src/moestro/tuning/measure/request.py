@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moestro.tuning.measure.budget import Budget
@@ -14,9 +14,10 @@ from moestro.tuning.spec.keys import StaticKey
 from moestro.tuning.spec.policy import MeasurementPolicy
 from moestro.tuning.spec.runner import DEFAULT_TACTIC, tactic_key
 from moestro.tuning.spec.specs import OptimizationProfile, Probe, Sizes, TuningConfig
-from moestro.tuning.store.records import CandidateEvidence, Record
+from moestro.tuning.spec.evidence import CandidateEvidence
+from moestro.tuning.store.records import Record
 
-__all__ = ["Candidate", "Job", "OutOfMemoryError", "UnfitError", "candidate_name", "is_out_of_memory", "record_name"]
+__all__ = ["Candidate", "Job", "OutOfMemoryError", "UnfitError", "candidate_name", "evidence_name", "is_out_of_memory", "record_name"]
 
 OUT_OF_MEMORY = "out of memory"
 # in lower case, with spaces for underscores
@@ -120,6 +121,15 @@ class Job:
             return CandidateEvidence(candidate.runner, candidate.tactic, "failed", reason=text)
         self.ban(candidate, text)
         return CandidateEvidence(candidate.runner, candidate.tactic, "quarantined", reason=text)
+
+    def failed_in_race(self, found: CandidateEvidence) -> CandidateEvidence:
+        """What to note of a candidate that failed while it was timed."""
+        return replace(found, reason=OUT_OF_MEMORY) if names_out_of_memory(found.reason) else found
+
+
+def evidence_name(evidence: CandidateEvidence) -> str:
+    """The candidate that evidence is of."""
+    return candidate_name(evidence.runner, tactic_key(evidence.tactic, None))
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

@@ -77,6 +77,11 @@ class Verification:
                 fail(candidate, error)
         return left
 
+    @property
+    def reference_runs(self) -> int:
+        """How often the reference has run so far, for all probes."""
+        return sum(reference.runs for reference in self._references)
+
     # --- one candidate -----------------------------------------------------------------------------------
     def _error(self, candidate: Candidate) -> Exception | None:
         """Run it on every probe: what is wrong, or None. The first one that runs becomes the reference."""

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from moestro.tuning.spec.evidence import CandidateEvidence, Evidence
 from moestro.tuning.spec.plain_json import to_json
 from moestro.tuning.spec.runner import tactic_from_json
 from moestro.tuning.spec.specs import Sizes
@@ -18,45 +19,6 @@ from moestro.tuning.spec.specs import Sizes
 __all__ = ["CandidateEvidence", "Decision", "Evidence", "Record"]
 
 SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class CandidateEvidence:
-    """What is known of one candidate at one bucket.
-
-    Times are in seconds. ratio is time over the default's time, with its confidence interval [low, high];
-    over several probes it is the worst one, and `probes` has each.
-    """
-
-    runner: str
-    tactic: Any
-    fate: str  # "winner" | "finalist" | "eliminated" | "quarantined" | "failed" | "not measured"
-    samples: int = 0
-    median: float | None = None
-    spread: float | None = None  # median absolute deviation, seconds
-    ratio: float | None = None
-    low: float | None = None
-    high: float | None = None
-    reason: str = ""
-    probes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """Why a decision is as it is."""
-
-    candidates: tuple[CandidateEvidence, ...] = ()
-    noise_floor: float = 0.0  # ratio difference of the default to itself
-    samples: int = 0
-    seconds: float = 0.0
-    clock: str = ""
-    policy: Mapping[str, Any] = field(default_factory=dict)
-    reason: str = ""
-
-    def of(self, runner: str, tactic: Any) -> CandidateEvidence | None:
-        """The evidence for one candidate, if it was one."""
-        wanted = to_json(tactic)
-        return next((c for c in self.candidates if c.runner == runner and to_json(c.tactic) == wanted), None)
 
 
 @dataclass(frozen=True)
@@ -74,6 +36,13 @@ class Record:
     created: float = 0.0  # seconds since 1970
     environment: str = ""  # where it was measured (environment.Environment.name)
     evidence: Evidence = Evidence()
+    default: Any = None  # what the default tactic stood for, as JSON, where its runner tells
+    samples: Mapping[str, Any] = field(default_factory=dict)  # of a race to be continued (race.rounds.Samples)
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether it answers calls: an unfinished one does as soon as something has been raced."""
+        return self.complete or self.status == "measured"
 
     def to_json(self) -> dict[str, Any]:
         """As JSON; from_json reads it back."""
@@ -93,7 +62,8 @@ class Record:
         evidence["candidates"] = tuple(
             CandidateEvidence(**{**c, "tactic": _lenient(c["tactic"])}) for c in evidence["candidates"]
         )
-        fields = {f.name: data[f.name] for f in dataclasses.fields(cls)}
+        later = {"default": None, "samples": {}}  # not in files of before
+        fields = {f.name: data.get(f.name, later[f.name]) if f.name in later else data[f.name] for f in dataclasses.fields(cls)}
         for name in ("bucket", "tuned_for"):
             fields[name] = tuple(int(size) for size in fields[name])
         if not isinstance(fields["runner"], str) or not isinstance(fields["created"], int | float):
