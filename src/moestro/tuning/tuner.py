@@ -17,6 +17,7 @@ import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 from moestro.errors import TuningError, TuningWarning
 from moestro.tuning.contexts import Contexts, Options
@@ -68,6 +69,7 @@ class AutoTuner:
         self._sites = CallSites()
         self._known = KnownDecisions(self.store)
         self._measuring = threading.RLock()
+        _tuners.add(self)
 
     @classmethod
     def get(cls) -> AutoTuner:
@@ -106,7 +108,7 @@ class AutoTuner:
         inner = outer.inner(
             tune=tune_mode,
             store=_as_store(cache),
-            budget=None if budget_s is None else Budget(budget_s, self._clock),
+            budget=None if budget_s is None else Budget(budget_s, self._clock, outer.budget),
             buckets=tuning_buckets,
             round_up=round_up,
             skip_ops=skip_ops,
@@ -115,11 +117,11 @@ class AutoTuner:
             progress=progress,
             crossover=crossover,
         )
-        self._contexts.push(inner)
+        entered = self._contexts.push(inner)
         try:
             yield self
         finally:
-            self._contexts.pop()
+            self._contexts.pop(entered)
 
     # --- choosing ------------------------------------------------------------------------------------
     def choose_one(
@@ -351,6 +353,24 @@ class AutoTuner:
                 stacklevel=4,
             )
         view.accept(sizes)
+
+
+_tuners: WeakSet[AutoTuner] = WeakSet()
+
+
+def _after_fork() -> None:
+    """In a forked child no other thread runs: the locks that they held are made anew, or the child would wait for
+    ever.
+    """
+    AutoTuner._default_lock = threading.Lock()
+    for tuner in list(_tuners):
+        tuner._measuring = threading.RLock()
+        tuner._contexts.forked()
+        tuner._known.forked()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _as_store(store: str | os.PathLike[str] | Store | None) -> Store | None:

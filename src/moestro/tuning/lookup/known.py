@@ -67,6 +67,10 @@ class DecisionsOfKey:
             for view in list(self.views):
                 view.forget()
 
+    def forked(self) -> None:
+        """This process is a child: another thread may have held the lock when it was made."""
+        self._lock = threading.Lock()
+
     def records(self, probes: tuple[str, ...]) -> Mapping[Sizes, Record]:
         """What was measured with exactly these probes, by bucket."""
         return self._records.get(probes, {})
@@ -104,6 +108,11 @@ class KnownDecisions:
     def books(self) -> list[DecisionsOfKey]:
         """All books."""
         return list(self._books.values())
+
+    def forked(self) -> None:
+        """This process is a child: other threads may have held locks when it was made."""
+        for book in self.books():
+            book.forked()
 
     def target(self, options: Options | None) -> Store | None:
         """Where decisions made under these options are written."""
