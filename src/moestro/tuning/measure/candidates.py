@@ -27,7 +27,7 @@ from moestro.tuning.measure.request import (
 )
 from moestro.tuning.measure.sandbox import Sandbox
 from moestro.tuning.spec.keys import shapes_of
-from moestro.tuning.spec.runner import DEFAULT_TACTIC, tactic_key
+from moestro.tuning.spec.runner import DEFAULT_TACTIC, tactic_key, valid_tactics
 from moestro.tuning.spec.specs import Sizes
 from moestro.tuning.store.records import CandidateEvidence, Record
 
@@ -78,7 +78,8 @@ class Trial:
         found: dict[str, Candidate] = {}
         last = {i for i, runner in enumerate(self.job.runners) if _is_last_resort(runner, self.inputs[0])}
         for index, runner in enumerate(self.job.runners):
-            for tactic in (DEFAULT_TACTIC, *runner.get_valid_tactics(self.inputs[0], self.profile)):
+            offered = valid_tactics(runner, self.inputs[0], self.profile, self.job.kwargs)
+            for tactic in (DEFAULT_TACTIC, *offered):
                 name = candidate_name(self.job.key.runners[index], tactic_key(tactic, runner))
                 found.setdefault(name, Candidate(index, self.job.key.runners[index], tactic, name))
         default, *others = found.values()

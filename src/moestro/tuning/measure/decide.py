@@ -14,7 +14,7 @@ from moestro.tuning.measure.request import Candidate, Job, candidate_name, names
 from moestro.tuning.measure.scope import measured
 from moestro.tuning.race.race import CandidateEvidence as Raced
 from moestro.tuning.race.race import RaceResult, race
-from moestro.tuning.spec.runner import DEFAULT_TACTIC
+from moestro.tuning.spec.runner import DEFAULT_TACTIC, stored_tactic
 from moestro.tuning.spec.specs import Sizes
 from moestro.tuning.store.records import CandidateEvidence, Evidence, Record
 
@@ -161,15 +161,10 @@ def _record(
     return Record(
         bucket=trial.bucket,
         runner=winner.runner,
-        tactic=_tuples(winner.tactic),
+        tactic=stored_tactic(winner.tactic),
         status=status,
         probes=trial.job.probe_names,
         complete=complete,
         created=time.time(),
         evidence=evidence,
     )
-
-
-def _tuples(tactic: Any) -> Any:
-    """A tactic as it comes back from the store: lists are tuples."""
-    return tuple(map(_tuples, tactic)) if type(tactic) in {list, tuple} else tactic
