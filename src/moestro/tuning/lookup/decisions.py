@@ -46,8 +46,10 @@ class DecisionsOfKey:
         key: StaticKey,
         arity: int = 1,
         why_not: Callable[[StaticKey, Record], str | None] = lambda key, record: None,
+        device: str = "cpu",
     ) -> None:
         self.key = key
+        self.device = device
         self.arity = arity
         self.version = 0
         self.private = False  # nothing is read from stores or written to them (exclude_from_cache)
@@ -77,7 +79,7 @@ class DecisionsOfKey:
 
     def relate(self, other: DecisionsOfKey) -> None:
         """Take in what another runner list has decided for the same question, where its winners are ours."""
-        if other is self or other.key.family != self.key.family:
+        if other is self or not other.decided:
             return
         for (environment, _), by_bucket in other._records.items():
             self.relate_records(other.key, by_bucket.values(), environment)

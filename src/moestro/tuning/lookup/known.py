@@ -31,7 +31,7 @@ from moestro.tuning.store.store import Store
 
 __all__ = ["DecisionsOfKey", "KnownDecisions", "Listener"]
 
-EMPTY_KEPT = 512  # keys without a decision: one whose keyword differs in every call leaves no more than these
+EMPTY_KEPT = 256  # keys without a decision: one whose keyword differs in every call leaves no more than these
 DECIDED_KEPT = 16384  # keys with decisions; the oldest are read again, or tuned again where there is no store
 ATTACHED_KEPT = 16  # stores of contexts that were left
 
@@ -46,6 +46,8 @@ class KnownDecisions:
         self.attached: list[Store] = []
         self.busy = 0  # measurements under way: nothing is read in the background meanwhile
         self._books: dict[tuple[StaticKey, str], DecisionsOfKey] = {}
+        self._families: dict[tuple[str, str], dict[tuple[StaticKey, str], DecisionsOfKey]] = {}
+        self._room = EMPTY_KEPT
         self._lock = threading.Lock()
         watch(self)
 
@@ -57,10 +59,12 @@ class KnownDecisions:
             with self._lock:
                 found = self._books.get((key, device))
                 if found is None:
-                    found = DecisionsOfKey(key, arity, self.tactics.why_not)
+                    found = DecisionsOfKey(key, arity, self.tactics.why_not, device)
                     self._forget_oldest()
-                    self._relate(found, device)
-                    self._books[key, device] = found
+                    family = self._family(found, device)
+                    for other in family.values():
+                        found.relate(other)
+                    self._books[key, device] = family[key, device] = found
         return found
 
     def books(self) -> list[DecisionsOfKey]:
@@ -74,25 +78,30 @@ class KnownDecisions:
                 book.clear()
 
     def _forget_oldest(self) -> None:
-        if len(self._books) < EMPTY_KEPT:
+        """Make room: half of the keys that nothing is known of, once there are too many."""
+        if len(self._books) < self._room:
             return
         empty = [at for at, book in self._books.items() if not book.decided]
         decided = len(self._books) - len(empty)
-        for at in empty[: len(empty) - EMPTY_KEPT + 1]:
-            del self._books[at]
+        gone = empty[: len(empty) - EMPTY_KEPT // 2] if len(empty) >= EMPTY_KEPT else []
         if decided >= DECIDED_KEPT:
-            del self._books[next(at for at, book in self._books.items() if book.decided)]
+            gone += [at for at, book in self._books.items() if book.decided][: DECIDED_KEPT // 2]
+        for at in gone:
+            book = self._books.pop(at)
+            family = self._family(book, book.device)
+            family.pop(at, None)
+            if not family:
+                del self._families[book.key.family, book.device]
+        self._room = len(self._books) + EMPTY_KEPT // 2
 
-    def _relate(self, book: DecisionsOfKey, device: str) -> None:
-        """Let a new book and those of its family know each other: who takes part may differ, not the question."""
-        for (_, where), other in self._books.items():
-            if where == device and other.decided and other.key.op == book.key.op:
-                book.relate(other)
+    def _family(self, book: DecisionsOfKey, device: str) -> dict[tuple[StaticKey, str], DecisionsOfKey]:
+        """The books of one question, which differ in who takes part."""
+        return self._families.setdefault((book.key.family, device), {})
 
-    def _tell_family(self, book: DecisionsOfKey) -> None:
-        for (key, _), other in list(self._books.items()):
-            if other is not book and key.op == book.key.op:
-                other.relate(book)
+    def _tell_family(self, book: DecisionsOfKey, device: str) -> None:
+        """Who takes part may differ, not the question: its decisions serve where their winners take part too."""
+        for other in list(self._family(book, device).values()):
+            other.relate(book)
 
     # --- stores --------------------------------------------------------------------------------------
     def attach(self, store: Store) -> None:
@@ -142,7 +151,7 @@ class KnownDecisions:
             if not book.knows(environment.name, record.probes, record.bucket):
                 found.append(replace(record, source=source))
         book.add(found, environment.name)
-        self._tell_family(book)
+        self._tell_family(book, book.device)
 
     def reload(self) -> int:
         """Read every store again that books were read from; how many decisions came or changed."""
@@ -189,7 +198,7 @@ class KnownDecisions:
         book.environments[environment.name] = environment
         self.stats.kept(book.key, record)
         book.add([replace(record, source=source)], environment.name)
-        self._tell_family(book)
+        self._tell_family(book, book.device)
 
     def ban(
         self, book: DecisionsOfKey, store: Store | None, environment: Environment, candidate: str, reason: str
