@@ -15,7 +15,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from moestro.errors import TuningError
 from moestro.tuning.measure.budget import Budget
 from moestro.tuning.progress import Progress
 from moestro.tuning.spec.buckets import checked_buckets, make_bucket_mapper
@@ -40,17 +39,22 @@ class Options:
     probes: tuple[Probe, ...] | None = None
     progress: Progress = False
     crossover: bool = True
+    answers: Any = None  # testing.TacticsCapture or Replay: who notes or answers the choices made inside
 
-    def inner(self, *, skip_ops: Iterable[str] | None, **given: Any) -> Options:
+    def inner(self, *, skip_ops: Iterable[str] | str | None, **given: Any) -> Options:
         """The options of a context inside this one."""
         if given.get("buckets") is not None:
             given["buckets"] = checked_buckets(given["buckets"], "tuning_buckets")
         if given.get("probes") is not None:
             given["probes"] = TuningConfig(probes=tuple(given["probes"])).probes
-        if isinstance(skip_ops, str):
-            raise TuningError(f"skip_ops must be a set of op names, got the string {skip_ops!r}")
-        given["skip_ops"] = self.skip_ops | frozenset(skip_ops or ())
+        skip_ops = (skip_ops,) if isinstance(skip_ops, str) else skip_ops or ()
+        given["skip_ops"] = self.skip_ops | frozenset(skip_ops)
         return replace(self, **{name: value for name, value in given.items() if value is not None})
+
+    @property
+    def changes(self) -> tuple[Any, ...]:
+        """What makes a call site another one than outside: its buckets, rounding, probes and policy."""
+        return (self.buckets, self.direction, self.probes, self.policy)
 
     @property
     def direction(self) -> int:

@@ -1,8 +1,9 @@
 """From inputs to a decision without measuring: call sites and their views of the decisions.
 
-A CallSite is one op with its runners and configuration, as a caller gives them; it is found again by the identity
-of these objects and forgotten when one of them dies. A Lookup is a site's look-up table for one static key. Its
-book tells it when a decision has come; it then makes its table anew. Nothing here takes a lock.
+A CallSite is one op with its runners and configuration, as a caller gives them. It is found again by the identity
+of these objects, else by what they are made of (signature.py): runners, classes and configurations that are made
+anew in every call share one. A Lookup is a site's look-up table for one static key. Its book tells it when a
+decision has come; it then makes its table anew. Nothing here takes a lock.
 """
 
 from __future__ import annotations
@@ -14,17 +15,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from moestro.tuning.contexts import Options
+from moestro.tuning.lookup.decisions import DecisionsOfKey
 from moestro.tuning.lookup.guards import Guard, make_guard
-from moestro.tuning.lookup.known import DecisionsOfKey
+from moestro.tuning.lookup.signature import signature_of
 from moestro.tuning.lookup.table import IntervalTable, PointTable, Table, make_table, roundings
 from moestro.tuning.spec.keys import StaticKey
 from moestro.tuning.spec.runner import DEFAULT_TACTIC
 from moestro.tuning.spec.specs import Sizes, TuningConfig
+from moestro.tuning.store.environment import Environment
 from moestro.tuning.store.records import Record
 
 __all__ = ["CallSite", "CallSites", "Lookup"]
 
-SITES_KEPT = 4096
+SITES_KEPT = 4096  # by identity
+SIGNATURES_KEPT = 1024  # by what they are made of
 VIEWS_KEPT = 64  # static keys of one site: a layer is called with one, or a few
 GUARDS_KEPT = 8
 DONE_KEPT = 4096
@@ -42,6 +46,7 @@ class Lookup:
 
     __slots__ = (
         "__weakref__",
+        "_capped",
         "_fast",
         "_points",
         "_rounds",
@@ -50,15 +55,18 @@ class Lookup:
         "book",
         "dims",
         "done",
+        "environment",
         "probes",
     )
 
-    def __init__(self, book: DecisionsOfKey, site: CallSite) -> None:
+    def __init__(self, book: DecisionsOfKey, site: CallSite, environment: str) -> None:
         specs = site.config.dynamic_tensor_specs
         self.book = book
+        self.environment = environment  # where calls of this site are measured
         self.probes = tuple(probe.name for probe in site.config.probes)
         self.done: set[Sizes] = set()  # sizes that tuning has nothing left to do for
         self.dims = [(spec.input_idx[0], spec.dim_idx[0]) for spec in specs]
+        self._capped = site.config.tune_max_num_tokens is not None  # larger sizes count as the last one
         self._rounds = roundings(site.config, site.direction)
         self._table: Table | None = None
         self._version = -1
@@ -94,7 +102,7 @@ class Lookup:
         """The record that answers for these sizes, and whether they are within what was tuned."""
         if self._version != self.book.version:
             version = self.book.version
-            self._table = make_table(self.book.serving(self.probes), self._rounds)
+            self._table = make_table(self.book.serving(self.probes, self.environment), self._rounds)
             self._version = version
             self._publish()
         return self._table.find(sizes) if self._table is not None else (None, False)
@@ -126,7 +134,8 @@ class Lookup:
         if table is None:
             self._fast = ([math.inf], [DEFAULT_PICK])
         elif isinstance(table, IntervalTable):
-            self._fast = (list(table.bounds), [self.pick(record) for record in table.records])
+            bounds: list[float] = [*table.bounds[:-1], math.inf] if self._capped else [*table.bounds]
+            self._fast = (bounds, [self.pick(record) for record in table.records])
         elif not self._rounds:
             self._fast = ([math.inf], [self.pick(table.find(())[0])])
         elif isinstance(table, PointTable):
@@ -142,17 +151,20 @@ class CallSite:
         self.op = op
         self.config = options.apply(config) if options is not None else config
         self.direction = options.direction if options is not None else 0
-        self.views: dict[tuple[str, str], Lookup] = {}
+        self.views: dict[tuple[StaticKey, str], Lookup] = {}
         self.guards: tuple[tuple[Guard, Lookup], ...] = ()
-        self.refs: list[Any] = []
+        self.environments: dict[str, Environment] = {}  # by device
 
-    def view(self, key: StaticKey, device: str, book: Callable[[], DecisionsOfKey]) -> Lookup:
-        """The view for a static key on a device."""
-        found = self.views.get((key.text, device))
+    def view(
+        self, key: StaticKey, device: str, environment: str, book: Callable[[], DecisionsOfKey]
+    ) -> Lookup:
+        """The view for a static key on a device. environment: the name of where it is measured."""
+        found = self.views.get((key, device))
         if found is None:
             if len(self.views) >= VIEWS_KEPT:
                 self.views.clear()
-            found = self.views[key.text, device] = Lookup(book(), self)
+                self.guards = ()
+            found = self.views[key, device] = Lookup(book(), self, environment)
         return found
 
     def guarded(
@@ -174,30 +186,60 @@ class CallSite:
 
 
 class CallSites:
-    """The call sites of a tuner, by identity; an entry goes when its configuration or one of its runners
-    dies.
+    """The call sites of a tuner: `known` by the identity of runners and configuration, whose entries go when one
+    of them dies, and all of them by signature.
     """
 
     def __init__(self) -> None:
         self.known: dict[tuple[Any, ...], CallSite] = {}
+        self._refs: dict[tuple[Any, ...], list[Any]] = {}
+        self._by_signature: dict[Any, CallSite] = {}
 
     def get(self, op: str, runners: Sequence[Any], config: TuningConfig, options: Options | None) -> CallSite:
         """The site for these objects, under these options."""
-        changes = () if options is None else (options.buckets, options.direction, options.probes)
+        changes = () if options is None else options.changes
         key = (op, id(config), *map(id, runners), *changes)
         site = self.known.get(key)
         if site is None:
-            if len(self.known) >= SITES_KEPT:
-                self.known.clear()
-            site = CallSite(op, config, options)
-            site.refs = [_watch(thing, self.known, key) for thing in (config, *runners)]
-            self.known[key] = site
+            site = self._of_signature(op, runners, config, options, changes)
+            self._remember(key, site, (config, *runners))
         return site
 
+    def clear(self) -> None:
+        """Forget every site."""
+        self.known.clear()
+        self._refs.clear()
+        self._by_signature.clear()
 
-def _watch(thing: Any, known: dict[tuple[Any, ...], CallSite], key: tuple[Any, ...]) -> Any:
-    """A weak reference that takes the entry out when the thing dies, or the thing where it takes none."""
-    try:
-        return weakref.ref(thing, lambda _: known.pop(key, None))
-    except TypeError:
-        return thing
+    def _of_signature(
+        self,
+        op: str,
+        runners: Sequence[Any],
+        config: TuningConfig,
+        options: Options | None,
+        changes: tuple[Any, ...],
+    ) -> CallSite:
+        signature = (op, signature_of(runners, config), changes)
+        site = self._by_signature.get(signature)
+        if site is None:
+            if len(self._by_signature) >= SIGNATURES_KEPT:
+                self._by_signature.pop(next(iter(self._by_signature)))
+            site = self._by_signature[signature] = CallSite(op, config, options)
+        return site
+
+    def _remember(self, key: tuple[Any, ...], site: CallSite, things: Sequence[Any]) -> None:
+        """Find the site by these objects from now on, if one can be told when they die."""
+
+        def gone(_: Any) -> None:
+            self.known.pop(key, None)
+            self._refs.pop(key, None)
+
+        try:
+            refs = [weakref.ref(thing, gone) for thing in things]
+        except TypeError:
+            return  # one that takes no weak reference: by signature each time
+        if len(self.known) >= SITES_KEPT:
+            self.known.clear()
+            self._refs.clear()
+        self._refs[key] = refs
+        self.known[key] = site

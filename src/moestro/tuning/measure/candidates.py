@@ -34,7 +34,7 @@ from moestro.tuning.measure.verify import Verification
 from moestro.tuning.race.rounds import Samples
 from moestro.tuning.spec.evidence import CandidateEvidence
 from moestro.tuning.spec.keys import shapes_of
-from moestro.tuning.spec.runner import DEFAULT_TACTIC, tactic_key
+from moestro.tuning.spec.runner import DEFAULT_TACTIC, tactic_key, valid_tactics
 from moestro.tuning.spec.specs import Sizes
 from moestro.tuning.store.records import Record
 
@@ -55,9 +55,7 @@ class Trial:
     Raises OutOfMemoryError if the inputs do not fit.
     """
 
-    def __init__(
-        self, job: Job, bucket: Sizes, deadline: float, unfinished: Record | None = None
-    ) -> None:
+    def __init__(self, job: Job, bucket: Sizes, deadline: float, unfinished: Record | None = None) -> None:
         self.job, self.bucket, self.deadline = job, bucket, deadline
         self.started = job.budget.spent
         self._time = min(deadline - self.started, job.budget.left)
@@ -141,7 +139,8 @@ class Trial:
         found: dict[str, Candidate] = {}
         last = {i for i, runner in enumerate(self.job.runners) if _is_last_resort(runner, self.inputs[0])}
         for index, runner in enumerate(self.job.runners):
-            for tactic in (DEFAULT_TACTIC, *runner.get_valid_tactics(self.inputs[0], self.profile)):
+            offered = valid_tactics(runner, self.inputs[0], self.profile, self.job.kwargs)
+            for tactic in (DEFAULT_TACTIC, *offered):
                 name = candidate_name(self.job.key.runners[index], tactic_key(tactic, runner))
                 found.setdefault(name, Candidate(index, self.job.key.runners[index], tactic, name))
         default, *others = found.values()
@@ -309,7 +308,11 @@ class Trial:
         took = self.job.budget.spent - start
         if self.default_outlasts:
             self.job.budget.forgive(took)
-        elif self.late and self.verification.reference_runs and took >= (self.job.budget.seconds or math.inf) / 2:
+        elif (
+            self.late
+            and self.verification.reference_runs
+            and took >= (self.job.budget.seconds or math.inf) / 2
+        ):
             self.default_seconds = took / self.verification.reference_runs
 
     def intact(self, fit: Sequence[Candidate]) -> bool:

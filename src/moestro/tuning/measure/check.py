@@ -228,9 +228,11 @@ class Reference:
         """Whether the default gives what it gave."""
         self.restore()
         found = self._again()
-        return found is not None and self._compare(
-            [(o.path, value) for o, value in zip(self._outputs, found, strict=True)]
-        ) is None
+        return (
+            found is not None
+            and self._compare([(o.path, value) for o, value in zip(self._outputs, found, strict=True)])
+            is None
+        )
 
     def _changes(self) -> str | None:
         """What a candidate has changed that the default leaves alone."""
@@ -238,7 +240,9 @@ class Reference:
             return None  # then all of them have been compared
         for place in self._places:
             if place.path not in self._changed and not same_bits(place.place, place.expected):
-                aliased = any(o.place is not None and place_of(o.place) == place_of(place.place) for o in self._outputs)
+                aliased = any(
+                    o.place is not None and place_of(o.place) == place_of(place.place) for o in self._outputs
+                )
                 if not aliased:
                     return f"changes {place.path}, which the default leaves alone: differs from what it was"
         return None

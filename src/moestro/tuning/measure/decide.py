@@ -20,7 +20,7 @@ from moestro.tuning.measure.scope import measured
 from moestro.tuning.race.race import RaceResult, race
 from moestro.tuning.race.rounds import ClockError, Samples
 from moestro.tuning.spec.evidence import CandidateEvidence, Evidence
-from moestro.tuning.spec.runner import DEFAULT_TACTIC
+from moestro.tuning.spec.runner import DEFAULT_TACTIC, stored_tactic
 from moestro.tuning.spec.specs import Sizes
 from moestro.tuning.store.records import Record
 
@@ -87,7 +87,7 @@ def _race(
         preferred=names.index(wanted) if wanted in names else None,
         stop=lambda: trial.late,
         abort=lambda: job.budget.left <= 0,
-        who=[(c.runner, _tuples(c.tactic)) for c in fit],
+        who=[(c.runner, stored_tactic(c.tactic)) for c in fit],
         probes=job.probe_names or ("default",),
         earlier=earlier,
     )
@@ -141,7 +141,7 @@ def without_choice(trial: Trial, fit: list[Candidate]) -> Record:
     runner = trial.job.key.runners[0]
     winner = fit[0] if fit else Candidate(0, runner, DEFAULT_TACTIC, candidate_name(runner, DEFAULT_TACTIC))
     why = "the only one left" if fit else NOTHING_RUNS
-    fate = CandidateEvidence(winner.runner, _tuples(winner.tactic), "winner", reason=why)
+    fate = CandidateEvidence(winner.runner, stored_tactic(winner.tactic), "winner", reason=why)
     others = [e for e in trial.evidence if evidence_name(e) != winner.name]
     bad = any(e.fate == "quarantined" or trial.has_raised(e) for e in others)
     found = dataclasses.replace(_evidence(trial, why), candidates=(fate, *others))
@@ -203,7 +203,7 @@ def _record(
     return Record(
         bucket=trial.bucket,
         runner=winner.runner,
-        tactic=_tuples(winner.tactic),
+        tactic=stored_tactic(winner.tactic),
         status=status,
         probes=trial.job.probe_names,
         complete=complete,
@@ -211,8 +211,3 @@ def _record(
         evidence=evidence,
         default=trial.resolved_default,
     )
-
-
-def _tuples(tactic: Any) -> Any:
-    """A tactic as it comes back from the store: lists are tuples."""
-    return tuple(map(_tuples, tactic)) if type(tactic) in {list, tuple} else tactic

@@ -26,7 +26,9 @@ __all__ = ["Statics", "Watched"]
 
 SHARE = 0.25  # of the free memory that copies may take
 CHUNK = 1 << 23  # items of a checksum at a time
-SCRATCH = re.compile(r"(^|[._\[\]'])(workspace|scratch|buffer|cache|tmp|temp|semaphores?|counters?)s?($|[._\[\]'])")
+SCRATCH = re.compile(
+    r"(^|[._\[\]'])(workspace|scratch|buffer|cache|tmp|temp|semaphores?|counters?)s?($|[._\[\]'])"
+)
 
 
 class Watched:
@@ -64,7 +66,9 @@ class Watched:
     @property
     def may_be_scratch(self) -> bool:
         """Whether it looks like a workspace: one dimension of bytes."""
-        return self.tensor.dim() == 1 and self.tensor.dtype.itemsize == 1 and not self.tensor.is_floating_point()
+        return (
+            self.tensor.dim() == 1 and self.tensor.dtype.itemsize == 1 and not self.tensor.is_floating_point()
+        )
 
 
 class Statics:

@@ -377,6 +377,7 @@ class _Race:
             logs=self.rounds.logs,
         )
 
+
 def _check(samplers: Sequence[tuple[Sampler, ...]], default: int, preferred: int | None) -> None:
     if not samplers:
         raise TuningError("samplers: expected at least one candidate, got none")

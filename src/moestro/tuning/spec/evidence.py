@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from moestro.tuning.spec.plain_json import to_json
+from moestro.errors import TuningError
+from moestro.tuning.spec.runner import tactic_key
 
 __all__ = ["CandidateEvidence", "Evidence"]
 
@@ -50,5 +51,13 @@ class Evidence:
 
     def of(self, runner: str, tactic: Any) -> CandidateEvidence | None:
         """The evidence for one candidate, if it was one."""
-        wanted = to_json(tactic)
-        return next((c for c in self.candidates if c.runner == runner and to_json(c.tactic) == wanted), None)
+        wanted = _key(tactic)
+        return next((c for c in self.candidates if c.runner == runner and _key(c.tactic) == wanted), None)
+
+
+def _key(tactic: Any) -> Any:
+    """What tells a tactic from others; its text where it is only shown."""
+    try:
+        return tactic_key(tactic, None)
+    except TuningError:
+        return str(tactic)
