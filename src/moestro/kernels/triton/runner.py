@@ -122,6 +122,10 @@ class TritonRunner(MoeRunner):
         found: list[Tactic] = self._rules.candidates(self.problem, num_tokens)
         return found
 
+    def default_tactic(self, inputs: Sequence[Any]) -> Tactic:
+        """The tactic behind -1."""
+        return self._resolve(-1, inputs[1].shape[0])
+
     def check_tactic(self, inputs: Sequence[Any], tactic: Any) -> None:
         self._resolve(tactic, inputs[1].shape[0])
 
