@@ -99,13 +99,14 @@ class AutoTuner(Toolbox):
         probes: Sequence[Probe] | None = None,
         progress: Progress | None = None,
         crossover: bool | None = None,
+        only_sizes_seen: bool | None = None,
     ) -> Iterator[AutoTuner]:
         """Tune what is not known, in this thread, until the context is left.
 
         tune_mode: False only looks up. cache: where decisions are read from and written to. budget_s: seconds
         of tuning. tuning_buckets, round_up: replace the operations' own buckets and rounding. skip_ops: these
         get their default. policy, probes: how to measure and on what. crossover: search for where winners
-        change. progress: True draws a line in the terminal; a function gets the lines. What is not given is
+        change. only_sizes_seen: the sizes of calls are the buckets, and none besides. progress: True draws a line in the terminal; a function gets the lines. What is not given is
         inherited from the context outside. Raises TuningError for settings that make no sense.
         """
         outer = self._contexts.current or Options()
@@ -120,6 +121,7 @@ class AutoTuner(Toolbox):
             probes=probes,
             progress=progress,
             crossover=crossover,
+            only_sizes_seen=only_sizes_seen,
         )
         if inner.store is not None:
             self._known.attach(inner.store)
@@ -339,7 +341,7 @@ class AutoTuner(Toolbox):
         if _capturing():
             raise TuningError(
                 f"{site.op}: nothing is known for sizes {sizes}, and tuning inside CUDA graph capture is not "
-                "possible: run the operation once under autotune() before capturing it"
+                "possible (active outer CUDA Graph capture): run the operation once under autotune() before capturing it"
             )
         policy = self._policy_of(site.config, options)
         device = device_of(inputs)
@@ -409,7 +411,10 @@ def _as_store(store: str | os.PathLike[str] | Store | None) -> Store | None:
 
 def _capturing() -> bool:
     torch = sys.modules.get("torch")
-    return torch is not None and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    try:
+        return torch is not None and bool(torch.cuda.is_current_stream_capturing())
+    except RuntimeError:  # a torch without CUDA
+        return False
 
 
 def autotune(
