@@ -151,7 +151,7 @@ def test_a_decision_of_another_environment_is_not_used_but_tried_first(
 ) -> None:
     many = {-1: 1e-3, **dict.fromkeys(range(6), 0.0006), 7: 4e-4}
     tune(store, times=many, cfg=config((64,)))
-    monkeypatch.setattr("moestro.tuning.store.environment._version", lambda package: "99.0")
+    monkeypatch.setattr("moestro.machine.version", lambda package: "99.0")
     assert fresh(store, times=many, cfg=config((64,))) == -1
     runner = tune(store, times=many, cfg=config((64,)))
     order = list(dict.fromkeys(tactic for _, tactic in runner._runs))

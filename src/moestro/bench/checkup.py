@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moestro import formats
-from moestro.bench import machine
+from moestro import machine
 from moestro.bench.models import find
 from moestro.errors import BackendError
 from moestro.kernels import backends

@@ -173,11 +173,11 @@ class Toolbox:
     @contextlib.contextmanager
     def _answering(self, answers: TacticsCapture | Replay) -> Iterator[None]:
         outer = self._contexts.current or Options(tune=False)
-        self._contexts.push(replace(outer, answers=answers))
+        entered = self._contexts.push(replace(outer, answers=answers))
         try:
             yield
         finally:
-            self._contexts.pop()
+            self._contexts.pop(entered)
 
     # --- of AutoTuner --------------------------------------------------------------------------------
     def choose_one(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:

@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 
 from moestro.errors import TuningError, TuningWarning
 from moestro.tuning.contexts import Contexts, Options
+from moestro.tuning.forks import survive
 from moestro.tuning.lookup.known import DecisionsOfKey, KnownDecisions
 from moestro.tuning.lookup.sites import CallSite, CallSites, Lookup
 from moestro.tuning.measure.budget import Budget
@@ -72,8 +73,16 @@ class AutoTuner(Toolbox):
         self._clock = clock
         self._contexts = Contexts()
         self._sites = CallSites()
-        self._known = KnownDecisions(self.store, tactic_list(tactics))
+        self._known = KnownDecisions(self.store, TacticList([*from_environment(), *tactics]))
         self._measuring = threading.RLock()
+        survive(self)
+
+    def forked(self) -> None:
+        """This process is a child: locks are made anew, or it would wait for threads that are not there."""
+        type(self)._default_lock = threading.Lock()
+        self._measuring = threading.RLock()
+        self._contexts.forked()
+        self._known.forked()
 
     @classmethod
     def get(cls) -> AutoTuner:
@@ -106,14 +115,15 @@ class AutoTuner(Toolbox):
         tune_mode: False only looks up. cache: where decisions are read from and written to. budget_s: seconds
         of tuning. tuning_buckets, round_up: replace the operations' own buckets and rounding. skip_ops: these
         get their default. policy, probes: how to measure and on what. crossover: search for where winners
-        change. only_sizes_seen: the sizes of calls are the buckets, and none besides. progress: True draws a line in the terminal; a function gets the lines. What is not given is
-        inherited from the context outside. Raises TuningError for settings that make no sense.
+        change. only_sizes_seen: the sizes of calls are the buckets, and none besides. progress: True draws a
+        line in the terminal; a function gets the lines. What is not given is inherited from the context
+        outside. Raises TuningError for settings that make no sense.
         """
         outer = self._contexts.current or Options()
         inner = outer.inner(
             tune=tune_mode,
             store=_as_store(cache),
-            budget=None if budget_s is None else Budget(budget_s, self._clock),
+            budget=None if budget_s is None else Budget(budget_s, self._clock, outer.budget),
             buckets=tuning_buckets,
             round_up=round_up,
             skip_ops=skip_ops,
@@ -125,11 +135,11 @@ class AutoTuner(Toolbox):
         )
         if inner.store is not None:
             self._known.attach(inner.store)
-        self._contexts.push(inner)
+        entered = self._contexts.push(inner)
         try:
             yield self
         finally:
-            self._contexts.pop()
+            self._contexts.pop(entered)
 
     # --- choosing ------------------------------------------------------------------------------------
     def choose_one(  # type: ignore[override]
@@ -395,14 +405,6 @@ class AutoTuner(Toolbox):
                 stacklevel=4,
             )
         view.accept(sizes)
-
-
-def tactic_list(paths: Iterable[str | os.PathLike[str]]) -> TacticList:
-    """The rules of $MOESTRO_TACTICS, then those of these files."""
-    rules = from_environment()
-    for path in paths:
-        rules.load(path)
-    return rules
 
 
 def _as_store(store: str | os.PathLike[str] | Store | None) -> Store | None:

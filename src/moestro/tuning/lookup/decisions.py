@@ -115,6 +115,10 @@ class DecisionsOfKey:
             self._folders.clear()
             self._changed()
 
+    def forked(self) -> None:
+        """This process is a child: another thread may have held the lock when it was made."""
+        self._lock = threading.Lock()
+
     def _changed(self) -> None:
         self.version += 1
         for view in list(self.views):
@@ -153,7 +157,11 @@ class DecisionsOfKey:
         yield self._related, False
 
     def _allowed(self, by_bucket: ByBucket) -> ByBucket:
-        return {b: record for b, record in by_bucket.items() if self._why_not(self.key, record) is None}
+        return {
+            b: record
+            for b, record in by_bucket.items()
+            if record.is_decided and self._why_not(self.key, record) is None
+        }
 
     def others(self, environment: str) -> list[Record]:
         """Records of other environments and runner lists: worth trying first."""

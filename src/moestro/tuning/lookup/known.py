@@ -103,6 +103,13 @@ class KnownDecisions:
         for other in list(self._family(book, device).values()):
             other.relate(book)
 
+    def forked(self) -> None:
+        """This process is a child: other threads may have held locks when it was made."""
+        self._lock = threading.Lock()
+        self.busy = 0
+        for book in self.books():
+            book.forked()
+
     # --- stores --------------------------------------------------------------------------------------
     def attach(self, store: Store) -> None:
         """Keep a context's store in reach after the context is left."""

@@ -12,53 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from moestro.errors import TuningError
+from moestro.tuning.spec.evidence import CandidateEvidence, Evidence
 from moestro.tuning.spec.plain_json import to_json
-from moestro.tuning.spec.runner import stored_tactic, tactic_from_json, tactic_key
+from moestro.tuning.spec.runner import stored_tactic, tactic_from_json
 from moestro.tuning.spec.specs import Sizes
 
 __all__ = ["CandidateEvidence", "Decision", "Evidence", "Record"]
 
 SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class CandidateEvidence:
-    """What is known of one candidate at one bucket.
-
-    Times are in seconds. ratio is time over the default's time, with its confidence interval [low, high];
-    over several probes it is the worst one, and `probes` has each.
-    """
-
-    runner: str
-    tactic: Any
-    fate: str  # "winner" | "finalist" | "eliminated" | "quarantined" | "failed" | "not measured"
-    samples: int = 0
-    median: float | None = None
-    spread: float | None = None  # median absolute deviation, seconds
-    ratio: float | None = None
-    low: float | None = None
-    high: float | None = None
-    reason: str = ""
-    probes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """Why a decision is as it is."""
-
-    candidates: tuple[CandidateEvidence, ...] = ()
-    noise_floor: float = 0.0  # ratio difference of the default to itself
-    samples: int = 0
-    seconds: float = 0.0
-    clock: str = ""
-    policy: Mapping[str, Any] = field(default_factory=dict)
-    reason: str = ""
-
-    def of(self, runner: str, tactic: Any) -> CandidateEvidence | None:
-        """The evidence for one candidate, if it was one."""
-        wanted = _key(tactic)
-        return next((c for c in self.candidates if c.runner == runner and _key(c.tactic) == wanted), None)
 
 
 @dataclass(frozen=True)
@@ -76,7 +37,16 @@ class Record:
     created: float = 0.0  # seconds since 1970
     environment: str = ""  # where it was measured (environment.Environment.name)
     evidence: Evidence = Evidence()
+    default: Any = None  # what the default tactic stood for, as JSON, where its runner tells
+    samples: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # of a race to be continued (race.rounds.Samples)
     source: str = field(default="memory", compare=False)  # "memory" | a folder | a bundle; not written
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether it answers calls: an unfinished one does as soon as something has been raced."""
+        return self.complete or self.status == "measured"
 
     def to_json(self) -> dict[str, Any]:
         """As JSON; from_json reads it back."""
@@ -118,6 +88,8 @@ class Record:
         if not isinstance(probes, list | tuple) or not all(isinstance(name, str) for name in probes):
             raise TypeError(f"probes must be names, got {probes!r}")
         fields["probes"] = tuple(probes)
+        if not isinstance(fields["samples"], Mapping):
+            raise TypeError(f"samples must be an object, got {fields['samples']!r}")
         fields["tactic"] = None
         fields["evidence"] = _checked(Evidence(**evidence))
         return cls(**fields)
@@ -128,6 +100,7 @@ class Record:
 
 WRITTEN = tuple(f.name for f in dataclasses.fields(Record) if f.name != "source")
 DEFAULTS = {f.name: f.default for f in dataclasses.fields(Record) if f.default is not dataclasses.MISSING}
+DEFAULTS |= {"samples": {}}
 REQUIRED = {"bucket", "runner", "tactic", "status", "created", "evidence"}
 KINDS_OF = {
     "runner": str,
@@ -163,14 +136,6 @@ def _checked(evidence: Evidence) -> Evidence:
     if any(type(n) not in (int, float) for n in (evidence.noise_floor, evidence.samples, evidence.seconds)):
         raise TypeError("not evidence")
     return evidence
-
-
-def _key(tactic: Any) -> Any:
-    """What tells a tactic from others; its text where it is only shown."""
-    try:
-        return tactic_key(tactic, None)
-    except TuningError:
-        return str(tactic)
 
 
 def _lenient(tactic: Any) -> Any:
