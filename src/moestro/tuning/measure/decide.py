@@ -87,7 +87,7 @@ def _race(
         preferred=names.index(wanted) if wanted in names else None,
         stop=lambda: trial.late,
         abort=lambda: job.budget.left <= 0,
-        who=[(c.runner, _tuples(c.tactic)) for c in fit],
+        who=[(c.runner, stored_tactic(c.tactic)) for c in fit],
         probes=job.probe_names or ("default",),
         earlier=earlier,
     )
@@ -141,7 +141,7 @@ def without_choice(trial: Trial, fit: list[Candidate]) -> Record:
     runner = trial.job.key.runners[0]
     winner = fit[0] if fit else Candidate(0, runner, DEFAULT_TACTIC, candidate_name(runner, DEFAULT_TACTIC))
     why = "the only one left" if fit else NOTHING_RUNS
-    fate = CandidateEvidence(winner.runner, _tuples(winner.tactic), "winner", reason=why)
+    fate = CandidateEvidence(winner.runner, stored_tactic(winner.tactic), "winner", reason=why)
     others = [e for e in trial.evidence if evidence_name(e) != winner.name]
     bad = any(e.fate == "quarantined" or trial.has_raised(e) for e in others)
     found = dataclasses.replace(_evidence(trial, why), candidates=(fate, *others))
