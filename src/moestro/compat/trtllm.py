@@ -155,13 +155,17 @@ class AutoTunerProfilingCache(ProfilingCache):
         except FileNotFoundError:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise TuningError(f"{file_path} is not a cache of TensorRT-LLM for rank {rank}: {error!r}") from error
+            raise TuningError(
+                f"{file_path} is not a cache of TensorRT-LLM for rank {rank}: {error!r}"
+            ) from error
         for text, entry in entries:
             try:
                 key, tactic = ast.literal_eval(text), ast.literal_eval(entry["tactic"])
                 self.given[key] = (int(entry["runner_id"]), tactic, float(entry["min_time"]))
             except (ValueError, SyntaxError, KeyError, TypeError, RecursionError) as error:
-                warnings.warn(f"{file_path}: {text} cannot be read ({error}); not used", StoreWarning, stacklevel=2)
+                warnings.warn(
+                    f"{file_path}: {text} cannot be read ({error}); not used", StoreWarning, stacklevel=2
+                )
 
 
 class AutoTuner(PeerTuner):

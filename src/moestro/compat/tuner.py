@@ -236,4 +236,3 @@ def _fits(key: StaticKey, shapes: Sequence[Sequence[int]]) -> bool:
         len(one) == len(other) and all(n is None or n == m for n, m in zip(one, other, strict=True))
         for one, other in zip(known, shapes, strict=True)
     )
-

@@ -25,7 +25,13 @@ from moestro.tuning.spec.specs import OptimizationProfile, TuningConfig
 from moestro.tuning.store.flashinfer import import_flashinfer
 from moestro.tuning.store.store import Store
 
-__all__ = ["AutoTuner", "ValueProfileArena", "autotune", "get_autotune_process_group", "set_autotune_process_group"]
+__all__ = [
+    "AutoTuner",
+    "ValueProfileArena",
+    "autotune",
+    "get_autotune_process_group",
+    "set_autotune_process_group",
+]
 
 BLOCKLIST = "FLASHINFER_TACTICS_BLOCKLIST"
 
@@ -101,7 +107,9 @@ class AutoTuner(PeerTuner):
         different = files.mismatches(metadata) if metadata is not None else {}
         if different:
             text = ", ".join(f"{k}: {saved!r} there, {now!r} here" for k, (saved, now) in different.items())
-            warnings.warn(f"{path} was made in another environment ({text}); it is not used", StoreWarning, stacklevel=2)
+            warnings.warn(
+                f"{path} was made in another environment ({text}); it is not used", StoreWarning, stacklevel=2
+            )
             return False
         self._file_configs.update(entries)
         return True
