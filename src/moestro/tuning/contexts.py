@@ -39,6 +39,7 @@ class Options:
     probes: tuple[Probe, ...] | None = None
     progress: Progress = False
     crossover: bool = True
+    only_sizes_seen: bool = False  # no buckets besides the sizes of calls
     answers: Any = None  # testing.TacticsCapture or Replay: who notes or answers the choices made inside
 
     def inner(self, *, skip_ops: Iterable[str] | str | None, **given: Any) -> Options:
@@ -54,7 +55,7 @@ class Options:
     @property
     def changes(self) -> tuple[Any, ...]:
         """What makes a call site another one than outside: its buckets, rounding, probes and policy."""
-        return (self.buckets, self.direction, self.probes, self.policy)
+        return (self.buckets, self.direction, self.probes, self.policy, self.only_sizes_seen)
 
     @property
     def direction(self) -> int:
@@ -72,7 +73,19 @@ class Options:
                 for s in config.dynamic_tensor_specs
             )
             config = replace(config, dynamic_tensor_specs=specs)
+        elif self.only_sizes_seen:
+            specs = tuple(
+                DynamicTensorSpec(
+                    s.input_idx, s.dim_idx, _alone, s.map_to_tuning_buckets, s.tensor_initializers
+                )
+                for s in config.dynamic_tensor_specs
+            )
+            config = replace(config, dynamic_tensor_specs=specs)
         return config if self.probes is None else replace(config, probes=self.probes)
+
+
+def _alone(size: int) -> tuple[int]:
+    return (size,)
 
 
 class _Entered:

@@ -111,12 +111,14 @@ class Toolbox:
         options = self._contexts.current
         if decision is None or (options is not None and op in options.skip_ops):
             return [chosen]
-        measured_ones = [
+        raced = [
             c
             for c in decision.evidence.candidates
-            if c.ratio is not None and c.fate in {"winner", "finalist", "eliminated"}
+            if c.median is not None and c.fate in {"winner", "finalist", "eliminated"}
         ]
-        others = [c.tactic for c in sorted(measured_ones, key=lambda c: c.ratio or 0.0)]
+        paired = all(c.ratio is not None for c in raced)  # not where the default itself fails
+        raced.sort(key=lambda c: (c.ratio if paired else c.median) or 0.0)
+        others = [c.tactic for c in raced]
         return [chosen, *(t for t in others if t not in (chosen, DEFAULT_TACTIC))][:k]
 
     def prepare_tactic_profile(
@@ -171,11 +173,11 @@ class Toolbox:
     @contextlib.contextmanager
     def _answering(self, answers: TacticsCapture | Replay) -> Iterator[None]:
         outer = self._contexts.current or Options(tune=False)
-        self._contexts.push(replace(outer, answers=answers))
+        entered = self._contexts.push(replace(outer, answers=answers))
         try:
             yield
         finally:
-            self._contexts.pop()
+            self._contexts.pop(entered)
 
     # --- of AutoTuner --------------------------------------------------------------------------------
     def choose_one(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:

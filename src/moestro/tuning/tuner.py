@@ -18,10 +18,10 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
-from weakref import WeakSet
 
 from moestro.errors import TuningError, TuningWarning
 from moestro.tuning.contexts import Contexts, Options
+from moestro.tuning.forks import survive
 from moestro.tuning.lookup.known import DecisionsOfKey, KnownDecisions
 from moestro.tuning.lookup.sites import CallSite, CallSites, Lookup
 from moestro.tuning.measure.budget import Budget
@@ -73,9 +73,16 @@ class AutoTuner(Toolbox):
         self._clock = clock
         self._contexts = Contexts()
         self._sites = CallSites()
-        self._known = KnownDecisions(self.store, tactic_list(tactics))
+        self._known = KnownDecisions(self.store, TacticList([*from_environment(), *tactics]))
         self._measuring = threading.RLock()
-        _tuners.add(self)
+        survive(self)
+
+    def forked(self) -> None:
+        """This process is a child: locks are made anew, or it would wait for threads that are not there."""
+        type(self)._default_lock = threading.Lock()
+        self._measuring = threading.RLock()
+        self._contexts.forked()
+        self._known.forked()
 
     @classmethod
     def get(cls) -> AutoTuner:
@@ -101,14 +108,16 @@ class AutoTuner(Toolbox):
         probes: Sequence[Probe] | None = None,
         progress: Progress | None = None,
         crossover: bool | None = None,
+        only_sizes_seen: bool | None = None,
     ) -> Iterator[AutoTuner]:
         """Tune what is not known, in this thread, until the context is left.
 
         tune_mode: False only looks up. cache: where decisions are read from and written to. budget_s: seconds
         of tuning. tuning_buckets, round_up: replace the operations' own buckets and rounding. skip_ops: these
         get their default. policy, probes: how to measure and on what. crossover: search for where winners
-        change. progress: True draws a line in the terminal; a function gets the lines. What is not given is
-        inherited from the context outside. Raises TuningError for settings that make no sense.
+        change. only_sizes_seen: the sizes of calls are the buckets, and none besides. progress: True draws a
+        line in the terminal; a function gets the lines. What is not given is inherited from the context
+        outside. Raises TuningError for settings that make no sense.
         """
         outer = self._contexts.current or Options()
         inner = outer.inner(
@@ -122,6 +131,7 @@ class AutoTuner(Toolbox):
             probes=probes,
             progress=progress,
             crossover=crossover,
+            only_sizes_seen=only_sizes_seen,
         )
         if inner.store is not None:
             self._known.attach(inner.store)
@@ -347,7 +357,7 @@ class AutoTuner(Toolbox):
         if _capturing():
             raise TuningError(
                 f"{site.op}: nothing is known for sizes {sizes}, and tuning inside CUDA graph capture is not "
-                "possible: run the operation once under autotune() before capturing it"
+                "possible (active outer CUDA Graph capture): run the operation once under autotune() before capturing it"
             )
         policy = self._policy_of(site.config, options)
         device = device_of(inputs)
@@ -403,39 +413,16 @@ class AutoTuner(Toolbox):
         view.accept(sizes)
 
 
-_tuners: WeakSet[AutoTuner] = WeakSet()
-
-
-def _after_fork() -> None:
-    """In a forked child no other thread runs: the locks that they held are made anew, or the child would wait for
-    ever.
-    """
-    AutoTuner._default_lock = threading.Lock()
-    for tuner in list(_tuners):
-        tuner._measuring = threading.RLock()
-        tuner._contexts.forked()
-        tuner._known.forked()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
-
-def tactic_list(paths: Iterable[str | os.PathLike[str]]) -> TacticList:
-    """The rules of $MOESTRO_TACTICS, then those of these files."""
-    rules = from_environment()
-    for path in paths:
-        rules.load(path)
-    return rules
-
-
 def _as_store(store: str | os.PathLike[str] | Store | None) -> Store | None:
     return store if store is None or isinstance(store, Store) else Store(store)
 
 
 def _capturing() -> bool:
     torch = sys.modules.get("torch")
-    return torch is not None and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    try:
+        return torch is not None and bool(torch.cuda.is_current_stream_capturing())
+    except RuntimeError:  # a torch without CUDA
+        return False
 
 
 def autotune(

@@ -158,8 +158,8 @@ class DecisionsOfKey:
 
     def _allowed(self, by_bucket: ByBucket) -> ByBucket:
         return {
-            bucket: record
-            for bucket, record in by_bucket.items()
+            b: record
+            for b, record in by_bucket.items()
             if record.is_decided and self._why_not(self.key, record) is None
         }
 

@@ -71,12 +71,6 @@ class KnownDecisions:
         """All books."""
         return list(self._books.values())
 
-    def forked(self) -> None:
-        """This process is a child: other threads may have held locks when it was made."""
-        self._lock = threading.Lock()
-        for book in self.books():
-            book.forked()
-
     def clear(self) -> None:
         """Forget everything: what stores hold is read again when it is next asked for."""
         with self._lock:
@@ -108,6 +102,13 @@ class KnownDecisions:
         """Who takes part may differ, not the question: its decisions serve where their winners take part too."""
         for other in list(self._family(book, device).values()):
             other.relate(book)
+
+    def forked(self) -> None:
+        """This process is a child: other threads may have held locks when it was made."""
+        self._lock = threading.Lock()
+        self.busy = 0
+        for book in self.books():
+            book.forked()
 
     # --- stores --------------------------------------------------------------------------------------
     def attach(self, store: Store) -> None:

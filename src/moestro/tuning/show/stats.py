@@ -38,7 +38,9 @@ class Statistics:
                 known.add(sizes)
 
     def kept(self, key: StaticKey, record: Record) -> None:
-        """A bucket has been decided."""
+        """A bucket has been decided. One that is only marked as covering larger sizes was counted before."""
+        if record.tuned_for:
+            return
         op = key.op
         self.tuned_op_total_configs[op] = self.tuned_op_total_configs.get(op, 0) + 1
         if any(c.samples for c in record.evidence.candidates):

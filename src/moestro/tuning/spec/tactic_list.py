@@ -115,9 +115,9 @@ def class_name(runner: str) -> str:
     return runner.partition("#")[0].partition("~")[0].rpartition(".")[2]
 
 
-def from_environment() -> TacticList:
-    """The rules that $MOESTRO_TACTICS names."""
-    return TacticList(filter(None, os.environ.get(ENVIRONMENT, "").split(os.pathsep)))
+def from_environment() -> list[str]:
+    """The files that $MOESTRO_TACTICS names."""
+    return [path for path in os.environ.get(ENVIRONMENT, "").split(os.pathsep) if path]
 
 
 def _rule(name: str, tactics: Any, allow: bool, source: str) -> _Rule:

@@ -38,8 +38,9 @@ class Record:
     environment: str = ""  # where it was measured (environment.Environment.name)
     evidence: Evidence = field(default_factory=Evidence)
     default: Any = None  # what the default tactic stood for, as JSON, where its runner tells
-    samples: Mapping[str, Any] = field(default_factory=dict)  # of a race to be continued (race.rounds.Samples)
-
+    samples: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # of a race to be continued (race.rounds.Samples)
     source: str = field(default="memory", compare=False)  # "memory" | a folder | a bundle; not written
 
     @property
@@ -87,9 +88,9 @@ class Record:
         if not isinstance(probes, list | tuple) or not all(isinstance(name, str) for name in probes):
             raise TypeError(f"probes must be names, got {probes!r}")
         fields["probes"] = tuple(probes)
-        fields["tactic"] = None
         if not isinstance(fields["samples"], Mapping):
-            raise TypeError(f"samples must be a table, got {fields['samples']!r}")
+            raise TypeError(f"samples must be an object, got {fields['samples']!r}")
+        fields["tactic"] = None
         fields["evidence"] = _checked(Evidence(**evidence))
         return cls(**fields)
 
@@ -99,7 +100,7 @@ class Record:
 
 WRITTEN = tuple(f.name for f in dataclasses.fields(Record) if f.name != "source")
 DEFAULTS = {f.name: f.default for f in dataclasses.fields(Record) if f.default is not dataclasses.MISSING}
-DEFAULTS["samples"] = {}
+DEFAULTS |= {"samples": {}}
 REQUIRED = {"bucket", "runner", "tactic", "status", "created", "evidence"}
 KINDS_OF = {
     "runner": str,
