@@ -63,6 +63,7 @@ def fused_moe(
         raise DTypeError(f"w must be a moestro.ExpertWeights, got {type(w).__name__}")
     if isinstance(x, NVFP4):
         input_format = "nvfp4"
+    x = w.scaled_input(x)
     options = (activation, input_format, expert_offset, deterministic, backend, tactic, num_experts)
     if torch.compiler.is_compiling() or records_gradients(x, weights):
         return call_operator(x, ids, weights, w, options_text(options), out)

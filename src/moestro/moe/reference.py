@@ -49,6 +49,8 @@ def fused_moe(
     quantized = input_format is not None or isinstance(x, NVFP4)
     dense = x.dequantize(torch.float32) if isinstance(x, NVFP4) else x
     requantize = quantized and not isinstance(x, NVFP4)
+    if (pre_scale := getattr(w, "gate_up_pre_scale", None)) is not None:
+        dense = dense.to(dtype) * pre_scale.to(dtype)
     out = torch.zeros(dense.shape, dtype=dtype, device=dense.device)  # [N, H]
     for e in range(w.gate_up.shape[0]):
         token, slot = torch.where(ids == e + expert_offset)
