@@ -70,6 +70,34 @@ class ReLU2:
         return F.relu(h).square()
 
 
+@dataclass(frozen=True)
+class ClampedSilu:
+    """min(silu(gate), limit) · clamp(up, ±limit): clamped after silu (Step-3.7), where SwiGLU clamps before."""
+
+    limit: float
+
+    gated = True
+
+    def __call__(self, h: torch.Tensor) -> torch.Tensor:
+        gate, up = h.chunk(2, dim=-1)
+        return F.silu(gate).clamp(max=self.limit) * up.clamp(-self.limit, self.limit)
+
+
+@dataclass(frozen=True)
+class SoftcapSwiGLU:
+    """cap(gate) · sigmoid(gate) · cap(up), cap(v) = tanh(v / c) · c with a c for each (Inkling2)."""
+
+    gate_cap: float
+    up_cap: float
+
+    gated = True
+
+    def __call__(self, h: torch.Tensor) -> torch.Tensor:
+        gate, up = h.chunk(2, dim=-1)
+        capped = torch.tanh(gate / self.gate_cap) * self.gate_cap
+        return capped * torch.sigmoid(gate) * (torch.tanh(up / self.up_cap) * self.up_cap)
+
+
 ACTIVATIONS: dict[str, Activation] = {"silu": SwiGLU(), "gelu_tanh": GeGLUTanh(), "relu2": ReLU2()}
 
 
