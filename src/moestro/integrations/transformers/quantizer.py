@@ -89,8 +89,11 @@ class MoestroQuantizer(HfQuantizer):  # type: ignore[misc]
                 raise FormatError(f"the checkpoint holds no experts for {name}")
             for parameter in weight_names(module):
                 del module._parameters[parameter]
+            module._is_hf_initialized = True  # there is nothing for Transformers to initialise
         for linear in self._linears:
-            del model.get_submodule(linear.name)._parameters["weight"]
+            module = model.get_submodule(linear.name)
+            del module._parameters["weight"]
+            module._is_hf_initialized = True
         ours = {rf"^{re.escape(name)}\." for name in self._experts}
         ours |= {rf"^{re.escape(linear.name)}\.(?!bias$)" for linear in self._linears}
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ours}
