@@ -125,9 +125,9 @@ def _split_nvfp4(tensor: NVFP4, parts: int) -> list[FormatTensor]:
         raise FormatError(
             f"NVFP4 rows must have one global scale a projection to be written, got {groups} for {parts}"
         )
-    scale = tensor.global_scale.expand(parts) if groups == 1 else tensor.global_scale
+    scale = tensor.global_scale.reshape(-1).expand(parts) if groups == 1 else tensor.global_scale
     packed, scales = tensor.packed.chunk(parts, dim=-2), tensor.scale.chunk(parts, dim=-2)
-    return [NVFP4(packed[i], scales[i], scale[i].contiguous()) for i in range(parts)]
+    return [NVFP4(packed[i], scales[i], scale[i].clone()) for i in range(parts)]
 
 
 # --- configs ---------------------------------------------------------------------------------------------

@@ -120,5 +120,6 @@ def _with_parameters(theirs: Any, module: Any, *args: Any, **kwargs: Any) -> Any
             module.__dict__.get(NAME_IN_MODEL, "?"),
             found.weights.format,
         )
-        restore(module)
+        x = args[0] if args else kwargs.get("hidden_states")
+        restore(module, x.dtype if isinstance(x, torch.Tensor) else None)
     return theirs(module, *args, **kwargs)
