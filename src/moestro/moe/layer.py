@@ -137,6 +137,7 @@ class FusedMoE(torch.nn.Module):
 
         Raises ShapeError, DTypeError, DeviceError or RoutingError, naming the argument, before any work.
         """
+        x = self.weights.scaled_input(x)
         if torch.compiler.is_compiling() or records_gradients(x, weights):
             return call_operator(x, ids, weights, self.weights, self._text, out)
         return self.run(x, ids, weights, out)

@@ -69,6 +69,7 @@ def fused_moe(
         if input_format not in (None, "nvfp4"):
             raise FormatError(f"input_format must be None or 'nvfp4' for an NVFP4 x, got {input_format!r}")
         input_format = "nvfp4"
+    x = w.scaled_input(x)
     options = (
         activation, input_format, expert_offset, deterministic, batch_invariant, backend, tactic, num_experts,
     )  # fmt: skip

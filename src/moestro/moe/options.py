@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from moestro.errors import BackendError, DTypeError, FormatError, RoutingError, ShapeError, unknown_name
-from moestro.kernels.activations import Activation, resolve_activation
+from moestro.kernels.activations import Activation, GeGLUTanh, SwiGLU, resolve_activation
 from moestro.kernels.problem import INPUT_FORMATS, MoeProblem
 from moestro.moe.checks import X_DTYPES, check_top_k
 from moestro.moe.weights import ExpertWeights
@@ -75,6 +75,10 @@ def _activation(options: Options, w: ExpertWeights) -> Activation:
         raise ShapeError(
             f"activation {options.activation!r} must have gate_up of shape {rows}, "
             f"got {list(w.gate_up.shape)}"
+        )
+    if w.up_has_down_pre_scale and activation not in (SwiGLU(), GeGLUTanh()):
+        raise BackendError(
+            f"activation must be linear in up where the weights have a scale of down's input (AWQ), got {activation}"
         )
     return activation
 

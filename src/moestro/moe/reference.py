@@ -61,6 +61,8 @@ def fused_moe(
     quantized = "nvfp4" if isinstance(x, NVFP4) else input_format
     dense = x.dequantize(torch.float32) if isinstance(x, NVFP4) else x
     columns = FP8_BLOCK if w.gate_up.format == "fp8_block" else None
+    if (pre_scale := getattr(w, "gate_up_pre_scale", None)) is not None:
+        dense = dense.to(dtype) * pre_scale.to(dtype)
     out = torch.zeros(dense.shape, dtype=dtype, device=dense.device)  # [N, H]
     for e in range(w.gate_up.shape[0]):
         token, slot = torch.where(ids == e + expert_offset)

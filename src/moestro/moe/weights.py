@@ -22,7 +22,14 @@ from moestro.kernels.problem import MoeProblem, dense_dtype
 from moestro.moe import flat
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-SIDE_TENSORS = ("gate_up_bias", "down_bias", "gate_up_input_scale", "down_input_scale")
+SIDE_TENSORS = (
+    "gate_up_bias",
+    "down_bias",
+    "gate_up_input_scale",
+    "down_input_scale",
+    "gate_up_pre_scale",
+    "up_has_down_pre_scale",
+)
 
 
 class ExpertSource(Protocol):
@@ -43,6 +50,9 @@ class ExpertWeights:
     gate_up_bias [L, 2I] (or [L, I]), down_bias [L, H]: bf16, fp16 or fp32; added in float32.
     gate_up_input_scale, down_input_scale: float32 [] or [L], the calibrated global scale of x and of the
     intermediate for input_format="nvfp4" (value = e2m1 · block scale · global scale); None: dynamic, per row.
+    gate_up_pre_scale: float32 [H], multiplies x before everything else (AWQ's pre_quant_scale).
+    up_has_down_pre_scale: whether the rows of up carry such a scale of down's input, which the activation must
+    then pass on unchanged: it is linear in up.
 
     Raises ShapeError, DTypeError, DeviceError or FormatError for parts that do not belong together.
     """
@@ -53,6 +63,8 @@ class ExpertWeights:
     down_bias: torch.Tensor | None = None
     gate_up_input_scale: torch.Tensor | None = None
     down_input_scale: torch.Tensor | None = None
+    gate_up_pre_scale: torch.Tensor | None = None
+    up_has_down_pre_scale: bool = False
     # What follows is derived: the tensors for operators (see flat.py), and what fused_moe has bound to them.
     tensors: list[torch.Tensor] = dataclasses.field(init=False, repr=False)
     spec: str = dataclasses.field(init=False, repr=False)
@@ -93,6 +105,8 @@ class ExpertWeights:
         _check_side("down_bias", self.down_bias, [(experts, hidden)], FLOATS)
         for name in ("gate_up_input_scale", "down_input_scale"):
             _check_side(name, getattr(self, name), [(), (experts,)], (torch.float32,))
+            _check_input_scale(name, getattr(self, name))
+        _check_side("gate_up_pre_scale", self.gate_up_pre_scale, [(hidden,)], (torch.float32,))
         for name, value in self._parts().items():
             if value.device != self.device:
                 raise DeviceError(f"{name} must be on {self.device}, where gate_up is, got {value.device}")
@@ -153,6 +167,7 @@ class ExpertWeights:
 
         Raises ShapeError or FormatError for experts that differ, BackendError for a backend that cannot.
         """
+        side = {**getattr(experts, "side_tensors", dict)(), **side}
         if unknown := set(side) - set(SIDE_TENSORS):
             raise TypeError(f"from_experts takes {', '.join(SIDE_TENSORS)}, got {', '.join(sorted(unknown))}")
         first = next(iter(experts), None)
@@ -264,6 +279,19 @@ class ExpertWeights:
         gate_up, down = runner.prepare(problem, self, donate=donate)
         return self if gate_up is self.gate_up and down is self.down else self.with_tensors(gate_up, down)
 
+    def scaled_input(self, x: Any) -> Any:
+        """x [N, H], times gate_up_pre_scale where there is one: in float32, rounded to x's dtype.
+
+        Raises FormatError for quantised activations, which cannot be scaled any more.
+        """
+        if self.gate_up_pre_scale is None:
+            return x
+        if not isinstance(x, torch.Tensor):
+            raise FormatError("x must not be quantised yet where the weights have a gate_up_pre_scale")
+        if tuple(x.shape[1:]) != (self.hidden_size,):
+            return x  # for the check of the call to refuse
+        return (x.float() * self.gate_up_pre_scale).to(x.dtype)
+
     def unpacked(self) -> ExpertWeights:
         """The same weights in the checkpoint layout (self if they are)."""
         if self.layout == CHECKPOINT:
@@ -277,14 +305,15 @@ class ExpertWeights:
     def _parts(self) -> dict[str, Any]:
         """Every tensor that there is, by field name."""
         fields = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if f.init)
-        return {name: value for name, value in fields if value is not None}
+        return {name: value for name, value in fields if value is not None and not isinstance(value, bool)}
 
     def _replace(self, parts: dict[str, Any]) -> ExpertWeights:
         return dataclasses.replace(self, **parts)
 
     def __reduce__(self) -> Any:
         """Copies and pickles are made of the parts; what operators have bound to them stays behind."""
-        return _restored, (type(self), self._parts())
+        flags = {"up_has_down_pre_scale": self.up_has_down_pre_scale}
+        return _restored, (type(self), {**self._parts(), **flags})
 
     def __repr__(self) -> str:
         sizes = f"num_experts={self.num_experts}, hidden_size={self.hidden_size}"
@@ -341,6 +370,16 @@ def _check_format_tensor(name: str, value: object, dimensions: int = 3) -> None:
     if len(value.shape) != dimensions:
         wanted = "[L, rows, columns]" if dimensions == 3 else "[rows, columns]"
         raise ShapeError(f"{name} must have {dimensions} dimensions {wanted}, got {list(value.shape)}")
+
+
+def _check_input_scale(name: str, scale: torch.Tensor | None) -> None:
+    """FormatError unless positive and finite; on a device that would have to be waited for it is not looked at."""
+    if scale is None or scale.device.type != "cpu":
+        return
+    bad = ~(torch.isfinite(scale) & (scale > 0))
+    if bool(bad.any()):
+        at = "" if scale.ndim == 0 else f" at expert {int(bad.nonzero()[0])}"
+        raise FormatError(f"{name} must be positive and finite, got {float(scale[bad].flatten()[0])}{at}")
 
 
 def _check_side(
