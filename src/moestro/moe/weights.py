@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import weakref
 from collections.abc import Iterator
 from typing import Any, Protocol, Self
 
@@ -16,10 +17,11 @@ import torch
 from moestro import formats
 from moestro.errors import DeviceError, DTypeError, FormatError, ShapeError
 from moestro.formats.base import CHECKPOINT, FormatTensor
+from moestro.formats.pieces import Picklable, from_picklable, to_picklable
 from moestro.kernels import backends
 from moestro.kernels.activations import Activation, resolve_activation
 from moestro.kernels.problem import MoeProblem, dense_dtype
-from moestro.moe import flat
+from moestro.moe import devices, flat
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 SIDE_TENSORS = (
@@ -65,10 +67,11 @@ class ExpertWeights:
     down_input_scale: torch.Tensor | None = None
     gate_up_pre_scale: torch.Tensor | None = None
     up_has_down_pre_scale: bool = False
-    # What follows is derived: the tensors for operators (see flat.py), and what fused_moe has bound to them.
+    # What follows is derived: the tensors for operators (see flat.py), and those that wanted a gradient when the
+    # weights were made from them.
     tensors: list[torch.Tensor] = dataclasses.field(init=False, repr=False)
     spec: str = dataclasses.field(init=False, repr=False)
-    operations: dict[Any, Any] = dataclasses.field(init=False, repr=False, default_factory=dict)
+    origins: tuple[tuple[str, weakref.ref[torch.Tensor]], ...] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("gate_up", "down"):
@@ -99,6 +102,22 @@ class ExpertWeights:
         object.__setattr__(self, "tensors", tensors)
         object.__setattr__(self, "spec", spec)
         flat.remember(tensors, spec, self)
+        object.__setattr__(self, "origins", ())
+        for name, part in self._parts().items():
+            self._note(name, *(part.pieces if hasattr(part, "pieces") else (part,)))
+
+    def _note(self, name: str, *tensors: Any) -> None:
+        """Remember tensors that want a gradient."""
+        found = [(name, weakref.ref(t)) for t in tensors if isinstance(t, torch.Tensor) and t.requires_grad]
+        if found:
+            object.__setattr__(self, "origins", (*self.origins, *found))
+
+    def wanting_gradients(self) -> dict[str, torch.Tensor]:
+        """The tensors that these weights are, or were made from, and that want a gradient now, by what they are."""
+        if not self.origins:
+            return {}
+        held = ((name, reference()) for name, reference in self.origins)
+        return {name: t for name, t in held if t is not None and t.requires_grad}
 
     def _check_side_tensors(self, experts: int, rows: int, hidden: int) -> None:
         _check_side("gate_up_bias", self.gate_up_bias, [(experts, rows)], FLOATS)
@@ -144,10 +163,14 @@ class ExpertWeights:
             "down_input_scale": down_input_scale,
         }
         if backend is None:
-            return cls(quantize(gate_up.detach()), quantize(down.detach()), **side)
-        if len(gate_up) != len(down):
+            made = cls(quantize(gate_up.detach()), quantize(down.detach()), **side)
+        elif len(gate_up) != len(down):
             raise ShapeError(f"down must have the {len(gate_up)} experts of gate_up, got {list(down.shape)}")
-        return cls.from_experts(_Quantized(quantize, gate_up.detach(), down.detach()), backend, **side)
+        else:
+            made = cls.from_experts(_Quantized(quantize, gate_up.detach(), down.detach()), backend, **side)
+        made._note("gate_up", gate_up)
+        made._note("down", down)
+        return made
 
     @classmethod
     def from_experts(
@@ -184,7 +207,10 @@ class ExpertWeights:
             num_local_experts=len(experts),
             activation=resolve_activation("silu" if gated else "relu2"),
         )
-        made = backends.resolve(backend, problem)[0].prepare_each(problem, _exactly(len(experts), experts))
+        with devices.on(gate_up.device):
+            made = backends.resolve(backend, problem)[0].prepare_each(
+                problem, _exactly(len(experts), experts)
+            )
         if made is not None:
             return cls(*made, **side)
         whole = (type(first[i]).stack(parts) for i, parts in enumerate(zip(*experts, strict=True)))  # type: ignore[attr-defined]
@@ -273,10 +299,11 @@ class ExpertWeights:
             deterministic=batch_invariant,
             batch_invariant=batch_invariant,
         )
-        runner = backends.resolve(backend, problem)[0]
-        if self.layout != CHECKPOINT:
-            return self
-        gate_up, down = runner.prepare(problem, self, donate=donate)
+        with devices.on(self.device):
+            runner = backends.resolve(backend, problem)[0]
+            if self.layout != CHECKPOINT or not self.num_experts:
+                return self
+            gate_up, down = runner.prepare(problem, self, donate=donate)
         return self if gate_up is self.gate_up and down is self.down else self.with_tensors(gate_up, down)
 
     def scaled_input(self, x: Any) -> Any:
@@ -308,12 +335,13 @@ class ExpertWeights:
         return {name: value for name, value in fields if value is not None and not isinstance(value, bool)}
 
     def _replace(self, parts: dict[str, Any]) -> ExpertWeights:
-        return dataclasses.replace(self, **parts)
+        made = dataclasses.replace(self, **parts)
+        object.__setattr__(made, "origins", (*made.origins, *self.origins))
+        return made
 
     def __reduce__(self) -> Any:
-        """Copies and pickles are made of the parts; what operators have bound to them stays behind."""
-        flags = {"up_has_down_pre_scale": self.up_has_down_pre_scale}
-        return _restored, (type(self), {**self._parts(), **flags})
+        """Copies and pickles are made of the tensors, in the layout that they have."""
+        return _restored, ([to_picklable(tensor) for tensor in self.tensors], self.spec)
 
     def __repr__(self) -> str:
         sizes = f"num_experts={self.num_experts}, hidden_size={self.hidden_size}"
@@ -323,8 +351,9 @@ class ExpertWeights:
         )
 
 
-def _restored(cls: type[ExpertWeights], parts: dict[str, Any]) -> ExpertWeights:
-    return cls(**parts)
+def _restored(tensors: list[Picklable], spec: str) -> ExpertWeights:
+    made: ExpertWeights = flat.unflatten([from_picklable(tensor) for tensor in tensors], spec)
+    return made
 
 
 @dataclasses.dataclass(frozen=True)
