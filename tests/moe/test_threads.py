@@ -29,14 +29,15 @@ import faulthandler, sys, threading
 faulthandler.dump_traceback_later(240, exit=True)
 sys.path.insert(0, {tests!r})
 import torch
-from moe_cases import make_call, make_weights
-from moestro import FusedMoE, fused_moe
+from moe_cases import make_call
+from moestro import ExpertWeights, FusedMoE, fused_moe
 torch.set_num_threads({torch_threads})
 sys.setswitchinterval(1e-5)
-backend, threads, calls = {backend!r}, {threads}, {calls}
-w = make_weights({fmt!r}, experts=6)
+backend, threads, calls, hidden = {backend!r}, {threads}, {calls}, {hidden}
+dense = [(torch.randn(6, *shape) / 16).bfloat16() for shape in ((2 * hidden, hidden), (hidden, hidden))]
+w = ExpertWeights.from_dense(*dense, {fmt!r})
 layer = FusedMoE(w, 2, 128, backend=backend, use_cuda_graph={graph})
-given = [make_call(n, experts=6, top_k=2, seed=n) for n in (1, 3, 17, 64, 100)]
+given = [make_call(n, hidden=hidden, experts=6, top_k=2, seed=n) for n in {sizes}]
 plain = {{"backend": backend, "deterministic": True}}
 alone = [layer(*call).clone() for call in given]
 function = [fused_moe(*call, w, **plain) for call in given]
@@ -61,7 +62,8 @@ sys.exit(bool(wrong) or len(done) < threads)
 
 def stress(backend: str, **more: Any) -> None:
     values = {"tests": str(__import__("pathlib").Path(__file__).parent), "backend": backend, "threads": THREADS,
-              "calls": CALLS, "torch_threads": 1, "fmt": "nvfp4", "graph": False, **more}  # fmt: skip
+              "calls": CALLS, "torch_threads": 1, "fmt": "nvfp4", "graph": False, "hidden": 256,
+              "sizes": (1, 3, 17, 64, 100), **more}  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", STRESS.format(**values)],
         capture_output=True,
@@ -74,7 +76,8 @@ def stress(backend: str, **more: Any) -> None:
 
 @pytest.mark.parametrize("backend", HERE)
 def test_results_of_one_layer_and_function_in_eight_threads_are_exact(backend: str) -> None:
-    stress(backend, calls=CALLS if backend == "cpu" else CALLS // 4)
+    small: dict[str, Any] = {"hidden": 64, "sizes": (1, 2, 9)} if backend == "portable" else {}
+    stress(backend, **small)
 
 
 def test_and_where_each_call_has_threads_of_its_own() -> None:
@@ -82,7 +85,36 @@ def test_and_where_each_call_has_threads_of_its_own() -> None:
 
 
 def test_and_those_of_a_layer_that_owns_its_output() -> None:
-    stress("auto", graph=True, fmt="bf16")
+    stress("auto", graph=True, fmt="bf16", calls=CALLS // 2)
+
+
+def test_an_experts_module_of_transformers_in_eight_threads() -> None:
+    moestro_hf = pytest.importorskip("moestro.integrations.transformers")
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    moestro_hf.register("threads", deterministic=True)
+    config = Qwen3MoeConfig(hidden_size=64, moe_intermediate_size=48, num_experts=6, num_experts_per_tok=2)
+    module = Qwen3MoeExperts(config).bfloat16().eval()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(0, 0.2)
+    module.config._experts_implementation = "threads"
+    given = [make_call(n, hidden=64, experts=6, top_k=2, seed=n) for n in (1, 3, 17, 40)]
+    with torch.no_grad():
+        alone = [module(x, ids.long(), weights) for x, ids, weights in given]
+    results: list[bool] = []
+
+    @torch.no_grad()
+    def work(i: int) -> None:
+        for r in range(CALLS):
+            x, ids, weights = given[(i + r) % len(given)]
+            results.append(torch.equal(module(x, ids.long(), weights), alone[(i + r) % len(given)]))
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(THREADS)]
+    [t.start() for t in workers]
+    [t.join() for t in workers]
+    assert results.count(True) == THREADS * CALLS
 
 
 def test_weights_written_by_one_thread_while_others_call() -> None:
