@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import inflight
 import triton
+from moestro.kernels.triton.plan import Launch
 from offline import compile_launch, inputs_of, runner_of
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -22,7 +23,6 @@ from moestro.kernels.activations import ReLU2
 from moestro.kernels.triton import native, tactics
 from moestro.kernels.triton.device import fp4 as blackwell
 from moestro.kernels.triton.device import loops as gluon_steps
-from moestro.kernels.triton.plan import Launch
 
 TENSOR_COLUMNS = 512  # of a processor's tensor memory on sm_100
 WGMMA, MMA = "wgmma.mma_async", "mma.sync"

@@ -68,7 +68,7 @@ def _binary(name: str, swapped: bool = False) -> Callable[[Any, Any], Any]:
     return apply
 
 
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "and", "or", "xor"):
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "and", "or", "xor", "rshift", "lshift"):
     setattr(Tensor, f"__{_name}__", _binary(_name))
     setattr(Tensor, f"__r{_name}__", _binary(_name, swapped=True))
 for _name in ("lt", "le", "gt", "ge", "eq", "ne"):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import triton
+from moestro.kernels.triton.plan import Launch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -19,7 +20,6 @@ from moestro.formats import BF16, NVFP4
 from moestro.kernels.activations import Activation, SwiGLU
 from moestro.kernels.problem import MoeProblem
 from moestro.kernels.triton import TritonRunner
-from moestro.kernels.triton.plan import Launch
 
 TYPES = {
     torch.bfloat16: "bf16",

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from moestro.kernels.triton.plan import Launch
 from offline import inputs_of, runner_of
 
 from moestro.kernels.triton import tactics
 from moestro.kernels.triton.device import sort
-from moestro.kernels.triton.plan import Launch
 
 
 def test_a_tactics_kernels_are_compiled_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
