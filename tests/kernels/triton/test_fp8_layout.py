@@ -8,9 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moestro.errors import FormatError
-from moestro.formats import MXFP4, NVFP4
+from moestro.formats import MXFP4, NVFP4, FP8Block
 from moestro.kernels.triton import fp8_layout
-from moestro.kernels.triton.fp8_layout import HALVES, LARGEST, SMALLEST, TritonFP4
+from moestro.kernels.triton.fp8_layout import (
+    HALVES,
+    LARGEST,
+    SMALLEST,
+    FP8FromMXFP4,
+    FP8FromNVFP4,
+    TritonE4M3,
+)
 
 STEP = 1 / 16  # of e4m3: half a step, relative
 
@@ -30,7 +37,7 @@ def norm_error(a: torch.Tensor, b: torch.Tensor) -> float:
 )
 def test_nvfp4_is_rounded_to_e4m3_and_no_further(rows: int, columns: int, gated: bool) -> None:
     q = NVFP4.quantize(dense(3, rows, columns))
-    found, exact = TritonFP4.pack(q, gated).dequantize(), q.dequantize(torch.float32)
+    found, exact = FP8FromNVFP4.pack(q, gated).dequantize(), q.dequantize(torch.float32)
     assert torch.all((found - exact).abs() <= STEP * exact.abs() * (1 + 1e-6))
     assert norm_error(found, exact) < 0.03
 
@@ -41,7 +48,7 @@ def test_mxfp4_is_exact_within_eleven_powers_of_two(rows: int, columns: int, gat
     packed = torch.randint(0, 256, (2, rows, columns // 2), dtype=torch.uint8, generator=gen)
     scale = torch.randint(100, 112, (2, rows, columns // 32), dtype=torch.uint8, generator=gen)
     q = MXFP4(packed, scale)
-    assert torch.equal(TritonFP4.pack(q, gated).dequantize(), q.dequantize(torch.float32))
+    assert torch.equal(FP8FromMXFP4.pack(q, gated).dequantize(), q.dequantize(torch.float32))
 
 
 @settings(max_examples=40, deadline=None)
@@ -58,7 +65,8 @@ def test_any_scales_stay_within_the_documented_error(seed: int, mx: bool) -> Non
         codes = torch.where(codes & 127 == 127, 3, codes).to(torch.uint8)  # no NaN
         q = NVFP4(packed, codes.view(torch.float8_e4m3fn), torch.ones(1))
         largest = q.scale.float().abs().amax(-1, keepdim=True)
-    found, exact = TritonFP4.pack(q, False).dequantize(torch.float64), q.dequantize(torch.float64)
+    kind = FP8FromMXFP4 if mx else FP8FromNVFP4
+    found, exact = kind.pack(q, False).dequantize(torch.float64), q.dequantize(torch.float64)
     grid = largest.double() * SMALLEST / (LARGEST / 2)  # the smallest scale that is kept, at most
     assert torch.all((found - exact).abs() <= torch.maximum(STEP * exact.abs() * (1 + 1e-6), grid))
 
@@ -84,10 +92,18 @@ def test_the_kernels_table_is_the_product_rounded_to_e4m3() -> None:
 def test_nan_scales_are_an_error_that_says_so() -> None:
     q = MXFP4(torch.zeros(1, 64, 16, dtype=torch.uint8), torch.full((1, 64, 1), 255, dtype=torch.uint8))
     with pytest.raises(FormatError, match="NaN"):
-        TritonFP4.pack(q, False)
+        FP8FromMXFP4.pack(q, False)
 
 
 def test_the_checkpoint_cannot_be_had_back() -> None:
-    packed = TritonFP4.pack(NVFP4.quantize(dense(1, 64, 32)), False)
+    packed = FP8FromNVFP4.pack(NVFP4.quantize(dense(1, 64, 32)), False)
     with pytest.raises(FormatError, match="rounded to e4m3"):
         packed.to_checkpoint()
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_fp8_blocks_keep_their_values(gated: bool) -> None:
+    q = FP8Block.quantize(dense(2, 256, 160))
+    packed = TritonE4M3.pack(q, gated)
+    assert torch.equal(packed.dequantize(), q.dequantize(torch.float32))
+    assert torch.equal(packed.to_checkpoint().data.view(torch.uint8), q.data.view(torch.uint8))

@@ -13,48 +13,41 @@ are rounded to the grid of 2^-5, an error of at most 2^-7 beside a largest weigh
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from moestro.errors import FormatError
-from moestro.formats import MXFP4, NVFP4
+from moestro.formats import MXFP4, NVFP4, FP8Block
 from moestro.formats.base import FormatTensor
 from moestro.formats.mxfp4 import decode_e8m0
-from moestro.kernels.triton.layout import row_order
+from moestro.kernels.problem import MoeProblem
+from moestro.kernels.triton.chip import multiplies_fp4
+from moestro.kernels.triton.layout import PACKED, Packed
+from moestro.kernels.triton.words import row_order
 
 ROWS, COLS, GROUP = 64, 128, 16
-LAYOUT = "triton-fp8-r64c128"
 LARGEST = 72.0  # of a row's scales
 SMALLEST = 2.0**-5
 HALVES = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12], dtype=torch.float32)  # twice the magnitudes of e2m1
 
 
-@dataclass(frozen=True, eq=False)
-class TritonFP4(FormatTensor):
+class TritonFP4(Packed):
     """NVFP4 or MXFP4 weights [L, R, C] for products with e4m3 activations. Rows and columns are padded to blocks.
 
+    words: int16 [L, Rb, Cb, 64, 32]; scales: int16 [L, Rb, Cb, 64, 4], two e4m3 bytes each, the even group's low.
     Its values are those that the kernels multiply: e2m1 · scale rounded to e4m3, times the row's scale; `dequantize`
-    gives them, `exact` says how far they may be from the checkpoint's (half a step of e4m3, 1/16, each).
+    gives them. They are at most half a step of e4m3 (1/16) from the checkpoint's.
     """
 
-    words: torch.Tensor  # int16 [L, Rb, Cb, 64, 32]
-    scales: torch.Tensor  # int16 [L, Rb, Cb, 64, 4], two e4m3 bytes each, the even group's low
-    row_scale: torch.Tensor  # float32 [L, Rb * 64]
-    rows: int
-    columns: int
-    gated: bool
-    source: str  # the checkpoint's format
-
-    layout: ClassVar[str] = LAYOUT
-
-    @property
-    def format(self) -> str:
-        return self.source
+    CODE: ClassVar[int] = -1  # no kernel of decode.py reads it
+    WORD: ClassVar[torch.dtype] = torch.int16
+    SCALE: ClassVar[torch.dtype] = torch.int16
 
     @classmethod
-    def pack(cls, q: NVFP4 | MXFP4, gated: bool) -> Self:
+    def pack(cls, q: Any, gated: bool) -> Self:
         """Repack a checkpoint tensor [L, R, C], one expert at a time.
 
         Raises FormatError for a scale that is NaN.
@@ -73,19 +66,11 @@ class TritonFP4(FormatTensor):
             words[e] = _blocks(_to_words(_pad(codes, order, blocks * COLS, 0)), 32)
             scales[e] = _blocks(_pad(byte, order, blocks * COLS // GROUP, 16).view(torch.int16), 4)
             row_scale[e, there] = (whole * power)[order[there]]
-        return cls(words, scales, row_scale, rows, columns, gated, q.format)
+        return cls(words, scales, row_scale, cls._kept(q), rows, columns, gated)
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (*self.words.shape[:-4], self.rows, self.columns)
-
-    @property
-    def device(self) -> torch.device:
-        return self.words.device
-
-    @property
-    def nbytes(self) -> int:
-        return self.words.nbytes + self.scales.nbytes + self.row_scale.nbytes
+    @classmethod
+    def bytes_per_weight(cls) -> float:
+        return 0.5 + 1 / GROUP
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The values that the kernels multiply, [..., R, C]."""
@@ -98,33 +83,83 @@ class TritonFP4(FormatTensor):
             .float()
             .flatten(-2)
         )
-        value = value * self.row_scale.unsqueeze(-1)
-        order = row_order(self.rows, self.gated, self.device)
-        there = torch.nonzero(order >= 0).squeeze(-1)
-        place = torch.empty(self.rows, dtype=torch.long, device=self.device)
-        place[order[there]] = there
-        return value.index_select(-2, place)[..., : self.columns].to(dtype)
-
-    def expert(self, index: int) -> TritonFP4:
-        """[..., R, C] at `index` of the first dimension, without a copy."""
-        return self._with(
-            {f.name: v[index] for f in fields(self) if torch.is_tensor(v := getattr(self, f.name))}
-        )
-
-    def to(self, device: torch.device | str) -> Self:
-        moved = {f.name: v.to(device) for f in fields(self) if torch.is_tensor(v := getattr(self, f.name))}
-        return self._with(moved)  # type: ignore[return-value]
-
-    def _with(self, tensors: dict[str, torch.Tensor]) -> TritonFP4:
-        return TritonFP4(
-            **tensors, rows=self.rows, columns=self.columns, gated=self.gated, source=self.source
-        )
+        return self._in_order(value * self.row_scale.unsqueeze(-1)).to(dtype)
 
     def to_checkpoint(self) -> FormatTensor:
         """Raises FormatError: rounding to e4m3 cannot be undone."""
         raise FormatError(
-            f"weights in the layout {LAYOUT!r} are rounded to e4m3: keep the checkpoint's to have them back"
+            f"weights in the layout {self.layout!r} are rounded to e4m3: keep the checkpoint's to have them back"
         )
+
+    @classmethod
+    def _expert(cls, *_: Any) -> torch.Tensor:
+        raise NotImplementedError  # pack() fills all experts
+
+
+class FP8FromNVFP4(TritonFP4):
+    """See TritonFP4."""
+
+    format: ClassVar[str] = "nvfp4"
+    layout: ClassVar[str] = "triton-fp8-nvfp4-r64c128"
+
+
+class FP8FromMXFP4(TritonFP4):
+    """See TritonFP4."""
+
+    format: ClassVar[str] = "mxfp4"
+    layout: ClassVar[str] = "triton-fp8-mxfp4-r64c128"
+
+
+class TritonE4M3(Packed):
+    """FP8 blocks [L, R, C] for products with e4m3 activations: the checkpoint's values, rows in the kernels' order.
+
+    words: e4m3 [L, Rp, C]; scales: float32 [L, ceil(R / 128), ceil(C / 128)], the checkpoint's.
+    """
+
+    format: ClassVar[str] = "fp8_block"
+    layout: ClassVar[str] = "triton-e4m3-rows"
+    CODE: ClassVar[int] = -1
+    WORD: ClassVar[torch.dtype] = torch.float8_e4m3fn
+    SCALE: ClassVar[torch.dtype] = torch.float32
+
+    @classmethod
+    def pack(cls, q: Any, gated: bool) -> Self:
+        """Repack a checkpoint tensor [L, R, C], one expert at a time."""
+        experts, rows, columns = q.shape
+        order = row_order(rows, gated, q.device)
+        words = torch.empty((experts, len(order), columns), dtype=torch.uint8, device=q.device)
+        for e in range(experts):
+            words[e] = _pad(q.data[e].view(torch.uint8), order, columns, 0)
+        nothing = torch.empty((experts, 0), device=q.device)
+        return cls(words.view(torch.float8_e4m3fn), q.scale_inv, nothing, nothing, rows, columns, gated)
+
+    @classmethod
+    def bytes_per_weight(cls) -> float:
+        return 1.0
+
+    def to_checkpoint(self) -> FP8Block:
+        data = self._in_order(self.words.view(torch.uint8)).contiguous()
+        return FP8Block(data.view(torch.float8_e4m3fn), self.scales)
+
+    @classmethod
+    def _expert(cls, *_: Any) -> torch.Tensor:
+        raise NotImplementedError  # pack() fills all experts
+
+
+PACKED_FP8: dict[str, type[Packed]] = {cls.format: cls for cls in (FP8FromNVFP4, FP8FromMXFP4, TritonE4M3)}
+
+
+def packed_type(problem: MoeProblem) -> type[Packed] | None:
+    """The layout that a problem's weights are repacked to; None for those that are run as they are, or not at all."""
+    if multiplies_fp4(problem):
+        return None
+    table = PACKED_FP8 if problem.input_format == "fp8" else PACKED
+    return table.get(problem.weight_format)
+
+
+def descriptor(rows: torch.Tensor, block: int) -> TensorDescriptor:
+    """What the tensor memory accelerator needs to copy blocks [block, 128] of e4m3 rows [R, C]."""
+    return TensorDescriptor.from_tensor(rows, [block, COLS], gl.NVMMASharedLayout(128, 8, 2))
 
 
 def _pieces(q: NVFP4 | MXFP4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -21,9 +21,10 @@ from moestro.kernels.problem import Experts, MoeProblem, MoeRunner
 from moestro.kernels.scratch import carve, plan_bytes
 from moestro.kernels.triton import choose
 from moestro.kernels.triton.call import Call, Launch
-from moestro.kernels.triton.chip import multiplies_fp4, processors
+from moestro.kernels.triton.chip import processors
 from moestro.kernels.triton.device.chain import LINE
-from moestro.kernels.triton.layout import PACKED, Packed
+from moestro.kernels.triton.fp8_layout import PACKED_FP8, packed_type
+from moestro.kernels.triton.layout import PACKED
 from moestro.kernels.triton.paths import PATHS
 from moestro.kernels.triton.paths.chain import SLOTS
 from moestro.kernels.triton.tactic import Tactic
@@ -59,6 +60,9 @@ class TritonRunner(MoeRunner):
         reason = choose.unsupported(problem)
         if reason is not None:
             return reason
+        packs = packed_type(problem)
+        if packs is not None and problem.weight_layout not in (CHECKPOINT, packs.layout):
+            return f"it needs weights in the layout {packs.layout!r} here, they were prepared as {problem.weight_layout!r}"
         if not isinstance(problem.activation, SwiGLU | GeGLUTanh | ReLU2):
             return f"it has no kernel for the activation {problem.activation!r}"
         if problem.intermediate_size % 8 or problem.hidden_size % 8:
@@ -69,12 +73,13 @@ class TritonRunner(MoeRunner):
 
     @classmethod
     def runs_layout(cls, layout: str) -> bool:
-        return layout == CHECKPOINT or layout in {packed.layout for packed in PACKED.values()}
+        return layout == CHECKPOINT or layout in {
+            packed.layout for table in (PACKED, PACKED_FP8) for packed in table.values()
+        }
 
     @classmethod
     def needs_prepare(cls, problem: MoeProblem) -> bool:
-        packs = problem.weight_format in PACKED and not multiplies_fp4(problem)
-        return packs and problem.weight_layout == CHECKPOINT
+        return packed_type(problem) is not None and problem.weight_layout == CHECKPOINT
 
     @classmethod
     def prepare(
@@ -82,13 +87,14 @@ class TritonRunner(MoeRunner):
     ) -> tuple[FormatTensor, FormatTensor]:
         if not cls.needs_prepare(problem):
             return experts.gate_up, experts.down
-        pack = PACKED[problem.weight_format].pack
-        return pack(experts.gate_up, problem.activation.gated), pack(experts.down, False)
+        kind = packed_type(problem)
+        assert kind is not None
+        return kind.pack(experts.gate_up, problem.activation.gated), kind.pack(experts.down, False)
 
     def __init__(self, problem: MoeProblem, experts: Experts) -> None:
         super().__init__(problem, experts)
-        packs = problem.weight_format in PACKED and not multiplies_fp4(problem)
-        if packs and not isinstance(experts.gate_up, Packed):
+        packs = packed_type(problem)
+        if packs is not None and not isinstance(experts.gate_up, packs):
             raise BackendError(
                 f"backend 'triton' runs {problem.weight_format} weights that TritonRunner.prepare() has repacked"
             )
