@@ -162,7 +162,7 @@ def schedule(call: Call, stage: int) -> tuple[int, Schedule]:
     group = min(t.raster_group, triton.next_power_of_2(slots))
     search = max(16, triton.next_power_of_2(call.pairs)) if direct else 16
     how = Schedule(tile.rows, width, t.narrow == "quarters", tile.k_blocks, tile.stages, t.overlap_steps,
-                   route.value, search, group)  # fmt: skip
+                   route.value, search, group, t.prefetch_kib << 10)  # fmt: skip
     return triton.cdiv(slots, group) * group, how
 
 
