@@ -22,10 +22,6 @@ from moestro.kernels.triton.tactics import Tactic as OlderTactic
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 
 
-class Invariant(MoeProblem):
-    batch_invariant = True
-
-
 @settings(max_examples=200, deadline=None)
 @given(
     experts=st.integers(1, 384),
@@ -112,7 +108,7 @@ def test_wide_codes_take_fewer_stages() -> None:
     ids=["split columns", "mma.sync"],
 )
 def test_batch_invariant_problems_have_one_order_of_sums(tactic: Tactic, why: str) -> None:
-    p = Invariant(8, 8, 0, 2, 512, 256, "nvfp4")
+    p = MoeProblem(8, 8, 0, 2, 512, 256, "nvfp4", batch_invariant=True)
     assert why in (choose.why_not(p, tactic, 8) or "")
     for n in (1, 3, 40, 300, 5000):
         default = choose.default(p, n)

@@ -89,9 +89,7 @@ def wide_gemm(x, routing, stride, w, out, size, HOW: gl.constexpr, TILE: gl.cons
     EXTRA: gl.constexpr = TILE.extra
     # 16 words of a row are 32 or 64 bytes: no two rows of a load meet in a bank
     WS: gl.constexpr = gl.SwizzledSharedLayout(8, 64 // HOW.word_bits, 2, [1, 0])
-    xs = gl.allocate_shared_memory(
-        x.dtype.element_ty, [STAGES, PAIRS, 64], gl.NVMMASharedLayout(128, 16, 2)
-    )
+    xs = gl.allocate_shared_memory(x.dtype.element_ty, [STAGES, PAIRS, 64], gl.NVMMASharedLayout(128, 16, 2))
     ws = gl.allocate_shared_memory(w.data.dtype.element_ty, [STAGES, ROWS, 16], WS)
     ss = gl.allocate_shared_memory(
         w.scales.dtype.element_ty, [STAGES, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0])

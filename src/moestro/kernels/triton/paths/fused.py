@@ -106,7 +106,7 @@ def why_not(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> str | None:
     tiles = tactic.tiles
     if not tactic.overlap_steps and min(tile.k_blocks for tile in tiles) < 2:
         return "steps of one block must not run on into the next"
-    if calls.invariant(problem):
+    if problem.batch_invariant:
         if tactic.split_k > 1:
             return "parts of a sum over the columns that depend on the tactic are not batch-invariant"
         if any(tile.rows < WGMMA_ROWS or tile.warps < WGMMA_WARPS for tile in tiles):
