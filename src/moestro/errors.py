@@ -12,6 +12,7 @@ MoestroError
 
 StoreWarning        the store could not be read or written; work goes on without it (a UserWarning)
 TuningWarning       a decision is used outside what was measured    (a UserWarning)
+CheckpointWarning   a checkpoint has something odd that was stood in for, or is not used    (a UserWarning)
 
 Every message names the argument, what was expected and what came.
 """
@@ -23,6 +24,7 @@ from collections.abc import Iterable
 
 __all__ = [
     "BackendError",
+    "CheckpointWarning",
     "DTypeError",
     "DeviceError",
     "FormatError",
@@ -79,6 +81,10 @@ class StoreWarning(UserWarning):
 
 class TuningWarning(UserWarning):
     """A decision is used outside what was measured."""
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint has something odd that was stood in for, or that is not used."""
 
 
 def unknown_name(kind: str, got: object, known: Iterable[str]) -> str:

@@ -18,11 +18,18 @@ from moestro.errors import DeviceError, DTypeError, FormatError, ShapeError
 from moestro.formats.base import CHECKPOINT, FormatTensor
 from moestro.kernels import backends
 from moestro.kernels.activations import Activation, resolve_activation
-from moestro.kernels.problem import MoeProblem
+from moestro.kernels.problem import MoeProblem, dense_dtype
 from moestro.moe import flat
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-SIDE_TENSORS = ("gate_up_bias", "down_bias", "gate_up_input_scale", "down_input_scale")
+SIDE_TENSORS = (
+    "gate_up_bias",
+    "down_bias",
+    "gate_up_input_scale",
+    "down_input_scale",
+    "gate_up_pre_scale",
+    "up_has_down_pre_scale",
+)
 
 
 class ExpertSource(Protocol):
@@ -43,6 +50,9 @@ class ExpertWeights:
     gate_up_bias [L, 2I] (or [L, I]), down_bias [L, H]: bf16, fp16 or fp32; added in float32.
     gate_up_input_scale, down_input_scale: float32 [] or [L], the calibrated global scale of x and of the
     intermediate for input_format="nvfp4" (value = e2m1 · block scale · global scale); None: dynamic, per row.
+    gate_up_pre_scale: float32 [H], multiplies x before everything else (AWQ's pre_quant_scale).
+    up_has_down_pre_scale: whether the rows of up carry such a scale of down's input, which the activation must
+    then pass on unchanged: it is linear in up.
 
     Raises ShapeError, DTypeError, DeviceError or FormatError for parts that do not belong together.
     """
@@ -53,6 +63,8 @@ class ExpertWeights:
     down_bias: torch.Tensor | None = None
     gate_up_input_scale: torch.Tensor | None = None
     down_input_scale: torch.Tensor | None = None
+    gate_up_pre_scale: torch.Tensor | None = None
+    up_has_down_pre_scale: bool = False
     # What follows is derived: the tensors for operators (see flat.py), and what fused_moe has bound to them.
     tensors: list[torch.Tensor] = dataclasses.field(init=False, repr=False)
     spec: str = dataclasses.field(init=False, repr=False)
@@ -78,9 +90,9 @@ class ExpertWeights:
                 f"down must have gate_up's format and layout, {self.gate_up.format!r} in "
                 f"{self.gate_up.layout!r}, got {self.down.format!r} in {self.down.layout!r}"
             )
-        if _dense_dtype(self.gate_up) != _dense_dtype(self.down):
+        if dense_dtype(self.gate_up) != dense_dtype(self.down):
             raise DTypeError(
-                f"down must have gate_up's dtype {_dense_dtype(self.gate_up)}, got {_dense_dtype(self.down)}"
+                f"down must have gate_up's dtype {dense_dtype(self.gate_up)}, got {dense_dtype(self.down)}"
             )
         self._check_side_tensors(experts, rows, hidden)
         tensors, spec = flat.flatten(self)
@@ -93,6 +105,8 @@ class ExpertWeights:
         _check_side("down_bias", self.down_bias, [(experts, hidden)], FLOATS)
         for name in ("gate_up_input_scale", "down_input_scale"):
             _check_side(name, getattr(self, name), [(), (experts,)], (torch.float32,))
+            _check_input_scale(name, getattr(self, name))
+        _check_side("gate_up_pre_scale", self.gate_up_pre_scale, [(hidden,)], (torch.float32,))
         for name, value in self._parts().items():
             if value.device != self.device:
                 raise DeviceError(f"{name} must be on {self.device}, where gate_up is, got {value.device}")
@@ -153,6 +167,7 @@ class ExpertWeights:
 
         Raises ShapeError or FormatError for experts that differ, BackendError for a backend that cannot.
         """
+        side = {**getattr(experts, "side_tensors", dict)(), **side}
         if unknown := set(side) - set(SIDE_TENSORS):
             raise TypeError(f"from_experts takes {', '.join(SIDE_TENSORS)}, got {', '.join(sorted(unknown))}")
         first = next(iter(experts), None)
@@ -161,19 +176,13 @@ class ExpertWeights:
         gate_up, down = first
         for name, value in (("gate_up", gate_up), ("down", down)):
             _check_format_tensor(name, value, dimensions=2)
-        problem = MoeProblem(
+        gated = gate_up.shape[0] == 2 * down.shape[1]
+        biases = (side.get("gate_up_bias"), side.get("down_bias"))
+        problem = dataclasses.replace(
+            MoeProblem.of(_OneExpert(gate_up, down, *biases), top_k=1, dtype=dtype),
             num_experts=len(experts),
             num_local_experts=len(experts),
-            expert_offset=0,
-            top_k=1,
-            hidden_size=down.shape[0],
-            intermediate_size=down.shape[1],
-            weight_format=gate_up.format,
-            activation=resolve_activation("silu" if gate_up.shape[0] == 2 * down.shape[1] else "relu2"),
-            dtype=dtype,
-            device=gate_up.device.type,
-            weight_dtype=_dense_dtype(gate_up),
-            biased=side.get("gate_up_bias") is not None or side.get("down_bias") is not None,
+            activation=resolve_activation("silu" if gated else "relu2"),
         )
         made = backends.resolve(backend, problem)[0].prepare_each(problem, _exactly(len(experts), experts))
         if made is not None:
@@ -194,7 +203,7 @@ class ExpertWeights:
     @property
     def dense_dtype(self) -> torch.dtype | None:
         """The dtype of unquantised weights (bf16, fp16, fp32); None for quantised ones."""
-        return _dense_dtype(self.gate_up)
+        return dense_dtype(self.gate_up)
 
     @property
     def num_experts(self) -> int:
@@ -245,6 +254,7 @@ class ExpertWeights:
         input_format: str | None = None,
         top_k: int = 1,
         dtype: torch.dtype = torch.bfloat16,
+        batch_invariant: bool = False,
         donate: bool = False,
     ) -> ExpertWeights:
         """The same weights in a backend's kernel layout (self if they are, or if it takes them as is).
@@ -253,27 +263,34 @@ class ExpertWeights:
         donate it: then its memory may become the result's, and it must not be used again.
         Raises BackendError for a backend that is unknown or cannot run them.
         """
-        problem = MoeProblem(
+        problem = MoeProblem.of(
+            self,
             num_experts=max(top_k, self.num_experts),
-            num_local_experts=self.num_experts,
-            expert_offset=0,
             top_k=top_k,
-            hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size,
-            weight_format=self.format,
             activation=resolve_activation(activation),
             input_format=input_format,
             dtype=dtype,
-            device=self.device.type,
-            weight_layout=self.layout,
-            weight_dtype=self.dense_dtype,
-            biased=self.biased,
+            deterministic=batch_invariant,
+            batch_invariant=batch_invariant,
         )
         runner = backends.resolve(backend, problem)[0]
         if self.layout != CHECKPOINT:
             return self
         gate_up, down = runner.prepare(problem, self, donate=donate)
         return self if gate_up is self.gate_up and down is self.down else self.with_tensors(gate_up, down)
+
+    def scaled_input(self, x: Any) -> Any:
+        """x [N, H], times gate_up_pre_scale where there is one: in float32, rounded to x's dtype.
+
+        Raises FormatError for quantised activations, which cannot be scaled any more.
+        """
+        if self.gate_up_pre_scale is None:
+            return x
+        if not isinstance(x, torch.Tensor):
+            raise FormatError("x must not be quantised yet where the weights have a gate_up_pre_scale")
+        if tuple(x.shape[1:]) != (self.hidden_size,):
+            return x  # for the check of the call to refuse
+        return (x.float() * self.gate_up_pre_scale).to(x.dtype)
 
     def unpacked(self) -> ExpertWeights:
         """The same weights in the checkpoint layout (self if they are)."""
@@ -288,14 +305,15 @@ class ExpertWeights:
     def _parts(self) -> dict[str, Any]:
         """Every tensor that there is, by field name."""
         fields = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if f.init)
-        return {name: value for name, value in fields if value is not None}
+        return {name: value for name, value in fields if value is not None and not isinstance(value, bool)}
 
     def _replace(self, parts: dict[str, Any]) -> ExpertWeights:
         return dataclasses.replace(self, **parts)
 
     def __reduce__(self) -> Any:
         """Copies and pickles are made of the parts; what operators have bound to them stays behind."""
-        return _restored, (type(self), self._parts())
+        flags = {"up_has_down_pre_scale": self.up_has_down_pre_scale}
+        return _restored, (type(self), {**self._parts(), **flags})
 
     def __repr__(self) -> str:
         sizes = f"num_experts={self.num_experts}, hidden_size={self.hidden_size}"
@@ -305,13 +323,20 @@ class ExpertWeights:
         )
 
 
-def _dense_dtype(tensor: FormatTensor) -> torch.dtype | None:
-    data = getattr(tensor, "data", None) if tensor.format == "bf16" else None
-    return data.dtype if isinstance(data, torch.Tensor) else None
-
-
 def _restored(cls: type[ExpertWeights], parts: dict[str, Any]) -> ExpertWeights:
     return cls(**parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class _OneExpert:
+    """One expert's matrices, for what they say of all."""
+
+    gate_up: Any
+    down: Any
+    gate_up_bias: Any = None
+    down_bias: Any = None
+    gate_up_input_scale: Any = None
+    down_input_scale: Any = None
 
 
 class _Quantized:
@@ -345,6 +370,16 @@ def _check_format_tensor(name: str, value: object, dimensions: int = 3) -> None:
     if len(value.shape) != dimensions:
         wanted = "[L, rows, columns]" if dimensions == 3 else "[rows, columns]"
         raise ShapeError(f"{name} must have {dimensions} dimensions {wanted}, got {list(value.shape)}")
+
+
+def _check_input_scale(name: str, scale: torch.Tensor | None) -> None:
+    """FormatError unless positive and finite; on a device that would have to be waited for it is not looked at."""
+    if scale is None or scale.device.type != "cpu":
+        return
+    bad = ~(torch.isfinite(scale) & (scale > 0))
+    if bool(bad.any()):
+        at = "" if scale.ndim == 0 else f" at expert {int(bad.nonzero()[0])}"
+        raise FormatError(f"{name} must be positive and finite, got {float(scale[bad].flatten()[0])}{at}")
 
 
 def _check_side(

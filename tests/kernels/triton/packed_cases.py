@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from moestro import formats
-from moestro.formats import MXFP4, NVFP4, FP8Block
+from moestro.formats import MXFP4, MXFP8, NVFP4, FP8Block
 from moestro.kernels.triton.layout import PACKED
 
 
@@ -33,8 +32,7 @@ def every_checkpoint() -> dict[str, tuple[Any, Any]]:
     found: dict[str, Any] = {
         "nvfp4": every_code(shape),
         "mxfp4": MXFP4(nibbles, e8m0),
+        "mxfp8": MXFP8(data, e8m0),
         "fp8_block": FP8Block(data, blocks),
     }
-    if hasattr(formats, "MXFP8"):
-        found["mxfp8"] = formats.MXFP8(data, e8m0)
     return {fmt: (q, PACKED[fmt]) for fmt, q in found.items()}

@@ -12,8 +12,8 @@ import torch
 pytest.importorskip("triton")
 
 from moestro.errors import BackendError
-from moestro.formats import BF16, MXFP4, NVFP4, FP8Block
-from moestro.kernels.activations import Activation, GeGLUTanh, ReLU2, SwiGLU
+from moestro.formats import BF16, MXFP4, MXFP8, NVFP4, FP8Block
+from moestro.kernels.activations import Activation, ClampedSilu, GeGLUTanh, ReLU2, SoftcapSwiGLU, SwiGLU
 from moestro.kernels.problem import MoeProblem
 from moestro.kernels.triton import Tactic, Tile, TritonRunner, call
 from moestro.kernels.triton.paths import chain, fused
@@ -31,8 +31,8 @@ TACTICS = {
     "chained": Tactic("chain", "sorted", 64, SMALL, Tile(32, 1, 4, 2), "quarters"),
     "dequantized": Tactic("dequantized", "sorted", 16, SMALL, Tile(128, 1, 4, 2), pairs2=32),
 }
-SIZES = {"mxfp4": (4, 2, 160, 96)}  # whose columns are multiples of 32
-FORMATS = ("nvfp4", "mxfp4", "fp8_block", "bf16")
+SIZES = dict.fromkeys(("mxfp4", "mxfp8"), (4, 2, 160, 96))  # whose columns are multiples of 32
+FORMATS = ("nvfp4", "mxfp4", "mxfp8", "fp8_block", "bf16")
 
 
 def make(
@@ -52,7 +52,7 @@ def make(
     elif fmt == "bf16":
         pair = (BF16(gate_up.to(dtype)), BF16(down.to(dtype)))
     else:
-        made = {"mxfp4": MXFP4, "fp8_block": FP8Block}[fmt]
+        made = {"mxfp4": MXFP4, "mxfp8": MXFP8, "fp8_block": FP8Block}[fmt]
         pair = (made.quantize(gate_up), made.quantize(down))
     rest = {
         "gate_up_bias": torch.randn(experts, rows).to(DEVICE) if biases else None,
@@ -106,12 +106,14 @@ def test_every_way_matches_the_reference_on_odd_sizes(name: str, fmt: str) -> No
 
 
 @pytest.mark.parametrize(
-    "act", [SwiGLU(1.702, 7.0, 1.0), GeGLUTanh(), ReLU2()], ids=lambda a: type(a).__name__
+    "act",
+    [SwiGLU(1.702, 7.0, 1.0), GeGLUTanh(), ReLU2(), ClampedSilu(2.0), SoftcapSwiGLU(3.0, 5.0)],
+    ids=lambda a: type(a).__name__,
 )
 @pytest.mark.parametrize("name", ["few", "dequantized"])
 def test_activations(name: str, act: Activation) -> None:
     for fmt in FORMATS:
-        runner, plain = make((3, 2, 64, 96 if fmt == "mxfp4" else 48), fmt, act)
+        runner, plain = make((3, 2, 64, 96 if fmt in SIZES else 48), fmt, act)
         inputs = inputs_of(runner, 7)
         inputs[0] *= 8  # far enough for the clamps
         assert error(runner, plain, inputs, TACTICS[name]) < TOLERANCE
@@ -243,6 +245,7 @@ def test_float16_activations(name: str, fmt: str) -> None:
         ({"dtype": torch.float32}, "float32"),
         ({"weight_format": "int3"}, "int3"),
         ({"input_format": "int8"}, "int8 activations"),
+        ({"activation": torch.nn.SiLU()}, "SiLU"),
         ({"weight_format": "bf16", "weight_dtype": torch.float32}, "float32"),
     ],
     ids=str,

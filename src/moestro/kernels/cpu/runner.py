@@ -17,11 +17,12 @@ import torch
 
 from moestro.errors import BackendError, DTypeError, ShapeError
 from moestro.formats import FormatTensor
-from moestro.kernels.activations import GeGLUTanh, ReLU2, SwiGLU
+from moestro.kernels import activations
+from moestro.kernels.activations import Code
 from moestro.kernels.cpu import core, layout
 from moestro.kernels.problem import Experts, MoeProblem, MoeRunner
 
-ACTIVATIONS = {SwiGLU: 0, GeGLUTanh: 1, ReLU2: 2}
+ACTIVATIONS = frozenset({Code.SWIGLU, Code.GEGLU_TANH, Code.RELU2})  # of csrc/epilogue.h
 X_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # as one, two and three numbers of bfloat16
 DENSE_NEVER = 1 << 30
 WAVE_BYTES = 128 << 20  # of the x of a wave's pairs: enough to amortise decoding, a bound for the workspace
@@ -91,8 +92,10 @@ class CpuRunner(MoeRunner):
             return f"the cpu backend takes x in {', '.join(map(_name, X_TYPES))}, not {_name(problem.dtype)}"
         if problem.input_format is not None:
             return "the cpu backend does not quantise activations (input_format)"
-        if type(problem.activation) not in ACTIVATIONS:
-            return f"the cpu backend has no {type(problem.activation).__name__} activation"
+        if problem.batch_invariant:
+            return "the cpu backend has no batch-invariant tactics"
+        if reason := activations.why_not(problem.activation, ACTIVATIONS):
+            return reason
         if problem.hidden_size % layout.PANEL or problem.intermediate_size % layout.PANEL:
             return (
                 f"the cpu backend needs hidden and intermediate sizes divisible by {layout.PANEL}, "
@@ -226,12 +229,8 @@ def _layer(
     weights: tuple[FormatTensor, FormatTensor],
     biases: tuple[torch.Tensor | None, torch.Tensor | None],
 ) -> core.Layer:
-    act = problem.activation
-    alpha, limit, shift = (
-        (act.alpha, math.inf if act.limit is None else act.limit, act.up_shift)
-        if isinstance(act, SwiGLU)
-        else (1.0, math.inf, 0.0)
-    )
+    form = activations.form_of(problem.activation)
+    assert form is not None  # see why_not
     return core.Layer(
         core.ISAS.index(isa),
         core.FORMATS[problem.weight_format],
@@ -240,11 +239,11 @@ def _layer(
         problem.top_k,
         problem.hidden_size,
         problem.intermediate_size,
-        ACTIVATIONS[type(act)],
+        form.code,
         X_TYPES[problem.dtype],
-        alpha,
-        limit,
-        shift,
+        form.alpha,
+        math.inf if form.limit is None else form.limit,
+        form.up_shift,
         _matrix(weights[0], biases[0]),
         _matrix(weights[1], biases[1]),
     )

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 import triton
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moestro.kernels.activations import GeGLUTanh, SwiGLU
+from moestro.kernels.activations import form_of
 from moestro.kernels.problem import Experts, MoeProblem
 from moestro.kernels.scratch import Plan
 from moestro.kernels.triton.device import chain, common, decode, quantize, sort
@@ -57,7 +58,7 @@ def _kind(value: Any, plain: bool) -> Any:
         return tuple(_kind(v, False) for v in value)
     if isinstance(value, torch.Tensor):
         return str(value.dtype), value.data_ptr() % 16 == 0
-    if isinstance(value, TensorDescriptor):
+    if isinstance(value, TensorDescriptor | GluonDescriptor):
         return str(value.base.dtype), tuple(value.block_shape)
     return (value >> 31 != 0, *(() if plain else (value == 1, value % 16 == 0)))
 
@@ -82,7 +83,7 @@ def scratch(problem: MoeProblem, num_tokens: int, tactic: Tactic, x_rows: int, h
     elif p.dtype != dtype:
         plan["x_values"] = ((num_tokens, p.hidden_size), dtype)
     parts = pairs * tactic.split_k
-    half = half or invariant(p)
+    half = half or p.batch_invariant
     small = 4 * parts * p.hidden_size < FLOAT_BYTES and not half
     plan["partial"] = ((parts, p.hidden_size), torch.float32 if small else dtype)
     if tactic.route == "sorted":
@@ -92,11 +93,6 @@ def scratch(problem: MoeProblem, num_tokens: int, tactic: Tactic, x_rows: int, h
         for stage, width in enumerate(tactic.widths, 1):
             plan[f"table{stage}"] = ((3 * num_slots(p, pairs, width) + 1,), torch.int32)
     return plan
-
-
-def invariant(problem: MoeProblem) -> bool:
-    """Whether a token's result must not depend on its batch."""
-    return bool(getattr(problem, "batch_invariant", False))
 
 
 def num_chunks(pairs: int) -> int:
@@ -121,7 +117,9 @@ class Call:
         self.num_tokens = self.ids.shape[0]
         self.pairs = self.num_tokens * problem.top_k
         self.processors = processors
-        self.weighted = not invariant(problem)  # whether the second product multiplies by routing weights
+        self.weighted = (
+            not problem.batch_invariant
+        )  # whether the second product multiplies by routing weights
         self.launches: list[Launch] = []
 
     def add(self, kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
@@ -276,8 +274,6 @@ class Call:
 
 
 def _activation(problem: MoeProblem) -> dict[str, Any]:
-    act = problem.activation
-    if isinstance(act, SwiGLU):
-        return {"act": common.SWIGLU.value, "alpha": act.alpha, "limit": act.limit, "shift": act.up_shift}
-    kind = common.GEGLU_TANH if isinstance(act, GeGLUTanh) else common.RELU2
-    return {"act": kind.value, "alpha": 1.0, "limit": None, "shift": 0.0}
+    form = form_of(problem.activation)
+    assert form is not None  # see TritonRunner.why_not
+    return {"act": int(form.code), "alpha": form.alpha, "limit": form.limit, "shift": form.up_shift}

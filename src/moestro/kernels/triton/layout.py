@@ -23,8 +23,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 
-from moestro import formats
-from moestro.formats import MXFP4, NVFP4, FP8Block
+from moestro.formats import MXFP4, MXFP8, NVFP4, FP8Block
 from moestro.formats.base import FormatTensor
 from moestro.kernels.triton.device import decode
 from moestro.kernels.triton.words import (
@@ -247,16 +246,15 @@ class TritonMXFP8(_PowersOfTwo):
 
     @classmethod
     def _expert(
-        cls, q: Any, e: int, kernel_rows: torch.Tensor, words: torch.Tensor, scales: torch.Tensor
+        cls, q: MXFP8, e: int, kernel_rows: torch.Tensor, words: torch.Tensor, scales: torch.Tensor
     ) -> torch.Tensor:
         data = q.data[e].view(torch.uint8)
         words.copy_(to_byte_words(pad(data, kernel_rows, words.shape[1] * COLS)))
         return nan_rows(data, kernel_rows, cls._powers(q.scale[e], kernel_rows, scales))
 
-    def to_checkpoint(self) -> FormatTensor:
+    def to_checkpoint(self) -> MXFP8:
         data = self._in_order(from_byte_words(self.words)).view(torch.float8_e4m3fn)
-        made: FormatTensor = getattr(formats, "MXFP8")(data, self._exponents())  # noqa: B009
-        return made
+        return MXFP8(data, self._exponents())
 
 
 class TritonFP8Block(Packed):

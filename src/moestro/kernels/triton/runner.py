@@ -16,13 +16,14 @@ import torch
 
 from moestro.errors import BackendError
 from moestro.formats.base import CHECKPOINT, FormatTensor
-from moestro.kernels.activations import GeGLUTanh, ReLU2, SwiGLU
+from moestro.kernels import activations
 from moestro.kernels.problem import Experts, MoeProblem, MoeRunner
 from moestro.kernels.scratch import carve, plan_bytes
 from moestro.kernels.triton import choose
 from moestro.kernels.triton.call import Call, Launch
 from moestro.kernels.triton.chip import processors
 from moestro.kernels.triton.device.chain import LINE
+from moestro.kernels.triton.device.common import ACTIVATIONS
 from moestro.kernels.triton.fp8_layout import PACKED_FP8, packed_type
 from moestro.kernels.triton.layout import PACKED
 from moestro.kernels.triton.paths import PATHS
@@ -57,14 +58,13 @@ class TritonRunner(MoeRunner):
             return f"it computes in the weights' dtype, {problem.weight_dtype}, which x in {problem.dtype} does not fit"
         if problem.weight_dtype is torch.float16 and problem.input_format is not None:
             return "it quantises activations for bfloat16 products, dense weights are float16"
-        reason = choose.unsupported(problem)
-        if reason is not None:
+        if reason := choose.unsupported(problem):
+            return reason
+        if reason := activations.why_not(problem.activation, ACTIVATIONS):
             return reason
         packs = packed_type(problem)
         if packs is not None and problem.weight_layout not in (CHECKPOINT, packs.layout):
             return f"it needs weights in the layout {packs.layout!r} here, they were prepared as {problem.weight_layout!r}"
-        if not isinstance(problem.activation, SwiGLU | GeGLUTanh | ReLU2):
-            return f"it has no kernel for the activation {problem.activation!r}"
         if problem.intermediate_size % 8 or problem.hidden_size % 8:
             return "hidden and intermediate size must be multiples of 8"
         if problem.top_k > 64:

@@ -76,6 +76,7 @@ class Schedule(NamedTuple):
     route: int  # fused.py
     search: int  # at least the number of pairs, where every program finds its own
     group: int  # slots of pairs that walk the strips of rows together
+    prefetch: int  # of a chain: bytes of weights that a waiting tile asks into L2
 
 
 class Spot(NamedTuple):
@@ -89,8 +90,7 @@ class Spot(NamedTuple):
 
 
 class Signal(NamedTuple):
-    """Of a chain: the counter of a slot's finished first tiles, how many there are, bytes to ask for meanwhile."""
+    """Of a chain: the counter of a slot's finished first tiles, and how many there are."""
 
     counter: Any
     wanted: Any
-    prefetch: Any

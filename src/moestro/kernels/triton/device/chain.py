@@ -32,7 +32,6 @@ class Chain(NamedTuple):
     tile2: Schedule
     strips1: int
     strips2: int
-    prefetch: int  # bytes of weights that a waiting tile asks into L2
     line: int
 
 
@@ -63,7 +62,6 @@ def moe_chain(x, routing, stride, num_pairs, slots, w, out, done, size, HOW: tl.
     TILE1: tl.constexpr = HOW.tile1
     TILE2: tl.constexpr = HOW.tile2
     STRIPS1: tl.constexpr = HOW.strips1
-    PREFETCH: tl.constexpr = HOW.prefetch
     GROUP: tl.constexpr = TILE1.group
     SPLIT: tl.constexpr = SECOND.split_k
     pid = tl.program_id(0)
@@ -72,14 +70,14 @@ def moe_chain(x, routing, stride, num_pairs, slots, w, out, done, size, HOW: tl.
         e, place, count = find(routing, stride, num_pairs, slot, size, TILE1)
         if e >= 0:
             at = Spot(e, m, 0, place, count)
-            signal = Signal(done + slot * HOW.line, STRIPS1, 0)
+            signal = Signal(done + slot * HOW.line, STRIPS1)
             tiles(x, routing, num_pairs, w.first, out.first, size, at, signal, FIRST, TILE1, False)
     else:
         slot, m = _place(pid - slots * STRIPS1, GROUP * HOW.strips2, GROUP)
         e, place, count = find(routing, stride, num_pairs, slot, size, TILE2)
         if e >= 0:
             at = Spot(e, m // SPLIT, m % SPLIT, place, count)
-            signal = Signal(done + slot * HOW.line, STRIPS1, PREFETCH)
+            signal = Signal(done + slot * HOW.line, STRIPS1)
             act = Rows(out.first, None)
             size2 = Size(size.columns, size.out_stride, size.columns, size.offset, size.experts, size.top_k)
             tiles(act, routing, num_pairs, w.second, out.second, size2, at, signal, SECOND, TILE2, False)

@@ -9,9 +9,12 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from moestro.kernels.activations import Code
+
 INTERPRETED: bool = triton.knobs.runtime.interpret
 PTX = tl.constexpr(not INTERPRETED)
-SWIGLU, GEGLU_TANH, RELU2 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+SWIGLU, GEGLU_TANH, RELU2, CLAMPED_SILU, SOFTCAP_SWIGLU = (tl.constexpr(code.value) for code in Code)
+ACTIVATIONS = frozenset(Code)  # that `activate` has
 
 
 @triton.jit
@@ -119,6 +122,13 @@ def activate(gate, up, HOW: tl.constexpr):
     elif HOW.act == GEGLU_TANH:
         inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
         return gate / (1.0 + tl.exp(-2.0 * inner)) * up  # 0.5 (1 + tanh u) = sigmoid(2u)
-    else:
+    elif HOW.act == RELU2:
         positive = tl.maximum(gate, 0.0)
         return positive * positive
+    elif HOW.act == CLAMPED_SILU:
+        act = tl.minimum(gate / (1.0 + tl.exp(-gate)), HOW.limit)
+        return act * tl.minimum(tl.maximum(up, -HOW.limit), HOW.limit)
+    else:  # tanh(v / c) · c = c - 2 c / (1 + exp(2 v / c)), with a c each for gate and up
+        gate_cap = HOW.alpha - 2.0 * HOW.alpha / (1.0 + tl.exp(2.0 / HOW.alpha * gate))
+        up_cap = HOW.limit - 2.0 * HOW.limit / (1.0 + tl.exp(2.0 / HOW.limit * up))
+        return gate_cap / (1.0 + tl.exp(-gate)) * up_cap

@@ -44,13 +44,15 @@ def _dot_scaled(a, a_scale, b, b_scale, acc):
 @triton.jit
 def _scaled_product(x, x_blocks, x_rows, there, w, w_blocks, w_rows, real, columns, TILE: tl.constexpr):
     """float32 [rows, pairs]: rows w_rows of w times rows x_rows of x, block scales included."""
+    ROWS: tl.constexpr = TILE.rows
+    PAIRS: tl.constexpr = TILE.pairs
     BK: tl.constexpr = TILE.columns
     byte, group = tl.arange(0, BK // 2), tl.arange(0, BK // 16)
     wp = w + w_rows[:, None] * (columns // 2) + byte[None, :]
     ws = w_blocks + w_rows[:, None] * (columns // 16) + group[None, :]
     xp = x + x_rows[:, None] * (columns // 2) + byte[None, :]
     xs = x_blocks + x_rows[:, None] * (columns // 16) + group[None, :]
-    acc = tl.zeros((TILE.rows, TILE.pairs), tl.float32)
+    acc = tl.zeros((ROWS, PAIRS), tl.float32)
     for k in tl.range(0, columns, BK, num_stages=TILE.stages):
         bytes_in = byte[None, :] < (columns - k) // 2
         groups_in = group[None, :] < (columns - k) // 16

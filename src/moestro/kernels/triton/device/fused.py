@@ -106,6 +106,7 @@ def _tile(x, routing, num_pairs, w, out, size, at, done, HOW: tl.constexpr, TILE
           WIDTH: tl.constexpr, MORE: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """TILE.rows rows of an expert for WIDTH pairs, and MORE where that is not 0 (B operands are powers of two
     wide). done: with a Signal, both products are one launch (see chain.py)."""
+    ROWS: tl.constexpr = TILE.rows
     WIDTH2: tl.constexpr = MORE if MORE > 0 else WIDTH
     first = tl.arange(0, WIDTH)
     second = WIDTH + tl.arange(0, WIDTH2)
@@ -135,12 +136,12 @@ def _tile(x, routing, num_pairs, w, out, size, at, done, HOW: tl.constexpr, TILE
             padded = row_blocks(size.rows, HOW.gated) * 64
             scale = tl.load(w.row_scale + at.expert.to(tl.int64) * padded + r, real, other=0.0)
         else:
-            scale = tl.full((TILE.rows,), 1.0, tl.float32)
+            scale = tl.full((ROWS,), 1.0, tl.float32)
         if w.bias is not None:
             shift = tl.load(w.bias + at.expert * size.rows + dense_r, real, other=0.0).to(tl.float32)
             shift = tl.where(at.part == 0, shift, 0.0)
         else:
-            shift = tl.zeros((TILE.rows,), tl.float32)
+            shift = tl.zeros((ROWS,), tl.float32)
         if HOW.stage == 2:
             if done is not None:
                 _wait_for_tiles(done, w, at, size, HOW, TILE)
@@ -166,7 +167,7 @@ def _tile(x, routing, num_pairs, w, out, size, at, done, HOW: tl.constexpr, TILE
 def _wait_for_tiles(done, w, at, size, HOW: tl.constexpr, TILE: tl.constexpr):
     """Until all strips of the first product of these pairs are done; the weights' first bytes are asked into L2
     meanwhile."""
-    PREFETCH: tl.constexpr = done.prefetch
+    PREFETCH: tl.constexpr = TILE.prefetch
     if HOW.format != BF16 and PREFETCH > 0:
         blocks = tl.cdiv(size.columns, 64)
         each = blocks // HOW.split_k
@@ -222,6 +223,8 @@ def _product(x, x_rows, there, x_rows2, there2, w, at, size, HOW: tl.constexpr, 
 
     Of the blocks of 64 columns, it does one part of split_k equal ones; k_blocks divides those.
     """
+    ROWS: tl.constexpr = TILE.rows
+    WIDTH2: tl.constexpr = MORE if MORE > 0 else 16
     UNROLL: tl.constexpr = TILE.k_blocks
     PACKED: tl.constexpr = HOW.format != BF16
     W_STEP: tl.constexpr = 1024 if PACKED else 64  # elements of a block of one row's strip
@@ -250,8 +253,8 @@ def _product(x, x_rows, there, x_rows2, there2, w, at, size, HOW: tl.constexpr, 
         row = tl.where(real, dense_r, 0).to(tl.int64)
         wp = w.data + e * size.rows * columns + row[:, None] * columns + k[None, :]
         sp = wp
-    acc = tl.zeros((TILE.rows, WIDTH), tl.float32)
-    acc2 = tl.zeros((TILE.rows, MORE if MORE > 0 else 16), tl.float32)
+    acc = tl.zeros((ROWS, WIDTH), tl.float32)
+    acc2 = tl.zeros((ROWS, WIDTH2), tl.float32)
     first = 0
     last = blocks
     if HOW.split_k > 1:

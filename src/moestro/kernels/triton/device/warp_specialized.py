@@ -83,24 +83,25 @@ def wide_gemm(x, routing, stride, w, out, size, HOW: gl.constexpr, TILE: gl.cons
 
     TILE: Grid.
     """
+    STAGES: gl.constexpr = TILE.stages
+    ROWS: gl.constexpr = TILE.rows
+    PAIRS: gl.constexpr = TILE.pairs
+    EXTRA: gl.constexpr = TILE.extra
     # 16 words of a row are 32 or 64 bytes: no two rows of a load meet in a bank
     WS: gl.constexpr = gl.SwizzledSharedLayout(8, 64 // HOW.word_bits, 2, [1, 0])
-    xs = gl.allocate_shared_memory(
-        x.dtype.element_ty, [TILE.stages, TILE.pairs, 64], gl.NVMMASharedLayout(128, 16, 2)
-    )
-    ws = gl.allocate_shared_memory(w.data.dtype.element_ty, [TILE.stages, TILE.rows, 16], WS)
+    xs = gl.allocate_shared_memory(x.dtype.element_ty, [STAGES, PAIRS, 64], gl.NVMMASharedLayout(128, 16, 2))
+    ws = gl.allocate_shared_memory(w.data.dtype.element_ty, [STAGES, ROWS, 16], WS)
     ss = gl.allocate_shared_memory(
-        w.scales.dtype.element_ty, [TILE.stages, TILE.rows], gl.SwizzledSharedLayout(1, 1, 1, [0])
+        w.scales.dtype.element_ty, [STAGES, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
-    if TILE.extra > 0:
+    if EXTRA > 0:
         xe = gl.allocate_shared_memory(
-            x.dtype.element_ty, [TILE.stages, TILE.extra, 64], gl.NVMMASharedLayout(128, 16, 2)
+            x.dtype.element_ty, [STAGES, EXTRA, 64], gl.NVMMASharedLayout(128, 16, 2)
         )
     else:
         xe = xs
-    full = gl.allocate_shared_memory(gl.int64, [TILE.stages, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [TILE.stages, 1], mbarrier.MBarrierLayout())
-    STAGES: gl.constexpr = TILE.stages
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=128)
         mbarrier.init(empty.index(i), count=TILE.consumers)

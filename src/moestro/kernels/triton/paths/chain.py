@@ -81,8 +81,7 @@ def launch(call: Call) -> None:
     routing, stride = call.routing(1)
     slots, tile1 = fused.schedule(call, 1)
     strips = fused.strips(call, 1), fused.strips(call, 2)
-    how = Chain(call.product(1), call.product(2), tile1, fused.schedule(call, 2)[1], *strips,
-                call.tactic.prefetch_kib << 10, kernels.LINE)  # fmt: skip
+    how = Chain(call.product(1), call.product(2), tile1, fused.schedule(call, 2)[1], *strips, kernels.LINE)  # fmt: skip
     call.add(
         kernels.moe_chain, (slots * sum(strips),), rows, routing, stride, call.pairs, slots,
         Both(call.weights_of(1), call.weights_of(2)), Both(call.s["act"], call.s["partial"]), call.s["done"],

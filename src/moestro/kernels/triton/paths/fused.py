@@ -106,7 +106,7 @@ def why_not(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> str | None:
     tiles = tactic.tiles
     if not tactic.overlap_steps and min(tile.k_blocks for tile in tiles) < 2:
         return "steps of one block must not run on into the next"
-    if calls.invariant(problem):
+    if problem.batch_invariant:
         if tactic.split_k > 1:
             return "parts of a sum over the columns that depend on the tactic are not batch-invariant"
         if any(tile.rows < WGMMA_ROWS or tile.warps < WGMMA_WARPS for tile in tiles):
@@ -162,7 +162,7 @@ def schedule(call: Call, stage: int) -> tuple[int, Schedule]:
     group = min(t.raster_group, triton.next_power_of_2(slots))
     search = max(16, triton.next_power_of_2(call.pairs)) if direct else 16
     how = Schedule(tile.rows, width, t.narrow == "quarters", tile.k_blocks, tile.stages, t.overlap_steps,
-                   route.value, search, group)  # fmt: skip
+                   route.value, search, group, t.prefetch_kib << 10)  # fmt: skip
     return triton.cdiv(slots, group) * group, how
 
 
