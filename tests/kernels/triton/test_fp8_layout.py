@@ -18,6 +18,7 @@ from moestro.kernels.triton.fp8_layout import (
     FP8FromNVFP4,
     TritonE4M3,
 )
+from moestro.moe import reference
 
 STEP = 1 / 16  # of e4m3: half a step, relative
 
@@ -69,6 +70,16 @@ def test_any_scales_stay_within_the_documented_error(seed: int, mx: bool) -> Non
     found, exact = kind.pack(q, False).dequantize(torch.float64), q.dequantize(torch.float64)
     grid = largest.double() * SMALLEST / (LARGEST / 2)  # the smallest scale that is kept, at most
     assert torch.all((found - exact).abs() <= torch.maximum(STEP * exact.abs() * (1 + 1e-6), grid))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_references_folded_weights_are_these(seed: int) -> None:
+    q = NVFP4.quantize(dense(2, 96, 160, seed=seed))
+    m = MXFP4.quantize(dense(2, 96, 160, seed=seed))
+    for packed, checkpoint in ((FP8FromNVFP4.pack(q, True), q), (FP8FromMXFP4.pack(m, True), m)):
+        found = packed.dequantize()
+        for e in range(2):
+            torch.testing.assert_close(reference.fold_e4m3(checkpoint.expert(e)), found[e], rtol=1e-6, atol=0)
 
 
 def test_words_come_back() -> None:
