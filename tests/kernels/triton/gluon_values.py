@@ -174,6 +174,10 @@ class Gl:
         return Tensor(torch.maximum(*_alike(a, b)))
 
     @staticmethod
+    def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        return Tensor((a.data.double() * b.data.double() + c.data.double()).float())
+
+    @staticmethod
     def exp(a: Tensor) -> Tensor:
         return Tensor(a.data.exp())
 

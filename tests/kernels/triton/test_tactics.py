@@ -88,7 +88,7 @@ def test_wide_tiles_that_do_not_fit_say_why(
 def test_steps_are_halved_until_they_divide() -> None:
     p = MoeProblem(8, 8, 0, 2, 576, 320, "nvfp4")  # 9 and 5 blocks
     fitted = choose.fitted(p, fused.tactic(8, Tile(64, 4, 4, 3), Tile(64, 2, 4, 3), split_k=2))
-    assert (fitted.gemm1.k_blocks, fitted.gemm2.k_blocks, fitted.split_k) == (1, 1, 1)
+    assert (fitted.gemm1.k_blocks, fitted.gemm2.k_blocks, fitted.split_k) == (3, 1, 1)
 
 
 def test_wide_codes_take_fewer_stages() -> None:

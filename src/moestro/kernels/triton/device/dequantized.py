@@ -13,7 +13,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from moestro.kernels.triton.device.common import activate, dot, launch_next, wait_for_previous
+from moestro.kernels.triton.device.common import activate, dense_rows, dot, launch_next, wait_for_previous
 from moestro.kernels.triton.device.decode import BF16, decode_block
 from moestro.kernels.triton.device.fused import rows_of
 
@@ -104,19 +104,21 @@ def _tile(x, x_desc, w_desc, routing, stride, w, padded, out, size, t, j, HOW: t
         acc *= scale
         acc_up *= scale
     if HALVES:
-        _store_halves(acc, acc_up, places, there, e, j, w, out, size, HOW, HALF)
+        if w.bias is not None:
+            i = j * HALF + tl.arange(0, HALF)
+            bias = w.bias + e * size.rows + i
+            acc += tl.load(bias, i < size.rows // 2, other=0.0).to(tl.float32)[None, :]
+            acc_up += tl.load(bias + size.rows // 2, i < size.rows // 2, other=0.0).to(tl.float32)[None, :]
+        _store_activated(acc, acc_up, places, there, j, out, size, HOW, HALF)
     else:
         r = j * TILE.rows + tl.arange(0, TILE.rows)
-        if HOW.format != BF16:
-            acc *= tl.load(w.row_scale + e * padded + r, r < padded, other=0.0)[None, :]
+        acc = _scaled(acc, w, e, r, padded, x.scale is None, size, HOW)
         if HOW.gated:
             gate, up = acc.reshape(BT, TILE.rows // 16, 2, 8).permute(0, 1, 3, 2).split()
-            _store_halves(gate.reshape(BT, HALF), up.reshape(BT, HALF), places, there, e, j, w, out, size, HOW,
-                          HALF)  # fmt: skip
+            _store_activated(
+                gate.reshape(BT, HALF), up.reshape(BT, HALF), places, there, j, out, size, HOW, HALF
+            )
         else:
-            real = r < size.rows
-            if w.bias is not None:
-                acc += tl.load(w.bias + e * size.rows + r, real, other=0.0).to(tl.float32)[None, :]
             if HOW.stage == 1:
                 acc = activate(acc, acc, HOW)
                 to = places
@@ -125,19 +127,33 @@ def _tile(x, x_desc, w_desc, routing, stride, w, padded, out, size, t, j, HOW: t
                 if HOW.weighted:
                     acc *= tl.load(routing.weights + pairs, there, other=0.0)[:, None]
             at = out + to.to(tl.int64)[:, None] * size.out_stride + r[None, :]
-            tl.store(at, acc.to(out.dtype.element_ty), mask=there[:, None] & real[None, :])
+            tl.store(at, acc.to(out.dtype.element_ty), mask=there[:, None] & (r < size.rows)[None, :])
 
 
 @triton.jit
-def _store_halves(gate, up, places, there, e, j, w, out, size, HOW: tl.constexpr, HALF: tl.constexpr):
-    """Biases, the activation of gate and up [pairs, HALF], and out."""
+def _scaled(acc, w, e, r, padded, ONE_FMA: tl.constexpr, size, HOW: tl.constexpr):
+    """Scales and biases of kernel rows r, rounded as fused.epilogue does."""
+    dense_r, real = dense_rows(r, size.rows, HOW.gated)
+    if HOW.format != BF16:
+        scale = tl.load(w.row_scale + e * padded + r, r < padded, other=0.0)[None, :]
+        if w.bias is None:
+            acc *= scale
+        else:
+            shift = tl.load(w.bias + e * size.rows + dense_r, real, other=0.0).to(tl.float32)[None, :]
+            if ONE_FMA:
+                acc = tl.fma(acc, scale, shift)
+            else:
+                acc *= scale
+                acc += shift
+    elif w.bias is not None:
+        acc += tl.load(w.bias + e * size.rows + dense_r, real, other=0.0).to(tl.float32)[None, :]
+    return acc
+
+
+@triton.jit
+def _store_activated(gate, up, places, there, j, out, size, HOW: tl.constexpr, HALF: tl.constexpr):
+    """The activation of gate and up [pairs, HALF], and out."""
     i = j * HALF + tl.arange(0, HALF)
-    half = size.rows // 2
-    real = i < half
-    if w.bias is not None:
-        bias = w.bias + e * size.rows + i
-        gate += tl.load(bias, real, other=0.0).to(tl.float32)[None, :]
-        up += tl.load(bias + half, real, other=0.0).to(tl.float32)[None, :]
     v = activate(gate, up, HOW)
     at = out + places.to(tl.int64)[:, None] * size.out_stride + i[None, :]
-    tl.store(at, v.to(out.dtype.element_ty), mask=there[:, None] & real[None, :])
+    tl.store(at, v.to(out.dtype.element_ty), mask=there[:, None] & (i < size.rows // 2)[None, :])

@@ -354,9 +354,11 @@ def _epilogue(acc, of_rows, call, at, row, pairs, HOW: gl.constexpr, W: gl.const
     """Scales, bias, the activation of the first product, and out."""
     out = call.out
     scale, shift = of_rows
-    acc *= gl.expand_dims(gl.convert_layout(scale, gl.SliceLayout(1, M)), 1)
-    if call.w.bias is not None:
-        acc += gl.expand_dims(gl.convert_layout(shift, gl.SliceLayout(1, M)), 1)
+    scale = gl.expand_dims(gl.convert_layout(scale, gl.SliceLayout(1, M)), 1)
+    if call.w.bias is not None:  # rounded as fused.epilogue does
+        acc = gl.fma(acc, scale, gl.expand_dims(gl.convert_layout(shift, gl.SliceLayout(1, M)), 1))
+    else:
+        acc *= scale
     if HOW.gated:
         gate, up = gl.split(gl.permute(gl.reshape(acc, [4, 2, 8, W]), (0, 2, 3, 1)))
         acc = gl.reshape(activate(gate, up, HOW), [32, W])
