@@ -142,7 +142,7 @@ def error(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def check(record: Record) -> int:
-    """How many results are wrong: more than 1e-2 from the reference of the same numerics, or other bits by tactic or batch."""
+    """How many results are wrong: over 1e-2 from the reference of the same numerics, or other bits by tactic or batch."""
     wrong = 0
     for fmt, L, K, H, I, act, bias, E, offset in CASES:  # noqa: E741
         runner, raw = make(fmt, L, K, H, I, act, bias, E, offset)
