@@ -9,8 +9,7 @@ import torch
 import wide_tiles
 
 from moestro import ExpertWeights, FusedMoE, reference
-from moestro.kernels.triton import gluon_plan, tactics
-from moestro.kernels.triton.tactics import Tactic
+from moestro.kernels.triton import Tactic, chip, choose
 
 pytestmark = [
     pytest.mark.gpu,
@@ -35,10 +34,10 @@ def call(num_tokens: int, seed: int) -> list[torch.Tensor]:
     return [t.cuda() for t in (x, ids, torch.rand(num_tokens, K, generator=g))]
 
 
-def chains(num_tokens: int) -> list[tactics.Tactic]:
+def chains(num_tokens: int) -> list[Tactic]:
     moe = layer(1)[1]
     problem = moe.runners[0].problem
-    return [t for t in tactics.candidates(problem, num_tokens) if t.path == "chain"]
+    return [t for t in choose.candidates(problem, num_tokens) if t.path == "chain"]
 
 
 def test_several_numbers_of_tokens_are_captured_from_one_layer_and_replayed_in_turn() -> None:
@@ -83,7 +82,7 @@ def test_chained_products_repeat_bit_for_bit(num_tokens: int) -> None:
             assert torch.equal(first, out)
 
 
-@pytest.mark.skipif(not gluon_plan.runs_here(), reason="needs wgmma")
+@pytest.mark.skipif(not chip.has_wgmma(), reason="needs wgmma")
 @pytest.mark.parametrize("tactic", wide_tiles.TILES, ids=wide_tiles.name)
 @pytest.mark.parametrize("sizes", [(256, 192), (272, 176), (640, 1040)], ids=str)
 def test_wide_products_equal_the_reference_and_repeat(tactic: Tactic, sizes: tuple[int, int]) -> None:

@@ -20,8 +20,7 @@ import torch
 
 from moestro.errors import TuningError
 from moestro.kernels.problem import MoeProblem
-from moestro.kernels.triton import tactics
-from moestro.kernels.triton.tactics import Tactic
+from moestro.kernels.triton import Tactic, choose
 from moestro.tuning.spec.plain_json import from_json
 from moestro.tuning.store.bundle import read_entries
 from moestro.tuning.store.store import Entry
@@ -51,7 +50,7 @@ class Cell:
         """Whether a ratio cannot be told from the best."""
         return ratio <= self.best * (1 + self.noise)
 
-    def needed(self, cost: Cost = tactics.cost) -> float:
+    def needed(self, cost: Cost = choose.cost) -> float:
         """The smallest factor at which something as fast as the best candidate (not the default) is kept."""
         estimates = {tactic: cost(self.problem, tactic, self.tokens) for tactic in self.ratios}
         fastest = min(self.ratios.values())
@@ -71,7 +70,7 @@ class Pruned:
     lost: tuple[Cell, ...]  # what recall misses
 
 
-def prune_at(cells: Sequence[Cell], factor: float, cost: Cost = tactics.cost) -> Pruned:
+def prune_at(cells: Sequence[Cell], factor: float, cost: Cost = choose.cost) -> Pruned:
     """Prune every cell by a factor of the smallest estimate."""
     lost, strict, kept, candidates = [], 0, 0, 0
     for cell in cells:
@@ -165,6 +164,6 @@ def _value(value: Any) -> Any:
     return from_json(value)
 
 
-def worst(cells: Iterable[Cell], cost: Cost = tactics.cost) -> list[tuple[float, Cell]]:
+def worst(cells: Iterable[Cell], cost: Cost = choose.cost) -> list[tuple[float, Cell]]:
     """Cells by the factor that they need, the largest first."""
     return sorted(((cell.needed(cost), cell) for cell in cells), key=lambda pair: -pair[0])
