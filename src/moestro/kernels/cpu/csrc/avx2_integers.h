@@ -12,21 +12,6 @@
 namespace moestro {
 namespace {
 
-constexpr int kAheadBytes = 2048;  // of codes, to prefetch: see avx512.h
-
-// Ask for the block of codes 2 KiB ahead and its scales: a matrix's panels lie one after the other, then comes the next.
-MOESTRO_INLINE void ask_block(const Codes& from, int panel, int blocks, int b) {
-  constexpr int kBlocksAhead = kAheadBytes / kCodeBytes;
-  const bool here = panel + 1 < from.panels || b + kBlocksAhead < blocks;
-  const int at = here ? b + kBlocksAhead : b + kBlocksAhead - blocks;
-  const uint8_t* codes = here ? from.codes + panel * from.code_stride : from.next;
-  _mm_prefetch(reinterpret_cast<const char*>(codes + at * kCodeBytes), _MM_HINT_T0);
-  _mm_prefetch(reinterpret_cast<const char*>(codes + at * kCodeBytes + 64), _MM_HINT_T0);
-  if (b % 4 != 0) return;  // four blocks' scales are a line
-  const uint8_t* scales = here ? from.scales + panel * from.scale_stride : from.next_scales;
-  _mm_prefetch(reinterpret_cast<const char*>(scales + (from.mx ? at / 2 : at) * kPanel), _MM_HINT_T0);
-}
-
 inline __m256i broadcast32(const void* at) {
   int32_t bits;
   std::memcpy(&bits, at, 4);
@@ -82,41 +67,69 @@ struct Int8 {
   }
 };
 
-// One panel by T tokens, decoding in registers.
-template <class Int, int T>
-inline void direct_panel(const Codes& from, int panel, int blocks, const Tokens& x, float* sums) {
+// sums += a block of a panel, decoded in registers, by T tokens; `line` is of the block's 32 columns, `b` its half.
+template <class Int, int T, bool kMx>
+MOESTRO_INLINE void direct_block(const uint8_t* codes, const uint8_t* scales, const uint16_t* line, int b, float* sums) {
   const __m256i table = Int::table();
-  const uint8_t* codes = from.codes + panel * from.code_stride;
-  for (int b = 0; b < blocks; ++b, codes += kCodeBytes) {
-    ask_block(from, panel, blocks, b);
-    const uint16_t* line = x.data + b / 2 * x.stride;
-    __m256i sum[T][2];
+  __m256i sum[T][2];
 #pragma GCC unroll 4
-    for (int group = 0; group < 4; ++group) {
-      const int half = group / 2, plane = group % 2;
-      __m256i w[2][2];
+  for (int group = 0; group < 4; ++group) {
+    const int half = group / 2, plane = group % 2;
+    __m256i w[2][2];
 #pragma GCC unroll 2
-      for (int rows = 0; rows < 2; ++rows) Int::words(look_up(table, load(codes + 64 * half + 32 * rows), plane), w[rows]);
+    for (int rows = 0; rows < 2; ++rows) Int::words(look_up(table, load(codes + 64 * half + 32 * rows), plane), w[rows]);
 #pragma GCC unroll 2
-      for (int word = 0; word < Int::kWords; ++word)
-#pragma GCC unroll 4
-        for (int t = 0; t < T; ++t) {
-          const __m256i pair = Int::token(Int::at(line + t * Int::kLine, b), half, plane, word);
-#pragma GCC unroll 2
-          for (int rows = 0; rows < 2; ++rows)
-            sum[t][rows] = group + word ? Int::add(sum[t][rows], w[rows][word], pair) : Int::first(w[rows][word], pair);
-        }
-    }
-#pragma GCC unroll 2
-    for (int rows = 0; rows < 2; ++rows) {
-      const __m256 scale = block_scales(from.scale(panel, b) + 8 * rows, from.mx);
+    for (int word = 0; word < Int::kWords; ++word)
 #pragma GCC unroll 4
       for (int t = 0; t < T; ++t) {
-        float* to = sums + t * kTileRows + 8 * rows;
-        _mm256_storeu_ps(to, _mm256_fmadd_ps(Int::value(sum[t][rows], line + t * Int::kLine, b), scale, _mm256_loadu_ps(to)));
+        const __m256i pair = Int::token(Int::at(line + t * Int::kLine, b), half, plane, word);
+#pragma GCC unroll 2
+        for (int rows = 0; rows < 2; ++rows)
+          sum[t][rows] = group + word ? Int::add(sum[t][rows], w[rows][word], pair) : Int::first(w[rows][word], pair);
       }
+  }
+#pragma GCC unroll 2
+  for (int rows = 0; rows < 2; ++rows) {
+    const __m256 scale = block_scales(scales + 8 * rows, kMx);
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) {
+      float* to = sums + t * kTileRows + 8 * rows;
+      _mm256_storeu_ps(to, _mm256_fmadd_ps(Int::value(sum[t][rows], line + t * Int::kLine, b), scale, _mm256_loadu_ps(to)));
     }
   }
+}
+
+// One panel by T tokens. Codes are asked for 2 KiB ahead, and their scales: the panels of a tile lie one after the other,
+// then comes the next tile, or another expert's. Two blocks a round, with every address a pointer that moves: addresses
+// worked out from the block's number took 55 of 150 instructions.
+template <class Int, int T, bool kMx>
+inline void direct_panel(const Codes& from, int panel, int blocks, const Tokens& x, float* sums) {
+  constexpr int kAsk = 16;  // blocks
+  constexpr int64_t kPairScales = kMx ? kPanel : 2 * kPanel;
+  const uint8_t *codes = from.codes + panel * from.code_stride, *scales = from.scales + panel * from.scale_stride;
+  const uint8_t *ask = codes + kAsk * kCodeBytes, *ask_scales = scales + kAsk / 2 * kPairScales;
+  const uint8_t *next = from.next, *next_scales = from.next_scales;
+  const int turn = panel + 1 < from.panels ? -1 : blocks > kAsk ? (blocks - kAsk + 1) / 2 * 2 : 0;
+  const uint16_t* line = x.data;
+  const int64_t stride = x.stride;
+  for (int b = 0; b < blocks; b += 2, line += stride) {
+    if (b == turn) ask = next, ask_scales = next_scales;
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) _mm_prefetch(reinterpret_cast<const char*>(ask + 64 * i), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(ask_scales), _MM_HINT_T0);
+    direct_block<Int, T, kMx>(codes, scales, line, 0, sums);
+    if (b + 1 < blocks) direct_block<Int, T, kMx>(codes + kCodeBytes, kMx ? scales : scales + kPanel, line, 1, sums);
+    codes += 2 * kCodeBytes, ask += 2 * kCodeBytes;
+    scales += kPairScales, ask_scales += kPairScales;
+  }
+}
+
+template <class Int, int T>
+inline void direct_tokens(const Codes& from, int panel, int blocks, const Tokens& x, float* sums) {
+  if (from.mx)
+    direct_panel<Int, T, true>(from, panel, blocks, x, sums);
+  else
+    direct_panel<Int, T, false>(from, panel, blocks, x, sums);
 }
 
 template <class Int>
@@ -126,10 +139,10 @@ void direct(const Codes& from, int blocks, const Tokens& x, float* sums) {
       const Tokens part{x.data + t * Int::kLine, x.stride, x.count - t};
       float* to = sums + t * kTileRows + p * kPanel;
       switch (part.count) {
-        case 1: direct_panel<Int, 1>(from, p, blocks, part, to); break;
-        case 2: direct_panel<Int, 2>(from, p, blocks, part, to); break;
-        case 3: direct_panel<Int, 3>(from, p, blocks, part, to); break;
-        default: direct_panel<Int, 4>(from, p, blocks, part, to); break;
+        case 1: direct_tokens<Int, 1>(from, p, blocks, part, to); break;
+        case 2: direct_tokens<Int, 2>(from, p, blocks, part, to); break;
+        case 3: direct_tokens<Int, 3>(from, p, blocks, part, to); break;
+        default: direct_tokens<Int, 4>(from, p, blocks, part, to); break;
       }
     }
 }

@@ -34,6 +34,7 @@ int64_t spin(int64_t rounds) {
   constexpr int kSums = 12, kSteps = 8;
   typename Arithmetic::Register sum[kSums], a = Arithmetic::zero(), b = Arithmetic::zero();
   for (auto& one : sum) one = Arithmetic::zero();
+  __asm__ volatile("" : "+v"(b));
   for (int64_t i = 0; i < rounds; ++i) {
     for (int step = 0; step < kSteps; ++step) {
 #pragma GCC unroll 12
