@@ -22,7 +22,7 @@ from moestro.kernels.problem import Experts, MoeProblem, MoeRunner
 
 FP4 = ("nvfp4", "mxfp4")
 DENSE_NEVER = 1 << 30
-DEQUANT_FROM = {"amx": 8, "amx_emulated": 8, "avx512": 24, "avx_vnni": 5, "avx2": 5, "generic": 24}
+DEQUANT_FROM = {"amx": 8, "amx_emulated": 8, "avx512": 24, "avx_vnni": 16, "avx2": 5, "generic": 24}
 WAVE_BYTES = 128 << 20  # of the x of a wave's pairs: enough to amortise decoding, a bound for the workspace
 
 

@@ -44,9 +44,11 @@ struct Int16 {
   }
   static __m256i first(__m256i w, __m256i x) { return dot16(w, x); }
   static __m256i add(__m256i sum, __m256i w, __m256i x) { return dot16(sum, w, x); }
-  static __m256 value(__m256i sum, const uint16_t* line, int b) {
-    return _mm256_mul_ps(_mm256_cvtepi32_ps(sum), broadcast_float(line + kChunk + b % 2 * 2));
-  }
+  struct Facts {  // of a token in a block
+    __m256 unit;
+  };
+  static Facts facts(const uint16_t* line, int b) { return {broadcast_float(line + kChunk + b % 2 * 2)}; }
+  static __m256 value(__m256i sum, const Facts& of) { return _mm256_mul_ps(_mm256_cvtepi32_ps(sum), of.unit); }
 };
 
 struct Int8 {
@@ -61,15 +63,45 @@ struct Int8 {
   static __m256i token(const uint16_t* at, int half, int plane, int) { return broadcast32(at + 4 * half + 2 * plane); }
   static __m256i first(__m256i w, __m256i x) { return dot8(w, x); }
   static __m256i add(__m256i sum, __m256i w, __m256i x) { return dot8(sum, w, x); }
-  static __m256 value(__m256i sum, const uint16_t* line, int b) {
-    const uint16_t* facts = line + kChunk / 2;
-    return _mm256_fmsub_ps(_mm256_cvtepi32_ps(sum8(sum)), broadcast_float(facts), broadcast_float(facts + 2 + b % 2 * 2));
+  struct Facts {
+    __m256 unit, offset;
+  };
+  static Facts facts(const uint16_t* line, int b) {
+    return {broadcast_float(line + kChunk / 2), broadcast_float(line + kChunk / 2 + 2 + b % 2 * 2)};
+  }
+  static __m256 value(__m256i sum, const Facts& of) {
+    return _mm256_fmsub_ps(_mm256_cvtepi32_ps(sum8(sum)), of.unit, of.offset);
   }
 };
 
-// sums += a block of a panel, decoded in registers, by T tokens; `line` is of the block's 32 columns, `b` its half.
+template <class Int>
+MOESTRO_INLINE void add_block(const __m256i* sum, const typename Int::Facts& of, const __m256* scale, __m256* total) {
+#pragma GCC unroll 2
+  for (int rows = 0; rows < 2; ++rows) total[rows] = _mm256_fmadd_ps(Int::value(sum[rows], of), scale[rows], total[rows]);
+}
+
+// The sums of T tokens are kept here, mostly in memory: GCC stored those it was given a second time in each block.
+template <int T>
+struct Totals {
+  __m256 of[T][2];
+
+  explicit Totals(const float* sums) {
+#pragma GCC unroll 6
+    for (int t = 0; t < T; ++t) of[t][0] = _mm256_loadu_ps(sums + t * kTileRows), of[t][1] = _mm256_loadu_ps(sums + t * kTileRows + 8);
+  }
+  void store(float* sums) const {
+#pragma GCC unroll 6
+    for (int t = 0; t < T; ++t) {
+      _mm256_storeu_ps(sums + t * kTileRows, of[t][0]);
+      _mm256_storeu_ps(sums + t * kTileRows + 8, of[t][1]);
+    }
+  }
+};
+
+// total += a block of a panel, decoded in registers, by T tokens; `line` is of the block's 32 columns, `b` its half.
 template <class Int, int T, bool kMx>
-MOESTRO_INLINE void direct_block(const uint8_t* codes, const uint8_t* scales, const uint16_t* line, int b, float* sums) {
+MOESTRO_INLINE void direct_block(const uint8_t* codes, const uint8_t* scales, const uint16_t* line, int b,
+                                 __m256 (*total)[2]) {
   const __m256i table = Int::table();
   __m256i sum[T][2];
 #pragma GCC unroll 4
@@ -88,15 +120,9 @@ MOESTRO_INLINE void direct_block(const uint8_t* codes, const uint8_t* scales, co
           sum[t][rows] = group + word ? Int::add(sum[t][rows], w[rows][word], pair) : Int::first(w[rows][word], pair);
       }
   }
-#pragma GCC unroll 2
-  for (int rows = 0; rows < 2; ++rows) {
-    const __m256 scale = block_scales(scales + 8 * rows, kMx);
+  const __m256 scale[2] = {block_scales(scales, kMx), block_scales(scales + 8, kMx)};
 #pragma GCC unroll 4
-    for (int t = 0; t < T; ++t) {
-      float* to = sums + t * kTileRows + 8 * rows;
-      _mm256_storeu_ps(to, _mm256_fmadd_ps(Int::value(sum[t][rows], line + t * Int::kLine, b), scale, _mm256_loadu_ps(to)));
-    }
-  }
+  for (int t = 0; t < T; ++t) add_block<Int>(sum[t], Int::facts(line + t * Int::kLine, b), scale, total[t]);
 }
 
 // One panel by T tokens. Codes are asked for 2 KiB ahead, and their scales: the panels of a tile lie one after the other,
@@ -112,16 +138,18 @@ inline void direct_panel(const Codes& from, int panel, int blocks, const Tokens&
   const int turn = panel + 1 < from.panels ? -1 : blocks > kAsk ? (blocks - kAsk + 1) / 2 * 2 : 0;
   const uint16_t* line = x.data;
   const int64_t stride = x.stride;
+  Totals<T> total(sums);
   for (int b = 0; b < blocks; b += 2, line += stride) {
     if (b == turn) ask = next, ask_scales = next_scales;
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) _mm_prefetch(reinterpret_cast<const char*>(ask + 64 * i), _MM_HINT_T0);
     _mm_prefetch(reinterpret_cast<const char*>(ask_scales), _MM_HINT_T0);
-    direct_block<Int, T, kMx>(codes, scales, line, 0, sums);
-    if (b + 1 < blocks) direct_block<Int, T, kMx>(codes + kCodeBytes, kMx ? scales : scales + kPanel, line, 1, sums);
+    direct_block<Int, T, kMx>(codes, scales, line, 0, total.of);
+    if (b + 1 < blocks) direct_block<Int, T, kMx>(codes + kCodeBytes, kMx ? scales : scales + kPanel, line, 1, total.of);
     codes += 2 * kCodeBytes, ask += 2 * kCodeBytes;
     scales += kPairScales, ask_scales += kPairScales;
   }
+  total.store(sums);
 }
 
 template <class Int, int T>
@@ -148,52 +176,70 @@ void direct(const Codes& from, int blocks, const Tokens& x, float* sums) {
 }
 
 // Blocks of [4 groups * words, 16 rows] registers of 4 bytes a row, then the scales of 16 rows.
-template <class Int>
-void decode_integers(const Codes& from, int blocks, uint16_t* dense) {
+template <class Int, bool kMx>
+inline void decode_panel(const uint8_t* codes, const uint8_t* scales, int blocks, uint16_t* dense) {
   const __m256i table = Int::table();
-  for (int p = 0; p < from.panels; ++p) {
-    const uint8_t* codes = from.codes + p * from.code_stride;
-    for (int b = 0; b < blocks; ++b, codes += kCodeBytes) {
-      auto* to = reinterpret_cast<__m256i*>(dense);
-      for (int group = 0; group < 4; ++group)
-        for (int rows = 0; rows < 2; ++rows) {
-          __m256i w[2];
-          Int::words(look_up(table, load(codes + group / 2 * 64 + 32 * rows), group % 2), w);
-          for (int word = 0; word < Int::kWords; ++word) _mm256_storeu_si256(to + 2 * (Int::kWords * group + word) + rows, w[word]);
-        }
-      dense += Int::kDecoded;
-      for (int rows = 0; rows < 2; ++rows)
-        _mm256_storeu_ps(reinterpret_cast<float*>(dense) - kPanel + 8 * rows, block_scales(from.scale(p, b) + 8 * rows, from.mx));
-    }
+  for (int b = 0; b < blocks; ++b, codes += kCodeBytes, dense += Int::kDecoded) {
+    auto* to = reinterpret_cast<__m256i*>(dense);
+#pragma GCC unroll 4
+    for (int group = 0; group < 4; ++group)
+#pragma GCC unroll 2
+      for (int rows = 0; rows < 2; ++rows) {
+        __m256i w[2];
+        Int::words(look_up(table, load(codes + group / 2 * 64 + 32 * rows), group % 2), w);
+#pragma GCC unroll 2
+        for (int word = 0; word < Int::kWords; ++word)
+          _mm256_storeu_si256(to + 2 * (Int::kWords * group + word) + rows, w[word]);
+      }
+    auto* factors = reinterpret_cast<float*>(dense + Int::kDecoded) - kPanel;
+    _mm256_storeu_ps(factors, block_scales(scales, kMx));
+    _mm256_storeu_ps(factors + 8, block_scales(scales + 8, kMx));
+    if (!kMx || b % 2) scales += kPanel;
   }
 }
 
+template <class Int>
+void decode_integers(const Codes& from, int blocks, uint16_t* dense) {
+  for (int p = 0; p < from.panels; ++p, dense += blocks * Int::kDecoded) {
+    const uint8_t *codes = from.codes + p * from.code_stride, *scales = from.scales + p * from.scale_stride;
+    if (from.mx)
+      decode_panel<Int, true>(codes, scales, blocks, dense);
+    else
+      decode_panel<Int, false>(codes, scales, blocks, dense);
+  }
+}
+
+// total += a decoded block, times T tokens of half b of a line.
 template <class Int, int T>
-inline void multiply_integers(const uint16_t* line, int blocks, const Tokens& x, float* sums) {
-  for (int b = 0; b < blocks; ++b, line += Int::kDecoded) {
-    const uint16_t* tokens = x.data + b / 2 * x.stride;
-    __m256i sum[T][2];
+MOESTRO_INLINE void multiply_block(const uint16_t* dense, const uint16_t* line, int b, __m256 (*total)[2]) {
+  __m256i sum[T][2];
 #pragma GCC unroll 8
-    for (int i = 0; i < 4 * Int::kWords; ++i) {
-      const int group = i / Int::kWords;
-      const __m256i first = load(line + 32 * i), second = load(line + 32 * i + 16);
-#pragma GCC unroll 6
-      for (int t = 0; t < T; ++t) {
-        const __m256i pair = Int::token(Int::at(tokens + t * Int::kLine, b), group / 2, group % 2, i % Int::kWords);
-        sum[t][0] = i ? Int::add(sum[t][0], first, pair) : Int::first(first, pair);
-        sum[t][1] = i ? Int::add(sum[t][1], second, pair) : Int::first(second, pair);
-      }
-    }
-    const auto* scales = reinterpret_cast<const float*>(line + Int::kDecoded) - kPanel;
-    const __m256 scale0 = _mm256_loadu_ps(scales), scale1 = _mm256_loadu_ps(scales + 8);
+  for (int i = 0; i < 4 * Int::kWords; ++i) {
+    const int group = i / Int::kWords;
+    const __m256i first = load(dense + 32 * i), second = load(dense + 32 * i + 16);
 #pragma GCC unroll 6
     for (int t = 0; t < T; ++t) {
-      float* to = sums + t * kTileRows;
-      const uint16_t* at = tokens + t * Int::kLine;
-      _mm256_storeu_ps(to, _mm256_fmadd_ps(Int::value(sum[t][0], at, b), scale0, _mm256_loadu_ps(to)));
-      _mm256_storeu_ps(to + 8, _mm256_fmadd_ps(Int::value(sum[t][1], at, b), scale1, _mm256_loadu_ps(to + 8)));
+      const __m256i pair = Int::token(Int::at(line + t * Int::kLine, b), group / 2, group % 2, i % Int::kWords);
+      sum[t][0] = i ? Int::add(sum[t][0], first, pair) : Int::first(first, pair);
+      sum[t][1] = i ? Int::add(sum[t][1], second, pair) : Int::first(second, pair);
     }
   }
+  const auto* scales = reinterpret_cast<const float*>(dense + Int::kDecoded) - kPanel;
+  const __m256 scale[2] = {_mm256_loadu_ps(scales), _mm256_loadu_ps(scales + 8)};
+#pragma GCC unroll 6
+  for (int t = 0; t < T; ++t) add_block<Int>(sum[t], Int::facts(line + t * Int::kLine, b), scale, total[t]);
+}
+
+template <class Int, int T>
+inline void multiply_integers(const uint16_t* dense, int blocks, const Tokens& x, float* sums) {
+  Totals<T> total(sums);
+  const uint16_t* line = x.data;
+  const int64_t stride = x.stride;
+  for (int b = 0; b < blocks; b += 2, line += stride, dense += 2 * Int::kDecoded) {
+    multiply_block<Int, T>(dense, line, 0, total.of);
+    if (b + 1 < blocks) multiply_block<Int, T>(dense + Int::kDecoded, line, 1, total.of);
+  }
+  total.store(sums);
 }
 
 template <class Int>
@@ -207,7 +253,7 @@ struct Tiles {
 };
 
 template <class Int>
-void multiply_int(const Dense& w, int blocks, const Tokens& x, float* sums, Ahead& ahead) {
+void multiply_tokens(const Dense& w, int blocks, const Tokens& x, float* sums, Ahead& ahead) {
   each_tile<Tiles<Int>::template Of>(w, blocks, x, Int::kLine, sums, ahead);
 }
 
