@@ -19,21 +19,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from moestro.errors import TuningError, TuningWarning
-from moestro.tuning.campaign import Campaign
-from moestro.tuning.context import Budget, Contexts, Options
-from moestro.tuning.decisions import Decision, Record
-from moestro.tuning.environment import Environment, environment_for
-from moestro.tuning.explain import Case, explain, explain_miss
-from moestro.tuning.job import Job
-from moestro.tuning.keys import device_of, shapes_of, static_key
-from moestro.tuning.lookup import Site, Sites, View
-from moestro.tuning.policy import MeasurementPolicy
+from moestro.tuning.contexts import Contexts, Options
+from moestro.tuning.lookup.known import KnownDecisions
+from moestro.tuning.lookup.sites import CallSite, CallSites, Lookup
+from moestro.tuning.measure.budget import Budget
+from moestro.tuning.measure.campaign import Campaign
+from moestro.tuning.measure.request import Job
+from moestro.tuning.measure.timers import Timer, default_timer
 from moestro.tuning.progress import Progress, showing
-from moestro.tuning.runner import DEFAULT_TACTIC, check_runners
-from moestro.tuning.shelf import Shelf
-from moestro.tuning.specs import Probe, Sizes, TuningConfig
-from moestro.tuning.store import Store, default_root
-from moestro.tuning.timers import Timer, default_timer
+from moestro.tuning.show.explain import Case, explain, explain_miss
+from moestro.tuning.spec.keys import device_of, shapes_of, static_key
+from moestro.tuning.spec.policy import MeasurementPolicy
+from moestro.tuning.spec.runner import DEFAULT_TACTIC, check_runners
+from moestro.tuning.spec.specs import Probe, Sizes, TuningConfig
+from moestro.tuning.store.environment import Environment, environment_for
+from moestro.tuning.store.records import Decision, Record
+from moestro.tuning.store.store import Store, default_root
 
 __all__ = ["AutoTuner", "autotune"]
 
@@ -64,8 +65,8 @@ class AutoTuner:
         self._timers: dict[Any, Timer] = {}
         self._clock = clock
         self._contexts = Contexts()
-        self._sites = Sites()
-        self._shelf = Shelf(self.store)
+        self._sites = CallSites()
+        self._known = KnownDecisions(self.store)
         self._measuring = threading.RLock()
 
     @classmethod
@@ -210,8 +211,8 @@ class AutoTuner:
         record, within = view.find(sizes)
         book = view.book
         if record is None:
-            return explain_miss(book.key, [b.key for b in self._shelf.books() if b.everything()])
-        store = self._shelf.target(options)
+            return explain_miss(book.key, [b.key for b in self._known.books() if b.everything()])
+        store = self._known.target(options)
         case = Case(
             key=book.key,
             record=record,
@@ -231,7 +232,7 @@ class AutoTuner:
         config: TuningConfig,
         inputs: Sequence[Any],
         kwargs: Mapping[str, Any],
-    ) -> tuple[Choice, View | None]:
+    ) -> tuple[Choice, Lookup | None]:
         options = self._contexts.current
         check_runners(runners)
         if options is not None and op in options.skip_ops:
@@ -253,16 +254,16 @@ class AutoTuner:
         inputs: Sequence[Any],
         kwargs: Mapping[str, Any],
         options: Options | None,
-    ) -> tuple[Site, View, Sizes]:
+    ) -> tuple[CallSite, Lookup, Sizes]:
         site = self._sites.get(op, runners, config, options)
         view = site.guarded(runners, inputs, kwargs)
         if view is None:
             key = static_key(op, runners, site.config, inputs, kwargs)
             device = device_of(inputs)
-            view = site.view(key, device, lambda: self._shelf.book(key, device))
+            view = site.view(key, device, lambda: self._known.book(key, device))
             site.guard(view, runners, inputs, kwargs)
         environment = functools.partial(self._environment, site.config, runners, inputs, options)
-        self._shelf.open(view.book, device_of(inputs), options, environment)
+        self._known.open(view.book, device_of(inputs), options, environment)
         return site, view, site.config.sizes(shapes_of(inputs))
 
     def _environment(
@@ -283,8 +284,8 @@ class AutoTuner:
 
     def _tune(
         self,
-        site: Site,
-        view: View,
+        site: CallSite,
+        view: Lookup,
         runners: Sequence[Any],
         inputs: Sequence[Any],
         kwargs: Mapping[str, Any],
@@ -302,9 +303,9 @@ class AutoTuner:
         device = device_of(inputs)
         timer = self._timer_for(device, policy, site.config.use_cuda_graph)
         environment = self._environment(site.config, runners, inputs, options)
-        shelf, store, book = self._shelf, self._shelf.target(options), view.book
+        decisions, store, book = self._known, self._known.target(options), view.book
         with self._measuring, showing(options.progress) as progress:
-            shelf.refresh(book, store, environment)
+            decisions.refresh(book, store, environment)
             job = Job(
                 key=book.key,
                 runners=runners,
@@ -316,8 +317,8 @@ class AutoTuner:
                 budget=options.budget,
                 sizes=sizes,
                 banned=book.banned,
-                ban=lambda candidate, reason: shelf.ban(book, store, environment, candidate.name, reason),
-                warm=shelf.warm(book, store, environment),
+                ban=lambda candidate, reason: decisions.ban(book, store, environment, candidate.name, reason),
+                warm=decisions.warm(book, store, environment),
                 progress=progress,
             )
             first = tuple(
@@ -325,14 +326,14 @@ class AutoTuner:
                 for spec, size in zip(site.config.dynamic_tensor_specs, sizes, strict=True)
             )
             known = functools.partial(book.records, view.probes)
-            keep = functools.partial(shelf.keep, book, store, environment)
+            keep = functools.partial(decisions.keep, book, store, environment)
             if Campaign(job, known, keep, first, book.too_large, options.crossover).run():
                 view.finished(sizes)
 
     def _missing(
         self,
-        site: Site,
-        view: View,
+        site: CallSite,
+        view: Lookup,
         runners: Sequence[Any],
         inputs: Sequence[Any],
         sizes: Sizes,
@@ -341,7 +342,7 @@ class AutoTuner:
         """Warn, once, that sizes are beyond what was tuned, and remember them."""
         options = self._contexts.current
         environment = functools.partial(self._environment, site.config, runners, inputs, options)
-        if self._shelf.miss(view.book, self._shelf.target(options), sizes, record, environment):
+        if self._known.miss(view.book, self._known.target(options), sizes, record, environment):
             asked, used = (" x ".join(map(str, s)) for s in (sizes, record.bucket))
             warnings.warn(
                 f"{site.op}: size {asked} is beyond everything tuned; the decision for {used} is used. "
