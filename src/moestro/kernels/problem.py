@@ -10,9 +10,9 @@ from __future__ import annotations
 import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Final, Protocol, Self
 
 import torch
 
@@ -20,6 +20,9 @@ from moestro.errors import BackendError
 from moestro.formats.base import CHECKPOINT, FormatTensor
 from moestro.kernels.activations import Activation, SwiGLU
 from moestro.tuning.spec.runner import TunableRunner
+
+# What activations may be quantised to (docs/numerics.md), and what hidden and intermediate size must be multiples of.
+INPUT_FORMATS: Final[dict[str, int]] = {"nvfp4": 16, "fp8": 1, "int8": 1}
 
 
 class Experts(Protocol):
@@ -56,7 +59,7 @@ class MoeProblem:
     intermediate_size: int
     weight_format: str  # "bf16" | "nvfp4" | "mxfp4" | "fp8_block"
     activation: Activation = SwiGLU()  # noqa: RUF009
-    input_format: str | None = None  # None | "nvfp4"
+    input_format: str | None = None  # None, or one of INPUT_FORMATS
     dtype: torch.dtype = torch.bfloat16  # of x and of the result
     device: str = "cpu"  # device type
     deterministic: bool = False
@@ -64,11 +67,42 @@ class MoeProblem:
     weight_dtype: torch.dtype | None = None  # of dense ("bf16" format) weights; None: quantised
     biased: bool = False  # whether there is a gate_up_bias or a down_bias
     cuda_graph: bool = False  # every tactic must be capturable: no host synchronisation
+    # A row's bits depend on its token, its experts and their weights alone: not on N, its place, its neighbours or
+    # their routing. All tactics that a runner offers for such a problem must give the same bits.
+    batch_invariant: bool = field(default=False, metadata={"omit_default": True})
+
+    @classmethod
+    def of(
+        cls, experts: Experts, *, num_experts: int | None = None, expert_offset: int = 0, **rest: Any
+    ) -> Self:
+        """The problem of these weights; num_experts: E, by default those up to this rank's last. rest: further
+        fields, `top_k` among them.
+        """
+        held = experts.gate_up.shape[0]
+        return cls(
+            num_experts=expert_offset + held if num_experts is None else num_experts,
+            num_local_experts=held,
+            expert_offset=expert_offset,
+            hidden_size=experts.gate_up.shape[-1],
+            intermediate_size=experts.down.shape[-1],
+            weight_format=experts.gate_up.format,
+            device=experts.gate_up.device.type,
+            weight_layout=experts.gate_up.layout,
+            weight_dtype=dense_dtype(experts.gate_up),
+            biased=experts.gate_up_bias is not None or experts.down_bias is not None,
+            **rest,
+        )
 
     @property
     def gate_up_rows(self) -> int:
         """2I with a gate, I without."""
         return self.intermediate_size * (2 if self.activation.gated else 1)
+
+
+def dense_dtype(tensor: FormatTensor) -> torch.dtype | None:
+    """The dtype of dense weights ("bf16" format: bf16, fp16 or fp32); None for quantised ones."""
+    data = getattr(tensor, "data", None) if tensor.format == "bf16" else None
+    return data.dtype if isinstance(data, torch.Tensor) else None
 
 
 class MoeRunner(TunableRunner):
@@ -80,8 +114,8 @@ class MoeRunner(TunableRunner):
     N may be 0.
     Forward writes out (which may hold anything before, NaN included) and returns it.
 
-    With input_format="nvfp4" the intermediate is quantised from its float32 value, not from one rounded to
-    problem.dtype first, which would move values near a boundary to the neighbouring e2m1 step.
+    With an input_format the intermediate is quantised from its float32 value, not from one rounded to
+    problem.dtype first, which would move values near a boundary to the neighbouring step.
     """
 
     backend: ClassVar[str]

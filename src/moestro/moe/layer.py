@@ -40,7 +40,8 @@ class FusedMoE(torch.nn.Module):
     use_cuda_graph: the layer will be captured. It then returns a view of an output that it owns, valid until
     its next call (pass out= for your own), all scratch memory is there from the start, and only tactics that
     never wait for the device take part.
-    activation, input_format, expert_offset, deterministic, backend, tactic, num_experts: as in fused_moe.
+    activation, input_format, expert_offset, deterministic, batch_invariant, backend, tactic, num_experts: as in
+    fused_moe.
     dtype: of x when it is not known yet (tuning); by default that of dense weights, else bf16.
     workspace: one to share with other layers of a model that run one after the other.
     tuner: the default one if None. donate: w may be repacked in its own memory, and must not be used again.
@@ -62,6 +63,7 @@ class FusedMoE(torch.nn.Module):
         input_format: str | None = None,
         expert_offset: int = 0,
         deterministic: bool = False,
+        batch_invariant: bool = False,
         backend: str = "auto",
         tactic: Any = None,
         num_experts: int | None = None,
@@ -77,7 +79,14 @@ class FusedMoE(torch.nn.Module):
             raise ShapeError(f"max_num_tokens must be a positive integer, got {max_num_tokens!r}")
         self.top_k, self.max_num_tokens, self.use_cuda_graph = top_k, max_num_tokens, bool(use_cuda_graph)
         self.options = Options(
-            activation, input_format, expert_offset, deterministic, backend, tactic, num_experts
+            activation,
+            input_format,
+            expert_offset,
+            deterministic,
+            batch_invariant,
+            backend,
+            tactic,
+            num_experts,
         )
         self.dtype = dtype or w.dense_dtype or torch.bfloat16
         make_problem(w, self.options, top_k=top_k, dtype=self.dtype)  # checks before the work of repacking
@@ -87,6 +96,7 @@ class FusedMoE(torch.nn.Module):
             input_format=input_format,
             top_k=top_k,
             dtype=self.dtype,
+            batch_invariant=bool(batch_invariant),
             donate=donate,
         )
         self.tuner = tuner if tuner is not None else AutoTuner.get()

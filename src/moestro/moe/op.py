@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import ast
 import functools
+from dataclasses import astuple
 from typing import Any
 
 import torch
 
-from moestro.errors import BackendError, DTypeError
+from moestro.errors import BackendError, DTypeError, FormatError
 from moestro.formats import NVFP4
-from moestro.kernels.activations import Activation, GeGLUTanh, ReLU2, SwiGLU
+from moestro.kernels.activations import CLASSES, Activation, form_of
 from moestro.moe import flat
 from moestro.moe.checks import Limits, check_call, check_id_range, result_dtype
 from moestro.moe.operation import Operation, as_inputs
@@ -36,6 +37,7 @@ def fused_moe(
     input_format: str | None = None,
     expert_offset: int = 0,
     deterministic: bool = False,
+    batch_invariant: bool = False,
     out: torch.Tensor | None = None,
     backend: str = "auto",
     tactic: Any = None,
@@ -48,8 +50,10 @@ def fused_moe(
     w: the experts expert_offset .. expert_offset + L. Pairs of other experts contribute nothing.
 
     activation: "silu", "gelu_tanh", "relu2" (no gate) or an Activation such as SwiGLU(alpha=, limit=).
-    input_format="nvfp4": x per token and the intermediate per pair are quantised too (W4A4).
-    deterministic: the same bits each time. out: where to write, [N, H] in x's dtype, not overlapping x.
+    input_format: x and the intermediate are quantised too: "nvfp4" (W4A4), "fp8" (e4m3 per token) or "int8" (per 32
+    columns); docs/numerics.md has the definitions.
+    deterministic: the same bits each time. batch_invariant: a token's result has the same bits whatever N, its place,
+    the other tokens and their routing. out: where to write, [N, H] in x's dtype, not overlapping x.
     backend: "auto", "triton", "cpu" or "portable". tactic: one of the backend's; None lets the tuner choose.
     num_experts: E; by default those of w, and unknown with an expert_offset.
 
@@ -62,8 +66,12 @@ def fused_moe(
     if not isinstance(w, ExpertWeights):
         raise DTypeError(f"w must be a moestro.ExpertWeights, got {type(w).__name__}")
     if isinstance(x, NVFP4):
+        if input_format not in (None, "nvfp4"):
+            raise FormatError(f"input_format must be None or 'nvfp4' for an NVFP4 x, got {input_format!r}")
         input_format = "nvfp4"
-    options = (activation, input_format, expert_offset, deterministic, backend, tactic, num_experts)
+    options = (
+        activation, input_format, expert_offset, deterministic, batch_invariant, backend, tactic, num_experts,
+    )  # fmt: skip
     if torch.compiler.is_compiling() or records_gradients(x, weights):
         return call_operator(x, ids, weights, w, options_text(options), out)
     return _run(x, ids, weights, w, options, out)
@@ -148,14 +156,10 @@ def result_like(x: torch.Tensor, scales: list[torch.Tensor]) -> torch.Tensor:
 def options_text(options: tuple[Any, ...]) -> str:
     """The options as a string that `options_of` reads. BackendError for what has no such form."""
     activation, *rest = options
-    if isinstance(activation, SwiGLU):
-        activation = ("SwiGLU", activation.alpha, activation.limit, activation.up_shift)
-    elif isinstance(activation, GeGLUTanh):
-        activation = "gelu_tanh"
-    elif isinstance(activation, ReLU2):
-        activation = "relu2"
-    elif not isinstance(activation, str):
-        raise BackendError(f"activation must be one of moestro's under torch.compile, got {activation!r}")
+    if not isinstance(activation, str):
+        if form_of(activation) is None:
+            raise BackendError(f"activation must be one of moestro's under torch.compile, got {activation!r}")
+        activation = (type(activation).__name__, *astuple(activation))
     return repr((activation, *rest))
 
 
@@ -163,7 +167,7 @@ def options_text(options: tuple[Any, ...]) -> str:
 def options_of(text: str) -> tuple[Any, ...]:
     """The options that options_text or layer_text wrote."""
     activation, *rest = ast.literal_eval(text.rpartition(LAYER_END)[2])
-    return (SwiGLU(*activation[1:]) if isinstance(activation, tuple) else activation, *rest)
+    return (CLASSES[activation[0]](*activation[1:]) if isinstance(activation, tuple) else activation, *rest)
 
 
 def layer_text(options: Options, top_k: int, max_num_tokens: int, use_cuda_graph: bool) -> str:

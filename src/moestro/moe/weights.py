@@ -18,7 +18,7 @@ from moestro.errors import DeviceError, DTypeError, FormatError, ShapeError
 from moestro.formats.base import CHECKPOINT, FormatTensor
 from moestro.kernels import backends
 from moestro.kernels.activations import Activation, resolve_activation
-from moestro.kernels.problem import MoeProblem
+from moestro.kernels.problem import MoeProblem, dense_dtype
 from moestro.moe import flat
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -78,9 +78,9 @@ class ExpertWeights:
                 f"down must have gate_up's format and layout, {self.gate_up.format!r} in "
                 f"{self.gate_up.layout!r}, got {self.down.format!r} in {self.down.layout!r}"
             )
-        if _dense_dtype(self.gate_up) != _dense_dtype(self.down):
+        if dense_dtype(self.gate_up) != dense_dtype(self.down):
             raise DTypeError(
-                f"down must have gate_up's dtype {_dense_dtype(self.gate_up)}, got {_dense_dtype(self.down)}"
+                f"down must have gate_up's dtype {dense_dtype(self.gate_up)}, got {dense_dtype(self.down)}"
             )
         self._check_side_tensors(experts, rows, hidden)
         tensors, spec = flat.flatten(self)
@@ -161,19 +161,13 @@ class ExpertWeights:
         gate_up, down = first
         for name, value in (("gate_up", gate_up), ("down", down)):
             _check_format_tensor(name, value, dimensions=2)
-        problem = MoeProblem(
+        gated = gate_up.shape[0] == 2 * down.shape[1]
+        biases = (side.get("gate_up_bias"), side.get("down_bias"))
+        problem = dataclasses.replace(
+            MoeProblem.of(_OneExpert(gate_up, down, *biases), top_k=1, dtype=dtype),
             num_experts=len(experts),
             num_local_experts=len(experts),
-            expert_offset=0,
-            top_k=1,
-            hidden_size=down.shape[0],
-            intermediate_size=down.shape[1],
-            weight_format=gate_up.format,
-            activation=resolve_activation("silu" if gate_up.shape[0] == 2 * down.shape[1] else "relu2"),
-            dtype=dtype,
-            device=gate_up.device.type,
-            weight_dtype=_dense_dtype(gate_up),
-            biased=side.get("gate_up_bias") is not None or side.get("down_bias") is not None,
+            activation=resolve_activation("silu" if gated else "relu2"),
         )
         made = backends.resolve(backend, problem)[0].prepare_each(problem, _exactly(len(experts), experts))
         if made is not None:
@@ -194,7 +188,7 @@ class ExpertWeights:
     @property
     def dense_dtype(self) -> torch.dtype | None:
         """The dtype of unquantised weights (bf16, fp16, fp32); None for quantised ones."""
-        return _dense_dtype(self.gate_up)
+        return dense_dtype(self.gate_up)
 
     @property
     def num_experts(self) -> int:
@@ -245,6 +239,7 @@ class ExpertWeights:
         input_format: str | None = None,
         top_k: int = 1,
         dtype: torch.dtype = torch.bfloat16,
+        batch_invariant: bool = False,
         donate: bool = False,
     ) -> ExpertWeights:
         """The same weights in a backend's kernel layout (self if they are, or if it takes them as is).
@@ -253,21 +248,15 @@ class ExpertWeights:
         donate it: then its memory may become the result's, and it must not be used again.
         Raises BackendError for a backend that is unknown or cannot run them.
         """
-        problem = MoeProblem(
+        problem = MoeProblem.of(
+            self,
             num_experts=max(top_k, self.num_experts),
-            num_local_experts=self.num_experts,
-            expert_offset=0,
             top_k=top_k,
-            hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size,
-            weight_format=self.format,
             activation=resolve_activation(activation),
             input_format=input_format,
             dtype=dtype,
-            device=self.device.type,
-            weight_layout=self.layout,
-            weight_dtype=self.dense_dtype,
-            biased=self.biased,
+            deterministic=batch_invariant,
+            batch_invariant=batch_invariant,
         )
         runner = backends.resolve(backend, problem)[0]
         if self.layout != CHECKPOINT:
@@ -305,13 +294,20 @@ class ExpertWeights:
         )
 
 
-def _dense_dtype(tensor: FormatTensor) -> torch.dtype | None:
-    data = getattr(tensor, "data", None) if tensor.format == "bf16" else None
-    return data.dtype if isinstance(data, torch.Tensor) else None
-
-
 def _restored(cls: type[ExpertWeights], parts: dict[str, Any]) -> ExpertWeights:
     return cls(**parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class _OneExpert:
+    """One expert's matrices, for what they say of all."""
+
+    gate_up: Any
+    down: Any
+    gate_up_bias: Any = None
+    down_bias: Any = None
+    gate_up_input_scale: Any = None
+    down_input_scale: Any = None
 
 
 class _Quantized:

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from moestro.routing.distributions import Balanced, Dirichlet, Distribution, Uniform, Zipf, sample_weights
+from moestro.routing.distributions import (
+    Balanced,
+    Correlated,
+    Dirichlet,
+    Distribution,
+    Uniform,
+    Zipf,
+    sample_weights,
+)
 from moestro.routing.parse import parse
 from moestro.routing.recorded import Recorded, record
 from moestro.routing.router import METHODS, route
@@ -10,6 +18,7 @@ from moestro.routing.router import METHODS, route
 __all__ = [
     "METHODS",
     "Balanced",
+    "Correlated",
     "Dirichlet",
     "Distribution",
     "Recorded",

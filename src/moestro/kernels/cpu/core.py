@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moestro.errors import BackendError, unknown_name
-from moestro.kernels.activations import Activation, GeGLUTanh, ReLU2, SwiGLU
+from moestro.kernels.activations import Code
 
 ABI = 4
 ISAS = ("generic", "avx2", "avx_vnni", "avx512", "amx", "amx_emulated")  # in the core's numbering
@@ -24,7 +24,7 @@ ARITHMETICS = ("float32", "bf16", "int16", "int8")  # in the core's numbering: w
 ISA_VARIABLE = "MOESTRO_CPU_ISA"
 FORMATS = {"bf16": 0, "nvfp4": 1, "mxfp4": 2, "fp8_block": 3}
 INPUT_FORMATS: dict[str | None, int] = {None: 0, "int8": 1}
-ACTIVATIONS: dict[type[Activation], int] = {SwiGLU: 0, GeGLUTanh: 1, ReLU2: 2}
+ACTIVATIONS = frozenset({Code.SWIGLU, Code.GEGLU_TANH, Code.RELU2})  # of csrc/epilogue.h
 X_TYPES = ("bfloat16", "float16", "float32")  # torch's names, in the core's numbering
 
 

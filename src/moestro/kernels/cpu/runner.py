@@ -17,7 +17,7 @@ import torch
 
 from moestro.errors import BackendError, DTypeError, ShapeError
 from moestro.formats import FormatTensor
-from moestro.kernels.activations import SwiGLU
+from moestro.kernels import activations
 from moestro.kernels.cpu import core, layout
 from moestro.kernels.problem import Experts, MoeProblem, MoeRunner
 
@@ -97,8 +97,8 @@ class CpuRunner(MoeRunner):
             return f"the cpu backend quantises activations to int8 alone, not to input_format={problem.input_format!r}"
         if problem.input_format == "int8" and problem.weight_format not in FP4:
             return f"the cpu backend multiplies int8 activations by {' and '.join(FP4)} weights, not {problem.weight_format}"
-        if type(problem.activation) not in core.ACTIVATIONS:
-            return f"the cpu backend has no {type(problem.activation).__name__} activation"
+        if reason := activations.why_not(problem.activation, core.ACTIVATIONS):
+            return reason
         if problem.hidden_size % layout.PANEL or problem.intermediate_size % layout.PANEL:
             return (
                 f"the cpu backend needs hidden and intermediate sizes divisible by {layout.PANEL}, "
@@ -245,12 +245,8 @@ def _layer(
     weights: tuple[FormatTensor, FormatTensor],
     biases: tuple[torch.Tensor | None, torch.Tensor | None],
 ) -> core.Layer:
-    act = problem.activation
-    alpha, limit, shift = (
-        (act.alpha, math.inf if act.limit is None else act.limit, act.up_shift)
-        if isinstance(act, SwiGLU)
-        else (1.0, math.inf, 0.0)
-    )
+    form = activations.form_of(problem.activation)
+    assert form is not None  # see why_not
     return core.Layer(
         isa=core.ISAS.index(isa),
         format=core.FORMATS[problem.weight_format],
@@ -259,15 +255,15 @@ def _layer(
         top_k=problem.top_k,
         hidden=problem.hidden_size,
         intermediate=problem.intermediate_size,
-        activation=core.ACTIVATIONS[type(act)],
-        gated=act.gated,
+        activation=form.code,
+        gated=form.gated,
         x_type=core.X_TYPES.index(_name(problem.dtype)),
         input_format=core.INPUT_FORMATS[problem.input_format],
-        batch_invariant=getattr(problem, "batch_invariant", False),
+        batch_invariant=problem.batch_invariant,
         scale_columns=weights[0].block_columns if isinstance(weights[0], layout.PanelFP8) else 0,
-        alpha=alpha,
-        limit=limit,
-        up_shift=shift,
+        alpha=form.alpha,
+        limit=math.inf if form.limit is None else form.limit,
+        up_shift=form.up_shift,
         gate_up=_matrix(weights[0], biases[0]),
         down=_matrix(weights[1], biases[1]),
     )

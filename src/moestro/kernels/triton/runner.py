@@ -18,7 +18,8 @@ import torch
 from moestro.errors import BackendError
 from moestro.formats import NVFP4
 from moestro.formats.base import CHECKPOINT, FormatTensor
-from moestro.kernels.activations import GeGLUTanh, ReLU2, SwiGLU
+from moestro.kernels import activations
+from moestro.kernels.activations import Code
 from moestro.kernels.problem import Experts, MoeProblem, MoeRunner
 from moestro.kernels.scratch import carve, plan_bytes
 from moestro.kernels.triton import native, prune, tactics
@@ -27,6 +28,8 @@ from moestro.kernels.triton.device import common as device
 from moestro.kernels.triton.layout import LAYOUT, TritonNVFP4
 from moestro.kernels.triton.plan import Launch, Planner, scratch_plan
 from moestro.kernels.triton.tactics import Tactic
+
+ACTIVATIONS = frozenset({Code.SWIGLU, Code.GEGLU_TANH, Code.RELU2})  # of device/common.py
 
 
 class TritonRunner(MoeRunner):
@@ -48,8 +51,12 @@ class TritonRunner(MoeRunner):
             return f"it runs nvfp4 and bf16 weights, not {problem.weight_format!r}"
         if problem.weight_dtype not in (None, torch.bfloat16) or problem.dtype != torch.bfloat16:
             return f"it computes in bfloat16; x is {problem.dtype}, dense weights {problem.weight_dtype}"
-        if not isinstance(problem.activation, SwiGLU | GeGLUTanh | ReLU2):
-            return f"it has no kernel for the activation {problem.activation!r}"
+        if problem.input_format not in (None, "nvfp4"):
+            return f"it quantises activations to nvfp4 only, not to {problem.input_format!r}"
+        if problem.batch_invariant:
+            return "it has no batch-invariant tactics"
+        if reason := activations.why_not(problem.activation, ACTIVATIONS):
+            return reason
         if problem.intermediate_size % 8 or problem.hidden_size % 8:
             return "hidden and intermediate size must be multiples of 8"
         if problem.top_k > 64:

@@ -43,11 +43,11 @@ constexpr int kByteColumn[8] = {0, 4, 1, 5, 2, 6, 3, 7};
 inline void put_int8(const float* values, uint16_t* line) {  // 32 values
   const uint32_t most = largest_bits<kChunk>(values);
   const bool finite = most < kNotFinite;
-  const float scale = finite ? float_of(most) / 127.f : float_of(0x7FC00000u);
-  const bool some = finite && scale > 0.f;
+  const float least = 0x1p-126f, share = float_of(finite ? most : 0u) / 127.f;
+  const float scale = !finite ? float_of(0x7FC00000u) : most == 0 ? 1.f : share < least ? least : share;
   alignas(64) int32_t q[kChunk];
   for (int i = 0; i < kChunk; ++i) {
-    const float value = (some ? values[i] : 0.f) / (some ? scale : 1.f);
+    const float value = finite ? values[i] / scale : 0.f;
     q[i] = static_cast<int32_t>(bits_of(value + kRound) - bits_of(kRound));
   }
   auto* bytes = reinterpret_cast<int8_t*>(line);
