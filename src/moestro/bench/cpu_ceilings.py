@@ -19,8 +19,8 @@ from moestro.kernels.cpu import core
 __all__ = ["arithmetic_rates", "best_float_rate", "fallback", "read_rate"]
 
 READ_BYTES = 256 << 20  # beyond the last-level cache of most machines; a larger one is filled four times over
-SPIN_S = 0.01  # of one sample
-SAMPLES = 5
+SPIN_S = 0.002  # of one sample: many short ones find a moment that no neighbour takes
+SAMPLES = 12
 
 
 def read_rate(cache_bytes: int | None) -> float:
@@ -71,7 +71,7 @@ def fallback(dtype: torch.dtype) -> str | None:
     x, w = torch.randn(64, 512), torch.randn(512, 512)
     pairs = [(x, w), (x.to(dtype), w.to(dtype))]
     best = [0.0, 0.0]
-    for _ in range(4 * SAMPLES):
+    for _ in range(2 * SAMPLES):
         for i, (left, right) in enumerate(pairs):
             best[i] = max(best[i], _best(functools.partial(torch.matmul, left, right.T), 2 * 64 * 512 * 512, 1))
         if best[1] > 0.5 * best[0] > 0:
