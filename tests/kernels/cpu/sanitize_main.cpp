@@ -179,7 +179,7 @@ int main() {
   Buffer<uint8_t> some(100000);
   moestro_cpu_read(some.data, some.count, 3);
   for (int isa = 0; isa < MOESTRO_ISAS; ++isa)
-    for (int arithmetic = 0; arithmetic < MOESTRO_ARITHMETICS; ++arithmetic) moestro_cpu_spin(isa, arithmetic, 2, 2);
+    for (int arithmetic = 0; arithmetic < MOESTRO_ARITHMETICS; ++arithmetic) moestro_cpu_rate(isa, arithmetic, 1e-4, 2);
   std::printf("%d failures\n", failures);
   return failures != 0;
 }

@@ -20,7 +20,7 @@ from moestro.kernels.activations import Code
 ABI = 4
 ISAS = ("generic", "avx2", "avx_vnni", "avx512", "amx", "amx_emulated")  # in the core's numbering
 FASTEST_FIRST = ("amx", "avx512", "avx_vnni", "avx2", "generic")
-ARITHMETICS = ("float32", "bf16", "int16", "int8")  # in the core's numbering: what moestro_cpu_spin multiplies
+ARITHMETICS = ("float32", "bf16", "int16", "int8")  # in the core's numbering: what moestro_cpu_rate multiplies
 ISA_VARIABLE = "MOESTRO_CPU_ISA"
 FORMATS = {"bf16": 0, "nvfp4": 1, "mxfp4": 2, "fp8_block": 3}
 INPUT_FORMATS: dict[str | None, int] = {None: 0, "int8": 1}
@@ -104,8 +104,8 @@ def _declare(lib: Any) -> None:
         bf16.argtypes = fp8.argtypes = [pointer, pointer, i64, i64, i32, i32]
         fp4.argtypes = [pointer, pointer, pointer, pointer, i64, i64, i64, i32, i32]
         bf16.restype = fp8.restype = fp4.restype = None
-    lib.moestro_cpu_spin.argtypes = [i32, i32, i64, i32]
-    lib.moestro_cpu_spin.restype = i64
+    lib.moestro_cpu_rate.argtypes = [i32, i32, ctypes.c_double, i32]
+    lib.moestro_cpu_rate.restype = ctypes.c_double
     lib.moestro_cpu_read.argtypes = [pointer, i64, i32]
     lib.moestro_cpu_read.restype = ctypes.c_uint64
     lib.moestro_cpu_advise_huge.argtypes = [pointer, i64]

@@ -26,7 +26,7 @@ enum { MOESTRO_SWIGLU = 0, MOESTRO_GEGLU_TANH = 1, MOESTRO_RELU2 = 2 };
 // AVX2 comes with FMA and F16C; AVX_VNNI is AVX2 with 256-bit integer dot products; AVX512 has those of bf16 and int8.
 // The emulated AMX runs the AMX path with its tile instructions in plain C++: for tests on any machine.
 enum { MOESTRO_GENERIC, MOESTRO_AVX2, MOESTRO_AVX_VNNI, MOESTRO_AVX512, MOESTRO_AMX, MOESTRO_AMX_EMULATED, MOESTRO_ISAS };
-// Arithmetic whose rate moestro_cpu_spin measures.
+// Arithmetic whose rate moestro_cpu_rate measures.
 enum { MOESTRO_FLOAT32, MOESTRO_DOT_BF16, MOESTRO_DOT_INT16, MOESTRO_DOT_INT8, MOESTRO_ARITHMETICS };
 enum { MOESTRO_OK = 0, MOESTRO_SMALL_WORKSPACE = 1, MOESTRO_NO_ISA = 2 };
 
@@ -105,9 +105,9 @@ MOESTRO_API void moestro_cpu_unpack_fp4(uint8_t* packed, uint8_t* scale, const u
 // Ask for huge pages under [data, data + bytes): +10 % read bandwidth measured on Zen 5 with 4 KiB pages otherwise.
 MOESTRO_API void moestro_cpu_advise_huge(void* data, int64_t bytes);
 
-// What this machine does at best, for the bench. On each thread: `rounds` rounds of multiplications and additions of
-// registers; returns how many of both there were, of all threads, or 0 if the instruction set lacks the arithmetic.
-MOESTRO_API int64_t moestro_cpu_spin(int32_t isa, int32_t arithmetic, int64_t rounds, int32_t threads);
+// What this machine does at best, for the bench. Each thread multiplies and adds registers for some seconds and counts
+// its best slice; returns both operations a second of all threads, or 0 if the instruction set lacks the arithmetic.
+MOESTRO_API double moestro_cpu_rate(int32_t isa, int32_t arithmetic, double seconds, int32_t threads);
 // Reads `bytes` once, an equal part on each thread; returns a number that depends on them.
 MOESTRO_API uint64_t moestro_cpu_read(const void* data, int64_t bytes, int32_t threads);
 
