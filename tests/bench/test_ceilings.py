@@ -38,7 +38,9 @@ def test_no_share_of_the_bench_is_above_105_percent(isa: str, monkeypatch: pytes
     assert all(row.facts["arithmetic"] in core.ARITHMETICS for row in result.rows if row.ours)
 
 
-def test_a_share_that_cannot_be_is_an_error_of_the_bench(tiny: MoeShape, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_share_that_cannot_be_is_an_error_of_the_bench(
+    tiny: MoeShape, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(roofline, "measure_ceilings", lambda _: Ceilings(1.0, 1.0, "bfloat16"))
     result = runs.run(spec_of(tiny), timer_for("cpu"), "test")
     assert result.rows == []
@@ -46,7 +48,9 @@ def test_a_share_that_cannot_be_is_an_error_of_the_bench(tiny: MoeShape, monkeyp
     assert all("%, which cannot be" in entry["reason"] for entry in result.failed)
 
 
-def test_ceilings_measured_too_low_are_measured_again(tiny: MoeShape, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ceilings_measured_too_low_are_measured_again(
+    tiny: MoeShape, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = iter([Ceilings(1.0, 1.0, "bfloat16")] * 2 + [Ceilings(1e15, 1e18, "bfloat16")] * 9)
     monkeypatch.setattr(roofline, "measure_ceilings", lambda _: next(found))
     result = runs.run(spec_of(tiny), timer_for("cpu"), "test")
@@ -82,7 +86,9 @@ def test_peers_that_fall_back_are_marked_and_float32_takes_part(
     tiny: MoeShape, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = make_case(tiny, 3, Uniform())
-    monkeypatch.setattr(cpu_ceilings, "fallback", lambda _: "torch has no bfloat16 kernels for this processor")
+    monkeypatch.setattr(
+        cpu_ceilings, "fallback", lambda _: "torch has no bfloat16 kernels for this processor"
+    )
     peers = transformers_peers([LayerSource(tiny)], ("eager", "grouped_mm"))
     assert [peer.name for peer in peers] == [
         *("transformers eager", "transformers grouped_mm"),

@@ -73,13 +73,13 @@ def fallback(dtype: torch.dtype) -> str | None:
     best = [0.0, 0.0]
     for _ in range(2 * SAMPLES):
         for i, (left, right) in enumerate(pairs):
-            best[i] = max(best[i], _best(functools.partial(torch.matmul, left, right.T), 2 * 64 * 512 * 512, 1))
+            best[i] = max(
+                best[i], _best(functools.partial(torch.matmul, left, right.T), 2 * 64 * 512 * 512, 1)
+            )
         if best[1] > 0.5 * best[0] > 0:
             return None
     name = str(dtype).removeprefix("torch.")
-    return (
-        f"torch has no {name} kernels for this processor ({best[1] / 1e9:.1f} GFLOP/s, float32 {best[0] / 1e9:.1f})"
-    )
+    return f"torch has no {name} kernels for this processor ({best[1] / 1e9:.1f} GFLOP/s, float32 {best[0] / 1e9:.1f})"
 
 
 def _spin_rate(isa: str, arithmetic: str) -> float:

@@ -172,7 +172,9 @@ def _prepare(
             if error is not None and not error < ERROR:
                 raise MoestroError(f"its output differs from the float32 reference by {error:.2g}")
             if not contender.ours and case.x.device.type == "cpu" and plan.too_slow(took, fastest):
-                outcome.skipped[contender.name] = f"one call takes {took:.1f} s, the fastest's {fastest:.2g} s"
+                outcome.skipped[contender.name] = (
+                    f"one call takes {took:.1f} s, the fastest's {fastest:.2g} s"
+                )
                 continue
             timer = timer_of(contender)
             samplers = tuple(map(timer.prepare, calls))

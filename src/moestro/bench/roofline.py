@@ -30,9 +30,13 @@ class Ceilings:
     """What the machine does at best."""
 
     bytes_per_s: float  # a read on a CPU; on a GPU the better of a copy (bytes read + written) and a read
-    flops_per_s: float  # the fastest floating-point arithmetic (CPU), or a square matrix product in `dtype` (GPU)
+    flops_per_s: (
+        float  # the fastest floating-point arithmetic (CPU), or a square matrix product in `dtype` (GPU)
+    )
     dtype: str
-    rates: dict[str, float] = field(default_factory=dict)  # operations/s by arithmetic, in the instruction set in use
+    rates: dict[str, float] = field(
+        default_factory=dict
+    )  # operations/s by arithmetic, in the instruction set in use
 
     def seconds(self, work: Work, arithmetic: str | None = None) -> float:
         """The roofline of a call whose products are made of an arithmetic; None or one not measured: the fastest."""

@@ -82,7 +82,11 @@ class Case:
         return x, ids, torch.rand(num_tokens, self.top_k, generator=g)
 
     def expected(self, call: tuple[torch.Tensor, ...], w: ExpertWeights) -> torch.Tensor:
-        options = {"activation": self.activation, "expert_offset": self.offset, "input_format": self.input_format}
+        options = {
+            "activation": self.activation,
+            "expert_offset": self.offset,
+            "input_format": self.input_format,
+        }
         return reference.fused_moe(*call, w, **options)
 
 

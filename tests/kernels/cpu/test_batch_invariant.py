@@ -27,9 +27,18 @@ def rows_alone(runner: CpuRunner, call: tuple[torch.Tensor, ...]) -> torch.Tenso
     ("fmt", "input_format"),
     [("nvfp4", None), ("mxfp4", None), ("bf16", None), ("fp8_block", None), ("nvfp4", "int8")],
 )
-def test_rows_do_not_depend_on_the_batch(isa: str, fmt: str, input_format: str | None, dtype: torch.dtype) -> None:
+def test_rows_do_not_depend_on_the_batch(
+    isa: str, fmt: str, input_format: str | None, dtype: torch.dtype
+) -> None:
     case = Case(
-        fmt, 544, 160, activation=GPT_OSS, dtype=dtype, input_format=input_format, batch_invariant=True, biases=True
+        fmt,
+        544,
+        160,
+        activation=GPT_OSS,
+        dtype=dtype,
+        input_format=input_format,
+        batch_invariant=True,
+        biases=True,
     )
     runner, call = CpuRunner(case.problem, case.weights()), case.call(53)
     alone = rows_alone(runner, call)

@@ -20,7 +20,12 @@ from moestro.kernels.activations import Code
 ABI = 4
 ISAS = ("generic", "avx2", "avx_vnni", "avx512", "amx", "amx_emulated")  # in the core's numbering
 FASTEST_FIRST = ("amx", "avx512", "avx_vnni", "avx2", "generic")
-ARITHMETICS = ("float32", "bf16", "int16", "int8")  # in the core's numbering: what moestro_cpu_rate multiplies
+ARITHMETICS = (
+    "float32",
+    "bf16",
+    "int16",
+    "int8",
+)  # in the core's numbering: what moestro_cpu_rate multiplies
 ISA_VARIABLE = "MOESTRO_CPU_ISA"
 FORMATS = {"bf16": 0, "nvfp4": 1, "mxfp4": 2, "fp8_block": 3}
 INPUT_FORMATS: dict[str | None, int] = {None: 0, "int8": 1}

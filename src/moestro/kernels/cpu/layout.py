@@ -125,7 +125,9 @@ class PanelFP8(Panels):
 
     data: torch.Tensor  # float8_e4m3fn [E, R/16, C/2, 16, 2]
     scale_inv: torch.Tensor  # float32 [E, ceil(R/B), ceil(C/B)], as in the checkpoint
-    panel_scale: torch.Tensor  # float32 [E, R/16, ceil(C/B)], of each panel in the panels' order, times SCALE_SHIFT
+    panel_scale: (
+        torch.Tensor
+    )  # float32 [E, R/16, ceil(C/B)], of each panel in the panels' order, times SCALE_SHIFT
     gated: bool
 
     format: ClassVar[str] = "fp8_block"
