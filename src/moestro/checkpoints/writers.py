@@ -112,7 +112,8 @@ def split_rows(tensor: FormatTensor, parts: int) -> list[FormatTensor]:
         return _split_nvfp4(tensor, parts)
     if isinstance(tensor, FP8Block) and (tensor.shape[0] // parts) % 128:
         raise FormatError(
-            f"rows of FP8 blocks can be parted at multiples of 128, got {tensor.shape[0]} in {parts}"
+            "gate and up share FP8 blocks where I is no multiple of 128, and a checkpoint keeps them apart: "
+            f"I={tensor.shape[0] // parts} cannot be written"
         )
     assert isinstance(tensor, BF16 | MXFP4 | MXFP8 | FP8Block)
     pieces = zip(*(piece.chunk(parts, dim=-2) for piece in tensor.pieces), strict=True)
