@@ -97,7 +97,7 @@ def expert_tensors(
                 yield f"{prefix}.{e}.{name}.{suffix}", piece.contiguous()
             scale = side.get("gate_up_input_scale" if first else "down_input_scale")
             if scale is not None:
-                one = scale[e] if scale.ndim else scale
+                one = (scale[e] if scale.ndim else scale).clone()  # a tensor of its own for each projection
                 yield from ((f"{prefix}.{e}.{name}.{s}", v) for s, v in writer.input_scale(one).items())
             if (bias := side.get("gate_up_bias" if first else "down_bias")) is not None:
                 row = bias[e].chunk(len(ups))[ups.index(name)] if first else bias[e]
