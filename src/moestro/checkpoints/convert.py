@@ -27,6 +27,7 @@ from moestro.checkpoints.writers import Writer, config_for, writer_for
 from moestro.errors import FormatError
 from moestro.formats import NVFP4
 from moestro.formats.nvfp4 import dynamic_global_scale
+from moestro.formats.pieces import magnitude
 
 PLAN = ".moestro-convert.json"
 Progress = Callable[[str, int, int], None]  # (what is done, of how many)
@@ -183,7 +184,7 @@ def _shared_scale(experts: Experts, e: int, projection: str) -> torch.Tensor:
     """The global scale of a projection: the same for gate and up."""
     ups = experts.projections[:-1]
     names = ups if projection in ups else (projection,)
-    return dynamic_global_scale(torch.stack([experts.dense(e, name).abs().amax() for name in names]).amax())
+    return dynamic_global_scale(torch.stack([magnitude(experts.dense(e, n), (-2, -1)) for n in names]).amax())
 
 
 def _calibrated(job: _Job, prefix: str, e: int, name: str, where: str) -> Iterator[tuple[str, torch.Tensor]]:

@@ -111,8 +111,12 @@ class Experts:
         return self._part(expert, projection)
 
     def dense(self, expert: int, projection: str) -> torch.Tensor:
-        """float32 [R, C] of one projection, AWQ's scale of its input multiplied in: what x is multiplied by."""
-        values = self._part(expert, projection).dequantize(torch.float32)
+        """[R, C] of one projection, AWQ's scale of its input multiplied in: what x is multiplied by.
+
+        In its own dtype where it is not quantised, float32 otherwise.
+        """
+        part = self._part(expert, projection)
+        values = part.data if isinstance(part, BF16) else part.dequantize(torch.float32)
         if (
             not self._names.stacked
             and (scale := self._find(expert, projection, "pre_quant_scale")) is not None

@@ -134,7 +134,10 @@ def replay(model: torch.nn.Module, recording: Recording | str | Path) -> Iterato
                     f"{len(ids)} with top_k {ids.shape[2]}"
                 )
             at[i] = stop
-            new = {IDS: ids[start:stop, i].contiguous().to(theirs), WEIGHTS: weights[start:stop, i].contiguous()}
+            new = {
+                IDS: ids[start:stop, i].contiguous().to(theirs),
+                WEIGHTS: weights[start:stop, i].contiguous(),
+            }
             new[WEIGHTS] = new[WEIGHTS].to(_argument(args, kwargs, WEIGHTS))
             return _with(args, kwargs, new)
 

@@ -123,7 +123,7 @@ def _top_k(model: torch.nn.Module, module: Any, name: str) -> int:
     for n in range(len(parts) - 1, max(-1, len(parts) - 3), -1):
         parent = model.get_submodule(".".join(parts[:n]))
         around += [parent, *parent.children()]
-    configs = [getattr(m, "config", None) for m in (module, model)]
+    configs: list[Any] = [getattr(m, "config", None) for m in (module, model)]
     configs += [c.get_text_config(decoder=True) for c in configs if hasattr(c, "get_text_config")]
     for place in (*around, *configs):
         for key in TOP_K_NAMES:

@@ -149,7 +149,9 @@ def _layer(module: Any, bound: Bound, top_k: int) -> FusedMoE:
     w = bound.weights
     options = {name: value for name, value in bound.settings.options.items() if name != "workspace"}
     # A rank's share of the experts: the index num_experts stands for those elsewhere, and top_k may exceed the share.
-    share = {"num_experts": max(w.num_experts + 1, top_k)} if module._is_expert_parallel else {}
+    share: dict[str, Any] = (
+        {"num_experts": max(w.num_experts + 1, top_k)} if module._is_expert_parallel else {}
+    )
     with named_errors(module):
         return FusedMoE(
             w,

@@ -80,7 +80,7 @@ def _with_norm(
     tokens, top_k = ids.shape
     pairs = _cut(layer, x.repeat_interleave(top_k, 0), ids.view(-1, 1), torch.ones_like(weights).view(-1, 1))
     here = (ids < layer.weights.num_experts).view(-1, 1)  # an expert elsewhere gives nothing, not norm(0)
-    summed = (norm(pairs).float() * (weights.view(-1, 1) * here)).view(tokens, top_k, -1).sum(1)
+    summed: torch.Tensor = (norm(pairs).float() * (weights.view(-1, 1) * here)).view(tokens, top_k, -1).sum(1)
     return summed.to(x.dtype)
 
 
@@ -93,7 +93,7 @@ def _differentiable(module: Any) -> list[torch.Tensor]:
 
 
 # --- the operator ----------------------------------------------------------------------------------------
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def key_of(module: Any) -> str:
     """What the operator finds a module by: one for each module, another one for its copy."""
     key: str | None = module.__dict__.get(KEY)
@@ -184,7 +184,7 @@ def _theirs(
     module: Any, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, params: Any
 ) -> torch.Tensor:
     """Transformers' own experts, with these tensors for the module's weights."""
-    cls = parametrize.type_before_parametrizations(module)
+    cls: Any = parametrize.type_before_parametrizations(module)
     twin = cls.__new__(cls)
     twin.__dict__ = dict(module.__dict__)
     if params:
