@@ -1,4 +1,4 @@
-"""Linear layers that a checkpoint has quantised: dequantised to the model's dtype, or packed (linear.py).
+"""Linear layers that a checkpoint has quantised: dequantised to the model's dtype, for Transformers' own Linear.
 
 Their tensors are recognised by the same table as experts' projections.
 """
@@ -19,7 +19,6 @@ from moestro.checkpoints.side import checked_pre_scale
 from moestro.errors import FormatError
 from moestro.integrations.transformers.load_experts import Report, device_of, dtype_of
 from moestro.integrations.transformers.modules import experts_modules
-from moestro.integrations.transformers.settings import Settings
 
 log = logging.getLogger("moestro")
 
@@ -66,7 +65,7 @@ def quantised_linears(model: Any, tensors: Renamed) -> list[QuantisedLinear]:
 
 
 def load_linear(
-    model: Any, linears: list[QuantisedLinear], tensors: Mapping[str, torch.Tensor], settings: Settings
+    model: Any, linears: list[QuantisedLinear], tensors: Mapping[str, torch.Tensor]
 ) -> list[Report]:
     """Fill the quantised Linear layers of a model."""
     made = []

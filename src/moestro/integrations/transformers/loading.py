@@ -34,7 +34,7 @@ def load(
 
     format: what dense experts become ("nvfp4", ...); None: they stay as they are. device: "cuda" where there is one,
     else the CPU. dtype: of everything else; "auto": the checkpoint's. report: print a line a layer of what runs
-    where. options: keywords of register() (backend=, input_format=, moestro_linear=, ...).
+    where. options: keywords of register() (backend=, input_format=, ...).
 
     Raises FormatError for a folder that is no checkpoint, or has what no layout has a place for.
     """
@@ -59,8 +59,8 @@ def _registered(format: str | None, max_num_tokens: int | None, options: dict[st
     """An implementation with these settings: "moestro" where it has them."""
     if not options and format is None and max_num_tokens is None and NAME in REGISTERED:
         return NAME
-    linear, release = options.pop("moestro_linear", False), options.pop("release", True)
-    wanted = Settings(format, max_num_tokens or 8192, release, linear, options)
+    release = options.pop("release", True)
+    wanted = Settings(format, max_num_tokens or 8192, release, options)
     for name, settings in REGISTERED.items():
         if settings == wanted:
             return name
@@ -70,7 +70,6 @@ def _registered(format: str | None, max_num_tokens: int | None, options: dict[st
         format=format,
         max_num_tokens=max_num_tokens or 8192,
         release=release,
-        moestro_linear=linear,
         **options,
     )
     return name

@@ -103,7 +103,7 @@ class MoestroQuantizer(HfQuantizer):  # type: ignore[misc]
         assert chosen is not None
         assert self._tensors is not None
         self.report = load_experts(model, self._experts, self._tensors, chosen[1])
-        self.report += load_linear(model, self._linears, self._tensors, chosen[1])
+        self.report += load_linear(model, self._linears, self._tensors)
         self._tensors = None
         for line in self.report:
             log.info("%s", line)
