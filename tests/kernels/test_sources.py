@@ -19,7 +19,7 @@ def sources(runner: type[MoeRunner]) -> set[str]:
 
 
 def test_a_backends_sources_are_its_device_code() -> None:
-    assert {"run.py", "stages.py"} == sources(PortableRunner)
+    assert sources(PortableRunner) == set()  # PyTorch's, whose version is in the environment
     assert {"moe.cpp", "kernels.h"} <= sources(CpuRunner)
     assert "runner.py" not in sources(CpuRunner)
     assert {"common.py", "fused.py", "warp_specialized.py"} <= sources(TritonRunner)

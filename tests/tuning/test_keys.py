@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 from collections import namedtuple
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from tuning_fakes import Fake, Kernel, config, inputs, quiet_clock, tuner
 
 from moestro.errors import TuningError
 from moestro.tuning.spec.keys import static_key
-from moestro.tuning.spec.plain_json import digest, to_json
+from moestro.tuning.spec.plain_json import OMIT_DEFAULT, digest, from_json, to_json
 from moestro.tuning.spec.runner import runner_identity, tactic_from_json, tactic_key
 
 
@@ -191,3 +191,23 @@ def test_keys_are_the_same_in_another_process() -> None:
     value = {"a": (1, 2.5, "x"), "b": {3, 1, 2}, "c": torch.bfloat16, "d": print}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == digest(to_json(value))
+
+
+@dataclass(frozen=True)
+class Problem:
+    rows: int
+    added: bool = field(default=False, metadata=OMIT_DEFAULT)
+    sizes: tuple[int, ...] = field(default_factory=tuple, metadata={"omit_default": True})
+
+
+def test_a_field_added_with_omit_default_leaves_older_keys_as_they_were() -> None:
+    before = {"object": to_json(Problem(3))["object"], "fields": {"rows": 3}}
+    assert to_json(Problem(3)) == before
+    assert to_json(Problem(3, added=True))["fields"] == {"rows": 3, "added": True}
+    assert to_json(Problem(3, added=0))["fields"] == {"rows": 3, "added": 0}  # type: ignore[arg-type]  # equal, but another value
+    assert to_json(Problem(3, sizes=(1,)))["fields"] == {"rows": 3, "sizes": [1]}
+
+
+def test_a_field_left_out_reads_as_its_default() -> None:
+    for value in (Problem(3), Problem(3, True), Problem(3, False, (2,))):
+        assert from_json(to_json(value)) == value

@@ -10,11 +10,9 @@ import torch
 
 from moestro.errors import BackendError, DTypeError, FormatError, RoutingError, ShapeError, unknown_name
 from moestro.kernels.activations import Activation, GeGLUTanh, SwiGLU, resolve_activation
-from moestro.kernels.problem import MoeProblem
+from moestro.kernels.problem import INPUT_FORMATS, MoeProblem
 from moestro.moe.checks import X_DTYPES, check_top_k
 from moestro.moe.weights import ExpertWeights
-
-INPUT_FORMATS = ("nvfp4",)
 
 
 @dataclass(frozen=True)
@@ -25,6 +23,7 @@ class Options:
     input_format: str | None = None
     expert_offset: int = 0
     deterministic: bool = False
+    batch_invariant: bool = False
     backend: str = "auto"
     tactic: Any = None
     num_experts: int | None = None
@@ -53,23 +52,17 @@ def make_problem(
         raise BackendError(f"tactic must be hashable, got {options.tactic!r}")
     if not isinstance(options.backend, str):
         raise BackendError(f"backend must be a name, got {options.backend!r}")
-    return MoeProblem(
-        num_experts=options.num_experts or options.expert_offset + w.num_experts,
-        num_local_experts=w.num_experts,
+    return MoeProblem.of(
+        w,
+        num_experts=options.num_experts,
         expert_offset=options.expert_offset,
         top_k=top_k,
-        hidden_size=w.hidden_size,
-        intermediate_size=w.intermediate_size,
-        weight_format=w.format,
         activation=activation,
         input_format=options.input_format,
         dtype=dtype,
-        device=w.device.type,
-        deterministic=bool(options.deterministic),
-        weight_layout=w.layout,
-        weight_dtype=w.dense_dtype,
-        biased=w.biased,
+        deterministic=bool(options.deterministic or options.batch_invariant),
         cuda_graph=cuda_graph and w.device.type == "cuda",
+        batch_invariant=bool(options.batch_invariant),
     )
 
 
@@ -93,12 +86,15 @@ def _activation(options: Options, w: ExpertWeights) -> Activation:
 def _check_input_format(options: Options, w: ExpertWeights) -> None:
     if options.input_format is None:
         return
-    if options.input_format not in INPUT_FORMATS:
+    if not isinstance(options.input_format, str) or options.input_format not in INPUT_FORMATS:
         raise FormatError(unknown_name("input_format", options.input_format, INPUT_FORMATS))
+    block = INPUT_FORMATS[options.input_format]
     for name in ("hidden_size", "intermediate_size"):
         size: int = getattr(w, name)
-        if size % 16:
-            raise ShapeError(f"input_format='nvfp4' must have {name} divisible by 16, got {size}")
+        if size % block:
+            raise ShapeError(
+                f"input_format={options.input_format!r} must have {name} divisible by {block}, got {size}"
+            )
 
 
 def _check_experts(options: Options, w: ExpertWeights) -> None:

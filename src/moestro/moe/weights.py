@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import weakref
 from collections.abc import Iterator
 from typing import Any, Protocol, Self
 
@@ -16,10 +17,11 @@ import torch
 from moestro import formats
 from moestro.errors import DeviceError, DTypeError, FormatError, ShapeError
 from moestro.formats.base import CHECKPOINT, FormatTensor
+from moestro.formats.pieces import Picklable, from_picklable, to_picklable
 from moestro.kernels import backends
 from moestro.kernels.activations import Activation, resolve_activation
-from moestro.kernels.problem import MoeProblem
-from moestro.moe import flat
+from moestro.kernels.problem import MoeProblem, dense_dtype
+from moestro.moe import devices, flat
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 SIDE_TENSORS = (
@@ -65,10 +67,11 @@ class ExpertWeights:
     down_input_scale: torch.Tensor | None = None
     gate_up_pre_scale: torch.Tensor | None = None
     up_has_down_pre_scale: bool = False
-    # What follows is derived: the tensors for operators (see flat.py), and what fused_moe has bound to them.
+    # What follows is derived: the tensors for operators (see flat.py), and those that wanted a gradient when the
+    # weights were made from them.
     tensors: list[torch.Tensor] = dataclasses.field(init=False, repr=False)
     spec: str = dataclasses.field(init=False, repr=False)
-    operations: dict[Any, Any] = dataclasses.field(init=False, repr=False, default_factory=dict)
+    origins: tuple[tuple[str, weakref.ref[torch.Tensor]], ...] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("gate_up", "down"):
@@ -90,15 +93,31 @@ class ExpertWeights:
                 f"down must have gate_up's format and layout, {self.gate_up.format!r} in "
                 f"{self.gate_up.layout!r}, got {self.down.format!r} in {self.down.layout!r}"
             )
-        if _dense_dtype(self.gate_up) != _dense_dtype(self.down):
+        if dense_dtype(self.gate_up) != dense_dtype(self.down):
             raise DTypeError(
-                f"down must have gate_up's dtype {_dense_dtype(self.gate_up)}, got {_dense_dtype(self.down)}"
+                f"down must have gate_up's dtype {dense_dtype(self.gate_up)}, got {dense_dtype(self.down)}"
             )
         self._check_side_tensors(experts, rows, hidden)
         tensors, spec = flat.flatten(self)
         object.__setattr__(self, "tensors", tensors)
         object.__setattr__(self, "spec", spec)
         flat.remember(tensors, spec, self)
+        object.__setattr__(self, "origins", ())
+        for name, part in self._parts().items():
+            self._note(name, *(part.pieces if hasattr(part, "pieces") else (part,)))
+
+    def _note(self, name: str, *tensors: Any) -> None:
+        """Remember tensors that want a gradient."""
+        found = [(name, weakref.ref(t)) for t in tensors if isinstance(t, torch.Tensor) and t.requires_grad]
+        if found:
+            object.__setattr__(self, "origins", (*self.origins, *found))
+
+    def wanting_gradients(self) -> dict[str, torch.Tensor]:
+        """The tensors that these weights are, or were made from, and that want a gradient now, by what they are."""
+        if not self.origins:
+            return {}
+        held = ((name, reference()) for name, reference in self.origins)
+        return {name: t for name, t in held if t is not None and t.requires_grad}
 
     def _check_side_tensors(self, experts: int, rows: int, hidden: int) -> None:
         _check_side("gate_up_bias", self.gate_up_bias, [(experts, rows)], FLOATS)
@@ -144,10 +163,14 @@ class ExpertWeights:
             "down_input_scale": down_input_scale,
         }
         if backend is None:
-            return cls(quantize(gate_up.detach()), quantize(down.detach()), **side)
-        if len(gate_up) != len(down):
+            made = cls(quantize(gate_up.detach()), quantize(down.detach()), **side)
+        elif len(gate_up) != len(down):
             raise ShapeError(f"down must have the {len(gate_up)} experts of gate_up, got {list(down.shape)}")
-        return cls.from_experts(_Quantized(quantize, gate_up.detach(), down.detach()), backend, **side)
+        else:
+            made = cls.from_experts(_Quantized(quantize, gate_up.detach(), down.detach()), backend, **side)
+        made._note("gate_up", gate_up)
+        made._note("down", down)
+        return made
 
     @classmethod
     def from_experts(
@@ -176,21 +199,18 @@ class ExpertWeights:
         gate_up, down = first
         for name, value in (("gate_up", gate_up), ("down", down)):
             _check_format_tensor(name, value, dimensions=2)
-        problem = MoeProblem(
+        gated = gate_up.shape[0] == 2 * down.shape[1]
+        biases = (side.get("gate_up_bias"), side.get("down_bias"))
+        problem = dataclasses.replace(
+            MoeProblem.of(_OneExpert(gate_up, down, *biases), top_k=1, dtype=dtype),
             num_experts=len(experts),
             num_local_experts=len(experts),
-            expert_offset=0,
-            top_k=1,
-            hidden_size=down.shape[0],
-            intermediate_size=down.shape[1],
-            weight_format=gate_up.format,
-            activation=resolve_activation("silu" if gate_up.shape[0] == 2 * down.shape[1] else "relu2"),
-            dtype=dtype,
-            device=gate_up.device.type,
-            weight_dtype=_dense_dtype(gate_up),
-            biased=side.get("gate_up_bias") is not None or side.get("down_bias") is not None,
+            activation=resolve_activation("silu" if gated else "relu2"),
         )
-        made = backends.resolve(backend, problem)[0].prepare_each(problem, _exactly(len(experts), experts))
+        with devices.on(gate_up.device):
+            made = backends.resolve(backend, problem)[0].prepare_each(
+                problem, _exactly(len(experts), experts)
+            )
         if made is not None:
             return cls(*made, **side)
         whole = (type(first[i]).stack(parts) for i, parts in enumerate(zip(*experts, strict=True)))  # type: ignore[attr-defined]
@@ -209,7 +229,7 @@ class ExpertWeights:
     @property
     def dense_dtype(self) -> torch.dtype | None:
         """The dtype of unquantised weights (bf16, fp16, fp32); None for quantised ones."""
-        return _dense_dtype(self.gate_up)
+        return dense_dtype(self.gate_up)
 
     @property
     def num_experts(self) -> int:
@@ -260,6 +280,7 @@ class ExpertWeights:
         input_format: str | None = None,
         top_k: int = 1,
         dtype: torch.dtype = torch.bfloat16,
+        batch_invariant: bool = False,
         donate: bool = False,
     ) -> ExpertWeights:
         """The same weights in a backend's kernel layout (self if they are, or if it takes them as is).
@@ -268,26 +289,21 @@ class ExpertWeights:
         donate it: then its memory may become the result's, and it must not be used again.
         Raises BackendError for a backend that is unknown or cannot run them.
         """
-        problem = MoeProblem(
+        problem = MoeProblem.of(
+            self,
             num_experts=max(top_k, self.num_experts),
-            num_local_experts=self.num_experts,
-            expert_offset=0,
             top_k=top_k,
-            hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size,
-            weight_format=self.format,
             activation=resolve_activation(activation),
             input_format=input_format,
             dtype=dtype,
-            device=self.device.type,
-            weight_layout=self.layout,
-            weight_dtype=self.dense_dtype,
-            biased=self.biased,
+            deterministic=batch_invariant,
+            batch_invariant=batch_invariant,
         )
-        runner = backends.resolve(backend, problem)[0]
-        if self.layout != CHECKPOINT:
-            return self
-        gate_up, down = runner.prepare(problem, self, donate=donate)
+        with devices.on(self.device):
+            runner = backends.resolve(backend, problem)[0]
+            if self.layout != CHECKPOINT or not self.num_experts:
+                return self
+            gate_up, down = runner.prepare(problem, self, donate=donate)
         return self if gate_up is self.gate_up and down is self.down else self.with_tensors(gate_up, down)
 
     def scaled_input(self, x: Any) -> Any:
@@ -319,12 +335,13 @@ class ExpertWeights:
         return {name: value for name, value in fields if value is not None and not isinstance(value, bool)}
 
     def _replace(self, parts: dict[str, Any]) -> ExpertWeights:
-        return dataclasses.replace(self, **parts)
+        made = dataclasses.replace(self, **parts)
+        object.__setattr__(made, "origins", (*made.origins, *self.origins))
+        return made
 
     def __reduce__(self) -> Any:
-        """Copies and pickles are made of the parts; what operators have bound to them stays behind."""
-        flags = {"up_has_down_pre_scale": self.up_has_down_pre_scale}
-        return _restored, (type(self), {**self._parts(), **flags})
+        """Copies and pickles are made of the tensors, in the layout that they have."""
+        return _restored, ([to_picklable(tensor) for tensor in self.tensors], self.spec)
 
     def __repr__(self) -> str:
         sizes = f"num_experts={self.num_experts}, hidden_size={self.hidden_size}"
@@ -334,13 +351,21 @@ class ExpertWeights:
         )
 
 
-def _dense_dtype(tensor: FormatTensor) -> torch.dtype | None:
-    data = getattr(tensor, "data", None) if tensor.format == "bf16" else None
-    return data.dtype if isinstance(data, torch.Tensor) else None
+def _restored(tensors: list[Picklable], spec: str) -> ExpertWeights:
+    made: ExpertWeights = flat.unflatten([from_picklable(tensor) for tensor in tensors], spec)
+    return made
 
 
-def _restored(cls: type[ExpertWeights], parts: dict[str, Any]) -> ExpertWeights:
-    return cls(**parts)
+@dataclasses.dataclass(frozen=True)
+class _OneExpert:
+    """One expert's matrices, for what they say of all."""
+
+    gate_up: Any
+    down: Any
+    gate_up_bias: Any = None
+    down_bias: Any = None
+    gate_up_input_scale: Any = None
+    down_input_scale: Any = None
 
 
 class _Quantized:

@@ -6,7 +6,15 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from moestro.routing.distributions import Balanced, Dirichlet, Distribution, Uniform, Zipf, sample_weights
+from moestro.routing.distributions import (
+    Balanced,
+    Correlated,
+    Dirichlet,
+    Distribution,
+    Uniform,
+    Zipf,
+    sample_weights,
+)
 from moestro.routing.parse import parse
 from moestro.routing.recorded import Recorded
 from moestro.routing.recorded import record as _write
@@ -16,6 +24,7 @@ from moestro.routing.router import METHODS, route
 __all__ = [
     "METHODS",
     "Balanced",
+    "Correlated",
     "Dirichlet",
     "Distribution",
     "Recorded",

@@ -8,7 +8,6 @@ dequantised for that, a layer at a time, and give the gradients of x and of the 
 
 from __future__ import annotations
 
-import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -26,7 +25,6 @@ from moestro.moe.layer import FusedMoE
 KEY = "_moestro_key"
 
 _modules: weakref.WeakValueDictionary[str, torch.nn.Module] = weakref.WeakValueDictionary()
-_running = threading.RLock()  # layers share scratch memory: one call at a time
 
 
 def experts_forward(
@@ -66,7 +64,7 @@ def run(
 
 def _cut(layer: FusedMoE, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     size = layer.max_num_tokens
-    with _running, torch.no_grad():
+    with torch.no_grad():
         if len(x) <= size:
             return layer(x, ids, weights)  # type: ignore[no-any-return]
         cuts = [slice(at, at + size) for at in range(0, len(x), size)]

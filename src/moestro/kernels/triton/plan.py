@@ -11,7 +11,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moestro.kernels.activations import GeGLUTanh, SwiGLU
+from moestro.kernels.activations import form_of
 from moestro.kernels.problem import Experts, MoeProblem
 from moestro.kernels.scratch import Plan
 from moestro.kernels.triton import gluon_plan
@@ -363,8 +363,6 @@ def _tensors(weights: Any) -> tuple[tuple[torch.Tensor, ...], int]:
 
 
 def _activation(problem: MoeProblem) -> dict[str, Any]:
-    act = problem.activation
-    if isinstance(act, SwiGLU):
-        return {"ACT": device.SWIGLU.value, "ALPHA": act.alpha, "LIMIT": act.limit, "SHIFT": act.up_shift}
-    kind = device.GEGLU_TANH if isinstance(act, GeGLUTanh) else device.RELU2
-    return {"ACT": kind.value, "ALPHA": 1.0, "LIMIT": None, "SHIFT": 0.0}
+    form = form_of(problem.activation)
+    assert form is not None  # see TritonRunner.why_not
+    return {"ACT": int(form.code), "ALPHA": form.alpha, "LIMIT": form.limit, "SHIFT": form.up_shift}

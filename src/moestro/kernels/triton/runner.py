@@ -18,7 +18,8 @@ import torch
 from moestro.errors import BackendError
 from moestro.formats import NVFP4
 from moestro.formats.base import CHECKPOINT, FormatTensor
-from moestro.kernels.activations import GeGLUTanh, ReLU2, SwiGLU
+from moestro.kernels import activations
+from moestro.kernels.activations import Code
 from moestro.kernels.problem import Experts, MoeProblem, MoeRunner
 from moestro.kernels.scratch import carve, plan_bytes
 from moestro.kernels.triton import native, prune, tactics
@@ -27,6 +28,8 @@ from moestro.kernels.triton.device import common as device
 from moestro.kernels.triton.layout import LAYOUT, TritonNVFP4
 from moestro.kernels.triton.plan import Launch, Planner, scratch_plan
 from moestro.kernels.triton.tactics import Tactic
+
+ACTIVATIONS = frozenset({Code.SWIGLU, Code.GEGLU_TANH, Code.RELU2})  # of device/common.py
 
 
 class TritonRunner(MoeRunner):
@@ -48,8 +51,12 @@ class TritonRunner(MoeRunner):
             return f"it runs nvfp4 and bf16 weights, not {problem.weight_format!r}"
         if problem.weight_dtype not in (None, torch.bfloat16) or problem.dtype != torch.bfloat16:
             return f"it computes in bfloat16; x is {problem.dtype}, dense weights {problem.weight_dtype}"
-        if not isinstance(problem.activation, SwiGLU | GeGLUTanh | ReLU2):
-            return f"it has no kernel for the activation {problem.activation!r}"
+        if problem.input_format not in (None, "nvfp4"):
+            return f"it quantises activations to nvfp4 only, not to {problem.input_format!r}"
+        if problem.batch_invariant:
+            return "it has no batch-invariant tactics"
+        if reason := activations.why_not(problem.activation, ACTIVATIONS):
+            return reason
         if problem.intermediate_size % 8 or problem.hidden_size % 8:
             return "hidden and intermediate size must be multiples of 8"
         if problem.top_k > 64:
@@ -125,13 +132,16 @@ class TritonRunner(MoeRunner):
     def check_tactic(self, inputs: Sequence[Any], tactic: Any) -> None:
         self._resolve(tactic, inputs[1].shape[0])
 
-    def plan(self, inputs: Sequence[Any], tactic: Any = -1) -> list[Launch]:
+    def plan(
+        self, inputs: Sequence[Any], tactic: Any = -1, workspace: torch.Tensor | None = None
+    ) -> list[Launch]:
         """The launches of a call."""
         num_tokens = inputs[1].shape[0]
         if num_tokens == 0:
             return []
         resolved = self._resolve(tactic, num_tokens)
-        scratch = carve(self._scratch(num_tokens, resolved), self._workspace, inputs[0].device)
+        given = self._workspace if workspace is None else workspace
+        scratch = carve(self._scratch(num_tokens, resolved), given, inputs[0].device)
         scratch["done"] = self._done
         pdl = not device.INTERPRETED
         planner = native.NativePlanner if self._native else Planner
@@ -164,11 +174,17 @@ class TritonRunner(MoeRunner):
 
     @torch.no_grad()
     def forward(
-        self, inputs: Sequence[Any], tactic: Any = -1, do_preparation: bool = False, **kwargs: Any
+        self,
+        inputs: Sequence[Any],
+        tactic: Any = -1,
+        do_preparation: bool = False,
+        *,
+        workspace: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> torch.Tensor:
         out: torch.Tensor = inputs[3]
         if not do_preparation:
-            launches = self.plan(inputs, tactic)
+            launches = self.plan(inputs, tactic, workspace)
             try:
                 for launch in launches:
                     launch.run()

@@ -5,6 +5,10 @@ plain is an object with one key that says what it is: {"list": [...]}, {"dict": 
 [...]}, {"enum": "module:Class", "name": ...}, {"object": "module:Class", "fields": {...}} for dataclasses and
 named tuples, {"name": "module:qualname"} for functions and classes, and {"text": "torch.bfloat16", "type":
 ...} for dtypes and devices.
+
+A field added to a dataclass would change the JSON, and with it every key written before. One that is declared
+with `field(default=..., metadata=OMIT_DEFAULT)`, that is {"omit_default": True}, is left out while it has its
+default: keys written before it existed stay valid, and reading fills the default in.
 """
 
 from __future__ import annotations
@@ -20,7 +24,11 @@ from typing import Any
 
 from moestro.errors import TuningError
 
-__all__ = ["digest", "from_json", "to_json"]
+__all__ = ["OMIT_DEFAULT", "digest", "from_json", "to_json"]
+
+OMIT_DEFAULT = {
+    "omit_default": True
+}  # metadata of a dataclass field that is not written while at its default
 
 TEXT_TYPES = {
     "dtype",
@@ -46,9 +54,24 @@ def to_json(value: Any) -> Any:
     if isinstance(value, tuple | list | dict | set | frozenset):
         return _container(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        return {"object": _name(type(value)), "fields": {k: to_json(v) for k, v in fields.items()}}
+        fields = {f.name: to_json(getattr(value, f.name)) for f in _written_fields(value)}
+        return {"object": _name(type(value)), "fields": fields}
     return _opaque(value)
+
+
+def _written_fields(value: Any) -> list[dataclasses.Field[Any]]:
+    """The fields of a dataclass that are part of its JSON."""
+    return [
+        f
+        for f in dataclasses.fields(value)
+        if not (f.metadata.get("omit_default") and _at_default(f, getattr(value, f.name)))
+    ]
+
+
+def _at_default(field: dataclasses.Field[Any], value: Any) -> bool:
+    made = field.default_factory
+    default = made() if made is not dataclasses.MISSING else field.default
+    return type(value) is type(default) and bool(value == default)
 
 
 def _container(value: Any) -> Any:
