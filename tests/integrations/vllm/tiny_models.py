@@ -61,6 +61,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "qk_nope_head_dim": 32,
             "v_head_dim": 32,
             "head_dim": 32,
+            "topk_method": "noaux_tc",  # vLLM asks for it
         },
     ),
     "gptoss": (
@@ -80,6 +81,9 @@ def bf16(folder: Path, name: str, **changes: Any) -> Path:
     config = getattr(transformers, f"{family}Config")(**{**SIZES, **sizes, **changes})
     torch.manual_seed(0)
     model = getattr(transformers, f"{family}ForCausalLM")(config)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name.endswith(("_bias", "correction_bias")):  # Transformers makes them zero
+            torch.nn.init.normal_(tensor.data, std=0.1)
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder
 

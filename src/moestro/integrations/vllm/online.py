@@ -24,11 +24,10 @@ KIND = dataclasses.replace(
 
 def install(settings: Settings) -> None:
     """Make the name known to vLLM; a second call changes nothing."""
-    quantization = importlib.import_module(kinds.QUANTIZATION)
-    if NAME in quantization.QUANTIZATION_METHODS:
-        return
     try:
-        quantization.register_quantization_config(NAME)(_config(settings))
+        quantization = importlib.import_module(kinds.QUANTIZATION)
+        if NAME not in quantization.QUANTIZATION_METHODS:
+            quantization.register_quantization_config(NAME)(_config(settings))
     except (ImportError, AttributeError) as error:
         log.info(f"quantization={NAME!r} is not there: this vLLM lacks what it needs ({error})")
 
