@@ -55,12 +55,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "DeepseekV3",
         {
             **DEEPSEEK,
-            "kv_lora_rank": 32,
+            "kv_lora_rank": 512,  # vLLM's MLA on CPUs takes 512 + 64 alone
             "q_lora_rank": 32,
-            "qk_rope_head_dim": 32,
+            "qk_rope_head_dim": 64,
             "qk_nope_head_dim": 32,
             "v_head_dim": 32,
-            "head_dim": 32,
+            "head_dim": 64,
             "topk_method": "noaux_tc",  # vLLM asks for it
         },
     ),

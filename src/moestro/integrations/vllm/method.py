@@ -21,6 +21,7 @@ from moestro.moe.weights import ExpertWeights
 from moestro.moe.workspace import Workspace
 
 FP4_UNITS = (10, 0)  # the compute capability from which tensor cores multiply FP4
+DONE = "_already_called_process_weights_after_loading"  # vLLM's: layers that it loads one by one are asked twice
 _workspaces: dict[torch.device, Workspace] = {}
 
 
@@ -50,6 +51,15 @@ class MoestroMethod:
     def supports_eplb(self) -> bool:
         return False
 
+    @property
+    def skip_forward_padding(self) -> bool:
+        """There is nothing to pad."""
+        return False
+
+    @property
+    def has_unpadded_output(self) -> bool:
+        return False
+
     def maybe_roundup_sizes(self, hidden_size: int, inter: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Sizes stay as they are."""
         return hidden_size, inter
@@ -65,6 +75,8 @@ class MoestroMethod:
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Repack, once and at every reload. BackendError for a reload under CUDA graphs, which keep addresses."""
+        if getattr(layer, DONE, False):
+            return
         if layer.apply_router_weight_on_input and self.moe.experts_per_token != 1:
             raise RoutingError(
                 f"{layer.layer_name}: router weights on the input must come with top_k 1, "
@@ -79,6 +91,7 @@ class MoestroMethod:
         self.experts = None  # the memory of the old ones is the new ones'
         self.experts = self._make(layer)
         freed = repack.release(layer)
+        setattr(layer, DONE, True)
         if not again:
             log.LOGGER.debug("moestro: %s: %d bytes of parameters repacked", layer.layer_name, freed)
             tuning.prepare(self.experts, self.moe, self.settings)
