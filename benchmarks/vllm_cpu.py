@@ -5,7 +5,7 @@ have Qwen3-30B-A3B's shape (E 128, K 8, H 2048, I 768; attention as there; a voc
     python benchmarks/vllm_cpu.py run DIR --json benchmarks/results/vllm_cpu.json
 
 Needs vLLM beside Moestro (docs/vllm.md). Each contender is a process of its own, one after the other, eager.
-Decode: from the second to the last of 49 tokens of prompts with 16, greedy. Prefill: prompts of that many tokens,
+Decode: from the second to the last of 41 tokens of prompts with 16, greedy. Prefill: prompts of that many tokens,
 no prefix cache. Medians over repeats. Memory: resident before the engine, with weights loaded, and the peak.
 """
 
@@ -46,7 +46,7 @@ SIZES = {
     "max_position_embeddings": 4096,
     "tie_word_embeddings": False,
 }
-BATCHES, PREFILLS, DECODED, REPEATS = (1, 8, 32), (128, 2048), 48, 3
+BATCHES, PREFILLS, DECODED, REPEATS = (1, 16), (128, 2048), 40, 3
 
 
 def make_models(root: Path) -> None:

@@ -16,6 +16,8 @@ PROMPTS = [[3 + 7 * i % 500 for i in range(n)] for n in (5, 12, 33)] + [[11, 400
 
 
 def main(model: str, options: dict[str, Any]) -> None:
+    if ranks := options.get("tensor_parallel_size"):  # a core each: this machine has one memory node for all
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, range(ranks))))
     from vllm import LLM, SamplingParams
 
     tokens = options.pop("tokens", 24)

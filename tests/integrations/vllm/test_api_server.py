@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from conftest import NO_VLLM, vllm_is_there
+from vllm_runs import NO_VLLM, vllm_is_there
 
 if not vllm_is_there():
     pytest.skip(NO_VLLM, allow_module_level=True)

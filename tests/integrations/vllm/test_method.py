@@ -24,7 +24,6 @@ from moestro.integrations.vllm import execute, hooks, kinds, log
 from moestro.integrations.vllm.settings import Settings
 from moestro.kernels.activations import SwiGLU
 
-BY_CLASS = {kind.method: kind for kind in kinds.KINDS}
 TOLERANCE = 2e-2  # of the largest value: x and the result are bf16
 
 
@@ -38,7 +37,7 @@ def make_layer(
 ) -> RoutedExperts:
     """A layer of vLLM's method class `name` with the plugin installed, loaded and processed."""
     cls = getattr(method_classes(), name)
-    hooks.install(cls, BY_CLASS[cls.__name__], settings or Settings())
+    hooks.install(cls, kinds.KINDS[cls.__name__], settings or Settings())
     made = RoutedExperts(cls(quant_config(), moe) if name == "nvfp4" else cls(moe), **layer)
     load(made, **tensors)
     made.quant_method.process_weights_after_loading(made)
@@ -225,7 +224,7 @@ def test_w4a4_is_quantised_when_asked_for_with_the_calibrated_scales() -> None:
     dense = Dense.random(moe)
     scales = {"w13_input_scale": torch.full((4, 2), 2e-3), "w2_input_scale": torch.full((4,), 1e-3)}
     cls = method_classes().nvfp4
-    hooks.install(cls, BY_CLASS[cls.__name__], Settings(quantize_input=True))
+    hooks.install(cls, kinds.KINDS[cls.__name__], Settings(quantize_input=True))
     layer = RoutedExperts(cls(quant_config("NVFP4"), moe))
     load(layer, **dense.nvfp4(), **scales)
     layer.quant_method.process_weights_after_loading(layer)
@@ -243,7 +242,7 @@ def test_w4a4_is_quantised_when_asked_for_with_the_calibrated_scales() -> None:
 
 def test_w4a4_stays_in_16_bits_on_a_cpu_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     cls = method_classes().nvfp4
-    hooks.install(cls, BY_CLASS[cls.__name__], Settings())
+    hooks.install(cls, kinds.KINDS[cls.__name__], Settings())
     layer = RoutedExperts(cls(quant_config("NVFP4"), Config()))
     load(layer, **Dense.random(Config()).nvfp4())
     with caplog.at_level("INFO", logger="vllm.moestro"):
@@ -307,13 +306,21 @@ def test_a_reload_under_cuda_graphs_says_no(monkeypatch: pytest.MonkeyPatch) -> 
     moe = Config()
     layer = make_layer(moe, "nvfp4", Dense.random(moe).nvfp4())
     monkeypatch.setattr(type(layer.quant_method), "_graphs", lambda self: True)
+    again = RoutedExperts(layer.quant_method)
     with pytest.raises(BackendError, match="must not be reloaded where CUDA graphs"):
-        layer.quant_method.process_weights_after_loading(layer)
+        layer.quant_method.process_weights_after_loading(again)
+
+
+def test_a_layer_that_vllm_asks_twice_for_is_packed_once() -> None:
+    layer = make_layer(Config(), "nvfp4", Dense.random(Config()).nvfp4())
+    made = layer.quant_method.experts
+    layer.quant_method.process_weights_after_loading(layer)
+    assert layer.quant_method.experts is made
 
 
 def test_a_call_before_loading_is_an_error() -> None:
     cls = method_classes().nvfp4
-    hooks.install(cls, BY_CLASS[cls.__name__], Settings())
+    hooks.install(cls, kinds.KINDS[cls.__name__], Settings())
     layer = RoutedExperts(cls(quant_config(), Config()))
     with pytest.raises(BackendError, match="must be loaded and processed"):
         call(layer, *inputs(Config(), 2))
@@ -324,7 +331,7 @@ def test_dense_experts_are_quantised_at_load_where_that_is_asked_for() -> None:
     dense = Dense.random(moe)
     gate_up, down = torch.cat([dense.gate, dense.up], 1).bfloat16(), dense.down.bfloat16()
     cls = method_classes().bf16
-    ours = hooks.subclass(cls, BY_CLASS[cls.__name__], Settings())
+    ours = hooks.subclass(cls, kinds.KINDS[cls.__name__], Settings())
     ours.quantize_to = "nvfp4"  # type: ignore[attr-defined]
     layer = RoutedExperts(ours(moe))
     load(layer, w13_weight=gate_up, w2_weight=down)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +25,10 @@ from stand_ins import (
 )
 
 from moestro.errors import MoestroError, StoreWarning
-from moestro.integrations.vllm import hooks, kinds, log, plugin, refusals, tuning
+from moestro.integrations.vllm import hooks, imports, kinds, log, plugin, refusals, tuning
 from moestro.integrations.vllm.settings import NAMES, Settings
 from moestro.kernels.cpu import core
 from moestro.moe.layer import FusedMoE
-
-BY_CLASS = {kind.method: kind for kind in kinds.KINDS}
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +38,7 @@ def _fresh_log() -> None:
 
 def hooked(name: str, settings: Settings | None = None) -> type:
     cls: type = getattr(method_classes(), name)
-    hooks.install(cls, BY_CLASS[cls.__name__], settings or Settings())
+    hooks.install(cls, kinds.KINDS[cls.__name__], settings or Settings())
     return cls
 
 
@@ -100,9 +101,9 @@ def test_a_subclass_of_vllms_class_is_left_alone() -> None:
 def test_installing_twice_changes_nothing() -> None:
     cls = method_classes().bf16
     for settings in (Settings(), Settings(kinds=frozenset())):
-        hooks.install(cls, BY_CLASS[cls.__name__], settings)
+        hooks.install(cls, kinds.KINDS[cls.__name__], settings)
         made = cls.__new__
-    hooks.install(cls, BY_CLASS[cls.__name__], Settings())
+    hooks.install(cls, kinds.KINDS[cls.__name__], Settings())
     assert cls.__new__ is made
     assert type(cls(Config())) is not cls
 
@@ -121,8 +122,6 @@ def test_bf16_experts_in_float32_are_left_since_vllm_has_its_own() -> None:
 
 def test_batch_invariance_is_kept_or_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm.envs", type("envs", (), {"VLLM_BATCH_INVARIANT": True}))
-    import inspect
-
     able = "batch_invariant" in inspect.signature(FusedMoE).parameters
     assert (refusals._invariance(Config()) is None) == able
 
@@ -166,13 +165,40 @@ def test_a_setting_that_means_nothing_turns_the_plugin_off(
     assert "MOESTRO_VLLM_TUNE_S must be a number of seconds of at least 0, got 'soon'" in caplog.text
 
 
-def test_a_vllm_without_the_classes_is_left_with_a_line_each(
+def test_a_vllm_without_the_class_is_left_with_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING", logger="vllm.moestro"):
+        plugin._hook(types.ModuleType("vllm.old"), "Fp8MoEMethod", Settings())
+    assert "Fp8MoEMethod's experts are left to vLLM: AttributeError" in caplog.text
+
+
+def test_no_vllm_at_all_is_one_line(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     with caplog.at_level("INFO", logger="vllm.moestro"):
         plugin.install()
-    assert "ModelOptNvFp4FusedMoE are left to vLLM: it has none here" in caplog.text
+        plugin.install()
+    assert [r.getMessage().partition(":")[0] for r in caplog.records] == ["moestro"]
+    assert "quantization='moestro_nvfp4' is not there" in caplog.text
+
+
+def test_a_module_is_hooked_when_it_is_imported_and_not_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "waited_for.py").write_text("VALUE = 3")
+    monkeypatch.syspath_prepend(tmp_path)
+    seen: list[tuple[str, int]] = []
+    for _ in range(2):
+        imports.when_imported("waited_for", lambda module: seen.append((module.__name__, module.VALUE)))
+    assert (seen, "waited_for" in sys.modules) == ([], False)
+    module = importlib.import_module("waited_for")
+    assert seen == [("waited_for", 3)] * 2
+    assert module.__spec__ is not None
+    assert module.__spec__.origin == str(tmp_path / "waited_for.py")
+    assert type(module.__spec__.loader).__name__ == "SourceFileLoader"
+    imports.when_imported("waited_for", lambda module: seen.append(("now", module.VALUE)))
+    assert seen[-1] == ("now", 3)
+    assert importlib.reload(module).VALUE == 3
 
 
 @pytest.mark.filterwarnings("default::moestro.errors.StoreWarning")

@@ -13,8 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from conftest import NO_VLLM, Run, Said, run_vllm, vllm_is_there
+from vllm_runs import NO_VLLM, Run, Said, run_vllm, vllm_is_there
 
 if not vllm_is_there():
     pytest.skip(NO_VLLM, allow_module_level=True)

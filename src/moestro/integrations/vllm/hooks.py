@@ -40,7 +40,7 @@ def install(original: type, kind: Kind, settings: Settings) -> None:
             reason = why_not(kind, settings, args, kwargs)
             if reason is None:
                 return _bare(ours)
-            log.info(f"{kind.name} experts are left to vLLM: {reason}")
+            log.info(f"{kind.format} experts are left to vLLM: {reason}")
         return _bare(cls) if make is object.__new__ else make(cls, *args, **kwargs)
 
     original.__new__ = staticmethod(choose)  # type: ignore[assignment]

@@ -8,6 +8,7 @@ of this rank's L experts and its share I of the intermediate size. Nothing here 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +17,6 @@ import torch
 
 from moestro.errors import ShapeError
 from moestro.formats import BF16, MXFP4, NVFP4, FormatTensor, FP8Block
-
-QUANTIZATION = "vllm.model_executor.layers.quantization"
-COMPRESSED = f"{QUANTIZATION}.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w4a4_nvfp4"
-FUSED_MOE = "vllm.model_executor.layers.fused_moe"
 
 
 @dataclass(frozen=True)
@@ -44,16 +41,13 @@ def _moe(moe: Any, *args: Any, **kwargs: Any) -> Any:
 class Kind:
     """One of vLLM's method classes.
 
-    name: what MOESTRO_VLLM calls it. module, method: where it is. format: ours, of its weights. block: columns
+    format: of its weights, which is also what MOESTRO_VLLM calls it. block: columns
     that share a scale. parts: the loaded tensors of (method, layer). moe_of: the FusedMoEConfig among the
     constructor's arguments. set_up: the attributes that its create_weights reads, from those arguments.
     required, calibrated: scales that every expert must have, and may have. quantizes_input: whether the
     checkpoint means activations to be quantised. vllm_runs: vLLM has kernels for it on every device.
     """
 
-    name: str
-    module: str
-    method: str
     format: str
     block: int
     parts: Callable[[Any, Any], Parts]
@@ -69,7 +63,7 @@ class Kind:
         """ShapeError unless H and this rank's I are whole blocks."""
         for name, size in (("hidden size", hidden), ("intermediate size per rank", inter)):
             if size % self.block:
-                raise ShapeError(f"{name} must be divisible by {self.block} for {self.name}, got {size}")
+                raise ShapeError(f"{name} must be divisible by {self.block} for {self.format}, got {size}")
 
 
 # --- NVFP4 -----------------------------------------------------------------------------------------------
@@ -153,11 +147,8 @@ def _fp8_parts(method: Any, layer: Any) -> Parts:
     )
 
 
-KINDS = (
-    Kind(
-        "nvfp4",
-        f"{QUANTIZATION}.modelopt",
-        "ModelOptNvFp4FusedMoE",
+KINDS = {  # by vLLM's method class; settings.CLASSES says where that is
+    "ModelOptNvFp4FusedMoE": Kind(
         "nvfp4",
         NVFP4.block,
         _modelopt_parts,
@@ -169,10 +160,7 @@ KINDS = (
         quantizes_input=lambda method: not method.use_a16,
         vllm_runs=False,
     ),
-    Kind(
-        "nvfp4",
-        COMPRESSED,
-        "CompressedTensorsW4A4Nvfp4MoEMethod",
+    "CompressedTensorsW4A4Nvfp4MoEMethod": Kind(
         "nvfp4",
         NVFP4.block,
         _compressed_parts,
@@ -187,28 +175,19 @@ KINDS = (
         quantizes_input=lambda method: not method.use_a16,
         vllm_runs=False,
     ),
-    Kind(
-        "bf16",
-        f"{FUSED_MOE}.unquantized_fused_moe_method",
-        "UnquantizedFusedMoEMethod",
+    "UnquantizedFusedMoEMethod": Kind(
         "bf16",
         1,
         _dense_parts,
     ),
-    Kind(
-        "mxfp4",
-        f"{QUANTIZATION}.mxfp4",
-        "GptOssMxfp4MoEMethod",
+    "GptOssMxfp4MoEMethod": Kind(
         "mxfp4",
         MXFP4.block,
         _mxfp4_parts,
         set_up=_mxfp4_set_up,
         required=("w13_weight_scale", "w2_weight_scale"),
     ),
-    Kind(
-        "fp8_block",
-        f"{QUANTIZATION}.fp8",
-        "Fp8MoEMethod",
+    "Fp8MoEMethod": Kind(
         "fp8_block",
         128,
         _fp8_parts,
@@ -217,4 +196,9 @@ KINDS = (
         why_not=_fp8_why_not,
         required=("w13_weight_scale_inv", "w2_weight_scale_inv"),
     ),
+}
+
+# bf16 experts that are quantised when they have been loaded
+AT_LOAD = dataclasses.replace(
+    KINDS["UnquantizedFusedMoEMethod"], format="nvfp4", block=NVFP4.block, vllm_runs=False
 )

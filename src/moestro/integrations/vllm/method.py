@@ -21,7 +21,9 @@ from moestro.moe.weights import ExpertWeights
 from moestro.moe.workspace import Workspace
 
 FP4_UNITS = (10, 0)  # the compute capability from which tensor cores multiply FP4
-DONE = "_already_called_process_weights_after_loading"  # vLLM's: layers that it loads one by one are asked twice
+DONE = (
+    "_already_called_process_weights_after_loading"  # vLLM's: layers that it loads one by one are asked twice
+)
 _workspaces: dict[torch.device, Workspace] = {}
 
 
@@ -95,7 +97,7 @@ class MoestroMethod:
         if not again:
             log.LOGGER.debug("moestro: %s: %d bytes of parameters repacked", layer.layer_name, freed)
             tuning.prepare(self.experts, self.moe, self.settings)
-            tuning.report(self.experts, self.kind.name if self.quantize_to is None else self.quantize_to)
+            tuning.report(self.experts, self.kind.format)
 
     def _make(self, layer: Any) -> FusedMoE:
         input_format = self._input_format()

@@ -1,15 +1,19 @@
-"""What the entry point does: look at the environment, then put our method classes in place."""
+"""What the entry point does: look at the environment, then put our method classes in place as vLLM imports its own."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
+import types
 
 from moestro.errors import MoestroError
 from moestro.integrations.vllm import log
-from moestro.integrations.vllm.settings import Settings
+from moestro.integrations.vllm.imports import when_imported
+from moestro.integrations.vllm.settings import CLASSES, Settings
 
 TORCH = (2, 11)  # the oldest torch that moestro's operators run on
+_installed: set[str] = set()
 
 
 def install() -> None:
@@ -24,19 +28,22 @@ def install() -> None:
     if reason := wrong_torch():
         log.warning(f"the plugin is off: {reason}")
         return
-    hooks = importlib.import_module("moestro.integrations.vllm.hooks")
-    kinds = importlib.import_module("moestro.integrations.vllm.kinds")
-    for kind in kinds.KINDS:
-        if kind.name not in settings.kinds:
-            continue
-        try:
-            original = getattr(importlib.import_module(kind.module), kind.method)
-        except (ImportError, AttributeError) as error:
-            log.info(f"{kind.name} experts of {kind.method} are left to vLLM: it has none here ({error})")
-            continue
-        hooks.install(original, kind, settings)
+    for name, kind in CLASSES.items():
+        if kind in settings.kinds and name not in _installed:
+            _installed.add(name)
+            module, _, method = name.rpartition(".")
+            when_imported(module, functools.partial(_hook, method=method, settings=settings))
     if "nvfp4" in settings.kinds:
         importlib.import_module("moestro.integrations.vllm.online").install(settings)
+
+
+def _hook(module: types.ModuleType, method: str, settings: Settings) -> None:
+    try:
+        hooks = importlib.import_module("moestro.integrations.vllm.hooks")
+        kinds = importlib.import_module("moestro.integrations.vllm.kinds")
+        hooks.install(getattr(module, method), kinds.KINDS[method], settings)
+    except Exception as error:  # an import of vLLM's must not fail for us
+        log.warning(f"{method}'s experts are left to vLLM: {type(error).__name__}: {error}")
 
 
 def wrong_torch() -> str | None:

@@ -26,7 +26,7 @@ EXCHANGES = ("allgather_reducescatter", "naive")
 
 def why_not(kind: Kind, settings: Settings, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
     """Why the layer that vLLM makes with these arguments stays vLLM's; None if we serve it."""
-    if kind.name not in settings.kinds:
+    if kind.format not in settings.kinds:
         return f"MOESTRO_VLLM={os.environ.get('MOESTRO_VLLM', '1')} does not name them"
     moe = kind.moe_of(*args, **kwargs)
     checks: tuple[Callable[[Any], str | None], ...] = (_features, _exchange, _numbers, _invariance)
@@ -96,7 +96,7 @@ def _backend(moe: Any, kind: Kind, settings: Settings) -> str | None:
     if not able or kind.vllm_runs:
         return f"no kernel of ours runs them ({device}: {reasons[device]})"
     log.warning(
-        f"{kind.name} experts run on the portable backend, which is slow: {device}: {reasons[device]}"
+        f"{kind.format} experts run on the portable backend, which is slow: {device}: {reasons[device]}"
     )
     return None
 

@@ -1,6 +1,6 @@
 """What the environment says to the plugin.
 
-MOESTRO_VLLM        1 (default), 0, or the kinds of experts to serve: "nvfp4,bf16" (kinds.NAMES has all)
+MOESTRO_VLLM        1 (default), 0, or the kinds of experts to serve: "nvfp4,bf16" (NAMES has all)
 MOESTRO_VLLM_W4A4   1 or 0: quantise activations of W4A4 checkpoints, or keep them in 16 bits; by default where
                     the device multiplies FP4
 MOESTRO_VLLM_TUNE_S seconds of tuning before serving, in each process, for what no store or bundle knows; 0
@@ -15,7 +15,17 @@ from dataclasses import dataclass
 
 from moestro.errors import MoestroError, unknown_name
 
-NAMES = ("nvfp4", "bf16", "mxfp4", "fp8_block")
+QUANTIZATION = "vllm.model_executor.layers.quantization"
+FUSED_MOE = "vllm.model_executor.layers.fused_moe"
+COMPRESSED = f"{QUANTIZATION}.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w4a4_nvfp4"
+CLASSES = {  # vLLM's method classes -> the kind of their experts
+    f"{QUANTIZATION}.modelopt.ModelOptNvFp4FusedMoE": "nvfp4",
+    f"{COMPRESSED}.CompressedTensorsW4A4Nvfp4MoEMethod": "nvfp4",
+    f"{FUSED_MOE}.unquantized_fused_moe_method.UnquantizedFusedMoEMethod": "bf16",
+    f"{QUANTIZATION}.mxfp4.GptOssMxfp4MoEMethod": "mxfp4",
+    f"{QUANTIZATION}.fp8.Fp8MoEMethod": "fp8_block",
+}
+NAMES = tuple(dict.fromkeys(CLASSES.values()))
 
 
 @dataclass(frozen=True)
