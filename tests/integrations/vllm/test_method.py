@@ -20,6 +20,7 @@ from stand_ins import (
 
 import moestro
 from moestro.errors import BackendError, FormatError, RoutingError
+from moestro.formats import NVFP4
 from moestro.integrations.vllm import execute, hooks, kinds, log
 from moestro.integrations.vllm.settings import Settings
 from moestro.kernels.activations import SwiGLU
@@ -249,6 +250,19 @@ def test_w4a4_stays_in_16_bits_on_a_cpu_and_says_so(caplog: pytest.LogCaptureFix
         layer.quant_method.process_weights_after_loading(layer)
     assert layer.quant_method.experts.options.input_format is None
     assert "activations of this W4A4 checkpoint stay in torch.bfloat16" in caplog.text
+
+
+def test_negative_block_scales_as_of_dummy_weights_keep_their_values() -> None:
+    moe = Config()
+    dense = Dense.random(moe)
+    tensors = dense.nvfp4()
+    tensors["w13_weight_scale"].view(torch.uint8)[1, ::3, 1] |= 0x80
+    gate_up = NVFP4(
+        tensors["w13_weight"], tensors["w13_weight_scale"], tensors["w13_weight_scale_2"]
+    ).dequantize()
+    x, weights, ids = inputs(moe, 9)
+    expected = truth((gate_up, dense.nvfp4_values()[1]), x, weights, ids)
+    assert_near(expected, call(make_layer(moe, "nvfp4", tensors), x, weights, ids))
 
 
 # --- weights ---------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from moestro.errors import FormatError
-from moestro.formats import BF16, FormatTensor
+from moestro.formats import BF16, NVFP4, FormatTensor
 from moestro.integrations.vllm import log
 from moestro.integrations.vllm.activation import INTERLEAVED
 from moestro.integrations.vllm.kinds import Kind, Parts
@@ -58,6 +58,9 @@ def expert_weights(kind: Kind, method: Any, layer: Any, input_format: str | None
     if layer.activation.value == INTERLEAVED:
         for rows in (*_pieces(parts.gate_up), *([] if gate_up_bias is None else [gate_up_bias])):
             halves_first(rows)
+    for tensor in (parts.gate_up, parts.down):
+        if isinstance(tensor, NVFP4):
+            signs_to_codes(tensor)
     scales = _input_scales(parts, layer) if input_format == "nvfp4" else (None, None)
     return ExpertWeights(
         parts.gate_up,
@@ -98,6 +101,18 @@ def halves_first(rows: torch.Tensor) -> None:
     for one in rows:
         ordered = torch.cat([one[0::2], one[1::2]])
         one.copy_(ordered)
+
+
+def signs_to_codes(tensor: NVFP4) -> None:
+    """Move the signs of block scales to the blocks' codes, in place: the same values, as kernels take them.
+
+    No checkpoint has negative scales, but vLLM's load_format="dummy" does.
+    """
+    for packed, scale in zip(tensor.packed, tensor.scale.view(torch.uint8), strict=True):
+        negative = scale >= 0x80
+        if bool(negative.any()):
+            packed ^= negative.to(torch.uint8).mul_(0x88).repeat_interleave(NVFP4.block // 2, dim=-1)
+            scale &= 0x7F
 
 
 def _pieces(tensor: FormatTensor) -> Iterator[torch.Tensor]:
