@@ -20,7 +20,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile -rs
 
 # vLLM brings a torch, a Transformers and a Triton of its own; its torchvision, torchaudio and torchcodec are for another torch.
 VLLM := .venv-vllm

@@ -112,7 +112,7 @@ class MoestroMethod:
         assert not isinstance(activation, str)
         parallel = self.moe.moe_parallel_config
         options: dict[str, Any] = {"batch_invariant": True} if wants_batch_invariance() else {}
-        layer = FusedMoE(
+        return FusedMoE(
             w,
             self.moe.experts_per_token,
             max_num_tokens=self.moe.max_num_tokens * parallel.dp_size * parallel.pcp_size,
@@ -126,8 +126,6 @@ class MoestroMethod:
             donate=True,
             **options,
         )
-        layer._outputs.clear()  # a layer for graphs reserves an output; execute.run() brings its own to each call
-        return layer
 
     def _graphs(self) -> bool:
         device: str = torch.device(self.moe.device).type

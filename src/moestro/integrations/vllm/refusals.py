@@ -68,7 +68,7 @@ def _numbers(moe: Any) -> str | None:
 
 
 def _invariance(moe: Any) -> str | None:
-    if wants_batch_invariance() and "batch_invariant" not in inspect.signature(FusedMoE).parameters:
+    if wants_batch_invariance() and not has_batch_invariance():
         return "VLLM_BATCH_INVARIANT asks for rows that do not depend on the batch, which this version lacks"
     return None
 
@@ -80,6 +80,11 @@ def wants_batch_invariance() -> bool:
     except ImportError:
         return False
     return bool(getattr(envs, "VLLM_BATCH_INVARIANT", False))
+
+
+def has_batch_invariance() -> bool:
+    """Whether this version's layers can give such rows."""
+    return "batch_invariant" in inspect.signature(FusedMoE).parameters
 
 
 def _backend(moe: Any, kind: Kind, settings: Settings) -> str | None:
@@ -106,6 +111,7 @@ def problem_of(moe: Any, kind: Kind) -> MoeProblem:
     kind.check_sizes(moe.hidden_dim, moe.intermediate_size_per_partition)
     activation = activation_of(moe)
     assert not isinstance(activation, str)
+    invariant: dict[str, Any] = {"batch_invariant": True} if wants_batch_invariance() else {}
     return MoeProblem(
         num_experts=moe.num_experts,
         num_local_experts=moe.num_local_experts,
@@ -119,4 +125,5 @@ def problem_of(moe: Any, kind: Kind) -> MoeProblem:
         device=torch.device(moe.device).type,
         weight_dtype=moe.in_dtype if kind.format == "bf16" else None,
         biased=moe.has_bias,
+        **invariant,
     )
