@@ -222,5 +222,7 @@ def _fp8_default(p: MoeProblem, num_tokens: int) -> Tactic:
     pairs = num_tokens * p.top_k
     per_expert = pairs / min(p.num_experts, pairs)
     if p.weight_format == "fp8_block":
-        return fp8_once.LARGE  # of 16 and of 64 tokens, too: half of its tile is empty there, and it reads faster
+        return (
+            fp8_once.LARGE
+        )  # of 16 and of 64 tokens, too: half of its tile is empty there, and it reads faster
     return next(t for most, t in FP8_DEFAULTS if per_expert <= most)
