@@ -119,9 +119,11 @@ def test_activations(name: str, act: Activation) -> None:
         assert error(runner, plain, inputs, TACTICS[name]) < TOLERANCE
 
 
+@pytest.mark.parametrize("invariant", [False, True], ids=["", "batch-invariant"])
 @pytest.mark.parametrize("num_tokens", [1, 2, 33])
-def test_the_default_tactic(num_tokens: int) -> None:
-    runner, plain = make((4, 2, 128, 64), "nvfp4")
+def test_the_default_tactic(num_tokens: int, invariant: bool) -> None:
+    runner, plain = make((4, 2, 128, 64), "nvfp4", biases=invariant)
+    runner.problem = replace(runner.problem, batch_invariant=invariant)
     assert error(runner, plain, inputs_of(runner, num_tokens), -1) < TOLERANCE
 
 
@@ -179,6 +181,19 @@ def test_many_pairs_are_sorted_in_chunks(monkeypatch: pytest.MonkeyPatch) -> Non
     assert error(runner, plain, inputs, TACTICS["sorted"]) < TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["sorted", "dequantized"])
+def test_batch_invariant_results_of_pairs_are_rounded_alike_whatever_their_number(name: str) -> None:
+    """And the routing weights are applied where pairs are summed: by every path."""
+    runner, plain = make((4, 2, 144, 80), "nvfp4", biases=True)
+    runner.problem = replace(runner.problem, batch_invariant=True)
+    tactic = replace(TACTICS[name], gemm2=Tile(64, 1, 4, 2))
+    for n in (2, 40):
+        last = runner.plan(inputs_of(runner, n), tactic)[-1]
+        assert last.args[0].dtype == torch.bfloat16
+        assert last.args[2] is not None
+        assert error(runner, plain, inputs_of(runner, n), tactic) < TOLERANCE
+
+
 def test_sums_in_a_fixed_order_repeat_bit_for_bit() -> None:
     runner, _ = make((4, 2, 128, 64), "nvfp4", deterministic=True)
     inputs = inputs_of(runner, 21)
@@ -194,10 +209,11 @@ def test_the_order_of_pairs_does_not_change_the_sums() -> None:
     assert torch.equal(first, runner.forward(swapped, TACTICS["sorted"]).flip(0))
 
 
+@pytest.mark.parametrize("fmt", ["nvfp4", "mxfp4"])
 @pytest.mark.parametrize("scales", ["dynamic", "calibrated", "per expert"])
-def test_w4a4_numerics(scales: str) -> None:
+def test_w4a4_numerics(scales: str, fmt: str) -> None:
     """x and the intermediate through NVFP4, as quantised and dequantised in float32."""
-    runner, plain = make((4, 2, 144, 80), "nvfp4", input_format="nvfp4")
+    runner, plain = make(SIZES.get(fmt, (4, 2, 144, 80)), fmt, input_format="nvfp4")
     for experts in (plain, runner._experts):
         if scales != "dynamic":
             shape = () if scales == "calibrated" else (4,)

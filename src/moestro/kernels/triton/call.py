@@ -18,7 +18,7 @@ from moestro.kernels.activations import form_of
 from moestro.kernels.problem import Experts, MoeProblem
 from moestro.kernels.scratch import Plan
 from moestro.kernels.triton.device import chain, common, decode, quantize, sort
-from moestro.kernels.triton.device.arguments import Product, Routing, Rows, Size, Weights
+from moestro.kernels.triton.device.arguments import Both, Product, Routing, Rows, Size, Weights
 from moestro.kernels.triton.device.sum_pairs import sum_pairs
 from moestro.kernels.triton.layout import Packed
 from moestro.kernels.triton.tactic import Tactic, gated, num_slots, sizes
@@ -148,7 +148,7 @@ class Call:
         if chunks > 1:
             self.add(sort.count, (chunks,), self.ids, s["counts"], self.pairs, **meta)
         (first, stride1), (second, stride2) = self._table(1), self._table(2)
-        args = (self.ids, s["counts"], s["cursors"], s["sorted_pairs"], (first, second), stride1, stride2)
+        args = (self.ids, s["counts"], s["cursors"], s["sorted_pairs"], Both(first, second), stride1, stride2)
         self.add(sort.place, (chunks,), *args, self.pairs, chunks, *self.tactic.widths, **meta)
 
     def inputs(self) -> Rows:

@@ -98,6 +98,6 @@ def place(ids, counts, cursors, sorted_pairs, tables, stride1, stride2, P, num_c
     at = tl.atomic_add(cursors + c * LB + e, 1, mask=p < P, sem="relaxed")
     tl.store(sorted_pairs + at, p, p < P)
     if c == 0:
-        _cut(tables[0], stride1, total, starts, bins, BN1, LOCAL.experts)
+        _cut(tables.first, stride1, total, starts, bins, BN1, LOCAL.experts)
         if BN2 != BN1:
-            _cut(tables[1], stride2, total, starts, bins, BN2, LOCAL.experts)
+            _cut(tables.second, stride2, total, starts, bins, BN2, LOCAL.experts)
