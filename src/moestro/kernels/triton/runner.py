@@ -122,13 +122,16 @@ class TritonRunner(MoeRunner):
     def check_tactic(self, inputs: Sequence[Any], tactic: Any) -> None:
         self._resolve(tactic, inputs[1].shape[0])
 
-    def plan(self, inputs: Sequence[Any], tactic: Any = -1) -> list[Launch]:
+    def plan(
+        self, inputs: Sequence[Any], tactic: Any = -1, workspace: torch.Tensor | None = None
+    ) -> list[Launch]:
         """The launches of a call."""
         num_tokens = inputs[1].shape[0]
         if num_tokens == 0:
             return []
         resolved = self._resolve(tactic, num_tokens)
-        scratch = carve(self._scratch(num_tokens, resolved), self._workspace, inputs[0].device)
+        given = self._workspace if workspace is None else workspace
+        scratch = carve(self._scratch(num_tokens, resolved), given, inputs[0].device)
         scratch["done"] = self._done
         call = Call(self.problem, self._experts, inputs, resolved, scratch, processors(inputs[0].device))
         PATHS[resolved.path].launch(call)
@@ -159,11 +162,17 @@ class TritonRunner(MoeRunner):
 
     @torch.no_grad()
     def forward(
-        self, inputs: Sequence[Any], tactic: Any = -1, do_preparation: bool = False, **kwargs: Any
+        self,
+        inputs: Sequence[Any],
+        tactic: Any = -1,
+        do_preparation: bool = False,
+        *,
+        workspace: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> torch.Tensor:
         out: torch.Tensor = inputs[3]
         if not do_preparation:
-            launches = self.plan(inputs, tactic)
+            launches = self.plan(inputs, tactic, workspace)
             try:
                 for launch in launches:
                     launch.run()
