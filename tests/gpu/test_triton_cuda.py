@@ -148,3 +148,22 @@ def test_every_format_matches_the_reference(fmt: str, dtype: torch.dtype) -> Non
             out = torch.full_like(inputs[0], torch.nan)
             runner.forward([*inputs, out], tactic)
             assert float((out.float() - expected).norm() / expected.norm()) < 1e-2, (n, tactic)
+
+
+def test_chains_of_two_streams_do_not_share_their_counters() -> None:
+    weights, moe, inputs = layer(33)
+    runner, streams = moe.runners[0], [torch.cuda.Stream() for _ in range(2)]
+    tactic = chains(33)[0]
+    expected = reference.fused_moe(*inputs, weights)
+    outs = [torch.empty_like(inputs[0]) for _ in streams]
+    spaces = [
+        torch.empty(runner.workspace_bytes(33, tactic), dtype=torch.uint8, device="cuda") for _ in streams
+    ]
+    torch.cuda.synchronize()
+    for _ in range(100):
+        for stream, out, space in zip(streams, outs, spaces, strict=True):
+            with torch.cuda.stream(stream):
+                runner.forward([*inputs, out], tactic, workspace=space)
+    torch.cuda.synchronize()
+    for out in outs:
+        assert float((out.float() - expected).norm() / expected.norm()) < 1e-2

@@ -29,6 +29,7 @@ FLOORS = (
     "call",
     "paths",
     "choose",
+    "counters",
     "runner",
 )  # each on those before
 
