@@ -109,3 +109,61 @@ def test_wide_products_equal_the_reference_and_repeat(tactic: Tactic, sizes: tup
             results.append(out)
         assert float((results[0].float() - expected).norm() / expected.norm()) < 1e-2
         assert torch.equal(*results)
+
+
+FORMATS = ("nvfp4", "mxfp4", "fp8_block", "bf16")
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_row_has_the_same_bits_whatever_its_batch(fmt: str) -> None:
+    """Other numbers of tokens, orders and neighbours, by every tactic of a batch-invariant layer."""
+    g = torch.Generator().manual_seed(7)
+    gate_up, down = torch.randn(E, 2 * I, H, generator=g) * 0.1, torch.randn(E, H, I, generator=g) * 0.1
+    weights = ExpertWeights.from_dense(gate_up.cuda(), down.cuda(), fmt)
+    runner = FusedMoE(weights, K, backend="triton", batch_invariant=True).runners[0]
+    whole = call(300, 5)
+    expected = torch.empty_like(whole[0])
+    runner.forward([*whole, expected], -1)
+    for n in (1, 3, 17, 64, 255, 300):
+        at = torch.randperm(300, generator=g)[:n].cuda()
+        inputs = [t[at].contiguous() for t in whole]
+        for tactic in (-1, *choose.candidates(runner.problem, n)):
+            out = torch.full_like(inputs[0], torch.nan)
+            runner.forward([*inputs, out], tactic)
+            assert torch.equal(out, expected[at]), (n, tactic)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_every_format_matches_the_reference(fmt: str, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(3)
+    gate_up, down = torch.randn(E, 2 * I, H, generator=g) * 0.1, torch.randn(E, H, I, generator=g) * 0.1
+    weights = ExpertWeights.from_dense(gate_up.to(dtype).cuda(), down.to(dtype).cuda(), fmt)
+    runner = FusedMoE(weights, K, backend="triton", dtype=dtype).runners[0]
+    for n in (1, 9, 130, 700):
+        x, ids, routing = call(n, n)
+        inputs = [x.to(dtype), ids, routing]
+        expected = reference.fused_moe(*inputs, weights)
+        for tactic in choose.candidates(runner.problem, n):
+            out = torch.full_like(inputs[0], torch.nan)
+            runner.forward([*inputs, out], tactic)
+            assert float((out.float() - expected).norm() / expected.norm()) < 1e-2, (n, tactic)
+
+
+def test_chains_of_two_streams_do_not_share_their_counters() -> None:
+    weights, moe, inputs = layer(33)
+    runner, streams = moe.runners[0], [torch.cuda.Stream() for _ in range(2)]
+    tactic = chains(33)[0]
+    expected = reference.fused_moe(*inputs, weights)
+    outs = [torch.empty_like(inputs[0]) for _ in streams]
+    spaces = [
+        torch.empty(runner.workspace_bytes(33, tactic), dtype=torch.uint8, device="cuda") for _ in streams
+    ]
+    torch.cuda.synchronize()
+    for _ in range(100):
+        for stream, out, space in zip(streams, outs, spaces, strict=True):
+            with torch.cuda.stream(stream):
+                runner.forward([*inputs, out], tactic, workspace=space)
+    torch.cuda.synchronize()
+    for out in outs:
+        assert float((out.float() - expected).norm() / expected.norm()) < 1e-2

@@ -8,7 +8,6 @@ raced; `recall` counts it as kept, `strict` does not.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +20,7 @@ import torch
 from moestro.errors import TuningError
 from moestro.kernels.problem import MoeProblem
 from moestro.kernels.triton import Tactic, choose
+from moestro.kernels.triton.tactics import read
 from moestro.tuning.spec.plain_json import from_json
 from moestro.tuning.store.bundle import read_entries
 from moestro.tuning.store.store import Entry
@@ -108,14 +108,11 @@ def _rows(path: Path) -> list[Cell] | None:
         raise TuningError(f"{path} cannot be read: {error}") from error
     if not isinstance(data, dict) or "models" not in data:
         return None
-    known = {field.name for field in dataclasses.fields(Tactic)}
     times: dict[tuple[str, str, int], dict[Tactic, float]] = {}
     for row in data["rows"]:
-        fields = row.get("tactic")
-        if not fields or not set(fields) <= known:
+        tactic = read(row.get("tactic") or {})
+        if tactic is None:
             continue  # a baseline, or a tactic that there is no longer
-        values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in fields.items()}
-        tactic = Tactic(**values)
         cell = times.setdefault((row["model"], row["format"], int(row["tokens"])), {})
         cell[tactic] = min(float(row["us"]), cell.get(tactic, math.inf))
     cells = []

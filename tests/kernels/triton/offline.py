@@ -59,7 +59,7 @@ def _specialised(value: Any, path: tuple[int, ...], constants: dict[Any, Any], a
     """The type of an argument, or of all in a group; what is known of it goes into constants and attrs."""
     if isinstance(value, tuple):
         parts = [_specialised(v, (*path, i), constants, attrs) for i, v in enumerate(value)]
-        return type(value)(*parts)
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
     if isinstance(value, TensorDescriptor):
         block = ",".join(map(str, value.block_shape))
         return f"tensordesc<{TYPES[value.base.dtype]}[{block}]>"

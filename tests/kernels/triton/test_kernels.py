@@ -32,7 +32,8 @@ TACTICS = {
     "dequantized": Tactic("dequantized", "sorted", 16, SMALL, Tile(128, 1, 4, 2), pairs2=32),
 }
 SIZES = dict.fromkeys(("mxfp4", "mxfp8"), (4, 2, 160, 96))  # whose columns are multiples of 32
-FORMATS = ("nvfp4", "mxfp4", "mxfp8", "fp8_block", "bf16")
+DECODED = ("mxfp4", "mxfp8", "fp8_block")  # whose decoders are all that is new of them
+FORMATS = ("nvfp4", *DECODED, "bf16")
 
 
 def make(
@@ -94,8 +95,13 @@ def error(runner: TritonRunner, plain: Any, inputs: list[torch.Tensor], tactic: 
     return float((inputs[3].float() - truth).norm() / truth.norm())
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize("name", TACTICS)
+@pytest.mark.parametrize(
+    ("name", "fmt"),
+    [
+        *((name, fmt) for name in TACTICS for fmt in ("nvfp4", "bf16")),
+        *((name, fmt) for name in ("few_chained", "narrowing", "dequantized") for fmt in DECODED),
+    ],
+)
 def test_every_way_matches_the_reference_on_odd_sizes(name: str, fmt: str) -> None:
     """Ragged experts, biases, experts of other ranks, an id that no rank has, an expert without pairs."""
     runner, plain = make(SIZES.get(fmt, (4, 2, 144, 80)), fmt, biases=True, foreign=1)
@@ -112,16 +118,18 @@ def test_every_way_matches_the_reference_on_odd_sizes(name: str, fmt: str) -> No
 )
 @pytest.mark.parametrize("name", ["few", "dequantized"])
 def test_activations(name: str, act: Activation) -> None:
-    for fmt in FORMATS:
-        runner, plain = make((3, 2, 64, 96 if fmt in SIZES else 48), fmt, act)
+    for fmt in ("nvfp4", "bf16"):
+        runner, plain = make((3, 2, 64, 48), fmt, act)
         inputs = inputs_of(runner, 7)
         inputs[0] *= 8  # far enough for the clamps
         assert error(runner, plain, inputs, TACTICS[name]) < TOLERANCE
 
 
+@pytest.mark.parametrize("invariant", [False, True], ids=["", "batch-invariant"])
 @pytest.mark.parametrize("num_tokens", [1, 2, 33])
-def test_the_default_tactic(num_tokens: int) -> None:
-    runner, plain = make((4, 2, 128, 64), "nvfp4")
+def test_the_default_tactic(num_tokens: int, invariant: bool) -> None:
+    runner, plain = make((4, 2, 128, 64), "nvfp4", biases=invariant)
+    runner.problem = replace(runner.problem, batch_invariant=invariant)
     assert error(runner, plain, inputs_of(runner, num_tokens), -1) < TOLERANCE
 
 
@@ -146,9 +154,9 @@ def test_a_chain_that_broke_off_does_not_spoil_the_next(monkeypatch: pytest.Monk
     with pytest.raises(RuntimeError, match="memory"):
         error(runner, plain, inputs, tactic)
     monkeypatch.undo()
-    assert not runner._done.any()
+    assert not runner._counters.here().any()
     assert error(runner, plain, inputs, tactic) < TOLERANCE
-    assert not runner._done.any()
+    assert not runner._counters.here().any()
 
 
 def test_no_tokens_is_no_work() -> None:
@@ -179,6 +187,20 @@ def test_many_pairs_are_sorted_in_chunks(monkeypatch: pytest.MonkeyPatch) -> Non
     assert error(runner, plain, inputs, TACTICS["sorted"]) < TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["sorted", "dequantized"])
+def test_batch_invariant_results_of_pairs_are_rounded_alike_whatever_their_number(name: str) -> None:
+    """And the routing weights are applied where pairs are summed: by every path."""
+    runner, plain = make((4, 2, 144, 80), "nvfp4", biases=True)
+    runner.problem = replace(runner.problem, batch_invariant=True)
+    tactic = replace(TACTICS[name], gemm2=Tile(64, 1, 4, 2))
+    for n in (2, 40):
+        runner.use_workspace(None)
+        last = runner.plan(inputs_of(runner, n), tactic)[-1]
+        assert last.args[0].dtype == torch.bfloat16
+        assert last.args[2] is not None
+        assert error(runner, plain, inputs_of(runner, n), tactic) < TOLERANCE
+
+
 def test_sums_in_a_fixed_order_repeat_bit_for_bit() -> None:
     runner, _ = make((4, 2, 128, 64), "nvfp4", deterministic=True)
     inputs = inputs_of(runner, 21)
@@ -194,10 +216,11 @@ def test_the_order_of_pairs_does_not_change_the_sums() -> None:
     assert torch.equal(first, runner.forward(swapped, TACTICS["sorted"]).flip(0))
 
 
+@pytest.mark.parametrize("fmt", ["nvfp4", "mxfp4"])
 @pytest.mark.parametrize("scales", ["dynamic", "calibrated", "per expert"])
-def test_w4a4_numerics(scales: str) -> None:
+def test_w4a4_numerics(scales: str, fmt: str) -> None:
     """x and the intermediate through NVFP4, as quantised and dequantised in float32."""
-    runner, plain = make((4, 2, 144, 80), "nvfp4", input_format="nvfp4")
+    runner, plain = make(SIZES.get(fmt, (4, 2, 144, 80)), fmt, input_format="nvfp4")
     for experts in (plain, runner._experts):
         if scales != "dynamic":
             shape = () if scales == "calibrated" else (4,)
@@ -229,8 +252,9 @@ def test_a_tactic_that_does_not_fit_is_refused_with_its_reason() -> None:
         runner.forward(inputs, "fast")
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize("name", ["few_chained", "sorted", "dequantized"])
+@pytest.mark.parametrize(
+    ("name", "fmt"), [("few_chained", "nvfp4"), ("sorted", "fp8_block"), ("dequantized", "bf16")]
+)
 def test_float16_activations(name: str, fmt: str) -> None:
     """Dense weights in float16 are multiplied in float16; x becomes bfloat16 where weights are decoded to that."""
     runner, plain = make(SIZES.get(fmt, (4, 2, 144, 80)), fmt, biases=True, dtype=torch.float16)

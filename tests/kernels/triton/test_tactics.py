@@ -103,9 +103,11 @@ def test_wide_codes_take_fewer_stages() -> None:
     ("tactic", "why"),
     [
         (fused.tactic(8, Tile(64, 2, 4, 4), Tile(64, 2, 4, 4), split_k=2), "parts of a sum"),
-        (fused.tactic(8, Tile(32, 2, 4, 4), Tile(64, 2, 4, 4)), "another order"),
+        (fused.tactic(16, Tile(32, 2, 4, 4), Tile(64, 2, 4, 4)), "another order"),
+        (fused.tactic(16, Tile(64, 2, 2, 4), Tile(64, 2, 4, 4)), "another order"),
+        (fused.tactic(8, Tile(64, 2, 4, 4), Tile(64, 2, 4, 4)), "another order"),
     ],
-    ids=["split columns", "mma.sync"],
+    ids=["split columns", "32 rows", "two warps", "8 pairs"],
 )
 def test_batch_invariant_problems_have_one_order_of_sums(tactic: Tactic, why: str) -> None:
     p = MoeProblem(8, 8, 0, 2, 512, 256, "nvfp4", batch_invariant=True)
@@ -114,7 +116,9 @@ def test_batch_invariant_problems_have_one_order_of_sums(tactic: Tactic, why: st
         default = choose.default(p, n)
         assert default.split_k == 1
         assert choose.why_not(p, default, n) is None
-        assert all(t.split_k == 1 for t in choose.candidates(p, n))
+        found = choose.candidates(p, n)
+        assert default in found
+        assert all(t.split_k == 1 and min(t.widths) >= 16 for t in found)
 
 
 def test_older_files_name_their_tactics_otherwise() -> None:

@@ -19,7 +19,7 @@ from moestro.kernels.activations import form_of
 from moestro.kernels.problem import Experts, MoeProblem
 from moestro.kernels.scratch import Plan
 from moestro.kernels.triton.device import chain, common, decode, quantize, sort
-from moestro.kernels.triton.device.arguments import Product, Routing, Rows, Size, Weights
+from moestro.kernels.triton.device.arguments import Both, Product, Routing, Rows, Size, Weights
 from moestro.kernels.triton.device.sum_pairs import sum_pairs
 from moestro.kernels.triton.layout import Packed
 from moestro.kernels.triton.tactic import Tactic, gated, num_slots, sizes
@@ -138,21 +138,18 @@ class Call:
 
     # what comes before the products ------------------------------------------------------------------------
 
-    @property
-    def _locality(self) -> dict[str, Any]:
-        return {"OFFSET": self.p.expert_offset, "L": self.p.num_local_experts}
-
     def sort(self) -> None:
         """Pairs by expert, and a table of tiles for each product; nothing where programs find their own pairs."""
         if self.tactic.route == "direct":
             return
         s, chunks = self.s, num_chunks(self.pairs)
         size = min(sort.CHUNK, max(32, triton.next_power_of_2(self.pairs)))
-        meta = {**self._locality, "LB": num_bins(self.p), "CHUNK": size, "num_warps": 8 if size > 512 else 4}
+        local = sort.Local(self.p.expert_offset, self.p.num_local_experts, num_bins(self.p))
+        meta = {"LOCAL": local, "CHUNK": size, "num_warps": 8 if size > 512 else 4}
         if chunks > 1:
             self.add(sort.count, (chunks,), self.ids, s["counts"], self.pairs, **meta)
         (first, stride1), (second, stride2) = self._table(1), self._table(2)
-        args = (self.ids, s["counts"], s["cursors"], s["sorted_pairs"], first, stride1, second, stride2)
+        args = (self.ids, s["counts"], s["cursors"], s["sorted_pairs"], Both(first, second), stride1, stride2)
         self.add(sort.place, (chunks,), *args, self.pairs, chunks, *self.tactic.widths, **meta)
 
     def inputs(self) -> Rows:
@@ -270,7 +267,8 @@ class Call:
         weights = None if self.weighted else self.weights
         args = (self.s["partial"], self.ids, weights, self.out, done, num_done, hidden)
         self.add(sum_pairs, (self.num_tokens, triton.cdiv(hidden, width)), *args, K=self.p.top_k,
-                 SPLIT=self.tactic.split_k, LINE=chain.LINE, BH=width, **self._locality)  # fmt: skip
+                 SPLIT=self.tactic.split_k, LINE=chain.LINE, BH=width, OFFSET=self.p.expert_offset,
+                 L=self.p.num_local_experts)  # fmt: skip
 
 
 def _activation(problem: MoeProblem) -> dict[str, Any]:

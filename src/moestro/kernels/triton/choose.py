@@ -22,6 +22,7 @@ from moestro.kernels.triton.paths import (
     kind_of,
     warp_specialized,
 )
+from moestro.kernels.triton.paths.path import weight_bytes
 from moestro.kernels.triton.tactic import DIRECT_PAIRS, MAX_PAIRS, NARROW, Tactic, Tile
 
 # Which tactics are worth measuring: those whose estimate is within FACTOR of the smallest. The estimate is a roofline,
@@ -84,6 +85,8 @@ def candidates(problem: MoeProblem, num_tokens: int) -> list[Tactic]:
     """The tactics that can run this many tokens, those estimated to be fast first."""
     kind = kind_of(problem)
     rows = [path.fitted(problem, t) for path in PATHS.values() for t in path.TABLE.get(kind, ())]
+    if problem.batch_invariant:
+        rows += [fitted(problem, t) for t in INVARIANT_ROWS]
     found = [t for t in dict.fromkeys(rows) if why_not(problem, t, num_tokens) is None]
     found.sort(key=lambda t: cost(problem, t, num_tokens))
     if multiplies_fp4(problem):  # nobody has measured whether the estimate is right there
@@ -142,6 +145,13 @@ PACKED_DEFAULTS = (
 )
 DEEP = 6144  # columns of a first product whose tiles last long enough for more stages
 DEEP_DEFAULTS = ((5.0, chain.tactic(8, Tile(128, 2, 4, 5))), (24.0, _CHAIN32), *_LARGE)
+# of an odd number of 64-column blocks, gpt-oss's 45: steps of three blocks make tiles of 32 pairs too large
+ODD_DEFAULTS = (
+    (5.0, chain.tactic(8, Tile(128, 2, 4, 3))),
+    (12.0, chain.tactic(16, Tile(128, 2, 4, 3))),
+    *PACKED_DEFAULTS[1:],
+)
+BYTES_LIMIT = 1500.0  # pairs per expert from which codes of a byte are dequantised once
 LONG = 8192  # columns of a second product that few rows of tiles are shared out over
 LONG_DEFAULTS = (
     (5.0, chain.tactic(8, Tile(32, 4, 2, 4), split_k=2)),
@@ -158,8 +168,17 @@ DENSE_DEFAULTS = (
     (24.0, fused.tactic(32, Tile(64, 2, 4, 4), Tile(64, 2, 4, 4))),
     (float("inf"), dequantized.LARGE),
 )
-# of batch-invariant problems: one order of sums whatever the number of tokens
+# Of batch-invariant problems, beside those of the table that give a row the same bits whatever its batch: the fused,
+# warp-specialized and dequantized paths agree bit for bit (benchmarks/results/h200-formats.json), but for tiles of
+# mma.sync and split columns.
 INVARIANT = fused.tactic(16, Tile(128, 2, 4, 3), Tile(128, 2, 4, 3))
+INVARIANT_ROWS = (
+    fused.tactic(16, Tile(64, 2, 4, 4), Tile(64, 2, 4, 4), "direct"),
+    chain.tactic(16, Tile(64, 2, 4, 4), "direct"),
+    chain.tactic(16, Tile(64, 2, 4, 6)),
+    chain.tactic(16, Tile(128, 2, 4, 3)),
+    INVARIANT,
+)
 
 
 def default(problem: MoeProblem, num_tokens: int) -> Tactic:
@@ -172,7 +191,8 @@ def default(problem: MoeProblem, num_tokens: int) -> Tactic:
     chosen = _dense_default(p, num_tokens) if p.weight_format == "bf16" else _packed_default(p, num_tokens)
     if p.input_format is not None and chosen.path == "chain":
         chosen = replace(chosen, path="fused", prefetch_kib=0)
-    for tactic in (chosen, replace(chosen, split_k=1), FULL, INVARIANT):
+    few = INVARIANT_ROWS if p.batch_invariant and num_tokens * p.top_k <= 5 * p.num_experts else ()
+    for tactic in (chosen, replace(chosen, split_k=1), *few, FULL, INVARIANT):
         tactic = fitted(p, tactic)
         if why_not(p, tactic, num_tokens) is None:
             return tactic
@@ -182,6 +202,7 @@ def default(problem: MoeProblem, num_tokens: int) -> Tactic:
 def _packed_default(p: MoeProblem, num_tokens: int) -> Tactic:
     pairs = num_tokens * p.top_k
     long, deep = p.intermediate_size >= LONG, p.hidden_size >= DEEP
+    odd = -(-p.hidden_size // 64) % 2 == 1
     if num_tokens == 1:
         if long:
             return chain.tactic(8, Tile(32, 4, 2, 4), "direct", split_k=4, prefetch_kib=16)
@@ -192,10 +213,12 @@ def _packed_default(p: MoeProblem, num_tokens: int) -> Tactic:
     if pairs <= 16 or (pairs <= DIRECT_PAIRS and 4 * pairs <= p.num_experts):
         return chain.tactic(8, Tile(64, 2, 4, 4 if pairs <= 16 and not deep else 6), "direct")
     if pairs <= min(64, p.num_experts):
-        return chain.tactic(8, Tile(64, 2, 4, 4))
+        return chain.tactic(8, Tile(128, 2, 4, 3) if odd else Tile(64, 2, 4, 4))
     per_expert = pairs / min(p.num_experts, pairs)
-    table = LONG_DEFAULTS if long else DEEP_DEFAULTS if deep else PACKED_DEFAULTS
+    table = LONG_DEFAULTS if long else DEEP_DEFAULTS if deep else ODD_DEFAULTS if odd else PACKED_DEFAULTS
     chosen = next(t for most, t in table if per_expert <= most)
+    if per_expert > BYTES_LIMIT and weight_bytes(p) > 1.0 and p.input_format is None:
+        return dequantized.LARGE
     if chosen.path == "warp_specialized" and why_not(p, fitted(p, chosen), num_tokens) is not None:
         chosen = next(t for most, t in WITHOUT_WGMMA if per_expert <= most)
     return chosen

@@ -22,12 +22,11 @@ from moestro.kernels.scratch import carve, plan_bytes
 from moestro.kernels.triton import choose
 from moestro.kernels.triton.call import Call, Launch
 from moestro.kernels.triton.chip import processors
-from moestro.kernels.triton.device.chain import LINE
+from moestro.kernels.triton.counters import Counters
 from moestro.kernels.triton.device.common import ACTIVATIONS
 from moestro.kernels.triton.fp8_layout import PACKED_FP8, packed_type
 from moestro.kernels.triton.layout import PACKED
 from moestro.kernels.triton.paths import PATHS
-from moestro.kernels.triton.paths.chain import SLOTS
 from moestro.kernels.triton.tactic import Tactic
 
 # x in float16 becomes bfloat16 where weights are decoded to that: an error of up to 2^-9 of each value. Float32 would
@@ -98,8 +97,7 @@ class TritonRunner(MoeRunner):
             raise BackendError(
                 f"backend 'triton' runs {problem.weight_format} weights that TritonRunner.prepare() has repacked"
             )
-        # zero between calls, which a shared workspace is not
-        self._done = torch.zeros(SLOTS * LINE, dtype=torch.int32, device=experts.gate_up.device)
+        self._counters = Counters(experts.gate_up.device)
 
     def workspace_bytes(self, num_tokens: int, tactic: Any) -> int:
         if num_tokens == 0:
@@ -142,7 +140,7 @@ class TritonRunner(MoeRunner):
         resolved = self._resolve(tactic, num_tokens)
         given = self._workspace if workspace is None else workspace
         scratch = carve(self._scratch(num_tokens, resolved), given, inputs[0].device)
-        scratch["done"] = self._done
+        scratch["done"] = self._counters.here()
         call = Call(self.problem, self._experts, inputs, resolved, scratch, processors(inputs[0].device))
         PATHS[resolved.path].launch(call)
         return call.launches
@@ -187,7 +185,7 @@ class TritonRunner(MoeRunner):
                 for launch in launches:
                     launch.run()
             except BaseException:
-                self._done.zero_()  # the launch that clears the counters of a chain may not have run
+                self._counters.clear()
                 raise
         return out
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from moestro.kernels.triton import tactic
@@ -12,6 +13,17 @@ from moestro.kernels.triton.tactic import Tile
 
 PATHS = {"wide": "warp_specialized", "dense": "dequantized", "native": "fp4"}
 NARROW = {0: "", 1: "quarters", 2: "halves"}
+
+
+def read(fields: Mapping[str, Any]) -> tactic.Tactic | None:
+    """The tactic of a record's fields, older or today's; None for one that no kernel has any more."""
+    try:
+        if "combine" in fields:
+            return Tactic(**fields)
+        tiles = {name: Tile(*fields[name]) for name in ("gemm1", "gemm2")}
+        return tactic.Tactic(**{**fields, **tiles})
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 class Tactic:

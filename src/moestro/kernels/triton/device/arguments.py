@@ -46,6 +46,13 @@ class Size(NamedTuple):
     top_k: Any
 
 
+class Both(NamedTuple):
+    """Something of the first and of the second product."""
+
+    first: Any
+    second: Any
+
+
 class Product(NamedTuple):
     """Constants of a product: what is computed."""
 

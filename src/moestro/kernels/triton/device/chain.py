@@ -11,7 +11,7 @@ experts that are complete; one that must wait asks L2 for its weights first.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -33,13 +33,6 @@ class Chain(NamedTuple):
     strips1: int
     strips2: int
     line: int
-
-
-class Both(NamedTuple):
-    """Something of the first and of the second product."""
-
-    first: Any
-    second: Any
 
 
 @triton.jit

@@ -2,7 +2,8 @@
 
 Swap-AB: rows of weights are the A operand, up to `pairs` pairs of one expert the B operand, so that few tokens
 still use the tensor cores, and quantised weights are decoded in the registers that feed them. 64 rows or more with
-four warps or more give wgmma with A in registers, less gives mma.sync, which needs no waiting between products.
+four warps and 16 pairs or more give wgmma with A in registers, less gives mma.sync, which needs no waiting between
+products and adds in another order.
 
 Stage 1 gathers x, and its epilogue is bias and activation; stage 2 reads the intermediate, and its epilogue
 is bias and routing weight. A program finds its pairs in the tables of `sort.py`; or (DIRECT, few pairs) by
@@ -200,7 +201,7 @@ def epilogue(acc, scale, shift, x_scale, x_rows, pairs, places, bias, pair_weigh
              HOW: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr):  # fmt: skip
     """Scales, bias, then the activation (stage 1) or the routing weight (stage 2), and out.
 
-    A scale and a bias are one fma: left to the compiler, tiles of 8 pairs were rounded otherwise than wider ones.
+    A scale and a bias are one fma, and not the compiler's choice, so that all tiles and paths round alike.
     """
     there = pairs >= 0
     if HOW.format != BF16 and x_scale is None and bias is not None:

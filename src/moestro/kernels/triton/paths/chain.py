@@ -9,7 +9,8 @@ from moestro.kernels.scratch import Plan
 from moestro.kernels.triton import call as calls
 from moestro.kernels.triton.call import Call
 from moestro.kernels.triton.device import chain as kernels
-from moestro.kernels.triton.device.chain import Both, Chain
+from moestro.kernels.triton.device.arguments import Both
+from moestro.kernels.triton.device.chain import Chain
 from moestro.kernels.triton.paths import fused
 from moestro.kernels.triton.tactic import Tactic, Tile, num_slots
 

@@ -28,7 +28,7 @@ from moestro.kernels.triton.tactic import (
 from moestro.kernels.triton.words import kernel_rows_of
 
 NAME = "fused"
-WGMMA_ROWS, WGMMA_WARPS = 64, 4  # less is mma.sync
+WGMMA = 64, 4, 16  # rows, warps, pairs: less is mma.sync
 
 
 def tactic(pairs: int, gemm1: Tile, gemm2: Tile, route: str = "sorted", narrow: str = "", pairs2: int = 0,
@@ -115,8 +115,11 @@ def why_not(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> str | None:
     if problem.batch_invariant:
         if tactic.split_k > 1:
             return "parts of a sum over the columns that depend on the tactic are not batch-invariant"
-        if any(tile.rows < WGMMA_ROWS or tile.warps < WGMMA_WARPS for tile in tiles):
-            return "mma.sync adds in another order than wgmma, which is not batch-invariant"
+        for tile, pairs in zip(tiles, tactic.widths, strict=True):
+            if any(have < need for have, need in zip((tile.rows, tile.warps, pairs), WGMMA, strict=True)):
+                return (
+                    "mma.sync, of small tiles, adds in another order than wgmma, which is not batch-invariant"
+                )
     steps = (tiles[0].k_blocks, tiles[1].k_blocks * tactic.split_k)
     for size, step in zip((problem.hidden_size, problem.intermediate_size), steps, strict=True):
         if -(-size // 64) % step:
