@@ -38,7 +38,7 @@ test-vllm:
 	test ! -e $(VLLM_STAMP) || $(VLLM)/bin/python -m pytest -rs -o timeout=600 tests/integrations/vllm
 
 demo: $(STAMP)
-	$(BIN)/moestro tune --model qwen3-30b-a3b --format nvfp4 --device cpu --tokens 1,16,64,256 --routing zipf --budget 60 --store demo/store
+	$(BIN)/moestro tune --model qwen3-30b-a3b --format nvfp4 --device cpu --tokens 1,16,64,256 --routing zipf --budget 45 --store demo/store
 	$(BIN)/moestro bench --model qwen3-30b-a3b --format nvfp4 --format bf16 --device cpu --tokens 1,16,64,256 --routing zipf \
 	  --store demo/store --json demo/bench.json --report demo/report.html
 

@@ -19,7 +19,7 @@ import torch
 from moestro.errors import BackendError, DTypeError, ShapeError
 from moestro.formats import FormatTensor
 from moestro.kernels import activations
-from moestro.kernels.cpu import core, layout
+from moestro.kernels.cpu import core, layout, machine
 from moestro.kernels.problem import Experts, MoeProblem, MoeRunner, Replay
 
 FP4 = ("nvfp4", "mxfp4")
@@ -140,7 +140,7 @@ class CpuRunner(MoeRunner):
         return packers[0].done(), packers[1].done()
 
     def get_cache_key_extras(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
-        return ("threads", torch.get_num_threads())
+        return ("threads", machine.threads())
 
     def get_valid_tactics(self, inputs: Sequence[Any], profile: Any) -> list[Any]:
         num_tokens = inputs[0].shape[0]
@@ -165,7 +165,7 @@ class CpuRunner(MoeRunner):
         products cost less, from 8 on (published rates, not measured). AVX2 decodes four tokens at a time.
         """
         tiles = self.problem.hidden_size // 32
-        row_tile = max(1, min(4, tiles // (4 * torch.get_num_threads())))
+        row_tile = max(1, min(4, tiles // (4 * machine.threads())))
         return CpuTactic(256, row_tile, DEQUANT_FROM[self.isa])
 
     def workspace_bytes(self, num_tokens: int, tactic: Any) -> int:
@@ -243,7 +243,7 @@ class CpuRunner(MoeRunner):
         """The core's struct for a tactic and torch's threads, made once: a call's Python runs on cold caches."""
         if tactic != -1 and not isinstance(tactic, CpuTactic):
             raise BackendError(f"tactic must be -1 or a CpuTactic, got {tactic!r}")
-        key = tactic, torch.get_num_threads()
+        key = tactic, machine.threads()
         cut = self._cuts_cache.get(key)
         if cut is None:
             cut = self._cuts_cache[key] = self._make_cut(*key)
