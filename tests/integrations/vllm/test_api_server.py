@@ -41,7 +41,15 @@ def server(model: Path, log: Path) -> Iterator[str]:
         "256",
         "--enforce-eager",
     ]
-    code = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--host", "127.0.0.1"]
+    code = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(model),
+        "--host",
+        "127.0.0.1",
+    ]
     env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "2", "MOESTRO_VLLM": "1"}
     with log.open("w") as out:
         process = subprocess.Popen(

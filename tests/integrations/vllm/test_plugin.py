@@ -201,8 +201,27 @@ def test_a_module_is_hooked_when_it_is_imported_and_not_before(
     assert importlib.reload(module).VALUE == 3
 
 
+def test_tuning_under_the_default_dtype_that_vllm_loads_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "_spent", 0.0)
+    moe = Config(max_num_tokens=2)
+    layer = RoutedExperts(hooked("nvfp4", Settings(store=str(tmp_path), tune_s=5.0))(quant_config(), moe))
+    load(layer, **Dense.random(moe).nvfp4())
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        layer.quant_method.process_weights_after_loading(layer)
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
+    decision = layer.quant_method.experts.decision(1)
+    assert decision is not None
+    assert decision.status == "measured"
+
+
 @pytest.mark.filterwarnings("default::moestro.errors.StoreWarning")
-def test_a_store_that_cannot_be_written_still_serves(tmp_path: Path) -> None:
+def test_a_store_that_cannot_be_written_still_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_spent", 0.0)
     blocked = tmp_path / "file"
     blocked.write_text("")  # a folder cannot be made below a file
     settings = Settings(store=str(blocked / "store"), tune_s=5.0)

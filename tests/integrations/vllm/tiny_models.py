@@ -88,6 +88,18 @@ def bf16(folder: Path, name: str, **changes: Any) -> Path:
     return folder
 
 
+def tokenizer(folder: Path) -> None:
+    """One that knows the words t0 ... t511, for the API server."""
+    import tokenizers
+    import transformers
+
+    words = tokenizers.models.WordLevel({f"t{i}": i for i in range(SIZES["vocab_size"])}, unk_token="t0")
+    plain = tokenizers.Tokenizer(words)
+    plain.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="t0", eos_token="t2")
+    made.save_pretrained(folder)
+
+
 def nvfp4(
     source: Path, packed: Path, dense: Path | None, layout: str = "modelopt", algo: str = "W4A16_NVFP4"
 ) -> None:

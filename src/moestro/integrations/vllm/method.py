@@ -6,6 +6,8 @@ vLLM's, repacking and calls are ours.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +27,17 @@ DONE = (
     "_already_called_process_weights_after_loading"  # vLLM's: layers that it loads one by one are asked twice
 )
 _workspaces: dict[torch.device, Workspace] = {}
+
+
+@contextlib.contextmanager
+def float32_by_default() -> Iterator[None]:
+    """Torch's own default dtype: while vLLM loads a model, it is the model's."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class MoestroMethod:
@@ -91,13 +104,14 @@ class MoestroMethod:
                 "restart the server, or serve with enforce_eager"
             )
         self.experts = None  # the memory of the old ones is the new ones'
-        self.experts = self._make(layer)
-        freed = repack.release(layer)
-        setattr(layer, DONE, True)
-        if not again:
-            log.LOGGER.debug("moestro: %s: %d bytes of parameters repacked", layer.layer_name, freed)
-            tuning.prepare(self.experts, self.moe, self.settings)
-            tuning.report(self.experts, self.kind.format)
+        with float32_by_default():
+            self.experts = self._make(layer)
+            freed = repack.release(layer)
+            setattr(layer, DONE, True)
+            if not again:
+                log.LOGGER.debug("moestro: %s: %d bytes of parameters repacked", layer.layer_name, freed)
+                tuning.prepare(self.experts, self.moe, self.settings)
+                tuning.report(self.experts, self.kind.format)
 
     def _make(self, layer: Any) -> FusedMoE:
         input_format = self._input_format()
