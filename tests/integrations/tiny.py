@@ -34,12 +34,16 @@ def qwen3(hidden: int = 64, inter: int = 32) -> Any:
 
 
 def mixtral() -> Any:
-    config = transformers.MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2, intermediate_size=32)
+    config = transformers.MixtralConfig(
+        **SMALL, num_local_experts=4, num_experts_per_tok=2, intermediate_size=32
+    )
     return transformers.MixtralForCausalLM(config)
 
 
 def gpt_oss() -> Any:
-    config = transformers.GptOssConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2, intermediate_size=32)
+    config = transformers.GptOssConfig(
+        **SMALL, num_local_experts=4, num_experts_per_tok=2, intermediate_size=32
+    )
     return transformers.GptOssForCausalLM(config)
 
 
@@ -98,7 +102,11 @@ def nvfp4_w4a16(w: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]
 
 def nvfp4_compressed(w: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     q = NVFP4.quantize(w.float())
-    packed = {"weight_packed": q.packed, "weight_scale": q.scale, "weight_global_scale": 1 / q.global_scale[None]}
+    packed = {
+        "weight_packed": q.packed,
+        "weight_scale": q.scale,
+        "weight_global_scale": 1 / q.global_scale[None],
+    }
     return packed, NVFP4.from_compressed_tensors(*packed.values()).dequantize()
 
 
@@ -121,9 +129,9 @@ def fp8_ue8m0(w: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """128 x 128 blocks with scales that are powers of two."""
     q = FP8Block.quantize(w.float())
     power = torch.exp2(q.scale_inv.log2().ceil())
-    data = (w.float() / power.repeat_interleave(128, 0)[: w.shape[0]].repeat_interleave(128, 1)[:, : w.shape[1]]).to(
-        torch.float8_e4m3fn
-    )
+    data = (
+        w.float() / power.repeat_interleave(128, 0)[: w.shape[0]].repeat_interleave(128, 1)[:, : w.shape[1]]
+    ).to(torch.float8_e4m3fn)
     scale = power.to(torch.float8_e8m0fnu)
     return {"weight": data, "weight_scale_inv": scale}, FP8Block(data, power).dequantize()
 
@@ -139,7 +147,11 @@ def fp8_32x32(w: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
 
 MODELOPT = {"quant_method": "modelopt", "exclude_modules": ["lm_head"]}
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
-COMPRESSED = {"quant_method": "compressed-tensors", "quantization_status": "compressed", "ignore": ["lm_head"]}
+COMPRESSED = {
+    "quant_method": "compressed-tensors",
+    "quantization_status": "compressed",
+    "ignore": ["lm_head"],
+}
 # what the field calls it -> (how a projection is written, its quantization_config)
 PER_EXPERT: dict[str, tuple[Any, dict[str, Any]]] = {
     "modelopt-nvfp4": (nvfp4_modelopt, {**MODELOPT, "quant_algo": "NVFP4"}),
@@ -174,7 +186,9 @@ def write_per_expert(
         wanted = experts in name or (linears and "self_attn" in name and "norm" not in name)
         if wanted and name.endswith(".weight"):
             pieces, dense = quantise(tensor)
-            written |= {f"{name.removesuffix('weight')}{suffix}": v.contiguous() for suffix, v in pieces.items()}
+            written |= {
+                f"{name.removesuffix('weight')}{suffix}": v.contiguous() for suffix, v in pieces.items()
+            }
             values[name] = dense.to(tensor.dtype)
         else:
             written[name] = values[name] = tensor

@@ -91,6 +91,40 @@ class Experts:
         count = self._shape(self._names.projections[0])[0] if self._names.stacked else len(self)
         return total * len(self) // max(1, count)
 
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Their names in the checkpoint: gate, up, down; up, down without a gate; or the stacked tensors'."""
+        return self._names.projections
+
+    @property
+    def stacked(self) -> bool:
+        """Whether all experts are in one tensor each projection."""
+        return self._names.stacked
+
+    def main_tensor(self, expert: int, projection: str) -> str:
+        """The name of the tensor that holds a projection's values."""
+        key = projection if self._names.stacked else (expert, projection)
+        return self._names.pieces[key][next(iter(self._rows[projection].pieces))]
+
+    def projection(self, expert: int, projection: str) -> FormatTensor:
+        """One projection [R, C] as it is stored (gate_up with gate rows first)."""
+        return self._part(expert, projection)
+
+    def dense(self, expert: int, projection: str) -> torch.Tensor:
+        """[R, C] of one projection, AWQ's scale of its input multiplied in: what x is multiplied by.
+
+        In its own dtype where it is not quantised, float32 otherwise.
+        """
+        part = self._part(expert, projection)
+        values = part.data if isinstance(part, BF16) else part.dequantize(torch.float32)
+        if (
+            not self._names.stacked
+            and (scale := self._find(expert, projection, "pre_quant_scale")) is not None
+        ):
+            name = f"{self._prefix}.{expert}.{projection}.pre_quant_scale"
+            values = values * side.checked_pre_scale(scale, name)
+        return values
+
     def input_scales(self) -> dict[str, torch.Tensor]:
         """gate_up_input_scale and down_input_scale [L] for ExpertWeights, where they were calibrated.
 
@@ -103,7 +137,7 @@ class Experts:
 
     def side_tensors(self) -> dict[str, Any]:
         """What ExpertWeights holds beside the weights: biases, input scales, AWQ's scales of input channels."""
-        found: dict[str, Any] = {**self._biases(), **self.input_scales()}
+        found: dict[str, Any] = {**self.biases(), **self.input_scales()}
         if (scale := self._input_pre_scale) is not None:
             found["gate_up_pre_scale"] = scale
         if self._down_is_scaled:
@@ -183,7 +217,8 @@ class Experts:
             ) from error
 
     # --- beside the weights --------------------------------------------------------------------------
-    def _biases(self) -> dict[str, torch.Tensor]:
+    def biases(self) -> dict[str, torch.Tensor]:
+        """gate_up_bias and down_bias [L, rows], where there are any."""
         projections = self._names.projections
         if not self._names.stacked:
             found = side.biases(self._find, list(self._only), projections, self._prefix)

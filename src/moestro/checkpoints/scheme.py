@@ -90,12 +90,12 @@ def parse(raw: dict[str, Any]) -> Scheme:
 
 def _modelopt(raw: dict[str, Any]) -> Scheme:
     inner = raw.get("quantization") or raw
-    algorithm = str(inner.get("quant_algo"))
+    algorithm = _upper(inner.get("quant_algo"))
     excluded = tuple(inner.get("exclude_modules") or inner.get("ignore") or ())
     layers: dict[str, str] = {}
     if algorithm == "MIXED_PRECISION":
         for name, layer in (inner.get("quantized_layers") or {}).items():
-            layers[name] = _known(str(layer.get("quant_algo")), MODELOPT, f"quant_algo of {name}")
+            layers[name] = _known(_upper(layer.get("quant_algo")), MODELOPT, f"quant_algo of {name}")
         if not layers:
             raise FormatError(
                 "quantized_layers must name the layers of a MIXED_PRECISION checkpoint, got none"
@@ -104,6 +104,11 @@ def _modelopt(raw: dict[str, Any]) -> Scheme:
         _known(algorithm, MODELOPT, "quant_algo")
     weights_only = algorithm.startswith("W4A16") or algorithm == "FP8_PB_WO"
     return Scheme("modelopt", algorithm, layers, excluded, activations=not weights_only)
+
+
+def _upper(algorithm: Any) -> str:
+    """ModelOpt writes some in lower case ("mxfp4", "fp8_pb_wo")."""
+    return str(algorithm).upper()
 
 
 def _compressed_tensors(raw: dict[str, Any]) -> Scheme:

@@ -97,7 +97,7 @@ def expert_tensors(
                 yield f"{prefix}.{e}.{name}.{suffix}", piece.contiguous()
             scale = side.get("gate_up_input_scale" if first else "down_input_scale")
             if scale is not None:
-                one = scale[e] if scale.ndim else scale
+                one = (scale[e] if scale.ndim else scale).clone()  # a tensor of its own for each projection
                 yield from ((f"{prefix}.{e}.{name}.{s}", v) for s, v in writer.input_scale(one).items())
             if (bias := side.get("gate_up_bias" if first else "down_bias")) is not None:
                 row = bias[e].chunk(len(ups))[ups.index(name)] if first else bias[e]
@@ -112,7 +112,8 @@ def split_rows(tensor: FormatTensor, parts: int) -> list[FormatTensor]:
         return _split_nvfp4(tensor, parts)
     if isinstance(tensor, FP8Block) and (tensor.shape[0] // parts) % 128:
         raise FormatError(
-            f"rows of FP8 blocks can be parted at multiples of 128, got {tensor.shape[0]} in {parts}"
+            "gate and up share FP8 blocks where I is no multiple of 128, and a checkpoint keeps them apart: "
+            f"I={tensor.shape[0] // parts} cannot be written"
         )
     assert isinstance(tensor, BF16 | MXFP4 | MXFP8 | FP8Block)
     pieces = zip(*(piece.chunk(parts, dim=-2) for piece in tensor.pieces), strict=True)

@@ -60,19 +60,17 @@ def register(
     format: str | None = None,
     max_num_tokens: int = 8192,
     release: bool = True,
-    moestro_linear: bool = False,
     **options: Any,
 ) -> None:
     """Make an experts implementation known to Transformers under `name`.
 
     format: of the weights; None (or "bf16"): as the model or the checkpoint has them. max_num_tokens: the largest
     batch of a layer; longer ones are cut. release: whether from_pretrained lets go of a dense model's own
-    parameters once they are packed. moestro_linear: run the Linear layers that a checkpoint has quantised packed,
-    too (they are dequantised otherwise). options: keywords of FusedMoE (backend=, input_format=, deterministic=...).
+    parameters once they are packed. options: keywords of FusedMoE (backend=, input_format=, deterministic=, ...).
 
     Raises FormatError, ShapeError or TypeError for what no layer could have.
     """
-    settings = Settings(format, max_num_tokens, release, moestro_linear, options)
+    settings = Settings(format, max_num_tokens, release, options)
     REGISTERED[name] = settings
     called = functools.partial(forward.experts_forward, name)
     functools.update_wrapper(called, forward.experts_forward)
@@ -123,7 +121,7 @@ def _top_k(model: torch.nn.Module, module: Any, name: str) -> int:
     for n in range(len(parts) - 1, max(-1, len(parts) - 3), -1):
         parent = model.get_submodule(".".join(parts[:n]))
         around += [parent, *parent.children()]
-    configs = [getattr(m, "config", None) for m in (module, model)]
+    configs: list[Any] = [getattr(m, "config", None) for m in (module, model)]
     configs += [c.get_text_config(decoder=True) for c in configs if hasattr(c, "get_text_config")]
     for place in (*around, *configs):
         for key in TOP_K_NAMES:

@@ -23,14 +23,15 @@ from moestro.kernels.activations import Activation
 from moestro.moe.layer import FusedMoE
 from moestro.moe.options import Options, make_problem
 from moestro.moe.weights import ExpertWeights
-from moestro.moe.workspace import Workspace
 
 LAYER = "_moestro_layer"
 NAME_IN_MODEL = "_moestro_name"
 SIDE = ("gate_up_bias", "down_bias", "gate_up_input_scale", "down_input_scale", "gate_up_pre_scale")
 
+# Keywords of FusedMoE that say what a backend must be able to do.
+CALL_OPTIONS = ("input_format", "deterministic", "batch_invariant", "backend", "tactic")
+
 _making = threading.RLock()
-_scratch: dict[torch.device, Workspace] = {}
 
 
 @dataclass
@@ -121,14 +122,14 @@ def for_backend(w: ExpertWeights, activation: Activation, settings: Settings) ->
         activation=activation,
         input_format=options.get("input_format"),
         dtype=options.get("dtype") or w.dense_dtype or torch.bfloat16,
+        batch_invariant=bool(options.get("batch_invariant")),
     )
 
 
 def backend_for(w: ExpertWeights, activation: Activation, settings: Settings) -> str:
     """The name of the backend that will run such weights (one expert of them is enough to say)."""
-    options = Options(
-        activation=activation, input_format=settings.options.get("input_format"), backend=settings.backend
-    )
+    own = {name: settings.options[name] for name in CALL_OPTIONS if name in settings.options}
+    options = Options(activation=activation, **own)
     dtype = settings.options.get("dtype") or w.dense_dtype or torch.bfloat16
     return backends.resolve(settings.backend, make_problem(w, options, top_k=1, dtype=dtype))[0].backend
 
@@ -147,24 +148,19 @@ def _quantised(
 
 def _layer(module: Any, bound: Bound, top_k: int) -> FusedMoE:
     w = bound.weights
-    options = {name: value for name, value in bound.settings.options.items() if name != "workspace"}
     # A rank's share of the experts: the index num_experts stands for those elsewhere, and top_k may exceed the share.
-    share = {"num_experts": max(w.num_experts + 1, top_k)} if module._is_expert_parallel else {}
+    share: dict[str, Any] = (
+        {"num_experts": max(w.num_experts + 1, top_k)} if module._is_expert_parallel else {}
+    )
     with named_errors(module):
         return FusedMoE(
             w,
             top_k,
             bound.settings.max_num_tokens,
             activation=bound.activation,
-            workspace=scratch(w.device),
             **share,
-            **options,
+            **bound.settings.options,
         )
-
-
-def scratch(device: torch.device) -> Workspace:
-    """The scratch memory of all layers on a device: they run one after the other (forward.py holds its lock)."""
-    return _scratch.setdefault(device, Workspace(device))
 
 
 def check_module(module: Any) -> None:

@@ -8,7 +8,6 @@ dequantised for that, a layer at a time, and give the gradients of x and of the 
 
 from __future__ import annotations
 
-import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -26,7 +25,6 @@ from moestro.moe.layer import FusedMoE
 KEY = "_moestro_key"
 
 _modules: weakref.WeakValueDictionary[str, torch.nn.Module] = weakref.WeakValueDictionary()
-_running = threading.RLock()  # layers share scratch memory: one call at a time
 
 
 def experts_forward(
@@ -66,7 +64,7 @@ def run(
 
 def _cut(layer: FusedMoE, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     size = layer.max_num_tokens
-    with _running, torch.no_grad():
+    with torch.no_grad():
         if len(x) <= size:
             return layer(x, ids, weights)  # type: ignore[no-any-return]
         cuts = [slice(at, at + size) for at in range(0, len(x), size)]
@@ -80,7 +78,7 @@ def _with_norm(
     tokens, top_k = ids.shape
     pairs = _cut(layer, x.repeat_interleave(top_k, 0), ids.view(-1, 1), torch.ones_like(weights).view(-1, 1))
     here = (ids < layer.weights.num_experts).view(-1, 1)  # an expert elsewhere gives nothing, not norm(0)
-    summed = (norm(pairs).float() * (weights.view(-1, 1) * here)).view(tokens, top_k, -1).sum(1)
+    summed: torch.Tensor = (norm(pairs).float() * (weights.view(-1, 1) * here)).view(tokens, top_k, -1).sum(1)
     return summed.to(x.dtype)
 
 
@@ -93,7 +91,7 @@ def _differentiable(module: Any) -> list[torch.Tensor]:
 
 
 # --- the operator ----------------------------------------------------------------------------------------
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def key_of(module: Any) -> str:
     """What the operator finds a module by: one for each module, another one for its copy."""
     key: str | None = module.__dict__.get(KEY)
@@ -184,7 +182,7 @@ def _theirs(
     module: Any, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, params: Any
 ) -> torch.Tensor:
     """Transformers' own experts, with these tensors for the module's weights."""
-    cls = parametrize.type_before_parametrizations(module)
+    cls: Any = parametrize.type_before_parametrizations(module)
     twin = cls.__new__(cls)
     twin.__dict__ = dict(module.__dict__)
     if params:

@@ -10,12 +10,15 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import modeling_utils
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.integrations.moe import ExpertsInterface
 
+from moestro.checkpoints.scheme import raw_scheme
 from moestro.errors import BackendError
 from moestro.integrations.transformers.bound import NAME_IN_MODEL, bound_to, module_activation, named_errors
 from moestro.integrations.transformers.modules import experts_modules, weight_names
@@ -25,6 +28,7 @@ from moestro.integrations.transformers.settings import REGISTERED, of_model
 
 log = logging.getLogger("moestro")
 DONE = "_moestro"
+MODELOPT_FILE = "hf_quant_config.json"
 # Experts of quantisers that do not ask the interface: choosing us for them would be ignored.
 DEAF = ("Mxfp4GptOssExperts",)
 
@@ -35,6 +39,7 @@ def install() -> None:
     _wrap(modeling_utils.PreTrainedModel, "_finalize_model_loading", _finalize, static=True)
     _wrap(modeling_utils.PreTrainedModel, "get_correct_experts_implementation", _choose)
     _wrap(ExpertsInterface, "get_interface", _get_interface)
+    _wrap_config()
 
 
 def _wrap(owner: Any, name: str, ours: Callable[..., Any], static: bool = False) -> None:
@@ -57,6 +62,23 @@ def _method(theirs: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..
         return ours(theirs, *args, **kwargs)
 
     return wrapped
+
+
+def _wrap_config() -> None:
+    theirs = PreTrainedConfig.get_config_dict.__func__
+    if not getattr(theirs, DONE, False):
+        wrapped = _method(theirs, _get_config_dict)
+        setattr(wrapped, DONE, True)
+        PreTrainedConfig.get_config_dict = classmethod(wrapped)
+
+
+def _get_config_dict(theirs: Any, cls: Any, path: Any, **kwargs: Any) -> Any:
+    """A folder whose config.json says nothing of its quantisation may have ModelOpt's hf_quant_config.json."""
+    config, rest = theirs(cls, path, **kwargs)
+    beside = Path(str(path)) / MODELOPT_FILE
+    if config and "quantization_config" not in config and beside.is_file():
+        config["quantization_config"] = raw_scheme(path)
+    return config, rest
 
 
 def _get_hf_quantizer(

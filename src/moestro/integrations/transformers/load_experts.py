@@ -74,7 +74,7 @@ def load_module(
     activation = module_activation(module)
     source = _On(experts, device, settings)
     first = next(iter(source))
-    one = ExpertWeights(*(type(t).stack([t]) for t in first))  # type: ignore[attr-defined]
+    one = ExpertWeights(*(type(t).stack([t]) for t in first))
     backend = backend_for(one, activation, settings)
     w = ExpertWeights.from_experts(
         source, backend, dtype=settings.options.get("dtype") or dtype, **_moved(side, device)
@@ -126,8 +126,9 @@ def device_of(model: Any, name: str) -> torch.device:
     for n in range(len(parts) - 1, -1, -1):
         parent = model.get_submodule(".".join(parts[:n]))
         for parameter in parent.parameters():
-            if parameter.device.type != "meta":
-                return parameter.device
+            device: torch.device = parameter.device
+            if device.type != "meta":
+                return device
     return torch.device("cpu")
 
 

@@ -1,4 +1,4 @@
-"""Linear layers that a checkpoint has quantised: dequantised to the model's dtype, or packed (linear.py).
+"""Linear layers that a checkpoint has quantised: dequantised to the model's dtype, for Transformers' own Linear.
 
 Their tensors are recognised by the same table as experts' projections.
 """
@@ -12,17 +12,15 @@ from typing import Any
 
 import torch
 
+from moestro.checkpoints.finding import CACHE_SCALES, is_quantised
 from moestro.checkpoints.layouts import MODULES, Layout, recognise
 from moestro.checkpoints.renamed import Renamed
 from moestro.checkpoints.side import checked_pre_scale
 from moestro.errors import FormatError
 from moestro.integrations.transformers.load_experts import Report, device_of, dtype_of
 from moestro.integrations.transformers.modules import experts_modules
-from moestro.integrations.transformers.settings import Settings
 
 log = logging.getLogger("moestro")
-KV_SCALES = {"k_scale", "v_scale", "q_scale", "kv_scale", "prob_output_scale", "output_scale"}
-QUANTISED = {torch.uint8, torch.int8, torch.int32, torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True)
@@ -49,9 +47,9 @@ def quantised_linears(model: Any, tensors: Renamed) -> list[QuantisedLinear]:
     modules = dict(model.named_modules())
     found, kv = [], set()
     for name, pieces in groups.items():
-        kv |= {suffix for suffix in pieces if suffix in KV_SCALES}
-        pieces = {suffix: n for suffix, n in pieces.items() if suffix not in KV_SCALES}
-        if not pieces or not _is_quantised(pieces, tensors):
+        kv |= {suffix for suffix in pieces if suffix in CACHE_SCALES}
+        pieces = {suffix: n for suffix, n in pieces.items() if suffix not in CACHE_SCALES}
+        if not pieces or not is_quantised(pieces, tensors):
             continue
         if not isinstance(modules.get(name), torch.nn.Linear):
             raise FormatError(
@@ -66,14 +64,8 @@ def quantised_linears(model: Any, tensors: Renamed) -> list[QuantisedLinear]:
     return found
 
 
-def _is_quantised(pieces: dict[str, str], tensors: Renamed) -> bool:
-    if "weight_packed" in pieces or {"weight_scale", "weight_scale_inv", "weight_scale_2"} & set(pieces):
-        return True
-    return "weight" in pieces and tensors.info(pieces["weight"])[0] in QUANTISED
-
-
 def load_linear(
-    model: Any, linears: list[QuantisedLinear], tensors: Mapping[str, torch.Tensor], settings: Settings
+    model: Any, linears: list[QuantisedLinear], tensors: Mapping[str, torch.Tensor]
 ) -> list[Report]:
     """Fill the quantised Linear layers of a model."""
     made = []

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import re
-from pathlib import Path
 from typing import Any
 
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -21,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moestro.checkpoints.files import Safetensors
 from moestro.checkpoints.renamed import Renamed
-from moestro.checkpoints.scheme import METHODS, parse, raw_scheme
+from moestro.checkpoints.scheme import METHODS, parse
 from moestro.errors import BackendError, FormatError
 from moestro.integrations.transformers.load_experts import Report, load_experts
 from moestro.integrations.transformers.load_linear import QuantisedLinear, load_linear, quantised_linears
@@ -104,7 +103,7 @@ class MoestroQuantizer(HfQuantizer):  # type: ignore[misc]
         assert chosen is not None
         assert self._tensors is not None
         self.report = load_experts(model, self._experts, self._tensors, chosen[1])
-        self.report += load_linear(model, self._linears, self._tensors, chosen[1])
+        self.report += load_linear(model, self._linears, self._tensors)
         self._tensors = None
         for line in self.report:
             log.info("%s", line)
@@ -142,8 +141,6 @@ def quantizer_for(config: Any, asked: Any, device_map: Any) -> MoestroQuantizer 
     if asked is not None and getattr(asked, "dequantize", False):
         return None  # to be dequantised by Transformers: dense experts, packed afterwards
     raw = next((q for c in configs if (q := getattr(c, "quantization_config", None)) is not None), None)
-    if raw is None:
-        raw = _beside(config)
     raw = raw.to_dict() if isinstance(raw, QuantizationConfigMixin) else raw
     if raw is None or raw.get("quant_method", MODELOPT if "quantization" in raw else None) not in METHODS:
         return None
@@ -152,12 +149,6 @@ def quantizer_for(config: Any, asked: Any, device_map: Any) -> MoestroQuantizer 
     made = MoestroQuantConfig.from_dict({"quant_method": MODELOPT, **raw})
     config.quantization_config = made
     return MoestroQuantizer(made, pre_quantized=True)
-
-
-def _beside(config: Any) -> dict[str, Any] | None:
-    """ModelOpt's hf_quant_config.json in a folder whose config.json says nothing."""
-    folder = Path(str(getattr(config, "_name_or_path", "") or "/nowhere"))
-    return raw_scheme(folder) if (folder / "hf_quant_config.json").is_file() else None
 
 
 def _renamed(model: Any, tensors: Safetensors) -> Renamed:

@@ -32,7 +32,6 @@ class Settings:
     format: str | None = None
     max_num_tokens: int = 8192
     release: bool = True  # let go of a loaded model's own parameters once they are packed
-    linear: bool = False  # run the dense Linear layers that a checkpoint has quantised, too
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -62,8 +62,16 @@ def _sources(module: Any, names: list[str]) -> Iterator[torch.Tensor]:
 
 
 def _stamps(module: Any) -> list[tuple[int, int]]:
-    """(address, version) of the parameters; tensors made under inference_mode have no version."""
-    return [(p.data_ptr(), -1 if p.is_inference() else p._version) for p in module.parameters()]
+    """(address, version) of the parameters; tensors made under inference_mode have no version.
+
+    Putting a parametrisation on and off, as PEFT does around every call, moves the version without a write: on CPUs
+    the values decide then.
+    """
+    parametrised = "parametrizations" in module._modules
+    return [
+        (p.data_ptr(), -1 if p.is_inference() or (parametrised and p.device.type == "cpu") else p._version)
+        for p in module.parameters()
+    ]
 
 
 def _places(tensor: torch.Tensor) -> torch.Tensor | None:
