@@ -15,7 +15,7 @@ from moestro.errors import BackendError
 from moestro.formats import BF16, MXFP4, MXFP8, NVFP4, FP8Block
 from moestro.kernels.activations import Activation, ClampedSilu, GeGLUTanh, ReLU2, SoftcapSwiGLU, SwiGLU
 from moestro.kernels.problem import MoeProblem
-from moestro.kernels.triton import Tactic, Tile, TritonRunner, call
+from moestro.kernels.triton import Tactic, Tile, TritonRunner, call, choose
 from moestro.kernels.triton.paths import chain, fused
 from moestro.moe import reference
 
@@ -129,6 +129,14 @@ def test_activations(name: str, act: Activation) -> None:
 def test_the_default_tactic(num_tokens: int, invariant: bool) -> None:
     runner, plain = make((4, 2, 128, 64), "nvfp4", biases=invariant)
     runner.problem = replace(runner.problem, batch_invariant=invariant)
+    assert error(runner, plain, inputs_of(runner, num_tokens), -1) < TOLERANCE
+
+
+@pytest.mark.parametrize("num_tokens", [1, 20])
+def test_steps_of_three_blocks(num_tokens: int) -> None:
+    """gpt-oss's layer in small: 2880 columns are 45 blocks; MXFP4, biases, clamps."""
+    runner, plain = make((4, 2, 192, 192), "mxfp4", SwiGLU(1.702, 7.0, 1.0), biases=True)
+    assert choose.default(runner.problem, num_tokens).gemm1.k_blocks == 3
     assert error(runner, plain, inputs_of(runner, num_tokens), -1) < TOLERANCE
 
 
