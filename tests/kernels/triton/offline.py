@@ -13,6 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moestro.formats import BF16, MXFP4, NVFP4, FP8Block
@@ -62,6 +63,9 @@ def _specialised(value: Any, path: tuple[int, ...], constants: dict[Any, Any], a
     if isinstance(value, TensorDescriptor):
         block = ",".join(map(str, value.block_shape))
         return f"tensordesc<{TYPES[value.base.dtype]}[{block}]>"
+    if isinstance(value, GluonDescriptor):
+        block = ", ".join(map(str, value.block_shape))
+        return f"tensordesc<{TYPES[value.base.dtype]}[{block}],{value.layout!r}>"
     if value is None or (isinstance(value, int) and value == 1):
         constants[path] = value
         return "constexpr"

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import triton
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moestro.kernels.activations import form_of
@@ -57,7 +58,7 @@ def _kind(value: Any, plain: bool) -> Any:
         return tuple(_kind(v, False) for v in value)
     if isinstance(value, torch.Tensor):
         return str(value.dtype), value.data_ptr() % 16 == 0
-    if isinstance(value, TensorDescriptor):
+    if isinstance(value, TensorDescriptor | GluonDescriptor):
         return str(value.base.dtype), tuple(value.block_shape)
     return (value >> 31 != 0, *(() if plain else (value == 1, value % 16 == 0)))
 

@@ -21,10 +21,11 @@ from moestro.kernels.problem import Experts, MoeProblem, MoeRunner
 from moestro.kernels.scratch import carve, plan_bytes
 from moestro.kernels.triton import choose
 from moestro.kernels.triton.call import Call, Launch
-from moestro.kernels.triton.chip import multiplies_fp4, processors
+from moestro.kernels.triton.chip import processors
 from moestro.kernels.triton.counters import Counters
 from moestro.kernels.triton.device.common import ACTIVATIONS
-from moestro.kernels.triton.layout import PACKED, Packed
+from moestro.kernels.triton.fp8_layout import PACKED_FP8, packed_type
+from moestro.kernels.triton.layout import PACKED
 from moestro.kernels.triton.paths import PATHS
 from moestro.kernels.triton.tactic import Tactic
 
@@ -60,6 +61,9 @@ class TritonRunner(MoeRunner):
             return reason
         if reason := activations.why_not(problem.activation, ACTIVATIONS):
             return reason
+        packs = packed_type(problem)
+        if packs is not None and problem.weight_layout not in (CHECKPOINT, packs.layout):
+            return f"it needs weights in the layout {packs.layout!r} here, they were prepared as {problem.weight_layout!r}"
         if problem.intermediate_size % 8 or problem.hidden_size % 8:
             return "hidden and intermediate size must be multiples of 8"
         if problem.top_k > 64:
@@ -68,12 +72,13 @@ class TritonRunner(MoeRunner):
 
     @classmethod
     def runs_layout(cls, layout: str) -> bool:
-        return layout == CHECKPOINT or layout in {packed.layout for packed in PACKED.values()}
+        return layout == CHECKPOINT or layout in {
+            packed.layout for table in (PACKED, PACKED_FP8) for packed in table.values()
+        }
 
     @classmethod
     def needs_prepare(cls, problem: MoeProblem) -> bool:
-        packs = problem.weight_format in PACKED and not multiplies_fp4(problem)
-        return packs and problem.weight_layout == CHECKPOINT
+        return packed_type(problem) is not None and problem.weight_layout == CHECKPOINT
 
     @classmethod
     def prepare(
@@ -81,13 +86,14 @@ class TritonRunner(MoeRunner):
     ) -> tuple[FormatTensor, FormatTensor]:
         if not cls.needs_prepare(problem):
             return experts.gate_up, experts.down
-        pack = PACKED[problem.weight_format].pack
-        return pack(experts.gate_up, problem.activation.gated), pack(experts.down, False)
+        kind = packed_type(problem)
+        assert kind is not None
+        return kind.pack(experts.gate_up, problem.activation.gated), kind.pack(experts.down, False)
 
     def __init__(self, problem: MoeProblem, experts: Experts) -> None:
         super().__init__(problem, experts)
-        packs = problem.weight_format in PACKED and not multiplies_fp4(problem)
-        if packs and not isinstance(experts.gate_up, Packed):
+        packs = packed_type(problem)
+        if packs is not None and not isinstance(experts.gate_up, packs):
             raise BackendError(
                 f"backend 'triton' runs {problem.weight_format} weights that TritonRunner.prepare() has repacked"
             )
@@ -116,6 +122,10 @@ class TritonRunner(MoeRunner):
 
     def get_valid_tactics(self, inputs: Sequence[Any], profile: Any) -> list[Tactic]:
         return choose.worth_measuring(self.problem, inputs[1].shape[0])
+
+    def default_tactic(self, inputs: Sequence[Any]) -> Tactic:
+        """The tactic behind -1."""
+        return self._resolve(-1, inputs[1].shape[0])
 
     def check_tactic(self, inputs: Sequence[Any], tactic: Any) -> None:
         self._resolve(tactic, inputs[1].shape[0])

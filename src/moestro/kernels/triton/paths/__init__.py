@@ -19,16 +19,18 @@ The groups of kernel arguments come from the call: routing(stage) -> (Routing, s
 size(stage) -> Size, product(stage) -> Product (a constexpr). Groups are in device/arguments.py; a group holds only what
 is the same in all calls of a layer (Triton specialises every integer in it).
 
-Weights come packed (layout.PACKED[weight_format], `call.packed(stage)`) unless they are dense. A path that quantises
+Weights come packed (fp8_layout.packed_type(problem), `call.packed(stage)`) unless they are dense. A path that quantises
 activations by itself replaces `call.two_products` by its own steps between call.sort() and call.sum_pairs(); kinds that
 no TABLE names are refused by runner.why_not.
 """
 
 from __future__ import annotations
 
-from moestro.kernels.triton.paths import chain, dequantized, fp4, fused, warp_specialized
+from moestro.kernels.triton.paths import chain, dequantized, fp4, fp8, fp8_once, fused, warp_specialized
 from moestro.kernels.triton.paths.path import Path, kind_of
 
-PATHS: dict[str, Path] = {path.NAME: path for path in (fused, chain, warp_specialized, dequantized, fp4)}
+PATHS: dict[str, Path] = {
+    path.NAME: path for path in (fused, chain, warp_specialized, dequantized, fp4, fp8, fp8_once)
+}
 
 __all__ = ["PATHS", "Path", "kind_of"]

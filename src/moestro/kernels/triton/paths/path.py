@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 from moestro.kernels.problem import MoeProblem
 from moestro.kernels.scratch import Plan
 from moestro.kernels.triton.call import Call
-from moestro.kernels.triton.layout import PACKED
+from moestro.kernels.triton.fp8_layout import packed_type
 from moestro.kernels.triton.tactic import Tactic, sizes
 
 HBM, TENSOR, INSTRUCTIONS, LAUNCH = 2.7e12, 6.5e14, 2.0e13, 3e-6  # bytes/s, FLOP/s, lane instructions/s, s
@@ -45,7 +45,7 @@ def kind_of(problem: MoeProblem) -> str:
 
 def weight_bytes(problem: MoeProblem) -> float:
     """Of one weight in memory."""
-    packed = PACKED.get(problem.weight_format)
+    packed = packed_type(problem)
     return 2.0 if packed is None else packed.bytes_per_weight()
 
 
@@ -74,7 +74,7 @@ def estimates(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> Iterator[
     p, pairs = problem, num_tokens * problem.top_k
     hit = p.num_local_experts * (1 - (1 - 1 / p.num_experts) ** pairs)
     each = pairs / p.num_experts * p.num_local_experts / hit  # pairs of an expert that is hit
-    packed = PACKED.get(p.weight_format)
+    packed = packed_type(p)
     instructions = 0.0 if packed is None else packed.INSTRUCTIONS
     for stage in (1, 2):
         rows, columns = sizes(p, stage)
