@@ -115,5 +115,6 @@ def as_count(name: str, value: object, error: type[MoestroError], least: int | N
         else:
             if least is None or count >= least:
                 return count
-    known = {None: "an integer", 1: "a positive integer"}
-    raise error(f"{name} must be {known.get(least, f'an integer of at least {least}')}, got {value!r}")
+    words: dict[int | None, str] = {None: "an integer", 1: "a positive integer"}
+    wanted = words.get(least, f"an integer of at least {least}")
+    raise error(f"{name} must be {wanted}, got {value!r}")
