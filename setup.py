@@ -17,12 +17,13 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path("src/moestro/kernels/cpu/csrc")
-COMMON = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra -pthread"
-AVX512 = "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx512bf16 -mfma -mf16c -mprefer-vector-width=512"
+COMMON = "-O3 -std=c++20 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra -pthread"
+AVX512 = "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx512vnni -mavx512bf16 -mfma -mf16c -mprefer-vector-width=512"
 # GCC 12's AVX-512 headers use undefined registers on purpose and warn about it.
 QUIET = "-Wno-uninitialized -Wno-maybe-uninitialized"
 X86 = {
     "kernels_avx2.cpp": "-mavx2 -mfma -mf16c",
+    "kernels_avx_vnni.cpp": "-mavx2 -mfma -mf16c -mavxvnni",
     "kernels_avx512.cpp": f"{AVX512} {QUIET}",
     "kernels_amx.cpp": f"{AVX512} {QUIET} -mamx-tile -mamx-bf16",
 }

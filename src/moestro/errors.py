@@ -101,8 +101,9 @@ def unknown_name(kind: str, got: object, known: Iterable[str]) -> str:
     )
 
 
-def as_count(name: str, value: object, error: type[MoestroError], least: int = 1) -> int:
-    """An integer argument as an int: Python's and numpy's integers, no booleans, no floats, at least `least`.
+def as_count(name: str, value: object, error: type[MoestroError], least: int | None = 1) -> int:
+    """An integer argument as an int: Python's and numpy's integers, no booleans, no floats, at least `least` (None:
+    any).
 
     Raises `error`, naming the argument, for anything else.
     """

@@ -132,10 +132,13 @@ class MoestroLayers:
     def facts(self, case: Case) -> dict[str, Any]:
         layer = self._layers[0]
         decision = layer.decision(case.num_tokens)
+        runner = layer.runners[0] if decision is None else decision.runner
+        made_of = getattr(runner, "arithmetic", None)  # what its products are made of, where it says so
         if decision is None:
-            return {"backend": layer.runners[0].backend, "tactic": None, "status": "default"}
+            return {"backend": runner.backend, "tactic": None, "status": "default", "arithmetic": made_of}
         return {
-            "backend": decision.runner.backend,
+            "backend": runner.backend,
+            "arithmetic": made_of,
             "tactic": tactic_words(decision.tactic),
             "status": decision.status,
             "bucket": decision.bucket,

@@ -193,7 +193,9 @@ def _row(row: Row, first: bool) -> str:
         kind = "" if not row.ours else "good" if row.ratio_to_best_peer >= 0.95 else "bad"
         ratio = f"<span class='{kind}'>{row.ratio_to_best_peer:.2f}</span>"
     choice = " ".join(
-        str(row.facts[key]) for key in ("backend", "tactic", "status") if row.facts.get(key) is not None
+        str(row.facts[key])
+        for key in ("backend", "tactic", "status", "fallback")
+        if row.facts.get(key) is not None
     )
     cells = [
         f"<b>{row.tokens}</b>" if first else "",

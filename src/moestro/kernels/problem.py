@@ -235,9 +235,19 @@ class MoeRunner(TunableRunner):
                 f"valid are -1, {', '.join(map(repr, valid[:12]))}{', ...' if len(valid) > 12 else ''}"
             )
 
+    valid_between: ClassVar[bool] = True  # what is valid for two numbers of tokens is so for those between
+
+    def validate_tactic(self, inputs: Sequence[Any], tactic: Any) -> bool:
+        """The tuner's hook: whether `tactic` can run these inputs, worth offering there or not."""
+        try:
+            self.check_tactic(inputs, tactic)
+        except BackendError:
+            return False
+        return True
+
     @abstractmethod
     def get_valid_tactics(self, inputs: Sequence[Any], profile: Any) -> list[Any]:
-        """Every tactic that can run these inputs."""
+        """Every tactic that can run these inputs and is worth measuring there."""
 
     @abstractmethod
     def forward(

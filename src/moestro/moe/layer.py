@@ -7,7 +7,6 @@ torch.compile it is the operator moestro::fused_moe, which finds this layer agai
 from __future__ import annotations
 
 import copy
-import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -279,7 +278,7 @@ class FusedMoE(torch.nn.Module):
         """
         size = self.max_num_tokens
         if max_num_tokens is not None:
-            size = as_count("max_num_tokens", max_num_tokens, ShapeError, least=-sys.maxsize)
+            size = as_count("max_num_tokens", max_num_tokens, ShapeError, least=None)
         if not 0 < size <= self.max_num_tokens:
             raise ShapeError(
                 f"max_num_tokens must be in 1..{self.max_num_tokens} of this layer, got {size!r}"

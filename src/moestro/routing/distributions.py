@@ -12,7 +12,6 @@ a larger sample are the smaller sample.
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -203,6 +202,6 @@ def sample_weights(num_tokens: int, top_k: int, seed: int = 0) -> torch.Tensor:
 
 def check_sample(num_tokens: int, num_experts: int, top_k: int) -> None:
     """RoutingError unless num_tokens tokens can have top_k distinct of num_experts experts."""
-    if as_count("num_tokens", num_tokens, RoutingError, least=-sys.maxsize) < 0:
+    if as_count("num_tokens", num_tokens, RoutingError, least=None) < 0:
         raise RoutingError(f"num_tokens must be at least 0, got {num_tokens}")
     check_top_k(top_k, as_count("num_experts", num_experts, RoutingError))

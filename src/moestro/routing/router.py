@@ -7,7 +7,6 @@ graph; the values of the logits are therefore not checked: NaN logits give NaN w
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Final
 
@@ -125,7 +124,7 @@ def _check_logits(logits: torch.Tensor, top_k: int) -> int:
 
 def check_top_k(top_k: int, num_experts: int) -> int:
     """top_k as an int. RoutingError unless it is one and a token can have so many distinct experts."""
-    count = as_count("top_k", top_k, RoutingError, least=-sys.maxsize)
+    count = as_count("top_k", top_k, RoutingError, least=None)
     if not 1 <= count <= num_experts:
         raise RoutingError(f"top_k must be from 1 to the number of experts, {num_experts}, got {top_k}")
     return count
@@ -142,10 +141,8 @@ def _check_grouping(
     num_experts = logits.shape[1]
     if bias is not None:
         _check_bias(bias, logits)
-    groups = 1 if num_groups is None else as_count("num_groups", num_groups, RoutingError, least=-sys.maxsize)
-    top = (
-        groups if top_groups is None else as_count("top_groups", top_groups, RoutingError, least=-sys.maxsize)
-    )
+    groups = 1 if num_groups is None else as_count("num_groups", num_groups, RoutingError, least=None)
+    top = groups if top_groups is None else as_count("top_groups", top_groups, RoutingError, least=None)
     if groups < 1 or num_experts % groups:
         raise RoutingError(f"num_groups must divide the number of experts, {num_experts}, got {groups}")
     if not 1 <= top <= groups:

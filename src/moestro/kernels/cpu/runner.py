@@ -19,14 +19,13 @@ import torch
 from moestro.errors import BackendError, DTypeError, ShapeError
 from moestro.formats import FormatTensor
 from moestro.kernels import activations
-from moestro.kernels.activations import Code
-from moestro.kernels.cpu import core, layout
+from moestro.kernels.cpu import core, layout, machine
 from moestro.kernels.problem import Experts, MoeProblem, MoeRunner, Replay
 
-ACTIVATIONS = frozenset({Code.SWIGLU, Code.GEGLU_TANH, Code.RELU2})  # of csrc/epilogue.h
-X_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # as one, two and three numbers of bfloat16
+FP4 = ("nvfp4", "mxfp4")
 DENSE_NEVER = 1 << 30
 BOUND_KEPT = 64  # calls of `forward`, which measurements make, whose structs are kept
+DEQUANT_FROM = {"amx": 8, "amx_emulated": 8, "avx512": 24, "avx_vnni": 16, "avx2": 5, "generic": 24}
 WAVE_BYTES = 128 << 20  # of the x of a wave's pairs: enough to amortise decoding, a bound for the workspace
 
 
@@ -41,7 +40,10 @@ class CpuTactic:
 
 
 class CpuRunner(MoeRunner):
-    """Runs bf16, NVFP4 and MXFP4 experts on a CPU, for activations in bf16, and in fp16 and fp32 exactly.
+    """Runs bf16, NVFP4, MXFP4 and FP8-block experts on a CPU, for activations in bf16, and in fp16 and fp32 exactly.
+
+    With input_format="int8", which is never chosen by itself, 4-bit weights are multiplied by activations of 8
+    bits. `arithmetic` is what products are made of: one of core.ARITHMETICS.
 
     Raises BackendError where why_not() gives a reason, DTypeError or ShapeError for biases that do not fit.
     """
@@ -56,6 +58,7 @@ class CpuRunner(MoeRunner):
         self.isa = core.choose_isa()
         self._packing_cache = threading.Lock()
         self._bound_cache: dict[tuple[int, Any], Replay] = {}
+        self.arithmetic = _arithmetic(problem, self.isa)
         self._cuts_cache: dict[tuple[Any, int], core.TacticStruct] = {}
         self._pack()
 
@@ -95,13 +98,13 @@ class CpuRunner(MoeRunner):
             return f"the cpu backend runs {', '.join(core.FORMATS)} weights, not {problem.weight_format}"
         if problem.weight_dtype not in (None, torch.bfloat16):
             return f"the cpu backend runs dense weights of bfloat16, not {_name(problem.weight_dtype)}"
-        if problem.dtype not in X_TYPES:
-            return f"the cpu backend takes x in {', '.join(map(_name, X_TYPES))}, not {_name(problem.dtype)}"
-        if problem.input_format is not None:
-            return "the cpu backend does not quantise activations (input_format)"
-        if problem.batch_invariant:
-            return "the cpu backend has no batch-invariant tactics"
-        if reason := activations.why_not(problem.activation, ACTIVATIONS):
+        if _name(problem.dtype) not in core.X_TYPES:
+            return f"the cpu backend takes x in {', '.join(core.X_TYPES)}, not {_name(problem.dtype)}"
+        if problem.input_format not in core.INPUT_FORMATS:
+            return f"the cpu backend quantises activations to int8 alone, not to input_format={problem.input_format!r}"
+        if problem.input_format == "int8" and problem.weight_format not in FP4:
+            return f"the cpu backend multiplies int8 activations by {' and '.join(FP4)} weights, not {problem.weight_format}"
+        if reason := activations.why_not(problem.activation, core.ACTIVATIONS):
             return reason
         if problem.hidden_size % layout.PANEL or problem.intermediate_size % layout.PANEL:
             return (
@@ -137,27 +140,33 @@ class CpuRunner(MoeRunner):
         return packers[0].done(), packers[1].done()
 
     def get_cache_key_extras(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
-        return ("threads", torch.get_num_threads())
+        return ("threads", machine.threads())
 
     def get_valid_tactics(self, inputs: Sequence[Any], profile: Any) -> list[Any]:
         num_tokens = inputs[0].shape[0]
         token_tiles = (64, 128, 256) if num_tokens > 64 else (64,)
         dequant_from: tuple[int, ...] = (DENSE_NEVER,)
-        if self.problem.weight_format != "bf16" and num_tokens >= 8:
+        if self.problem.weight_format in FP4 and num_tokens >= 8:
             dequant_from = (DENSE_NEVER, 16, 24, 64) if num_tokens >= 32 else (DENSE_NEVER, 8)
+            if self.isa.startswith("avx") and self.isa != "avx512":
+                dequant_from = (5, 9, DENSE_NEVER)
         return [CpuTactic(t, r, d) for t in token_tiles for r in (1, 2, 4) for d in dequant_from]
 
-    def default_tactic(self) -> CpuTactic:
+    def check_tactic(self, inputs: Sequence[Any], tactic: Any) -> None:
+        """Every tactic runs every number of tokens: get_valid_tactics only leaves out what cannot pay."""
+        self._cut(tactic)
+
+    def default_tactic(self, inputs: Sequence[Any] = ()) -> CpuTactic:
         """The tactic behind -1, as measured on two Zen 5 cores.
 
         Long streams of weights read fastest (one Qwen3-30B-A3B token: row_tile 1 0.63 ms, 4 0.59 ms), as long
         as each thread finds work for the down product, which has the fewest items. Decoding first pays from
         about 24 tokens on (Qwen3-30B-A3B with 512 tokens: 52 ms from 32 on, 50 ms from 24 on); with tiles, whose
-        products cost less, from 8 on (published rates, not measured).
+        products cost less, from 8 on (published rates, not measured). AVX2 decodes four tokens at a time.
         """
         tiles = self.problem.hidden_size // 32
-        row_tile = max(1, min(4, tiles // (4 * torch.get_num_threads())))
-        return CpuTactic(256, row_tile, 8 if self.isa.startswith("amx") else 24)
+        row_tile = max(1, min(4, tiles // (4 * machine.threads())))
+        return CpuTactic(256, row_tile, DEQUANT_FROM[self.isa])
 
     def workspace_bytes(self, num_tokens: int, tactic: Any) -> int:
         cut = self._cut(tactic)
@@ -234,7 +243,7 @@ class CpuRunner(MoeRunner):
         """The core's struct for a tactic and torch's threads, made once: a call's Python runs on cold caches."""
         if tactic != -1 and not isinstance(tactic, CpuTactic):
             raise BackendError(f"tactic must be -1 or a CpuTactic, got {tactic!r}")
-        key = tactic, torch.get_num_threads()
+        key = tactic, machine.threads()
         cut = self._cuts_cache.get(key)
         if cut is None:
             cut = self._cuts_cache[key] = self._make_cut(*key)
@@ -246,6 +255,15 @@ class CpuRunner(MoeRunner):
             raise BackendError(f"tactic must have positive fields, got {tactic!r}")
         wave = chosen.wave or max(256, WAVE_BYTES // (2 * self.problem.hidden_size * self.problem.top_k))
         return core.TacticStruct(chosen.token_tile, chosen.row_tile, chosen.dequant_from, wave, threads)
+
+
+def _arithmetic(problem: MoeProblem, isa: str) -> str:
+    """What a problem's products are made of on an instruction set: see csrc/kernels_*.cpp."""
+    if problem.input_format == "int8":
+        return "int8"
+    if isa in ("avx2", "avx_vnni"):
+        return "int16" if problem.weight_format in FP4 and problem.dtype == torch.bfloat16 else "float32"
+    return "float32" if isa == "generic" else "bf16"
 
 
 def _name(dtype: torch.dtype | None) -> str:
@@ -269,6 +287,8 @@ def _matrix(weights: FormatTensor, bias: torch.Tensor | None) -> core.Matrix:
         return core.Matrix(weights.data.data_ptr(), None, None, at)
     if isinstance(weights, layout.PanelMXFP4):
         return core.Matrix(weights.codes.data_ptr(), weights.scale.data_ptr(), None, at)
+    if isinstance(weights, layout.PanelFP8):
+        return core.Matrix(weights.data.data_ptr(), weights.panel_scale.data_ptr(), None, at)
     assert isinstance(weights, layout.PanelNVFP4)
     pieces = (weights.codes, weights.scale, weights.row_scale)
     return core.Matrix(*(piece.data_ptr() for piece in pieces), at)
@@ -283,18 +303,22 @@ def _layer(
     form = activations.form_of(problem.activation)
     assert form is not None  # see why_not
     return core.Layer(
-        core.ISAS.index(isa),
-        core.FORMATS[problem.weight_format],
-        problem.num_local_experts,
-        problem.expert_offset,
-        problem.top_k,
-        problem.hidden_size,
-        problem.intermediate_size,
-        form.code,
-        X_TYPES[problem.dtype],
-        form.alpha,
-        math.inf if form.limit is None else form.limit,
-        form.up_shift,
-        _matrix(weights[0], biases[0]),
-        _matrix(weights[1], biases[1]),
+        isa=core.ISAS.index(isa),
+        format=core.FORMATS[problem.weight_format],
+        experts=problem.num_local_experts,
+        expert_offset=problem.expert_offset,
+        top_k=problem.top_k,
+        hidden=problem.hidden_size,
+        intermediate=problem.intermediate_size,
+        activation=form.code,
+        gated=form.gated,
+        x_type=core.X_TYPES.index(_name(problem.dtype)),
+        input_format=core.INPUT_FORMATS[problem.input_format],
+        batch_invariant=problem.batch_invariant,
+        scale_columns=weights[0].block_columns if isinstance(weights[0], layout.PanelFP8) else 0,
+        alpha=form.alpha,
+        limit=math.inf if form.limit is None else form.limit,
+        up_shift=form.up_shift,
+        gate_up=_matrix(weights[0], biases[0]),
+        down=_matrix(weights[1], biases[1]),
     )

@@ -171,6 +171,10 @@ class PortableRunner(MoeRunner):
             f"and a knob that is a count of experts, got {tactic!r}"
         )
 
+    def default_tactic(self, inputs: Sequence[Any]) -> Tactic:
+        """The tactic behind -1."""
+        return self._default(inputs[1].shape[0])
+
     def _default(self, num_tokens: int) -> Tactic:
         """`grouped` for dense weights; else `loop`; else, in a CUDA graph, what never waits."""
         p, pairs = self.problem, num_tokens * self.problem.top_k

@@ -15,19 +15,19 @@ from moestro.errors import BackendError
 from moestro.formats import NVFP4
 from moestro.kernels.activations import Activation, GeGLUTanh, ReLU2, SwiGLU
 from moestro.kernels.problem import MoeProblem
-from moestro.kernels.triton import Tactic, TritonRunner, native, runner, tactics
+from moestro.kernels.triton import Tactic, Tile, TritonRunner, chip, choose
+from moestro.kernels.triton.paths import fp4
 from moestro.moe import reference
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a chip of another capability is here")
 TOLERANCE = 1e-2  # of the relative norm; the interpreter rounds to bfloat16 towards zero
-SMALL = (128, 1, 4, 2)
-SORTED = Tactic("native", "sorted", "reduce", 16, SMALL, SMALL)
-ATOMIC = replace(SORTED, combine="atomic", tokens2=32, group=4)
+SORTED = fp4.tactic(16, Tile(128, 1, 4, 2))
+TWO_WIDTHS = replace(SORTED, pairs2=32, raster_group=4)
 
 
 @pytest.fixture(autouse=True)
 def blackwell(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "_capability", lambda: (10, 0))
+    monkeypatch.setattr(chip, "capability", lambda: (10, 0))
 
 
 def make(act: Activation, biases: bool = False, foreign: int = 0, row_groups: int | None = None,
@@ -66,7 +66,7 @@ def error(moe: TritonRunner, inputs: list[Any], tactic: Any, x: Any = None) -> f
     return float((inputs[3].float() - truth).norm() / truth.norm())
 
 
-@pytest.mark.parametrize("tactic", [SORTED, ATOMIC], ids=["reduce", "atomic"])
+@pytest.mark.parametrize("tactic", [SORTED, TWO_WIDTHS], ids=["one width", "two widths"])
 def test_matches_the_reference_on_odd_sizes(tactic: Tactic) -> None:
     """Ragged experts, biases, a scale each for gate and up, experts of other ranks, an id that no rank has."""
     moe = make(SwiGLU(), biases=True, foreign=1, row_groups=2)
@@ -97,7 +97,7 @@ def test_activations_that_come_quantised_are_read_as_they_are() -> None:
     inputs = [q.packed, ids, weights, out, q.scale, q.global_scale]
     assert error(moe, inputs, SORTED, q) < TOLERANCE
     kernels = [launch.kernel.__name__ for launch in moe.plan(inputs, SORTED)]
-    assert kernels == ["place", "scaled_gemm", "quantize_rows", "scaled_gemm", "reduce_pairs"]
+    assert kernels == ["place", "scaled_gemm", "quantize_rows", "scaled_gemm", "sum_pairs"]
 
 
 @pytest.mark.parametrize("num_tokens", [1, 33])
@@ -108,23 +108,24 @@ def test_the_default_tactic(num_tokens: int) -> None:
 def test_candidates_begin_with_the_default_and_all_fit() -> None:
     p = make(SwiGLU()).problem
     for n in (1, 60, 5000):
-        found = native.candidates(p, n)
-        assert found[0] == native.default(p, n)
-        assert len(found) == len(native.TABLE)
+        found = choose.worth_measuring(p, n)
+        assert found[0] == choose.default(p, n)
+        assert len(found) == len(fp4.TABLE["nvfp4"])
 
 
-def test_tactics_of_the_other_path_are_refused_on_either_chip() -> None:
-    moe = make(SwiGLU(), deterministic=True)
-    with pytest.raises(BackendError, match="path 'native'"):
-        moe.forward(inputs_of(3), tactics.TABLE[0])
-    with pytest.raises(BackendError, match="not repeatable"):
-        moe.forward(inputs_of(3), ATOMIC)
-    assert "FP4 tensor cores" in (tactics.unfit(moe.problem, SORTED, 3) or "")
+def test_tactics_of_the_other_path_are_refused_on_either_chip(monkeypatch: pytest.MonkeyPatch) -> None:
+    moe = make(SwiGLU())
+    with pytest.raises(BackendError, match="another path"):
+        moe.forward(inputs_of(3), choose.FULL)
+    monkeypatch.setattr(chip, "capability", lambda: (9, 0))
+    assert "FP4 tensor cores" in (choose.why_not(moe.problem, SORTED, 3) or "")
 
 
-def test_only_w4a4_on_chips_with_fp4_tensor_cores_takes_this_path() -> None:
+@pytest.mark.parametrize(("capability", "runs"), [((10, 3), True), ((9, 0), False), ((12, 0), False)])
+def test_only_w4a4_on_chips_with_fp4_tensor_cores_takes_this_path(
+    capability: tuple[int, int], runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     p = make(SwiGLU()).problem
-    assert native.runs_on(p, (10, 3))
-    assert not native.runs_on(p, (9, 0))
-    assert not native.runs_on(p, (12, 0))  # its FP4 instructions are others
-    assert not native.runs_on(replace(p, input_format=None), (10, 0))
+    monkeypatch.setattr(chip, "capability", lambda: capability)
+    assert chip.multiplies_fp4(p) == runs
+    assert not chip.multiplies_fp4(replace(p, input_format=None))
