@@ -64,7 +64,9 @@ def test_list_counts_decisions_quarantine_and_misses(store: Path) -> None:
 
 def test_list_and_show_of_nothing(store: Path) -> None:
     assert "holds no decisions" in run("cache", "list", "--store", store)
-    assert "no decisions match" in run("cache", "show", "--store", store, status=1)
+    said = run("cache", "show", "--store", store, status=1)
+    assert "no decisions match" in said
+    assert f"{store} is no store of decisions" in said
 
 
 def test_show_has_a_line_for_each_decision(store: Path) -> None:
