@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path("src/moestro/kernels/cpu/csrc")
@@ -51,7 +52,14 @@ class BuildCore(build_ext):
         self.compiler.link_shared_object(objects, target, extra_postargs=flags, target_lang="c++")
 
 
+class Wheel(bdist_wheel):
+    """py3-none-<platform>: the core has a platform and no Python ABI."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 wanted = os.environ.get("MOESTRO_CPU_BUILD", "1") != "0" and sys.platform != "win32"
 headers = sorted(map(str, CSRC.glob("*.h")))
 core = Extension("moestro.kernels.cpu._core", sources(), depends=headers, language="c++", optional=True)
-setup(ext_modules=[core] if wanted else [], cmdclass={"build_ext": BuildCore})
+setup(ext_modules=[core] if wanted else [], cmdclass={"build_ext": BuildCore, "bdist_wheel": Wheel})

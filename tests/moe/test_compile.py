@@ -10,7 +10,7 @@ from moe_cases import E, H, K, error, make_call, make_weights
 
 from moestro import FusedMoE, SwiGLU, errors, fused_moe
 from moestro.formats import NVFP4
-from moestro.moe import op
+from moestro.moe import torch_op as op
 
 COMPILE: dict[str, Any] = {
     "fullgraph": True,

@@ -13,8 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moestro import formats
-from moestro.bench import machine
+from moestro import formats, machine
 from moestro.bench.models import find
 from moestro.errors import BackendError
 from moestro.kernels import backends

@@ -15,8 +15,8 @@ import torch
 
 from moestro.bench.layers import Case, LayerSource, activation_of
 from moestro.errors import BackendError
+from moestro.moe.call import as_inputs
 from moestro.moe.layer import FusedMoE
-from moestro.moe.operation import as_inputs
 from moestro.moe.tuning_config import OP
 from moestro.tuning import AutoTuner
 from moestro.tuning.measure.compile import precompile

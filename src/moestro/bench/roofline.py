@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from moestro.bench import cpu_ceilings, machine
+from moestro import machine
+from moestro.bench import cpu_ceilings
 from moestro.bench.layers import Case
 from moestro.bench.models import MoeShape
 from moestro.kernels.cpu import core

@@ -101,7 +101,7 @@ def _pages(cpu: dict[str, Any]) -> str:
 
 def _machine_lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     cpu, memory, software = found["cpu"], found["memory"], found["software"]
-    cache = f", {bytes_text(cpu['cache_bytes'])} last-level cache" if cpu["cache_bytes"] else ""
+    cache = f", {bytes_text(cpu['cache_bytes'])} last-level cache"
     lines = [
         ("processor", f"{cpu['name']}, {cpu['cores']} cores for this process{cache}"),
         ("features", ", ".join(cpu["features"]) or "none that the kernels use"),

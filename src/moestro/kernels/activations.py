@@ -28,6 +28,8 @@ class Code(IntEnum):
     SWIGLU = 0
     GEGLU_TANH = 1
     RELU2 = 2
+    CLAMPED_SILU = 3
+    SOFTCAP_SWIGLU = 4
 
 
 class Form(NamedTuple):
@@ -48,7 +50,7 @@ def _number(name: str, value: Any, positive: bool = False) -> float:
         fine = False
     if not fine:
         wanted = "positive" if positive else "finite"
-        raise BackendError(f"{name} of SwiGLU must be a {wanted} number, got {value!r}")
+        raise BackendError(f"{name} must be a {wanted} number, got {value!r}")
     return number
 
 
@@ -100,9 +102,10 @@ class SwiGLU(Formula):
 
     def __post_init__(self) -> None:
         for name in ("alpha", "up_shift"):
-            object.__setattr__(self, name, _number(name, getattr(self, name)))
+            object.__setattr__(self, name, _number(f"{name} of SwiGLU", getattr(self, name)))
         if self.limit is not None:
-            object.__setattr__(self, "limit", _number("limit", self.limit, positive=True))
+            limit = _number("limit of SwiGLU", self.limit, positive=True)
+            object.__setattr__(self, "limit", None if math.isinf(limit) else limit)
 
     @property
     def form(self) -> Form:
@@ -146,8 +149,65 @@ class ReLU2(Formula):
         return F.relu(h).square()
 
 
+@dataclass(frozen=True)
+class ClampedSilu(Formula):
+    """min(silu(gate), limit) · clamp(up, ±limit): clamped after silu (Step-3.7), where SwiGLU clamps before."""
+
+    limit: float
+
+    code: ClassVar[Code] = Code.CLAMPED_SILU
+    gated: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "limit", _number("limit of ClampedSilu", self.limit, positive=True))
+
+    @property
+    def form(self) -> Form:
+        return Form(self.code, self.gated, limit=self.limit)
+
+    def apply(self, h: torch.Tensor, sigmoid: Sigmoid = torch.sigmoid) -> torch.Tensor:
+        gate, up = h.chunk(2, dim=-1)
+        act = F.silu(gate) if sigmoid is torch.sigmoid else gate * sigmoid(gate)
+        return act.clamp(max=self.limit) * up.clamp(-self.limit, self.limit)
+
+
+@dataclass(frozen=True)
+class SoftcapSwiGLU(Formula):
+    """cap(gate) · sigmoid(gate) · cap(up), cap(v) = tanh(v / c) · c with a c for each (Inkling2).
+
+    Its form has the gate's cap as alpha, and up's as limit.
+    """
+
+    gate_cap: float
+    up_cap: float
+
+    code: ClassVar[Code] = Code.SOFTCAP_SWIGLU
+    gated: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for name in ("gate_cap", "up_cap"):
+            cap = _number(f"{name} of SoftcapSwiGLU", getattr(self, name), positive=True)
+            object.__setattr__(self, name, cap)
+
+    @property
+    def form(self) -> Form:
+        return Form(self.code, self.gated, alpha=self.gate_cap, limit=self.up_cap)
+
+    def apply(self, h: torch.Tensor, sigmoid: Sigmoid = torch.sigmoid) -> torch.Tensor:
+        gate, up = h.chunk(2, dim=-1)
+        return _capped(gate, self.gate_cap, sigmoid) * sigmoid(gate) * _capped(up, self.up_cap, sigmoid)
+
+
+def _capped(v: torch.Tensor, cap: float, sigmoid: Sigmoid) -> torch.Tensor:
+    if sigmoid is torch.sigmoid:
+        return torch.tanh(v / cap) * cap
+    return (sigmoid(v / cap * 2) * 2 - 1) * cap  # tanh z = 2 sigmoid(2 z) - 1
+
+
 ACTIVATIONS: dict[str, Activation] = {"silu": SwiGLU(), "gelu_tanh": GeGLUTanh(), "relu2": ReLU2()}
-CLASSES: dict[str, type[Any]] = {cls.__name__: cls for cls in (SwiGLU, GeGLUTanh, ReLU2)}
+CLASSES: dict[str, type[Any]] = {
+    cls.__name__: cls for cls in (SwiGLU, GeGLUTanh, ReLU2, ClampedSilu, SoftcapSwiGLU)
+}
 
 
 def form_of(activation: Activation) -> Form | None:

@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Final, Protocol, Self
+from typing import Any, ClassVar, Final, NamedTuple, Protocol, Self
 
 import torch
 
@@ -45,6 +45,26 @@ class Experts(Protocol):
 
     @property
     def down_input_scale(self) -> torch.Tensor | None: ...  # [] or [L], W4A4: of the intermediate
+
+
+class Held(NamedTuple):
+    """Experts and nothing else: what a runner keeps of weights, so that it does not keep their owner alive."""
+
+    gate_up: FormatTensor
+    down: FormatTensor
+    gate_up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
+    gate_up_input_scale: torch.Tensor | None = None
+    down_input_scale: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, experts: Experts) -> Self:
+        return cls(*(getattr(experts, name) for name in cls._fields))
+
+
+# A bound call: replay(inputs, workspace) runs it and gives True; or gives False, before anything ran, where what it was
+# bound to has changed (torch's number of threads, weights written in place): then `bind` must be asked again.
+Replay = Callable[[Sequence[Any], torch.Tensor], bool]
 
 
 @dataclass(frozen=True)
@@ -177,12 +197,27 @@ class MoeRunner(TunableRunner):
         return 0
 
     def use_workspace(self, workspace: torch.Tensor | None) -> None:
-        """Work in this uint8 buffer (256-byte aligned, at least workspace_bytes); None: allocate."""
+        """The uint8 buffer of calls that bring none (at least workspace_bytes); None: they allocate. For
+        measurements, which are one at a time; other calls bring their own.
+        """
         self._workspace = workspace
 
     def lend_workspace(self, owner: Callable[[int], torch.Tensor]) -> None:
         """Let `reserve` ask owner(nbytes) for a workspace of that many bytes."""
         self._workspace_owner = owner
+
+    def bind(self, inputs: Sequence[Any], tactic: Any) -> Replay:
+        """A call of `tactic` for inputs of these sizes and dtypes, with all that can be worked out beforehand.
+
+        Replayed from any number of threads and streams, each time with other tensors and a workspace of its own, of
+        at least workspace_bytes(N, tactic): nothing that a call writes may be kept here.
+        """
+
+        def replay(inputs: Sequence[Any], workspace: torch.Tensor) -> bool:
+            self.forward(inputs, tactic, workspace=workspace)
+            return True
+
+        return replay
 
     def reserve(self, inputs: Sequence[Any], tactics: Sequence[Any]) -> None:
         """The tuner's hook: a workspace for the largest of the tactics, before any of them is timed."""
@@ -200,12 +235,30 @@ class MoeRunner(TunableRunner):
                 f"valid are -1, {', '.join(map(repr, valid[:12]))}{', ...' if len(valid) > 12 else ''}"
             )
 
+    valid_between: ClassVar[bool] = True  # what is valid for two numbers of tokens is so for those between
+
+    def validate_tactic(self, inputs: Sequence[Any], tactic: Any) -> bool:
+        """The tuner's hook: whether `tactic` can run these inputs, worth offering there or not."""
+        try:
+            self.check_tactic(inputs, tactic)
+        except BackendError:
+            return False
+        return True
+
     @abstractmethod
     def get_valid_tactics(self, inputs: Sequence[Any], profile: Any) -> list[Any]:
-        """Every tactic that can run these inputs."""
+        """Every tactic that can run these inputs and is worth measuring there."""
 
     @abstractmethod
     def forward(
-        self, inputs: Sequence[Any], tactic: Any = -1, do_preparation: bool = False, **kwargs: Any
+        self,
+        inputs: Sequence[Any],
+        tactic: Any = -1,
+        do_preparation: bool = False,
+        *,
+        workspace: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> torch.Tensor:
-        """Run a tactic; see the class for the inputs."""
+        """Run a tactic; see the class for the inputs. workspace: uint8, at least workspace_bytes; by default the
+        one of use_workspace.
+        """

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from moestro.errors import BackendError, DTypeError, FormatError, RoutingError, ShapeError, unknown_name
-from moestro.kernels.activations import Activation, resolve_activation
+from moestro.errors import (
+    BackendError,
+    DTypeError,
+    FormatError,
+    RoutingError,
+    ShapeError,
+    as_count,
+    unknown_name,
+)
+from moestro.kernels.activations import Activation, GeGLUTanh, SwiGLU, resolve_activation
 from moestro.kernels.problem import INPUT_FORMATS, MoeProblem
 from moestro.moe.checks import X_DTYPES, check_top_k
 from moestro.moe.weights import ExpertWeights
@@ -32,7 +41,7 @@ class Options:
 def known_num_experts(options: Options, w: ExpertWeights) -> int | None:
     """E if it is known: given, or all experts are in `w`."""
     if options.num_experts is not None:
-        return options.num_experts
+        return as_count("num_experts", options.num_experts, RoutingError, least=0)
     return w.num_experts if options.expert_offset == 0 else None
 
 
@@ -45,8 +54,7 @@ def make_problem(
     _check_experts(options, w)
     if dtype not in X_DTYPES:
         raise DTypeError(f"dtype must be torch.bfloat16, torch.float16 or torch.float32, got {dtype}")
-    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
-        raise RoutingError(f"top_k must be a positive integer, got {top_k!r}")
+    top_k = as_count("top_k", top_k, RoutingError)
     check_top_k(top_k, known_num_experts(options, w))
     if not isinstance(options.tactic, Hashable):
         raise BackendError(f"tactic must be hashable, got {options.tactic!r}")
@@ -54,8 +62,8 @@ def make_problem(
         raise BackendError(f"backend must be a name, got {options.backend!r}")
     return MoeProblem.of(
         w,
-        num_experts=options.num_experts,
-        expert_offset=options.expert_offset,
+        num_experts=None if options.num_experts is None else operator.index(options.num_experts),
+        expert_offset=operator.index(options.expert_offset),
         top_k=top_k,
         activation=activation,
         input_format=options.input_format,
@@ -76,6 +84,10 @@ def _activation(options: Options, w: ExpertWeights) -> Activation:
             f"activation {options.activation!r} must have gate_up of shape {rows}, "
             f"got {list(w.gate_up.shape)}"
         )
+    if w.up_has_down_pre_scale and activation not in (SwiGLU(), GeGLUTanh()):
+        raise BackendError(
+            f"activation must be linear in up where the weights have a scale of down's input (AWQ), got {activation}"
+        )
     return activation
 
 
@@ -94,12 +106,11 @@ def _check_input_format(options: Options, w: ExpertWeights) -> None:
 
 
 def _check_experts(options: Options, w: ExpertWeights) -> None:
-    offset, total = options.expert_offset, options.num_experts
-    if isinstance(offset, bool) or not isinstance(offset, int) or offset < 0:
-        raise RoutingError(f"expert_offset must be an integer of at least 0, got {offset!r}")
-    if total is None:
+    offset = as_count("expert_offset", options.expert_offset, RoutingError, least=0)
+    if options.num_experts is None:
         return
-    if isinstance(total, bool) or not isinstance(total, int) or total < offset + w.num_experts:
+    total = as_count("num_experts", options.num_experts, RoutingError, least=0)
+    if total < offset + w.num_experts:
         raise RoutingError(
             f"num_experts must be an integer of at least {offset + w.num_experts} (expert_offset {offset} + "
             f"{w.num_experts} experts in w), got {total!r}"

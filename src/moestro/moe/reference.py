@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from moestro.errors import DTypeError, FormatError, ShapeError, unknown_name
-from moestro.formats import NVFP4
+from moestro.formats import MXFP4, NVFP4
 from moestro.formats.base import FormatTensor
 from moestro.kernels.activations import Activation, resolve_activation
 from moestro.kernels.problem import INPUT_FORMATS, Experts
@@ -61,6 +61,8 @@ def fused_moe(
     quantized = "nvfp4" if isinstance(x, NVFP4) else input_format
     dense = x.dequantize(torch.float32) if isinstance(x, NVFP4) else x
     columns = FP8_BLOCK if w.gate_up.format == "fp8_block" else None
+    if (pre_scale := getattr(w, "gate_up_pre_scale", None)) is not None:
+        dense = dense.to(dtype) * pre_scale.to(dtype)
     out = torch.zeros(dense.shape, dtype=dtype, device=dense.device)  # [N, H]
     for e in range(w.gate_up.shape[0]):
         token, slot = torch.where(ids == e + expert_offset)
@@ -114,24 +116,31 @@ def _matrix(tensor: FormatTensor, dtype: torch.dtype, rounding: str | None) -> t
 
 
 def fold_e4m3(tensor: FormatTensor) -> torch.Tensor:
-    """One expert's matrix [R, C] with each weight rounded to e4m3 under one power of two, in float32.
+    """One expert's matrix [R, C] with each 4-bit weight rounded to e4m3 under one power of two a row, in float32.
 
-    The weight without its global scale (NVFP4: e2m1 · block scale; others: the value itself), divided by the least
-    power of two that brings the matrix's largest magnitude to 448 or below, is rounded to e4m3 (to nearest, ties to
-    even, subnormals kept), and multiplied back.
+    A row's block scales over the power of two that brings the largest of them into (36, 72] are s; e2m1 · s, at most
+    432, is rounded to e4m3 (to nearest, ties to even). A scale under 2^-5 there, which is 1152 times less than the
+    row's largest at least, counts as 2^-5, and its codes as the nearest for that. Other formats are as they are.
     """
     checkpoint = tensor.to_checkpoint()
-    dense = checkpoint.dequantize(torch.float32)
-    if not dense.numel():
-        return dense
-    factor = (
-        checkpoint.row_global_scale()
-        if isinstance(checkpoint, NVFP4)
-        else torch.ones((), device=dense.device)
-    )
-    plain = checkpoint.dequantize_unscaled(torch.float32) if isinstance(checkpoint, NVFP4) else dense
-    power = torch.exp2(torch.ceil(torch.log2(plain.abs().amax().clamp(min=TINY) / E4M3_MAX)))
-    return (plain / power).to(torch.float8_e4m3fn).float() * power * factor
+    if isinstance(checkpoint, NVFP4):
+        scale, rest, width = checkpoint.scale.float().abs(), checkpoint.row_global_scale(), 16
+        plain = checkpoint.dequantize_unscaled(torch.float32)
+    elif isinstance(checkpoint, MXFP4):
+        scale, width = torch.ldexp(torch.ones(()), checkpoint.scale.to(torch.int32) - 127).double(), 32
+        rest, plain = torch.ones((), device=scale.device), checkpoint.dequantize(torch.float32)
+    else:
+        return checkpoint.dequantize(torch.float32)
+    if not plain.numel():
+        return plain
+    largest = scale.double().amax(-1, keepdim=True)
+    power = torch.exp2(torch.floor(torch.log2(72.0 / torch.where(largest > 0, largest, 72.0))))
+    small = (scale.double() * power < 2.0**-5).repeat_interleave(width, -1)
+    value = plain.double() * power
+    grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64, device=value.device) * 2.0**-5
+    nearest = grid[(value.abs().unsqueeze(-1) - grid).abs().argmin(-1)].copysign(value)
+    value = torch.where(small, nearest, value).float().to(torch.float8_e4m3fn).double()
+    return (value / power * rest.double()).float()
 
 
 def _scale_of(scale: torch.Tensor | None, expert: int) -> torch.Tensor | None:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from moestro.errors import RoutingError
+from moestro.errors import RoutingError, as_count
 from moestro.routing.router import check_top_k
 
 CHUNK = 1 << 21  # noise values drawn at once: 8 MiB, whatever the number of tokens
@@ -202,6 +202,6 @@ def sample_weights(num_tokens: int, top_k: int, seed: int = 0) -> torch.Tensor:
 
 def check_sample(num_tokens: int, num_experts: int, top_k: int) -> None:
     """RoutingError unless num_tokens tokens can have top_k distinct of num_experts experts."""
-    if num_tokens < 0:
+    if as_count("num_tokens", num_tokens, RoutingError, least=None) < 0:
         raise RoutingError(f"num_tokens must be at least 0, got {num_tokens}")
-    check_top_k(top_k, num_experts)
+    check_top_k(top_k, as_count("num_experts", num_experts, RoutingError))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,11 @@ from moestro.errors import BackendError, DTypeError, ShapeError
 from moestro.formats import FormatTensor
 from moestro.kernels import activations
 from moestro.kernels.cpu import core, layout, machine
-from moestro.kernels.problem import Experts, MoeProblem, MoeRunner
+from moestro.kernels.problem import Experts, MoeProblem, MoeRunner, Replay
 
 FP4 = ("nvfp4", "mxfp4")
 DENSE_NEVER = 1 << 30
+BOUND_KEPT = 64  # calls of `forward`, which measurements make, whose structs are kept
 DEQUANT_FROM = {"amx": 8, "amx_emulated": 8, "avx512": 24, "avx_vnni": 16, "avx2": 5, "generic": 24}
 WAVE_BYTES = 128 << 20  # of the x of a wave's pairs: enough to amortise decoding, a bound for the workspace
 
@@ -54,6 +56,8 @@ class CpuRunner(MoeRunner):
             raise BackendError(reason)
         self._core_cache = core.load()
         self.isa = core.choose_isa()
+        self._packing_cache = threading.Lock()
+        self._bound_cache: dict[tuple[int, Any], Replay] = {}
         self.arithmetic = _arithmetic(problem, self.isa)
         self._cuts_cache: dict[tuple[Any, int], core.TacticStruct] = {}
         self._pack()
@@ -64,7 +68,10 @@ class CpuRunner(MoeRunner):
         biases = [
             b for b in (experts.gate_up_bias, experts.down_bias) if b is not None and not b.is_inference()
         ]
-        sources = [*layout.counted(experts.gate_up), *layout.counted(experts.down), *biases]
+        matrices = [
+            m for m in (experts.gate_up, experts.down) if not isinstance(m, layout.Panels)
+        ]  # run as they are
+        sources = [*(t for m in matrices for t in layout.counted(m)), *biases]
         self._sources = [(source, source._version) for source in sources]
         self._weights = (layout.shared(experts.gate_up, gated), layout.shared(experts.down, False))
         self._biases = (
@@ -145,7 +152,11 @@ class CpuRunner(MoeRunner):
                 dequant_from = (5, 9, DENSE_NEVER)
         return [CpuTactic(t, r, d) for t in token_tiles for r in (1, 2, 4) for d in dequant_from]
 
-    def default_tactic(self) -> CpuTactic:
+    def check_tactic(self, inputs: Sequence[Any], tactic: Any) -> None:
+        """Every tactic runs every number of tokens: get_valid_tactics only leaves out what cannot pay."""
+        self._cut(tactic)
+
+    def default_tactic(self, inputs: Sequence[Any] = ()) -> CpuTactic:
         """The tactic behind -1, as measured on two Zen 5 cores.
 
         Long streams of weights read fastest (one Qwen3-30B-A3B token: row_tile 1 0.63 ms, 4 0.59 ms), as long
@@ -162,27 +173,71 @@ class CpuRunner(MoeRunner):
         return int(self._core_cache.moestro_cpu_workspace(self._layer_at, ctypes.byref(cut), num_tokens))
 
     def forward(
-        self, inputs: Sequence[Any], tactic: Any = -1, do_preparation: bool = False, **kwargs: Any
+        self,
+        inputs: Sequence[Any],
+        tactic: Any = -1,
+        do_preparation: bool = False,
+        *,
+        workspace: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> torch.Tensor:
         """Run a tactic; see MoeRunner for the inputs, which must be contiguous."""
-        x, ids, weights, out = inputs
-        if do_preparation or not len(x):
-            return out  # type: ignore[no-any-return]
-        for source, version in self._sources:
-            if source._version != version:  # weights were changed in place
+        out: torch.Tensor = inputs[3]
+        if do_preparation or not len(out):
+            return out
+        given = self._workspace if workspace is None else workspace
+        if given is None:
+            nbytes = self.workspace_bytes(len(out), tactic)
+            given = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+        key = len(out), tactic
+        replay = self._bound_cache.get(key)
+        while replay is None or not replay(inputs, given):
+            if len(self._bound_cache) >= BOUND_KEPT:
+                self._bound_cache.clear()
+            replay = self._bound_cache[key] = self.bind(inputs, tactic)
+        return out
+
+    def bind(self, inputs: Sequence[Any], tactic: Any) -> Replay:
+        """The call into the core with its structs made: what is left is the tensors' addresses.
+
+        To be bound anew where torch's number of threads or the weights have changed since; a call that another
+        thread is in keeps what it was bound to.
+        """
+        tokens, threads = inputs[0].shape[0], torch.get_num_threads()
+        cut_at = ctypes.byref(self._cut(tactic))
+        with self._packing_cache:
+            layer_at, sources, kept = self._layer_at, self._sources, (self._weights, self._biases)
+        run, threads_now = self._core_cache.moestro_cpu_moe, torch.get_num_threads
+        make, at = core.Call, ctypes.byref
+
+        def replay(inputs: Sequence[Any], workspace: torch.Tensor) -> bool:
+            for source, version in sources:
+                if source._version != version:  # weights were changed in place
+                    self._pack_again(kept)
+                    return False
+            if threads_now() != threads:
+                return False
+            x, ids, weights, out = inputs
+            call = make(
+                tokens, x.data_ptr(), ids.data_ptr(), weights.data_ptr(), out.data_ptr(), workspace.data_ptr(),
+                workspace.numel(),
+            )  # fmt: skip
+            if status := run(layer_at, cut_at, at(call)):
+                raise self._refusal(status, tokens, tactic, workspace)
+            return True
+
+        return replay
+
+    def _pack_again(self, seen: Any) -> None:
+        with self._packing_cache:
+            if seen[0] is self._weights and seen[1] is self._biases:  # nobody else has meanwhile
                 self._pack()
-                break
-        cut, workspace = self._cut(tactic), self._workspace
-        if workspace is None:
-            workspace = torch.empty(self.workspace_bytes(len(x), tactic), dtype=torch.uint8)
-        at = [t.data_ptr() for t in (x, ids, weights, out, workspace)]
-        call = core.Call(len(x), *at, workspace.nbytes)
-        if status := self._core_cache.moestro_cpu_moe(self._layer_at, ctypes.byref(cut), ctypes.byref(call)):
-            need = self.workspace_bytes(len(x), tactic)
-            raise BackendError(
-                f"the CPU core returned {status}: workspace has {workspace.nbytes} bytes, {need} are needed"
-            )
-        return out  # type: ignore[no-any-return]
+
+    def _refusal(self, status: int, tokens: int, tactic: Any, workspace: torch.Tensor) -> BackendError:
+        need = self.workspace_bytes(tokens, tactic)
+        return BackendError(
+            f"the CPU core returned {status}: workspace has {workspace.nbytes} bytes, {need} are needed"
+        )
 
     def _cut(self, tactic: Any) -> core.TacticStruct:
         """The core's struct for a tactic and torch's threads, made once: a call's Python runs on cold caches."""

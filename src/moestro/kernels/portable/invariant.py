@@ -105,10 +105,10 @@ def _product(given: torch.Tensor, rows: int, size: int, matrix: torch.Tensor, ou
 @functools.cache
 def rows_of_block(device: torch.device, dtype: torch.dtype, columns: int, results: int, threads: int) -> int:
     """ROWS where each place of a block [ROWS, columns] gives a row the same bits, whatever is in the others; else 1."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def some(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
+        return torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
 
     row, matrix = some(columns), some(results, columns).T
     blocks = [some(ROWS, columns) for _ in range(ROWS)]

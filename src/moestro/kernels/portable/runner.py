@@ -121,7 +121,13 @@ class PortableRunner(MoeRunner):
 
     @torch.no_grad()
     def forward(
-        self, inputs: Sequence[Any], tactic: Any = -1, do_preparation: bool = False, **kwargs: Any
+        self,
+        inputs: Sequence[Any],
+        tactic: Any = -1,
+        do_preparation: bool = False,
+        *,
+        workspace: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> torch.Tensor:
         """Run a tactic: (name, knob), a name (with its usual knob), or -1. BackendError for any other.
 
@@ -130,16 +136,19 @@ class PortableRunner(MoeRunner):
         call = self._call(inputs)
         if do_preparation or not len(call.x):
             return call.out
+        if not self.problem.num_local_experts:
+            return call.out.zero_()
+        workspace = self._workspace if workspace is None else workspace
         self.check_tactic(inputs, tactic)
         name, knob = self._resolve(tactic, len(call.x))
         if name == "pairs":
             return tactics.run_pairs(call, knob)
         if name == "loop":
-            return tactics.run_loop(call, self._workspace)
+            return tactics.run_loop(call, workspace)
         if name == "blocks":
-            return invariant.run_blocks(call, self._workspace)
+            return invariant.run_blocks(call, workspace)
         run = tactics.run_grouped if name == "grouped" else tactics.run_masked
-        return run(call, self._workspace, knob or self.problem.num_local_experts)
+        return run(call, workspace, knob or self.problem.num_local_experts)
 
     def _call(self, inputs: Sequence[Any]) -> Call:
         x, ids, weights, out, *scales = inputs
@@ -161,6 +170,10 @@ class PortableRunner(MoeRunner):
             f"tactic must be -1, a name or (name, knob) with a name of {', '.join(DEFAULT_KNOB)} "
             f"and a knob that is a count of experts, got {tactic!r}"
         )
+
+    def default_tactic(self, inputs: Sequence[Any]) -> Tactic:
+        """The tactic behind -1."""
+        return self._default(inputs[1].shape[0])
 
     def _default(self, num_tokens: int) -> Tactic:
         """`grouped` for dense weights; else `loop`; else, in a CUDA graph, what never waits."""
