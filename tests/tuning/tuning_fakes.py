@@ -19,7 +19,6 @@ from moestro.tuning import (
 )
 from moestro.tuning.measure.simulated import SimulatedClock, SimulatedTimer
 
-
 WRONG = "wrong numbers"  # a time: fast, and gives what the others do not give
 
 

@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from moestro.tuning.contexts import Options
-from moestro.tuning.lookup.guards import Guard, make_guard
 from moestro.tuning.lookup.decisions import DecisionsOfKey
+from moestro.tuning.lookup.guards import Guard, make_guard
 from moestro.tuning.lookup.signature import signature_of
 from moestro.tuning.lookup.table import IntervalTable, PointTable, Table, make_table, roundings
 from moestro.tuning.spec.keys import StaticKey

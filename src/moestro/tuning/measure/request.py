@@ -10,11 +10,11 @@ from typing import Any
 from moestro.tuning.measure.budget import Budget
 from moestro.tuning.measure.statics import Statics
 from moestro.tuning.measure.timers import Timer
+from moestro.tuning.spec.evidence import CandidateEvidence
 from moestro.tuning.spec.keys import StaticKey
 from moestro.tuning.spec.policy import MeasurementPolicy
 from moestro.tuning.spec.runner import DEFAULT_TACTIC, tactic_key
 from moestro.tuning.spec.specs import OptimizationProfile, Probe, Sizes, TuningConfig
-from moestro.tuning.spec.evidence import CandidateEvidence
 from moestro.tuning.store.records import Record
 
 __all__ = [
