@@ -100,7 +100,8 @@ def threads() -> int:
     it is.
 
     $OMP_NUM_THREADS, $MKL_NUM_THREADS, or one for each physical core that this process may use: what torch
-    starts with (MKL caps what is asked for at the cores). So one machine is one environment, whether a process has imported torch by then or not.
+    starts with (MKL caps what is asked for at the cores). So one machine is one environment, whether a process has
+    imported torch by then or not.
     """
     torch = sys.modules.get("torch")
     if torch is not None and hasattr(torch, "get_num_threads"):

@@ -139,9 +139,10 @@ def test_a_tactic_that_raises_is_out_at_that_size_and_tried_at_others(store: Pat
         assert t.choose_one("op", [runner], cfg, inputs(128)) == (runner, 0)
     assert t.choose_one("op", [runner], cfg, inputs(64)) == (runner, 1)
     assert runner._runs.count((128, 1)) == 1
-    found = t.decision("op", [runner], cfg, inputs(128)).evidence.of(
-        t.decision("op", [runner], cfg, inputs(128)).record.runner, 1
-    )
+    decision = t.decision("op", [runner], cfg, inputs(128))
+    assert decision is not None
+    found = decision.evidence.of(decision.record.runner, 1)
+    assert found is not None
     assert (found.fate, found.reason) == ("failed", "ValueError: no such tile")
     assert not list(store.rglob("quarantine-*"))
 

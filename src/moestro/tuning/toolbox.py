@@ -101,11 +101,11 @@ class Toolbox:
         """What choose_one would answer, with its evidence, without tuning; None where nothing is known."""
         options = self._contexts.current
         check_runners(runners)
-        _, view, sizes = self._locate(op, runners, config, inputs, kwargs, options)
+        site, view, sizes = self._locate(op, runners, config, inputs, kwargs, options)
         record, within = view.find(sizes)
         if record is None:
             return None
-        index, tactic = view.pick(record)
+        index, tactic = view.pick(record, site.config, runners, inputs, kwargs, sizes)
         return Decision(
             runner=runners[index],
             tactic=tactic,

@@ -184,17 +184,22 @@ class AutoTuner(Toolbox):
         """
         check_runners(runners)
         contexts, bisect = self._contexts, bisect_left
-        fast: Any = None  # (view, its table, bounds, choices, input, dim, dtype)
+        fast: Any = None  # (view, its table, bounds, choices, picks by size, input, dim, dtype)
 
         def pick(inputs: Sequence[Any]) -> Choice:
             if fast is not None and (not contexts.active or contexts.current is None):
-                view, table, bounds, choices, tensor, dim, dtype = fast
+                view, table, bounds, choices, by_size, tensor, dim, dtype = fast
                 if view.fast is table:
                     value = inputs[tensor]
                     if value.dtype is dtype:
                         at = bisect(bounds, value.shape[dim])
                         if at < len(choices):
-                            return choices[at]  # type: ignore[no-any-return]
+                            choice = choices[at]
+                            if choice is not None:
+                                return choice  # type: ignore[no-any-return]
+                            known = by_size.get(value.shape[dim])
+                            if known is not None:
+                                return runners[known[0]], known[1]
             return slow(inputs)
 
         def slow(inputs: Sequence[Any]) -> Choice:
@@ -203,8 +208,9 @@ class AutoTuner(Toolbox):
             table = view.fast if view is not None else None
             if view is not None and table is not None and len(view.dims) == 1 and contexts.current is None:
                 tensor, dim = view.dims[0]
-                choices = [(runners[index], tactic) for index, tactic in table[1]]
-                fast = (view, table, table[0], choices, tensor, dim, inputs[tensor].dtype)
+                choices = [None if pick is None else (runners[pick[0]], pick[1]) for pick in table[1]]
+                by_size = view.validity.by_size
+                fast = (view, table, table[0], choices, by_size, tensor, dim, inputs[tensor].dtype)
             return choice
 
         return pick
@@ -237,7 +243,7 @@ class AutoTuner(Toolbox):
             self._missing(site, view, runners, inputs, sizes, record)
         elif record is None:
             self._known.stats.missed(op, sizes)
-        index, tactic = view.pick(record)
+        index, tactic = view.pick(record, site.config, runners, inputs, kwargs, sizes)
         return (runners[index], tactic), view
 
     def _locate(

@@ -19,6 +19,7 @@ from moestro.tuning.lookup.decisions import DecisionsOfKey
 from moestro.tuning.lookup.guards import Guard, make_guard
 from moestro.tuning.lookup.signature import signature_of
 from moestro.tuning.lookup.table import IntervalTable, PointTable, Table, make_table, roundings
+from moestro.tuning.lookup.validity import DEFAULT_PICK, Pick, Validity
 from moestro.tuning.spec.keys import StaticKey
 from moestro.tuning.spec.runner import DEFAULT_TACTIC
 from moestro.tuning.spec.specs import Sizes, TuningConfig
@@ -33,15 +34,13 @@ VIEWS_KEPT = 64  # static keys of one site: a layer is called with one, or a few
 GUARDS_KEPT = 8
 DONE_KEPT = 4096
 
-Pick = tuple[int, Any]  # (index of the runner, tactic)
-DEFAULT_PICK: Pick = (0, DEFAULT_TACTIC)
-
 
 class Lookup:
     """A site's look-ups in one book.
 
     With one dynamic size (the first input's that has it) or none, `quick` answers from two lists: sizes up to
-    bounds[i] get picks[i]. They are one tuple, so that a reader never sees the one with another's other.
+    bounds[i] get picks[i], or where that is None what `by_size` has. They are one tuple, so that a reader never
+    sees the one with another's other.
     """
 
     __slots__ = (
@@ -57,6 +56,7 @@ class Lookup:
         "done",
         "environment",
         "probes",
+        "validity",
     )
 
     def __init__(self, book: DecisionsOfKey, site: CallSite, environment: str) -> None:
@@ -70,7 +70,8 @@ class Lookup:
         self._rounds = roundings(site.config, site.direction)
         self._table: Table | None = None
         self._version = -1
-        self._fast: tuple[list[float], list[Pick]] | None = None
+        self._fast: tuple[list[float], list[Pick | None]] | None = None
+        self.validity = Validity(book.key)
         self._points: PointTable | None = None
         book.views.add(self)
 
@@ -83,18 +84,27 @@ class Lookup:
         if bounds[0] == math.inf:
             return picks[0]
         tensor, dim = self.dims[0]
-        at = bisect_left(bounds, inputs[tensor].shape[dim])
-        return picks[at] if at < len(picks) else None
+        size = inputs[tensor].shape[dim]
+        at = bisect_left(bounds, size)
+        if at >= len(picks):
+            return None
+        pick = picks[at]
+        return self.validity.by_size.get(size) if pick is None else pick
 
     def _quick_point(self, inputs: Sequence[Any]) -> Pick | None:
         points = self._points
         if points is None:
             return None
-        record, within = points.find(tuple([inputs[tensor].shape[dim] for tensor, dim in self.dims]))
-        return self.pick(record) if within else None
+        sizes = tuple([inputs[tensor].shape[dim] for tensor, dim in self.dims])
+        pick = self.validity.by_size.get(sizes)
+        if pick is not None:
+            return pick
+        record, within = points.find(sizes)
+        pick = self.validity.pick_of(record)
+        return pick if within and pick[1] == DEFAULT_TACTIC else None
 
     @property
-    def fast(self) -> tuple[list[float], list[Pick]] | None:
+    def fast(self) -> tuple[list[float], list[Pick | None]] | None:
         """(bounds, picks) as they are now; None if `find` must be asked first."""
         return self._fast
 
@@ -104,14 +114,39 @@ class Lookup:
             version = self.book.version
             self._table = make_table(self.book.serving(self.probes, self.environment), self._rounds)
             self._version = version
+            self.validity.clear()
             self._publish()
         return self._table.find(sizes) if self._table is not None else (None, False)
 
-    def pick(self, record: Record | None) -> Pick:
-        """The pick that a record stands for; the default without one."""
-        if record is None:
-            return DEFAULT_PICK
-        return self.book.key.runners.index(record.runner), record.tactic
+    def pick(
+        self,
+        record: Record | None,
+        config: TuningConfig,
+        runners: Sequence[Any],
+        inputs: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        sizes: Sizes,
+    ) -> Pick:
+        """What serves these inputs by a record: its own pick where that is valid."""
+        validity = self.validity
+        if record is None or self._version != self.book.version:
+            return validity.pick_of(record)
+        known = validity.by_size.get(sizes[0] if len(sizes) == 1 else sizes)
+        low, high = validity.range_of(record)
+        if known is not None or (len(sizes) == 1 and low <= sizes[0] <= high):
+            return known or validity.pick_of(record)
+        chosen = validity.ask(record, config, runners, inputs, kwargs, sizes, self._ends(sizes))
+        self._publish()
+        return chosen
+
+    def _ends(self, sizes: Sizes) -> tuple[int, int] | None:
+        """The first and last size of the interval that these are in, with one dynamic size."""
+        table = self._table
+        if not isinstance(table, IntervalTable) or len(sizes) != 1:
+            return None
+        at = bisect_left(table.bounds, sizes[0])
+        low = table.bounds[at - 1] + 1 if at else 1
+        return low, table.bounds[at] if at < len(table.bounds) else max(low, sizes[0])
 
     def accept(self, sizes: Sizes) -> None:
         """Answer for sizes beyond what was tuned without asking again."""
@@ -130,18 +165,39 @@ class Lookup:
         self._fast = self._points = None
 
     def _publish(self) -> None:
-        table = self._table
+        table, validity = self._table, self.validity
         if table is None:
             self._fast = ([math.inf], [DEFAULT_PICK])
         elif isinstance(table, IntervalTable):
-            bounds: list[float] = [*table.bounds[:-1], math.inf] if self._capped else [*table.bounds]
-            self._fast = (bounds, [self.pick(record) for record in table.records])
+            self._fast = self._intervals(table)
         elif not self._rounds:
-            self._fast = ([math.inf], [self.pick(table.find(())[0])])
+            record = table.find(())[0]
+            pick = validity.pick_of(record)
+            self._fast = ([math.inf], [pick if pick[1] == DEFAULT_TACTIC else validity.by_size.get(())])
         elif isinstance(table, PointTable):
             self._points = table
         if self._version != self.book.version:
             self._fast = self._points = None  # a decision came meanwhile, and its forget() before this
+
+    def _intervals(self, table: IntervalTable) -> tuple[list[float], list[Pick | None]]:
+        """(bounds, picks): a record's pick where it is known to be valid, None where that must be asked."""
+        bounds: list[float] = []
+        picks: list[Pick | None] = []
+        before = 0
+        for bound, record in zip(table.bounds, table.records, strict=True):
+            pick = self.validity.pick_of(record)
+            low, high = (before + 1, bound) if pick[1] == DEFAULT_TACTIC else self.validity.range_of(record)
+            low, high = max(low, before + 1), min(high, bound)
+            if low > high:
+                low, high = bound + 1, bound
+            for end, here in ((low - 1, None), (high, pick), (bound, None)):
+                if end > before:
+                    bounds.append(end)
+                    picks.append(here)
+                    before = end
+        if self._capped:
+            bounds[-1] = math.inf
+        return bounds, picks
 
 
 class CallSite:

@@ -128,8 +128,8 @@ class Verification:
             hurry=self.late,
         )
         reference = make(written=[*dynamic, *sorted(self.statics.outputs)])
-        if not reference.returns and not reference.outputs_changed:
-            # It returns nothing and changes no dynamic input: its output is an input that never changes its size.
-            if found := self.statics.take_outputs():
-                reference = make(written=[*dynamic, *sorted(found)])
+        # It returns nothing and changes no dynamic input: its output is an input that never changes its size.
+        unseen = not reference.returns and not reference.outputs_changed
+        if unseen and (found := self.statics.take_outputs()):
+            reference = make(written=[*dynamic, *sorted(found)])
         return reference

@@ -36,7 +36,7 @@ class Record:
     complete: bool = True  # False: the budget ended before the race did
     created: float = 0.0  # seconds since 1970
     environment: str = ""  # where it was measured (environment.Environment.name)
-    evidence: Evidence = Evidence()
+    evidence: Evidence = field(default_factory=Evidence)
     default: Any = None  # what the default tactic stood for, as JSON, where its runner tells
     samples: Mapping[str, Any] = field(
         default_factory=dict
