@@ -79,6 +79,12 @@ class Reference:
         self.restore()
 
     @property
+    def written(self) -> list[Any]:
+        """The tensors that outlive a run and that the default writes."""
+        places = [p.place for p in self._places if p.path in self._changed]
+        return [*places, *(o.place for o in self._outputs if o.place is not None and o.written is None)]
+
+    @property
     def outputs_changed(self) -> bool:
         """Whether the default writes an input or argument that it may write."""
         return bool(self._changed)
