@@ -19,7 +19,7 @@ ALLOWED = {
     "formats": {"tuning"},
     "routing": {"tuning"},
     "kernels": {"tuning", "formats", "routing"},
-    "checkpoints": {"tuning", "formats"},
+    "checkpoints": {"tuning", "formats", "kernels"},
     "moe": {"tuning", "formats", "routing", "kernels"},
     "parallel": {"tuning", "formats", "routing", "kernels", "moe"},
     "integrations": {"tuning", "formats", "routing", "kernels", "moe", "checkpoints", "parallel"},

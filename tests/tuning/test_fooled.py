@@ -360,7 +360,9 @@ def test_no_sequence_of_events_serves_what_was_never_measured(
 ) -> None:
     root = tmp_path_factory.mktemp("events") / "store"
     clock = quiet_clock(seed=seed)
-    runner = Kernel(clock, {-1: 4e-3, 0: lambda n: 1e-3 if n < 40 else ValueError("too large"), 1: 2e-3, 2: WRONG})
+    runner = Kernel(
+        clock, {-1: 4e-3, 0: lambda n: 1e-3 if n < 40 else ValueError("too large"), 1: 2e-3, 2: WRONG}
+    )
     cfg = config((16, 64))
     t, intact = tuner(clock, root), True
     for step in steps:
@@ -372,7 +374,9 @@ def test_no_sequence_of_events_serves_what_was_never_measured(
         elif step == "kill":
             t = tuner(clock, root)  # another process
         elif step == "corrupt" and files:
-            files[seed % len(files)].write_text('{"schema": 1, "kind": "decision", "key": {}, "record": [' * 3)
+            files[seed % len(files)].write_text(
+                '{"schema": 1, "kind": "decision", "key": {}, "record": [' * 3
+            )
         elif step == "rename" and files:
             files[seed % len(files)].rename(files[seed % len(files)].with_name("32.json"))
         elif step == "lose" and files:

@@ -18,13 +18,13 @@ from moestro.bench import results
 from moestro.bench.contenders import make_layer, tactic_words
 from moestro.bench.layers import LayerSource
 from moestro.bench.models import MoeShape
-from moestro.tuning.progress import Listener
 from moestro.errors import BackendError
+from moestro.moe.call import as_inputs
 from moestro.moe.layer import FusedMoE
-from moestro.moe.operation import as_inputs
 from moestro.moe.tuning_config import OP
 from moestro.routing import Distribution
 from moestro.tuning import AutoTuner, Decision, Store
+from moestro.tuning.progress import Listener
 from moestro.tuning.spec.keys import static_key
 from moestro.tuning.store.store import Entry, default_root, folder_of
 

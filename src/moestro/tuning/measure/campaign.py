@@ -20,8 +20,8 @@ from moestro.errors import TuningWarning
 from moestro.tuning.measure.candidates import Trial, resolved_default
 from moestro.tuning.measure.compile import precompile
 from moestro.tuning.measure.decide import measure
-from moestro.tuning.measure.request import Job, OutOfMemoryError, record_name
 from moestro.tuning.measure.inputs import inputs_like
+from moestro.tuning.measure.request import Job, OutOfMemoryError, record_name
 from moestro.tuning.spec.keys import shapes_of
 from moestro.tuning.spec.specs import Sizes
 from moestro.tuning.store.records import Record
@@ -78,7 +78,9 @@ class Campaign:
         if record.default is None:
             return False
         try:
-            like = inputs_like(self.job.config.profile(shapes_of(self.job.inputs), record.bucket), self.job.inputs)
+            like = inputs_like(
+                self.job.config.profile(shapes_of(self.job.inputs), record.bucket), self.job.inputs
+            )
             return resolved_default(self.job, like) not in (None, record.default)
         except (TypeError, NotImplementedError):
             return False  # it wants to see values
