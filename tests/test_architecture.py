@@ -25,6 +25,7 @@ ALLOWED = {
     "integrations": {"tuning", "formats", "routing", "kernels", "moe", "checkpoints", "parallel"},
     "bench": {"tuning", "formats", "routing", "kernels", "moe", "checkpoints", "parallel", "integrations"},
 }
+ALLOWED["compat"] = {"tuning"}
 ALLOWED["cli"] = {*ALLOWED["bench"], "bench"}
 TOP = {*ALLOWED}  # `import moestro` itself, for the public names, from the layers above the operator
 ABOVE_OPERATOR = {"parallel", "integrations", "bench", "cli"}
