@@ -298,11 +298,11 @@ class Reference:
 def _is_memory(value: Any) -> bool:
     """Whether a value is a tensor that holds something."""
     strided = is_torch(value) and str(value.layout) == "torch.strided"
-    return strided and value.numel() > 0 and not value.is_meta
+    return bool(strided and value.numel() > 0 and not value.is_meta)
 
 
 def _alike(one: Any, other: Any) -> bool:
-    return one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
+    return bool(one.shape == other.shape and one.dtype == other.dtype and one.device == other.device)
 
 
 def _poison(place: Any, expected: Any, where: Any, alternative: bool) -> None:

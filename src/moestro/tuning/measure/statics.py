@@ -122,7 +122,7 @@ class Statics:
         found = [one for one in self.changed() if one.input is not None and not one.may_be_scratch]
         for one in found:
             one.restore()
-            self.outputs.add(one.input)
+        self.outputs |= {one.input for one in found if one.input is not None}
         self.release(found)
         return self.outputs
 
