@@ -25,7 +25,7 @@ from moestro.bench.layers import LayerSource, make_case
 from moestro.bench.measure import Plan
 from moestro.bench.models import MoeShape, from_sizes
 from moestro.bench.peers import peer_names
-from moestro.bench.progress import Listener
+from moestro.tuning.progress import Listener
 from moestro.bench.run import BenchSpec, build
 from moestro.bench.truth import References
 from moestro.errors import BackendError

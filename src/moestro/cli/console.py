@@ -16,7 +16,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from moestro.bench.progress import Listener
+from moestro.tuning.progress import Listener
 from moestro.errors import TuningWarning
 
 __all__ = ["ProgressListener", "bytes_text", "errors", "output", "progress", "quiet", "seconds_text"]

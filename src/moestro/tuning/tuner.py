@@ -304,7 +304,7 @@ class AutoTuner(Toolbox):
         timer = self._timer_for(device, policy, site.config.use_cuda_graph)
         environment = self._environment(site, runners, inputs, options)
         decisions, store, book = self._known, self._known.target(options), view.book
-        with self._measuring, decisions.measuring(), showing(options.progress) as progress:
+        with self._measuring, decisions.measuring(), showing(options.progress) as listener:
             decisions.refresh(book, store, environment)
             job = Job(
                 key=book.key,
@@ -319,7 +319,7 @@ class AutoTuner(Toolbox):
                 banned=decisions.tactics.over(book.banned, site.op),
                 ban=lambda candidate, reason: decisions.ban(book, store, environment, candidate.name, reason),
                 warm=decisions.warm(book, store, environment),
-                progress=progress,
+                listener=listener,
             )
             first = tuple(
                 spec.bucket_of(size)
