@@ -97,7 +97,11 @@ TUNING = {
     "lookup": {"contexts", "measure", "store", "spec"},
     "show": {"lookup", "store", "spec"},
 }
-GROUND = {"group", "link", "forks"}  # what ranks and forked children need; they import none of the rooms above
+GROUND = {
+    "group",
+    "link",
+    "forks",
+}  # what ranks and forked children need; they import none of the rooms above
 
 
 def test_the_rooms_of_tuning_have_arrows_one_way_and_no_circle() -> None:

@@ -107,7 +107,9 @@ def test_rooms_import_only_what_lies_below_them(package: str) -> None:
 @pytest.mark.parametrize("package", ROOMS)
 def test_the_table_names_rooms_that_exist(package: str) -> None:
     folder = SRC / package
-    there = {p.stem for p in folder.glob("*.py")} | {p.name for p in folder.iterdir() if (p / "__init__.py").exists()}
+    there = {p.stem for p in folder.glob("*.py")} | {
+        p.name for p in folder.iterdir() if (p / "__init__.py").exists()
+    }
     named = set(ROOMS[package]) | {room for rooms in ROOMS[package].values() for room in rooms}
     assert named - there == set()
 
@@ -138,5 +140,7 @@ def circles(edges: Mapping[str, set[str]]) -> list[list[str]]:
         return seen
 
     reached = {module: reach(module) for module in edges}
-    groups = {tuple(sorted(n for n in reached[m] if m in reached.get(n, ()))) for m in edges if m in reached[m]}
+    groups = {
+        tuple(sorted(n for n in reached[m] if m in reached.get(n, ()))) for m in edges if m in reached[m]
+    }
     return [list(group) for group in sorted(groups)]

@@ -84,7 +84,10 @@ def test_a_weight_format_is_named_where_it_is_packed_and_where_it_is_decoded_and
         for path in ROOT.rglob("*.py")
         if not path.stem.startswith("fp8")
     }
-    assert {name for name, text in code.items() if wanted.search(text)} - {"choose.py"} == {"layout.py", "device/decode.py"}
+    assert {name for name, text in code.items() if wanted.search(text)} - {"choose.py"} == {
+        "layout.py",
+        "device/decode.py",
+    }
 
 
 def test_paths_and_layouts_are_found_by_their_names() -> None:
