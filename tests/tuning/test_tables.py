@@ -125,7 +125,7 @@ def test_a_damaged_bundle_is_read_or_an_error_that_names_it(at: int, length: int
         entries = list(read_bundle(path).entries)
     except TuningError as error:
         entries, said = [], str(error)
-        assert path.name in said  # noqa: PT017
+        assert path.name in said
     assert {entry.kind for entry in entries} <= {"decision", "quarantine"}
 
 
