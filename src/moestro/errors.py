@@ -115,12 +115,6 @@ def as_count(name: str, value: object, error: type[MoestroError], least: int | N
         else:
             if least is None or count >= least:
                 return count
-<<<<<<< HEAD
     words: dict[int | None, str] = {None: "an integer", 1: "a positive integer"}
     wanted = words.get(least, f"an integer of at least {least}")
-=======
-    wanted = {None: "an integer", 0: "an integer of at least 0", 1: "a positive integer"}.get(
-        least, f"an integer of at least {least}"
-    )
->>>>>>> cpu
     raise error(f"{name} must be {wanted}, got {value!r}")
