@@ -71,13 +71,14 @@ class Campaign:
         waiting = [bucket for bucket in spread(grid, self.first) if not self._settled(bucket)]
         for final in (False, True):
             for done, bucket in enumerate(waiting):
-                if self.job.budget.left <= 0:
+                left = self.job.time_left()
+                if left <= 0:
                     return
                 if self._settled(bucket) or (bucket in self.known() and not final):
                     continue  # also: another process has decided it meanwhile
                 self.job.progress(f"{self.job.key.op} {done + 1}/{len(waiting)}: bucket {_text(bucket)}")
                 share = 1.0 if final or not done else max(0.5, 1 / (len(waiting) - done))
-                self._measure(bucket, share=share * self.job.budget.left)
+                self._measure(bucket, share=share * left)
 
     def _measure(
         self, bucket: Sizes, *, only: Sequence[Record] | None = None, share: float = float("inf")
@@ -85,7 +86,8 @@ class Campaign:
         neighbour = _neighbour(bucket, self.known())
         deadline = self.job.budget.spent + share
         try:
-            record = measure(self.job, bucket, preferred=neighbour, only=only, deadline=deadline)
+            decide = self.job.decide or measure
+            record = decide(self.job, bucket, preferred=neighbour, only=only, deadline=deadline)
         except OutOfMemoryError as error:
             self.too_large.add(bucket)
             warnings.warn(
@@ -109,7 +111,7 @@ class Campaign:
         at_low, at_high = self.known()[(low,)], self.known()[(high,)]
         if record_name(at_low) == record_name(at_high) or high - low <= max(1, high // RESOLUTION):
             return True
-        if self.job.budget.left <= 0:
+        if self.job.time_left() <= 0:
             return False
         middle = (low + high) // 2
         self.job.progress(f"{self.job.key.op}: between {low} and {high} the winner changes, trying {middle}")

@@ -14,6 +14,7 @@ from typing import Any
 
 from moestro.errors import TuningError
 from moestro.tuning.buckets import checked_buckets, make_bucket_mapper
+from moestro.tuning.group import Group
 from moestro.tuning.policy import MeasurementPolicy
 from moestro.tuning.progress import Progress
 from moestro.tuning.specs import DynamicTensorSpec, Probe, TuningConfig
@@ -75,6 +76,7 @@ class Options:
     probes: tuple[Probe, ...] | None = None
     progress: Progress = False
     crossover: bool = True
+    group: Group | None = None  # ranks that decide together
 
     def inner(self, *, skip_ops: Iterable[str] | None, **given: Any) -> Options:
         """The options of a context inside this one."""

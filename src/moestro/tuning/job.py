@@ -9,6 +9,7 @@ from typing import Any
 
 from moestro.tuning.context import Budget
 from moestro.tuning.decisions import CandidateEvidence, Record
+from moestro.tuning.group import Group
 from moestro.tuning.keys import StaticKey
 from moestro.tuning.policy import MeasurementPolicy
 from moestro.tuning.runner import tactic_key
@@ -55,6 +56,14 @@ class Job:
     ban: Callable[[Candidate, str], None] = lambda candidate, reason: None
     warm: Sequence[Record] = ()  # decisions made elsewhere: tried first
     progress: Callable[[str], None] = lambda text: None
+    # In a group of ranks (together.py): who decides, and the time that all ranks have left.
+    group: Group | None = None
+    decide: Callable[..., Record | None] | None = None
+    left: Callable[[], float] | None = None
+
+    def time_left(self) -> float:
+        """Seconds left of the budget; in a group an exchange, the same answer for all ranks."""
+        return self.budget.left if self.left is None else self.left()
 
     @property
     def probes(self) -> tuple[Probe | None, ...]:

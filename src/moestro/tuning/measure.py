@@ -18,7 +18,7 @@ from moestro.tuning.scope import measured
 from moestro.tuning.specs import Sizes
 from moestro.tuning.trial import Trial
 
-__all__ = ["measure"]
+__all__ = ["conclude", "measure", "samplers_of", "without_choice"]
 
 FOR_WARM_UP = 0.5  # of a bucket's time, checks included: the rest is for the race
 
@@ -40,11 +40,11 @@ def measure(
     sound = trial.fit(trial.candidates(only))
     if not sound and not trial.late:
         sound = trial.fit(trial.spare)
-    fit, samplers = _samplers(trial, sound)
+    fit, samplers = samplers_of(trial, sound)
     if trial.late and len(fit) < 2:
         return None
     if len(fit) < 2:
-        return _without_choice(trial, fit)
+        return without_choice(trial, fit)
     wanted = record_name(preferred) if preferred is not None else None
     names = [candidate.name for candidate in fit]
     try:
@@ -58,11 +58,11 @@ def measure(
         )
     except TuningError as error:  # every candidate failed while it was timed
         trial.evidence += [job.failed(candidate, error) for candidate in fit]
-        return _without_choice(trial, [])
-    return _conclude(trial, fit, result)
+        return without_choice(trial, [])
+    return conclude(trial, fit, result)
 
 
-def _samplers(
+def samplers_of(
     trial: Trial, sound: list[Candidate]
 ) -> tuple[list[Candidate], list[list[Callable[[], float]]]]:
     """(candidates that the timer could prepare, their samplers, one a probe)."""
@@ -91,7 +91,7 @@ def _sampler(job: Job, candidate: Candidate, inputs: Sequence[Any]) -> Callable[
     return sampler
 
 
-def _without_choice(trial: Trial, fit: list[Candidate]) -> Record:
+def without_choice(trial: Trial, fit: list[Candidate]) -> Record:
     """The decision where there is one candidate, or none: remembered, so that nobody tries again."""
     job, runner = trial.job, trial.job.key.runners[0]
     winner = fit[0] if fit else Candidate(0, runner, DEFAULT_TACTIC, candidate_name(runner, DEFAULT_TACTIC))
@@ -108,7 +108,8 @@ def _without_choice(trial: Trial, fit: list[Candidate]) -> Record:
     return _record(trial, winner, "quarantined" if job.banned else "default", found)
 
 
-def _conclude(trial: Trial, fit: list[Candidate], result: RaceResult) -> Record | None:
+def conclude(trial: Trial, fit: list[Candidate], result: RaceResult) -> Record | None:
+    """The decision that a race among `fit` came to; None if it ended before its second round."""
     if result.rounds < 2 and result.ended != "decided":
         return None
     job = trial.job

@@ -17,7 +17,8 @@ __all__ = ["Combine", "Rounds", "Sampler"]
 Sampler = Callable[[], float]
 Combine = Callable[[list[float]], list[float]]
 
-GO, LAST, INCOMPLETE = 0.0, 1.0, 2.0  # a round's flag, the largest of all ranks'
+GO, TIME, BUDGET, INCOMPLETE = 0.0, 1.0, 2.0, 3.0  # a round's flag, the largest of all ranks'
+ENDED = {GO: "", TIME: "time", BUDGET: "budget", INCOMPLETE: "budget"}  # the same word on all ranks
 
 
 class Rounds:
@@ -89,12 +90,11 @@ class Rounds:
         flat: list[float] = []
         for i in order:
             flat += [0.0] * self.probes if self._aborted() else self._sample(i)
-        flat.append(INCOMPLETE if not all(flat) else LAST if self._late() else GO)
+        flat.append(self._flag(flat))
         if self.combine is not None:
             flat = self.combine(flat)
         flag = flat.pop()
-        if flag != GO:
-            self.ended = self.ended or "budget"
+        self.ended = ENDED[flag]
         if flag == INCOMPLETE:
             return None
         times = np.array(flat).reshape(len(order), self.probes)
@@ -102,6 +102,14 @@ class Rounds:
             if not finite:
                 self.failed.setdefault(i, "failed on another rank")
         return np.asarray(np.log(times))
+
+    def _flag(self, times: list[float]) -> float:
+        """How this rank sees the round."""
+        if not all(times):
+            return INCOMPLETE
+        if not self._late():
+            return GO
+        return TIME if self.ended == "time" else BUDGET
 
     def _sample(self, i: int) -> list[float]:
         if i in self.failed:

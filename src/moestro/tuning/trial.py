@@ -101,7 +101,7 @@ class Trial:
 
         Raises OutOfMemoryError if not one of them fits into memory.
         """
-        self._reserve(candidates)
+        self.reserve(candidates)
         for step in (self._compiled, self._surviving, self._verified):
             candidates = step(candidates)
         if not candidates and any(e.reason == OUT_OF_MEMORY for e in self.evidence):
@@ -112,7 +112,8 @@ class Trial:
         """Note that there was no time for a candidate."""
         self.evidence.append(CandidateEvidence(candidate.runner, candidate.tactic, "not measured"))
 
-    def _reserve(self, candidates: list[Candidate]) -> None:
+    def reserve(self, candidates: list[Candidate]) -> None:
+        """Outputs and workspaces for the largest of the candidates, before any of them is timed."""
         for index, runner in enumerate(self.job.runners):
             tactics = [c.tactic for c in candidates if c.index == index]
             if not tactics:

@@ -16,14 +16,16 @@ import time
 import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
-from moestro.errors import TuningError, TuningWarning
+from moestro.errors import GroupError, TuningError, TuningWarning
 from moestro.tuning.campaign import Campaign
 from moestro.tuning.context import Budget, Contexts, Options
 from moestro.tuning.decisions import Decision, Record
 from moestro.tuning.environment import Environment, environment_for
 from moestro.tuning.explain import Case, explain, explain_miss
+from moestro.tuning.group import group_of
 from moestro.tuning.job import Job
 from moestro.tuning.keys import device_of, shapes_of, static_key
 from moestro.tuning.lookup import Site, Sites, View
@@ -34,6 +36,7 @@ from moestro.tuning.shelf import Shelf
 from moestro.tuning.specs import Probe, Sizes, TuningConfig
 from moestro.tuning.store import Store, default_root
 from moestro.tuning.timers import Timer, default_timer
+from moestro.tuning.together import campaign_of
 
 __all__ = ["AutoTuner", "autotune"]
 
@@ -92,6 +95,9 @@ class AutoTuner:
         probes: Sequence[Probe] | None = None,
         progress: Progress | None = None,
         crossover: bool | None = None,
+        group: Any = None,
+        strategy: str | None = None,
+        timeout_s: float | None = None,
     ) -> Iterator[AutoTuner]:
         """Tune what is not known, in this thread, until the context is left.
 
@@ -100,6 +106,12 @@ class AutoTuner:
         get their default. policy, probes: how to measure and on what. crossover: search for where winners
         change. progress: True draws a line in the terminal; a function gets the lines. What is not given is
         inherited from the context outside. Raises TuningError for settings that make no sense.
+
+        group: a torch.distributed.ProcessGroup whose ranks all make the same calls in this context; they come
+        to one decision, by the slowest rank's time. strategy: "parallel" (the default), "broadcast", "merge"
+        or "independent" (group.STRATEGIES says what they do). timeout_s: how long a rank waits for the
+        others, the group's own time-out by default; then all get the default tactic, with a TuningWarning
+        that names who was missing.
         """
         outer = self._contexts.current or Options()
         inner = outer.inner(
@@ -113,10 +125,21 @@ class AutoTuner:
             probes=probes,
             progress=progress,
             crossover=crossover,
+            group=None if group is None else group_of(group, strategy, timeout_s),
         )
+        if group is None and (strategy, timeout_s) != (None, None):
+            raise TuningError(
+                f"strategy and timeout_s mean nothing without a group, got {strategy!r}, {timeout_s!r}"
+            )
+        if group is not None and strategy == "independent":
+            inner = replace(inner, group=None)
         self._contexts.push(inner)
         try:
             yield self
+        except BaseException as error:
+            if inner.group is not None and inner.group is not outer.group:
+                inner.group.leave(f"{type(error).__name__}: {error}")
+            raise
         finally:
             self._contexts.pop()
 
@@ -237,7 +260,10 @@ class AutoTuner:
         if options is not None and op in options.skip_ops:
             return (runners[0], DEFAULT_TACTIC), None
         site, view, sizes = self._locate(op, runners, config, inputs, kwargs, options)
-        if options is not None and options.tune and sizes not in view.done:
+        if options is not None and options.tune and options.group is not None:
+            if not self._tune_together(site, view, runners, inputs, kwargs, sizes, options):
+                return (runners[0], DEFAULT_TACTIC), None
+        elif options is not None and options.tune and sizes not in view.done:
             self._tune(site, view, runners, inputs, kwargs, sizes, options)
         record, within = view.find(sizes)
         if record is not None and not within:
@@ -281,6 +307,33 @@ class AutoTuner:
             known = self._timers[device, policy, graph] = default_timer(device, policy, graph=graph)
         return known
 
+    def _tune_together(
+        self,
+        site: Site,
+        view: View,
+        runners: Sequence[Any],
+        inputs: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        sizes: Sizes,
+        options: Options,
+    ) -> bool:
+        """_tune with the context's group, at every call, for another rank may have something to tune; False
+        if there is no group any more.
+        """
+        group = options.group
+        assert group is not None
+        if group.broken or (_capturing() and sizes in view.done):
+            return not group.broken
+        try:
+            self._tune(site, view, runners, inputs, kwargs, sizes, options)
+        except GroupError as error:
+            warnings.warn(
+                f"{site.op}: the ranks came to no decision, all use the default tactic: {error}",
+                TuningWarning,
+                stacklevel=4,
+            )
+        return not group.broken
+
     def _tune(
         self,
         site: Site,
@@ -291,7 +344,8 @@ class AutoTuner:
         sizes: Sizes,
         options: Options,
     ) -> None:
-        if options.budget.left <= 0:
+        group = options.group
+        if group is None and options.budget.left <= 0:
             return
         if _capturing():
             raise TuningError(
@@ -303,7 +357,8 @@ class AutoTuner:
         timer = self._timer_for(device, policy, site.config.use_cuda_graph)
         environment = self._environment(site.config, runners, inputs, options)
         shelf, store, book = self._shelf, self._shelf.target(options), view.book
-        with self._measuring, showing(options.progress) as progress:
+        shown = options.progress if group is None or group.rank == 0 else False
+        with self._measuring, showing(shown) as progress:
             shelf.refresh(book, store, environment)
             job = Job(
                 key=book.key,
@@ -319,6 +374,7 @@ class AutoTuner:
                 ban=lambda candidate, reason: shelf.ban(book, store, environment, candidate.name, reason),
                 warm=shelf.warm(book, store, environment),
                 progress=progress,
+                group=group,
             )
             first = tuple(
                 spec.bucket_of(size)
@@ -326,7 +382,11 @@ class AutoTuner:
             )
             known = functools.partial(book.records, view.probes)
             keep = functools.partial(shelf.keep, book, store, environment)
-            if Campaign(job, known, keep, first, book.too_large, options.crossover).run():
+            campaign = Campaign(job, known, keep, first, book.too_large, options.crossover)
+            if group is not None:
+                facts = {"crossover": options.crossover, "tuning_buckets": options.buckets}
+                campaign = campaign_of(group, campaign, environment.name, facts)
+            if campaign.run():
                 view.finished(sizes)
 
     def _missing(
