@@ -23,10 +23,11 @@ from moestro.bench.layers import LayerSource
 from moestro.bench.models import MoeShape
 from moestro.kernels import backends
 from moestro.kernels.triton import tactics
-from moestro.tuning import AutoTuner, Store, shipped
-from moestro.tuning.bundle import export_bundle, import_bundle, read_bundle
-from moestro.tuning.runner import source_digest
-from moestro.tuning.serial import to_json
+from moestro.tuning import AutoTuner, Store
+from moestro.tuning.spec.plain_json import to_json
+from moestro.tuning.store import shipped
+from moestro.tuning.store.bundle import export_bundle, import_bundle, read_bundle
+from moestro.tuning.store.sources import source_digest
 
 REPOSITORY = Path(__file__).parents[2]
 CLASSES = ("triton", "portable")
@@ -40,7 +41,7 @@ def names() -> list[str]:
 
 def sources() -> str:
     found = [backends.load(name) for name in CLASSES]
-    return source_digest([cls.__new__(cls) for cls in found])
+    return source_digest(found)
 
 
 def bundle_file(path: Path, tactic: Any = -1, **facts: Any) -> Path:
@@ -108,7 +109,7 @@ def test_an_installation_has_the_bundles(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "installed")
-    code = "from moestro.tuning import shipped; print(shipped.__file__, [b.path.name for b in shipped.bundles()])"
+    code = "from moestro.tuning.store import shipped; print(shipped.__file__, [b.path.name for b in shipped.bundles()])"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**environment, "PYTHONPATH": str(tmp_path / "installed")},

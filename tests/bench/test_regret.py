@@ -20,7 +20,7 @@ from moestro.bench.regret_sim import SCENARIOS, Scenario, Target, run, tune_once
 from moestro.cli import regret as command
 from moestro.errors import TuningError
 from moestro.tuning import DynamicTensorSpec, MeasurementPolicy, Probe, TunableRunner, TuningConfig
-from moestro.tuning.simulated import SimulatedClock, SimulatedTimer
+from moestro.tuning.measure.simulated import SimulatedClock, SimulatedTimer
 
 
 # --- numbers ---

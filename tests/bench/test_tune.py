@@ -10,7 +10,7 @@ import pytest
 
 from moestro.bench import tune
 from moestro.bench.models import MoeShape
-from moestro.kernels.portable import PortableRunner
+from moestro.kernels.portable.runner import PortableRunner
 
 
 def spec(shape: MoeShape, store: Path, **more: Any) -> tune.TuneSpec:

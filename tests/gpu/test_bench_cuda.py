@@ -16,8 +16,9 @@ from moestro.bench.contenders import make_layer
 from moestro.bench.layers import LayerSource
 from moestro.bench.models import from_sizes
 from moestro.cli.app import app
-from moestro.tuning import AutoTuner, Store, shipped
-from moestro.tuning.bundle import export_bundle
+from moestro.tuning import AutoTuner, Store
+from moestro.tuning.store import shipped
+from moestro.tuning.store.bundle import export_bundle
 
 pytestmark = [
     pytest.mark.gpu,

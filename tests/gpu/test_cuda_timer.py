@@ -12,7 +12,7 @@ import torch
 
 from moestro.errors import TuningError
 from moestro.tuning import MeasurementPolicy, is_in_profile_measurement
-from moestro.tuning.timers import default_timer
+from moestro.tuning.measure.timers import default_timer
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,7 +10,7 @@ import torch
 
 from moestro.errors import BackendError
 from moestro.kernels import backends
-from moestro.kernels.portable import PortableRunner
+from moestro.kernels.portable.runner import PortableRunner
 from moestro.kernels.problem import MoeProblem
 
 PROBLEM = MoeProblem(8, 8, 0, 2, 64, 64, "nvfp4")

@@ -18,9 +18,9 @@ from torch._subclasses.fake_tensor import (
 from moestro import ExpertWeights, SwiGLU, formats, reference
 from moestro.errors import BackendError, ShapeError
 from moestro.formats import NVFP4
-from moestro.kernels import portable
 from moestro.kernels.activations import Activation, resolve_activation
-from moestro.kernels.portable import PortableRunner
+from moestro.kernels.portable import runner as portable
+from moestro.kernels.portable.runner import PortableRunner
 from moestro.kernels.problem import MoeProblem
 from moestro.kernels.scratch import carve, plan_bytes
 

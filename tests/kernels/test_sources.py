@@ -1,17 +1,69 @@
-"""What makes a tuning decision out of date: the sources of each backend."""
+"""What makes a tuning decision out of date: the device code of each backend, and nothing else of it."""
 
 from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
 
 from moestro.kernels.cpu import CpuRunner
 from moestro.kernels.portable import PortableRunner
 from moestro.kernels.problem import MoeRunner
+from moestro.kernels.triton import TritonRunner
+from moestro.tuning.store.sources import file_digests, source_digest
 
 
 def sources(runner: type[MoeRunner]) -> set[str]:
-    return {path.name for path in runner.kernel_sources(runner.__new__(runner))}
+    return {path.name for path in runner.kernel_sources()}
 
 
-def test_a_backends_sources_are_all_of_its_own_files() -> None:
-    assert {"portable.py", "portable_tactics.py"} <= sources(PortableRunner)
-    assert "problem.py" not in sources(PortableRunner)
-    assert {"runner.py", "moe.cpp", "kernels.h"} <= sources(CpuRunner)
+def test_a_backends_sources_are_its_device_code() -> None:
+    assert {"run.py", "stages.py"} == sources(PortableRunner)
+    assert {"moe.cpp", "kernels.h"} <= sources(CpuRunner)
+    assert "runner.py" not in sources(CpuRunner)
+    assert {"common.py", "fused.py", "warp_specialized.py"} <= sources(TritonRunner)
+    assert not {"runner.py", "tactics.py", "plan.py"} & sources(TritonRunner)
+
+
+@pytest.fixture
+def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the Triton package in whose place TritonRunner finds its sources."""
+    copy = tmp_path / "triton"
+    shutil.copytree(Path(TritonRunner.kernel_sources()[0]).parents[1], copy)
+    found = classmethod(lambda cls: sorted((copy / "device").glob("*.py")))
+    monkeypatch.setattr(TritonRunner, "kernel_sources", found)
+    file_digests.cache_clear()
+    return copy
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    file_digests.cache_clear()
+
+
+def test_host_code_comments_and_imports_leave_the_digest_as_it_is(kernels: Path) -> None:
+    before = source_digest([TritonRunner])
+    edit(kernels / "tactics.py", "TABLE", "ROWS")
+    edit(kernels / "device" / "chain.py", '"""Both products', '"""The two products')
+    edit(
+        kernels / "device" / "chain.py",
+        "import triton.language as tl",
+        "import triton.language as tl\nimport math",
+    )
+    assert source_digest([TritonRunner]) == before
+
+
+def test_moving_a_kernel_to_another_file_leaves_the_digest_as_it_is(kernels: Path) -> None:
+    before = source_digest([TritonRunner])
+    (kernels / "device" / "chain.py").rename(kernels / "device" / "both.py")
+    file_digests.cache_clear()
+    assert source_digest([TritonRunner]) == before
+
+
+def test_one_character_of_a_device_function_changes_the_digest(kernels: Path) -> None:
+    before = source_digest([TritonRunner])
+    edit(kernels / "device" / "chain.py", "slots * STRIPS1", "slots + STRIPS1")
+    assert source_digest([TritonRunner]) != before

@@ -11,7 +11,7 @@ from moe_cases import E, H, K, error, make_call, make_weights
 import moestro
 from moestro import FusedMoE, Workspace, errors
 from moestro.formats import NVFP4
-from moestro.kernels.portable import PortableRunner
+from moestro.kernels.portable.runner import PortableRunner
 from moestro.moe.tuning_config import routing_probe, tuning_config
 from moestro.routing import Balanced, Zipf
 from moestro.tuning import AutoTuner, MeasurementPolicy, Probe

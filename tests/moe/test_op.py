@@ -15,7 +15,7 @@ import moestro
 from moestro import ExpertWeights, SwiGLU, errors, formats, fused_moe
 from moestro.formats import BF16, NVFP4
 from moestro.kernels import backends
-from moestro.kernels.portable import PortableRunner
+from moestro.kernels.portable.runner import PortableRunner
 from moestro.kernels.problem import MoeProblem
 from moestro.moe.options import Options, make_problem
 

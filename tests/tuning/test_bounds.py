@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moestro.tuning.bounds import Gaps, gaps, half_width
+from moestro.tuning.race.statistics import Gaps, gaps, half_width
 
 
 def table(seed: int, rounds: int, outliers: float = 0.01, twice: bool = True) -> np.ndarray:

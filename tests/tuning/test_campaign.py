@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from tuning_fakes import Kernel, config, inputs, quiet_clock, tuner
 
-from moestro.tuning.campaign import spread
+from moestro.tuning.measure.campaign import spread
 
 CROSSES_AT_2900 = {-1: 1.0, "a": lambda n: 0.1 if n <= 2900 else 0.3, "b": lambda n: 0.2}
 
 
 def buckets(t: Any, runner: Any, cfg: Any) -> dict[int, Any]:
     """Every record, by bucket."""
-    (book,) = t._shelf.books()
+    (book,) = t._known.books()
     return {record.bucket[0]: record for record in book.everything()}
 
 
@@ -145,7 +145,7 @@ def test_tuning_again_goes_on_where_it_stopped(store: Path) -> None:
         t = tuner(clock, store)
         with t.autotune(True, budget_s=2.0):
             t.choose_one("op", [runner], cfg, inputs(2048))
-            (book,) = t._shelf.books()
+            (book,) = t._known.books()
             known.append(sum(record.complete for record in book.everything()))
     assert known == sorted(known)
     assert known[0] < known[-1]

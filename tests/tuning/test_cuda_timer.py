@@ -14,7 +14,7 @@ import pytest
 
 from moestro.errors import TuningError
 from moestro.tuning import MeasurementPolicy, is_in_profile_measurement
-from moestro.tuning.timers import default_timer
+from moestro.tuning.measure.timers import default_timer
 
 
 class FakeTorch(types.ModuleType):

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from tuning_fakes import Fake, Kernel, config, inputs, quiet_clock, tuner
 
 from moestro.errors import TuningError
-from moestro.tuning.keys import static_key
-from moestro.tuning.runner import runner_identity, tactic_from_json, tactic_key
-from moestro.tuning.serial import digest, to_json
+from moestro.tuning.spec.keys import static_key
+from moestro.tuning.spec.plain_json import digest, to_json
+from moestro.tuning.spec.runner import runner_identity, tactic_from_json, tactic_key
 
 
 class Mode(enum.Enum):
@@ -185,7 +185,7 @@ def test_a_tactic_that_cannot_be_stored_is_an_error_naming_the_runner(tactic: An
 
 def test_keys_are_the_same_in_another_process() -> None:
     code = (
-        "from moestro.tuning.serial import *; import torch\n"
+        "from moestro.tuning.spec.plain_json import *; import torch\n"
         "print(digest(to_json({'a': (1, 2.5, 'x'), 'b': {3, 1, 2}, 'c': torch.bfloat16, 'd': print})))"
     )
     value = {"a": (1, 2.5, "x"), "b": {3, 1, 2}, "c": torch.bfloat16, "d": print}

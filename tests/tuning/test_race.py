@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moestro.errors import TuningError
-from moestro.tuning.policy import MeasurementPolicy
-from moestro.tuning.race import RaceResult, race
-from moestro.tuning.simulated import SimulatedClock
+from moestro.tuning.measure.simulated import SimulatedClock
+from moestro.tuning.race.race import RaceResult, race
+from moestro.tuning.spec.policy import MeasurementPolicy
 
 QUIET = {"noise": 0.0, "drift": 0.0, "outliers": 0.0}
 

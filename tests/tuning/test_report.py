@@ -12,8 +12,8 @@ from tuning_fakes import Kernel, config, inputs, quiet_clock, tuner
 
 from moestro.errors import TuningError
 from moestro.tuning import Store
-from moestro.tuning.report import chosen_plot, crossover_plot, heat_map, section, time_plot
-from moestro.tuning.select import families
+from moestro.tuning.show.families import families
+from moestro.tuning.show.report import chosen_plot, crossover_plot, heat_map, section, time_plot
 
 TIMES = {-1: 3e-4, ("<swap>", 64): lambda n: 1e-4 if n <= 100 else 3e-4, 1: 2e-4, 2: ValueError("no")}
 

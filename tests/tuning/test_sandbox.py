@@ -9,7 +9,7 @@ import pytest
 import sandbox_fakes as fakes
 
 from moestro.errors import TuningError
-from moestro.tuning.sandbox import Sandbox
+from moestro.tuning.measure.sandbox import Sandbox
 
 
 @pytest.fixture(scope="module")

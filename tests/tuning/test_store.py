@@ -151,7 +151,7 @@ def test_a_decision_of_another_environment_is_not_used_but_tried_first(
 ) -> None:
     many = {-1: 1e-3, **dict.fromkeys(range(6), 0.0006), 7: 4e-4}
     tune(store, times=many, cfg=config((64,)))
-    monkeypatch.setattr("moestro.tuning.environment._version", lambda package: "99.0")
+    monkeypatch.setattr("moestro.tuning.store.environment._version", lambda package: "99.0")
     assert fresh(store, times=many, cfg=config((64,))) == -1
     runner = tune(store, times=many, cfg=config((64,)))
     order = list(dict.fromkeys(tactic for _, tactic in runner._runs))
@@ -168,13 +168,12 @@ def test_policy_and_clock_are_part_of_the_environment(store: Path) -> None:
 
 def test_changed_sources_are_another_environment(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tune(store)
-    monkeypatch.setattr("moestro.tuning.runner.file_digest", lambda path: "changed")
+    monkeypatch.setattr("moestro.tuning.store.sources.file_digests", lambda path: frozenset({"changed"}))
     assert fresh(store) == -1
 
 
 def test_kernel_sources_count(tmp_path: Path) -> None:
-    from moestro.tuning.runner import source_digest
-    from moestro.tuning.sources import file_digest
+    from moestro.tuning.store.sources import file_digests, source_digest
 
     class Sourced(Kernel):
         def kernel_sources(self) -> list[Path]:
@@ -183,7 +182,7 @@ def test_kernel_sources_count(tmp_path: Path) -> None:
     (tmp_path / "kernel.cu").write_text("a")
     before = source_digest([Sourced(quiet_clock(), {})])
     (tmp_path / "kernel.cu").write_text("b")
-    file_digest.cache_clear()
+    file_digests.cache_clear()
     assert source_digest([Sourced(quiet_clock(), {})]) != before
 
 
@@ -243,7 +242,7 @@ def f(x):
 
 
 def test_comments_docstrings_and_empty_lines_are_not_code() -> None:
-    from moestro.tuning.sources import code_of
+    from moestro.tuning.store.sources import code_of
 
     assert code_of(SOURCE) == 'import os\n\ndef f(x):\n    return "kept" + x'.replace("\n\n", "\n")
     assert code_of(SOURCE.replace("why", "because").replace("More of it", "Less")) == code_of(SOURCE)
@@ -251,10 +250,10 @@ def test_comments_docstrings_and_empty_lines_are_not_code() -> None:
 
 
 def test_a_file_that_is_not_python_counts_as_it_is(tmp_path: Path) -> None:
-    from moestro.tuning.sources import file_digest
+    from moestro.tuning.store.sources import file_digests
 
     paths = [tmp_path / "a.py", tmp_path / "b.py", tmp_path / "c.cpp", tmp_path / "d.cpp"]
     for path, text in zip(paths, ("def (", "def (  # x", "int x;", "int x; // y"), strict=True):
         path.write_text(text)
-    assert len({file_digest(str(path)) for path in paths}) == 4
-    assert file_digest(str(tmp_path / "none")) == "unreadable"
+    assert len({file_digests(str(path)) for path in paths}) == 4
+    assert file_digests(str(tmp_path / "none")) == {"unreadable"}

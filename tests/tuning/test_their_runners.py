@@ -24,8 +24,8 @@ from moestro.tuning import (
     map_to_hybrid_bucket,
     map_to_hybrid_bucket_uncapped,
 )
-from moestro.tuning.hints import import_flashinfer
-from moestro.tuning.runner import DEFAULT_TACTIC
+from moestro.tuning.spec.runner import DEFAULT_TACTIC
+from moestro.tuning.store.flashinfer import import_flashinfer
 
 CLOCK = quiet_clock()
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from moestro.tuning import MeasurementPolicy, is_in_profile_measurement, timers
-from moestro.tuning.scope import measured, measurement
-from moestro.tuning.simulated import SimulatedClock, SimulatedTimer
-from moestro.tuning.timers import CpuTimer, default_timer, last_level_cache_bytes
+from moestro.tuning import MeasurementPolicy, is_in_profile_measurement
+from moestro.tuning.measure import timers
+from moestro.tuning.measure.scope import measured, measurement
+from moestro.tuning.measure.simulated import SimulatedClock, SimulatedTimer
+from moestro.tuning.measure.timers import CpuTimer, default_timer, last_level_cache_bytes
 
 WARM = MeasurementPolicy(cold_cache=False, warmup=3)
 

@@ -17,7 +17,7 @@ from moestro.tuning import (
     get_hybrid_num_tokens_buckets,
     map_to_hybrid_bucket_uncapped,
 )
-from moestro.tuning.simulated import SimulatedClock, SimulatedTimer
+from moestro.tuning.measure.simulated import SimulatedClock, SimulatedTimer
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from moestro.bench.models import find
 from moestro.errors import BackendError
 from moestro.kernels import backends
 from moestro.kernels.problem import MoeProblem, MoeRunner
-from moestro.tuning import shipped
-from moestro.tuning.bundle import Bundle
-from moestro.tuning.runner import source_digest
-from moestro.tuning.store import default_root
+from moestro.tuning.store import shipped
+from moestro.tuning.store.bundle import Bundle
+from moestro.tuning.store.sources import source_digest
+from moestro.tuning.store.store import default_root
 
 __all__ = ["examine"]
 
@@ -137,4 +137,4 @@ def _current_sources(names: Iterable[str]) -> str | None:
     wanted = [classes.get(name) for name in sorted(names)]
     if None in wanted:
         return None
-    return source_digest([cls.__new__(cls) for cls in wanted if cls is not None])
+    return source_digest([cls for cls in wanted if cls is not None])

@@ -19,7 +19,7 @@ from moestro.moe.layer import FusedMoE
 from moestro.moe.operation import as_inputs
 from moestro.moe.tuning_config import OP
 from moestro.tuning import AutoTuner
-from moestro.tuning.precompile import precompile
+from moestro.tuning.measure.compile import precompile
 
 __all__ = [
     "Call",

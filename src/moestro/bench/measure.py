@@ -30,7 +30,7 @@ Truth = Callable[[Contender, Case], torch.Tensor | None]
 
 
 class Timer(Protocol):
-    """A timer of moestro.tuning.timers."""
+    """A timer of moestro.tuning.measure.timers."""
 
     @property
     def name(self) -> str: ...

@@ -22,9 +22,9 @@ from moestro.errors import TuningError
 from moestro.kernels.problem import MoeProblem
 from moestro.kernels.triton import tactics
 from moestro.kernels.triton.tactics import Tactic
-from moestro.tuning.bundle import read_entries
-from moestro.tuning.serial import from_json
-from moestro.tuning.store import Entry
+from moestro.tuning.spec.plain_json import from_json
+from moestro.tuning.store.bundle import read_entries
+from moestro.tuning.store.store import Entry
 
 __all__ = ["Cell", "Pruned", "cells_of", "problem_of", "prune_at", "worst"]
 

@@ -16,7 +16,7 @@ from moestro.moe.operation import as_inputs
 from moestro.moe.tuning_config import OP, as_probes
 from moestro.routing import Distribution
 from moestro.tuning import AutoTuner, MeasurementPolicy
-from moestro.tuning.timers import default_timer
+from moestro.tuning.measure.timers import default_timer
 
 __all__ = ["LayerOutcome", "LayersSpec", "run"]
 

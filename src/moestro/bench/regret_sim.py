@@ -2,7 +2,7 @@
 
 Each scenario is a list of true times, a default and a noise model. Three schemes tune it with the same
 clocks:
-  moestro  the race (moestro.tuning.race) under its default policy
+  moestro  the race (moestro.tuning.race.race) under its default policy
   field    what autotuners do: one candidate after the other, 3 warm-ups, the mean of 10, argmin
   equal    interleaved rounds of all candidates to the end, argmin: as many rounds as it takes to be wrong no
            more often than the race. Twice: by the median of the times, and by the race's own statistic
@@ -21,10 +21,10 @@ from typing import TypeVar
 import numpy as np
 
 from moestro.bench.regret import Pick, Summary, summarise
-from moestro.tuning.bounds import Floats, gaps
-from moestro.tuning.policy import MeasurementPolicy
-from moestro.tuning.race import race
-from moestro.tuning.simulated import SimulatedClock
+from moestro.tuning.measure.simulated import SimulatedClock
+from moestro.tuning.race.race import race
+from moestro.tuning.race.statistics import Floats, gaps
+from moestro.tuning.spec.policy import MeasurementPolicy
 
 __all__ = ["SCENARIOS", "Outcome", "Scenario", "Target", "run", "tune_once"]
 

@@ -81,7 +81,7 @@ def page(results: Sequence[BenchResult], tuning: str = "") -> str:
 
 
 def _tuning(store: Path) -> str:
-    from moestro.tuning import report as tuner
+    from moestro.tuning.show import report as tuner
 
     return f'<section class="tuning">{tuner.section(store)}</section>'
 

@@ -32,7 +32,7 @@ from moestro.errors import BackendError, MoestroError
 from moestro.kernels import backends
 from moestro.routing import Distribution
 from moestro.tuning import AutoTuner
-from moestro.tuning.store import default_root
+from moestro.tuning.store.store import default_root
 
 __all__ = ["BenchSpec", "build", "run"]
 

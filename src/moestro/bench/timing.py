@@ -7,8 +7,8 @@ from collections.abc import Callable
 from moestro.bench.contenders import Call, Contender
 from moestro.bench.measure import Timer
 from moestro.errors import TuningError
-from moestro.tuning.policy import MeasurementPolicy
-from moestro.tuning.timers import default_timer
+from moestro.tuning.measure.timers import default_timer
+from moestro.tuning.spec.policy import MeasurementPolicy
 
 __all__ = ["GraphOrEager", "timer_for"]
 

@@ -30,10 +30,10 @@ from moestro.moe.operation import as_inputs
 from moestro.moe.tuning_config import OP, as_probes
 from moestro.routing import Distribution
 from moestro.tuning import AutoTuner, Decision, Store
-from moestro.tuning.campaign import spread
-from moestro.tuning.keys import static_key
-from moestro.tuning.precompile import precompile
-from moestro.tuning.store import Entry, default_root, folder_of
+from moestro.tuning.measure.campaign import spread
+from moestro.tuning.measure.compile import precompile
+from moestro.tuning.spec.keys import static_key
+from moestro.tuning.store.store import Entry, default_root, folder_of
 
 __all__ = ["SCHEMA", "TuneResult", "TuneRow", "TuneSpec", "run"]
 

@@ -13,7 +13,7 @@ from moestro.cli.console import output
 from moestro.cli.tactics import load_tactics
 
 if TYPE_CHECKING:
-    from moestro.tuning.store import Store
+    from moestro.tuning.store.store import Store
 
 __all__ = ["app", "screen"]
 
@@ -42,7 +42,7 @@ def screen() -> Console:
 
 
 def _store(path: Path | None) -> Store:
-    from moestro.tuning.store import Store, default_root
+    from moestro.tuning.store.store import Store, default_root
 
     return Store(path if path is not None else default_root())
 
@@ -53,7 +53,7 @@ def list_(store: StoreOption = None) -> None:
     from rich import box
     from rich.table import Table
 
-    from moestro.tuning.explain import age_text
+    from moestro.tuning.show.explain import age_text
 
     source = _store(store)
     counts: dict[tuple[str, str], dict[str, int]] = defaultdict(lambda: defaultdict(int))
@@ -82,8 +82,8 @@ def show(store: StoreOption = None, op: OpOption = "*", environment: Environment
     from rich import box
     from rich.table import Table
 
-    from moestro.tuning.explain import age_text, ratio_text, runner_text, seconds_text, tactic_text
-    from moestro.tuning.select import families
+    from moestro.tuning.show.explain import age_text, ratio_text, runner_text, seconds_text, tactic_text
+    from moestro.tuning.show.families import families
 
     load_tactics()
     found = families(_store(store).entries(), op, environment or ())
@@ -134,7 +134,7 @@ def export(
     ] = None,
 ) -> None:
     """Write decisions and quarantine into one file, to bake into an image or to send."""
-    from moestro.tuning.bundle import export_bundle
+    from moestro.tuning.store.bundle import export_bundle
 
     count = export_bundle(_store(store), bundle, environment or ("*",), op, slim=slim, loose=loose or ())
     output.print(f"{bundle}: {count} decisions", markup=False)
@@ -154,8 +154,8 @@ def import_(
     ] = False,
 ) -> None:
     """Take a bundle's decisions into the store; what the store has of newer date stays."""
-    from moestro.tuning.bundle import import_bundle
-    from moestro.tuning.hints import import_flashinfer
+    from moestro.tuning.store.bundle import import_bundle
+    from moestro.tuning.store.flashinfer import import_flashinfer
 
     target = _store(store)
     if flashinfer:
@@ -176,8 +176,8 @@ def diff(
     from rich import box
     from rich.table import Table
 
-    from moestro.tuning.bundle import diff as compare
-    from moestro.tuning.explain import ratio_text, runner_text, tactic_text
+    from moestro.tuning.show.explain import ratio_text, runner_text, tactic_text
+    from moestro.tuning.store.bundle import diff as compare
 
     load_tactics()
     different, same = compare(one, other, op)
@@ -211,8 +211,8 @@ def prune(
 ) -> None:
     """Delete decisions, quarantine or misses that match all conditions. At least one must be given."""
     from moestro.errors import TuningError, unknown_name
-    from moestro.tuning.bundle import prune as delete
-    from moestro.tuning.store import KINDS
+    from moestro.tuning.store.bundle import prune as delete
+    from moestro.tuning.store.store import KINDS
 
     for name in kind or ():
         if name not in KINDS:

@@ -41,10 +41,10 @@ def explain(
     """Why a runner and tactic were chosen: their times, the runners-up with intervals, the noise floor, the
     probes, the environment, and what would change the choice.
     """
-    from moestro.tuning.explain import Case
-    from moestro.tuning.explain import explain as text_of
-    from moestro.tuning.select import families, parse_sizes
-    from moestro.tuning.store import Store, default_root
+    from moestro.tuning.show.explain import Case
+    from moestro.tuning.show.explain import explain as text_of
+    from moestro.tuning.show.families import families, parse_sizes
+    from moestro.tuning.store.store import Store, default_root
 
     load_tactics()
     source = Store(store if store is not None else default_root())

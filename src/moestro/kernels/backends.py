@@ -28,7 +28,7 @@ def _loader(module: str, name: str) -> Loader:
 BACKENDS: dict[str, Loader] = {
     "triton": _loader("moestro.kernels.triton", "TritonRunner"),
     "cpu": _loader("moestro.kernels.cpu", "CpuRunner"),
-    "portable": _loader("moestro.kernels.portable", "PortableRunner"),
+    "portable": _loader("moestro.kernels.portable.runner", "PortableRunner"),
 }
 
 

@@ -7,7 +7,6 @@ TunableRunner per backend and problem, running any of its tactics in a workspace
 
 from __future__ import annotations
 
-import functools
 import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +19,7 @@ import torch
 from moestro.errors import BackendError
 from moestro.formats.base import CHECKPOINT, FormatTensor
 from moestro.kernels.activations import Activation, SwiGLU
-from moestro.tuning.runner import TunableRunner
+from moestro.tuning.spec.runner import TunableRunner
 
 
 class Experts(Protocol):
@@ -98,9 +97,12 @@ class MoeRunner(TunableRunner):
     def why_not(cls, problem: MoeProblem) -> str | None:
         """Why this backend cannot run the problem on this machine; None if it can."""
 
-    def kernel_sources(self) -> Sequence[Path]:
-        """The files that this backend's speed depends on: changing one makes another environment."""
-        return _sources(type(self))
+    @classmethod
+    def kernel_sources(cls) -> Sequence[Path]:
+        """The files of device code that this backend's speed depends on: changing one makes another environment.
+        The file of its class where a backend does not say.
+        """
+        return (Path(inspect.getfile(cls)),)
 
     @classmethod
     def prepare(
@@ -173,14 +175,3 @@ class MoeRunner(TunableRunner):
         self, inputs: Sequence[Any], tactic: Any = -1, do_preparation: bool = False, **kwargs: Any
     ) -> torch.Tensor:
         """Run a tactic; see the class for the inputs."""
-
-
-@functools.cache
-def _sources(runner: type[MoeRunner]) -> tuple[Path, ...]:
-    """The sources beside a backend's class: its package, or for one that is in this package its own files."""
-    own = Path(inspect.getfile(runner))
-    if not runner.__module__.startswith("moestro.kernels."):
-        return (own,)
-    here = own.parent == Path(__file__).parent
-    found = own.parent.glob(f"{own.stem}*.py") if here else own.parent.rglob("*")
-    return tuple(sorted(path for path in found if path.suffix in {".py", ".cpp", ".h", ".cu"}))

@@ -4,7 +4,8 @@ hand.
 It knows nothing of MoE and needs no torch to be imported; docs/tuning.md explains it.
 """
 
-from moestro.tuning.buckets import (
+from moestro.tuning.measure.scope import is_in_profile_measurement
+from moestro.tuning.spec.buckets import (
     get_hybrid_num_tokens_buckets,
     last_positive_power_of_2,
     make_bucket_mapper,
@@ -14,11 +15,9 @@ from moestro.tuning.buckets import (
     next_positive_power_of_2,
     round_to_nearest_bucket,
 )
-from moestro.tuning.decisions import CandidateEvidence, Decision, Evidence
-from moestro.tuning.policy import MeasurementPolicy
-from moestro.tuning.runner import TunableRunner
-from moestro.tuning.scope import is_in_profile_measurement
-from moestro.tuning.specs import (
+from moestro.tuning.spec.policy import MeasurementPolicy
+from moestro.tuning.spec.runner import TunableRunner
+from moestro.tuning.spec.specs import (
     ConstraintSpec,
     DynamicDim,
     DynamicTensorSpec,
@@ -27,7 +26,8 @@ from moestro.tuning.specs import (
     StaticDim,
     TuningConfig,
 )
-from moestro.tuning.store import Store
+from moestro.tuning.store.records import CandidateEvidence, Decision, Evidence
+from moestro.tuning.store.store import Store
 from moestro.tuning.tuner import AutoTuner, autotune
 
 __all__ = [

@@ -13,24 +13,43 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from moestro.errors import GroupError, TuningError
-from moestro.tuning.campaign import Campaign
-from moestro.tuning.decisions import CandidateEvidence, Record
+from moestro.errors import GroupError, TuningError, TuningWarning
 from moestro.tuning.group import Group, Vote, label_of_choice
-from moestro.tuning.job import Candidate, Job, OutOfMemoryError, record_name
-from moestro.tuning.measure import conclude, measure, samplers_of, without_choice
-from moestro.tuning.race import race
-from moestro.tuning.specs import Sizes
-from moestro.tuning.trial import Trial
+from moestro.tuning.measure.campaign import Campaign
+from moestro.tuning.measure.candidates import Trial
+from moestro.tuning.measure.decide import conclude, measure, samplers_of, without_choice
+from moestro.tuning.measure.request import Candidate, Job, OutOfMemoryError, record_name
+from moestro.tuning.race.race import race
+from moestro.tuning.spec.specs import Sizes
+from moestro.tuning.store.records import CandidateEvidence, Record
 
-__all__ = ["campaign_of", "measure_together"]
+__all__ = ["measure_together", "run_campaign"]
 
 Samplers = list[Callable[[], float]]
 Result = TypeVar("Result")
+
+
+def run_campaign(campaign: Campaign, environment: str, facts: dict[str, object]) -> bool:
+    """Run it, in step with its job's group where there is one; True if nothing is left to do.
+
+    A group that breaks ends it with one warning. facts: what all ranks must have the same, besides the
+    operation.
+    """
+    group = campaign.job.group
+    if group is None:
+        return campaign.run()
+    try:
+        return campaign_of(group, campaign, environment, facts).run()
+    except GroupError as error:
+        op = campaign.job.key.op
+        text = f"{op}: the ranks came to no decision, all use the default tactic: {error}"
+        warnings.warn(text, TuningWarning, stacklevel=2)
+        return False
 
 
 def campaign_of(group: Group, campaign: Campaign, environment: str, facts: dict[str, object]) -> Campaign:

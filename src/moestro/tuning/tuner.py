@@ -19,24 +19,25 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from moestro.errors import GroupError, TuningError, TuningWarning
-from moestro.tuning.campaign import Campaign
-from moestro.tuning.context import Budget, Contexts, Options
-from moestro.tuning.decisions import Decision, Record
-from moestro.tuning.environment import Environment, environment_for
-from moestro.tuning.explain import Case, explain, explain_miss
+from moestro.errors import TuningError, TuningWarning
+from moestro.tuning.contexts import Contexts, Options
 from moestro.tuning.group import group_of
-from moestro.tuning.job import Job
-from moestro.tuning.keys import device_of, shapes_of, static_key
-from moestro.tuning.lookup import Site, Sites, View
-from moestro.tuning.policy import MeasurementPolicy
+from moestro.tuning.lookup.known import KnownDecisions
+from moestro.tuning.lookup.sites import CallSite, CallSites, Lookup
+from moestro.tuning.measure.budget import Budget
+from moestro.tuning.measure.campaign import Campaign
+from moestro.tuning.measure.request import Job
+from moestro.tuning.measure.timers import Timer, default_timer
 from moestro.tuning.progress import Progress, showing
-from moestro.tuning.runner import DEFAULT_TACTIC, check_runners
-from moestro.tuning.shelf import Shelf
-from moestro.tuning.specs import Probe, Sizes, TuningConfig
-from moestro.tuning.store import Store, default_root
-from moestro.tuning.timers import Timer, default_timer
-from moestro.tuning.together import campaign_of
+from moestro.tuning.show.explain import Case, explain, explain_miss
+from moestro.tuning.spec.keys import device_of, shapes_of, static_key
+from moestro.tuning.spec.policy import MeasurementPolicy
+from moestro.tuning.spec.runner import DEFAULT_TACTIC, check_runners
+from moestro.tuning.spec.specs import Probe, Sizes, TuningConfig
+from moestro.tuning.store.environment import Environment, environment_for
+from moestro.tuning.store.records import Decision, Record
+from moestro.tuning.store.store import Store, default_root
+from moestro.tuning.together import run_campaign
 
 __all__ = ["AutoTuner", "autotune"]
 
@@ -67,8 +68,8 @@ class AutoTuner:
         self._timers: dict[Any, Timer] = {}
         self._clock = clock
         self._contexts = Contexts()
-        self._sites = Sites()
-        self._shelf = Shelf(self.store)
+        self._sites = CallSites()
+        self._known = KnownDecisions(self.store)
         self._measuring = threading.RLock()
 
     @classmethod
@@ -233,8 +234,8 @@ class AutoTuner:
         record, within = view.find(sizes)
         book = view.book
         if record is None:
-            return explain_miss(book.key, [b.key for b in self._shelf.books() if b.everything()])
-        store = self._shelf.target(options)
+            return explain_miss(book.key, [b.key for b in self._known.books() if b.everything()])
+        store = self._known.target(options)
         case = Case(
             key=book.key,
             record=record,
@@ -254,17 +255,16 @@ class AutoTuner:
         config: TuningConfig,
         inputs: Sequence[Any],
         kwargs: Mapping[str, Any],
-    ) -> tuple[Choice, View | None]:
+    ) -> tuple[Choice, Lookup | None]:
         options = self._contexts.current
         check_runners(runners)
         if options is not None and op in options.skip_ops:
             return (runners[0], DEFAULT_TACTIC), None
         site, view, sizes = self._locate(op, runners, config, inputs, kwargs, options)
-        if options is not None and options.tune and options.group is not None:
-            if not self._tune_together(site, view, runners, inputs, kwargs, sizes, options):
-                return (runners[0], DEFAULT_TACTIC), None
-        elif options is not None and options.tune and sizes not in view.done:
+        if options is not None and options.tune and (options.group is not None or sizes not in view.done):
             self._tune(site, view, runners, inputs, kwargs, sizes, options)
+            if options.group is not None and options.group.broken:
+                return (runners[0], DEFAULT_TACTIC), None
         record, within = view.find(sizes)
         if record is not None and not within:
             self._missing(site, view, runners, inputs, sizes, record)
@@ -279,16 +279,16 @@ class AutoTuner:
         inputs: Sequence[Any],
         kwargs: Mapping[str, Any],
         options: Options | None,
-    ) -> tuple[Site, View, Sizes]:
+    ) -> tuple[CallSite, Lookup, Sizes]:
         site = self._sites.get(op, runners, config, options)
         view = site.guarded(runners, inputs, kwargs)
         if view is None:
             key = static_key(op, runners, site.config, inputs, kwargs)
             device = device_of(inputs)
-            view = site.view(key, device, lambda: self._shelf.book(key, device))
+            view = site.view(key, device, lambda: self._known.book(key, device))
             site.guard(view, runners, inputs, kwargs)
         environment = functools.partial(self._environment, site.config, runners, inputs, options)
-        self._shelf.open(view.book, device_of(inputs), options, environment)
+        self._known.open(view.book, device_of(inputs), options, environment)
         return site, view, site.config.sizes(shapes_of(inputs))
 
     def _environment(
@@ -307,47 +307,22 @@ class AutoTuner:
             known = self._timers[device, policy, graph] = default_timer(device, policy, graph=graph)
         return known
 
-    def _tune_together(
-        self,
-        site: Site,
-        view: View,
-        runners: Sequence[Any],
-        inputs: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        sizes: Sizes,
-        options: Options,
-    ) -> bool:
-        """_tune with the context's group, at every call, for another rank may have something to tune; False
-        if there is no group any more.
-        """
-        group = options.group
-        assert group is not None
-        if group.broken or (_capturing() and sizes in view.done):
-            return not group.broken
-        try:
-            self._tune(site, view, runners, inputs, kwargs, sizes, options)
-        except GroupError as error:
-            warnings.warn(
-                f"{site.op}: the ranks came to no decision, all use the default tactic: {error}",
-                TuningWarning,
-                stacklevel=4,
-            )
-        return not group.broken
-
     def _tune(
         self,
-        site: Site,
-        view: View,
+        site: CallSite,
+        view: Lookup,
         runners: Sequence[Any],
         inputs: Sequence[Any],
         kwargs: Mapping[str, Any],
         sizes: Sizes,
         options: Options,
     ) -> None:
-        group = options.group
-        if group is None and options.budget.left <= 0:
+        group, done = options.group, sizes in view.done
+        if group.broken if group is not None else options.budget.left <= 0:
             return
         if _capturing():
+            if done:
+                return
             raise TuningError(
                 f"{site.op}: nothing is known for sizes {sizes}, and tuning inside CUDA graph capture is not "
                 "possible: run the operation once under autotune() before capturing it"
@@ -356,10 +331,12 @@ class AutoTuner:
         device = device_of(inputs)
         timer = self._timer_for(device, policy, site.config.use_cuda_graph)
         environment = self._environment(site.config, runners, inputs, options)
-        shelf, store, book = self._shelf, self._shelf.target(options), view.book
-        shown = options.progress if group is None or group.rank == 0 else False
-        with self._measuring, showing(shown) as progress:
-            shelf.refresh(book, store, environment)
+        decisions, store, book = self._known, self._known.target(options), view.book
+        with (
+            self._measuring,
+            showing(options.progress if group is None or group.rank == 0 else False) as progress,
+        ):
+            decisions.refresh(book, store, environment)
             job = Job(
                 key=book.key,
                 runners=runners,
@@ -371,8 +348,8 @@ class AutoTuner:
                 budget=options.budget,
                 sizes=sizes,
                 banned=book.banned,
-                ban=lambda candidate, reason: shelf.ban(book, store, environment, candidate.name, reason),
-                warm=shelf.warm(book, store, environment),
+                ban=lambda candidate, reason: decisions.ban(book, store, environment, candidate.name, reason),
+                warm=decisions.warm(book, store, environment),
                 progress=progress,
                 group=group,
             )
@@ -381,18 +358,16 @@ class AutoTuner:
                 for spec, size in zip(site.config.dynamic_tensor_specs, sizes, strict=True)
             )
             known = functools.partial(book.records, view.probes)
-            keep = functools.partial(shelf.keep, book, store, environment)
+            keep = functools.partial(decisions.keep, book, store, environment)
             campaign = Campaign(job, known, keep, first, book.too_large, options.crossover)
-            if group is not None:
-                facts = {"crossover": options.crossover, "tuning_buckets": options.buckets}
-                campaign = campaign_of(group, campaign, environment.name, facts)
-            if campaign.run():
+            facts = {"crossover": options.crossover, "tuning_buckets": options.buckets}
+            if run_campaign(campaign, environment.name, facts):
                 view.finished(sizes)
 
     def _missing(
         self,
-        site: Site,
-        view: View,
+        site: CallSite,
+        view: Lookup,
         runners: Sequence[Any],
         inputs: Sequence[Any],
         sizes: Sizes,
@@ -401,7 +376,7 @@ class AutoTuner:
         """Warn, once, that sizes are beyond what was tuned, and remember them."""
         options = self._contexts.current
         environment = functools.partial(self._environment, site.config, runners, inputs, options)
-        if self._shelf.miss(view.book, self._shelf.target(options), sizes, record, environment):
+        if self._known.miss(view.book, self._known.target(options), sizes, record, environment):
             asked, used = (" x ".join(map(str, s)) for s in (sizes, record.bucket))
             warnings.warn(
                 f"{site.op}: size {asked} is beyond everything tuned; the decision for {used} is used. "

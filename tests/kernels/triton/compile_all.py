@@ -19,7 +19,9 @@ from triton.experimental.gluon import language as gl
 
 import moestro.kernels.triton.runner
 from moestro.kernels.activations import ReLU2
-from moestro.kernels.triton import blackwell, gluon_steps, native, tactics
+from moestro.kernels.triton import native, tactics
+from moestro.kernels.triton.device import fp4 as blackwell
+from moestro.kernels.triton.device import loops as gluon_steps
 from moestro.kernels.triton.plan import Launch
 
 TENSOR_COLUMNS = 512  # of a processor's tensor memory on sm_100

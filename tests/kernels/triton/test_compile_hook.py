@@ -9,7 +9,8 @@ import pytest
 import torch
 from offline import inputs_of, runner_of
 
-from moestro.kernels.triton import sort, tactics
+from moestro.kernels.triton import tactics
+from moestro.kernels.triton.device import sort
 from moestro.kernels.triton.plan import Launch
 
 

@@ -162,7 +162,7 @@ def test_tokens_whose_experts_are_all_elsewhere_come_out_as_zeros() -> None:
 
 
 def test_many_pairs_are_sorted_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from moestro.kernels.triton import sort
+    from moestro.kernels.triton.device import sort
 
     monkeypatch.setattr(sort, "CHUNK", 32)
     runner, plain = make((5, 2, 64, 32), "nvfp4", foreign=1)

@@ -14,7 +14,8 @@ import torch
 pytest.importorskip("triton")
 
 from moestro.formats import NVFP4
-from moestro.kernels.triton import device, layout
+from moestro.kernels.triton import layout
+from moestro.kernels.triton.device import common as device
 
 U32 = np.uint32
 Registers = dict[str, np.ndarray]

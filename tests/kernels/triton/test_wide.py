@@ -15,7 +15,8 @@ import wide_tiles
 from test_kernels import TOLERANCE, error, inputs_of, make
 
 from moestro.kernels.activations import Activation, GeGLUTanh, ReLU2, SwiGLU
-from moestro.kernels.triton import gluon_gemm, gluon_plan, tactics
+from moestro.kernels.triton import gluon_plan, tactics
+from moestro.kernels.triton.device import warp_specialized as gluon_gemm
 from moestro.kernels.triton.tactics import Tactic
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the GPU itself: tests/gpu")

@@ -10,6 +10,7 @@ import ctypes
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -68,6 +69,13 @@ class CpuRunner(MoeRunner):
         )
         self._layer = _layer(self.problem, self.isa, self._weights, self._biases)
         self._layer_at = ctypes.byref(self._layer)
+
+    @classmethod
+    def kernel_sources(cls) -> list[Path]:
+        """The compiled core's sources."""
+        return sorted(
+            path for path in (Path(__file__).parent / "csrc").iterdir() if path.suffix in {".cpp", ".h"}
+        )
 
     @classmethod
     def why_not(cls, problem: MoeProblem) -> str | None:

@@ -1,4 +1,4 @@
-"""The launches of `gluon_gemm.py`: what its programs need of a processor."""
+"""The launches of `warp_specialized.py`: what its programs need of a processor."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 
-from moestro.kernels.triton import device
-from moestro.kernels.triton.weighted import sum_weighted
+from moestro.kernels.triton.device import common as device
+from moestro.kernels.triton.device.weighted import sum_weighted
 
 if TYPE_CHECKING:
     from moestro.kernels.triton.plan import Planner
@@ -42,7 +42,7 @@ def programs(warps: int) -> int:
 
 
 def registers(warps: int, turn: int) -> tuple[int, int]:
-    """Of each thread of (a consumer, the producer). Where ptxas finds too few it says C7512: see gluon_gemm."""
+    """Of each thread of (a consumer, the producer). Where ptxas finds too few: C7512, see warp_specialized.py."""
     if warps == 4:
         return 200, 56
     return (224, 56) if turn > 1 else (216, 72)
@@ -50,7 +50,7 @@ def registers(warps: int, turn: int) -> tuple[int, int]:
 
 def product(plan: Planner, stage: int, x: torch.Tensor, out: torch.Tensor) -> None:
     """Add one product to the plan."""
-    from moestro.kernels.triton.gluon_gemm import wide_gemm
+    from moestro.kernels.triton.device.warp_specialized import wide_gemm
 
     weights, bias, meta = plan._common(stage, None)
     for name in ("COMBINE", "X_SCALE", "X_BY_PAIR"):

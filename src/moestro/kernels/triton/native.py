@@ -12,7 +12,8 @@ import triton
 
 from moestro.kernels.problem import MoeProblem
 from moestro.kernels.scratch import Plan
-from moestro.kernels.triton import blackwell, tactics
+from moestro.kernels.triton import tactics
+from moestro.kernels.triton.device import fp4 as blackwell
 from moestro.kernels.triton.plan import Planner, kernel_rows, scratch_plan
 from moestro.kernels.triton.tactics import SHARED_BYTES, Tactic, num_slots
 

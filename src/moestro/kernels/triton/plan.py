@@ -14,7 +14,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from moestro.kernels.activations import GeGLUTanh, SwiGLU
 from moestro.kernels.problem import Experts, MoeProblem
 from moestro.kernels.scratch import Plan
-from moestro.kernels.triton import chain, combine, dense, device, gemm, gluon_plan, quantize, sort
+from moestro.kernels.triton import gluon_plan
+from moestro.kernels.triton.device import chain, quantize, sort
+from moestro.kernels.triton.device import common as device
+from moestro.kernels.triton.device import dequantized as dense
+from moestro.kernels.triton.device import fused as gemm
+from moestro.kernels.triton.device import sum_pairs as combine
 from moestro.kernels.triton.layout import TritonNVFP4
 from moestro.kernels.triton.tactics import Tactic, num_slots
 

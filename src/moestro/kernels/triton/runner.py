@@ -21,7 +21,9 @@ from moestro.formats.base import CHECKPOINT, FormatTensor
 from moestro.kernels.activations import GeGLUTanh, ReLU2, SwiGLU
 from moestro.kernels.problem import Experts, MoeProblem, MoeRunner
 from moestro.kernels.scratch import carve, plan_bytes
-from moestro.kernels.triton import chain, device, native, prune, tactics
+from moestro.kernels.triton import native, prune, tactics
+from moestro.kernels.triton.device import chain
+from moestro.kernels.triton.device import common as device
 from moestro.kernels.triton.layout import LAYOUT, TritonNVFP4
 from moestro.kernels.triton.plan import Launch, Planner, scratch_plan
 from moestro.kernels.triton.tactics import Tactic
@@ -151,9 +153,10 @@ class TritonRunner(MoeRunner):
         """
         return {launch.key: launch.compile for launch in self.plan(inputs, tactic)}
 
-    def kernel_sources(self) -> list[Path]:
-        """The files that decide the speed of these kernels: all of this package."""
-        return sorted(Path(__file__).parent.glob("*.py"))
+    @classmethod
+    def kernel_sources(cls) -> list[Path]:
+        """The device code of these kernels."""
+        return sorted((Path(__file__).parent / "device").glob("*.py"))
 
     def tolerance(self, inputs: Sequence[Any]) -> float:
         """Of the difference to the default tactic, as a ratio of norms: two roundings of bf16 sums."""

@@ -28,7 +28,7 @@ class Tactic:
     The blocks per step of a "wide" tile are the stages that its producer fills in one turn.
 
     path "fused": weights decoded in the registers that feed the tensor core; "chain": so, and both products in
-    one launch; "wide": so, and while the tensor cores run (gluon_gemm.py); "dense": dequantised once to memory,
+    one launch; "wide": so, and while the tensor cores run (warp_specialized.py); "dense": dequantised once to memory,
     then a bf16 product; "native": FP4 tensor cores (native.py). tokens: pairs of one expert in a tile.
     """
 

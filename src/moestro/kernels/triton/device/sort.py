@@ -1,0 +1,93 @@
+"""Sort pairs by expert and cut them into tiles of tokens, on the device: one launch for few pairs, two for
+many.
+
+Pair p is (token p // K, slot p % K). `count` makes one histogram per chunk of pairs; `place` turns the
+histograms into places. Within an expert the order of pairs is whatever the atomic counter gives: no result
+depends on it, since every pair has its own row and its own sums.
+
+Pairs of experts that are not local count as one more expert, L, which gets no tile.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from moestro.kernels.triton.device.common import launch_next, wait_for_previous
+
+CHUNK = 2048  # pairs of one program
+
+
+@triton.jit
+def _local(ids, p, P, OFFSET: tl.constexpr, L: tl.constexpr):
+    """Local expert of pairs p; L where the expert is of another rank, or nowhere."""
+    e = tl.load(ids + p, p < P, other=-1)
+    inside = (e >= OFFSET) & (e < OFFSET + L)
+    return tl.where(inside, e - OFFSET, L)
+
+
+@triton.jit(do_not_specialize=["P"])
+def count(ids, counts, P, OFFSET: tl.constexpr, L: tl.constexpr, LB: tl.constexpr, CHUNK: tl.constexpr,
+          PDL: tl.constexpr):  # fmt: skip
+    """counts [chunks, LB] int32: pairs of each local expert in each chunk."""
+    wait_for_previous(PDL)
+    launch_next(PDL)
+    c = tl.program_id(0)
+    p = c * CHUNK + tl.arange(0, CHUNK)
+    e = _local(ids, p, P, OFFSET, L)
+    tl.store(counts + c * LB + tl.arange(0, LB), tl.histogram(e, LB))
+
+
+@triton.jit
+def _cut(table, stride, totals, starts, bins, BN, L: tl.constexpr):
+    """Write the tiles of BN pairs: rows [expert], [start], [end of the expert] of table, then their
+    number."""
+    tiles = tl.where(bins < L, (totals + BN - 1) // BN, 0)
+    first = table + tl.cumsum(tiles, 0) - tiles
+    tl.store(table + 3 * stride, tl.sum(tiles, 0))
+    for i in range(tl.max(tiles, 0)):
+        here = i < tiles
+        tl.store(first + i, bins, here)
+        tl.store(first + stride + i, starts + i * BN, here)
+        tl.store(first + 2 * stride + i, starts + totals, here)
+
+
+@triton.jit(do_not_specialize=["P", "num_chunks", "stride1", "stride2", "BN1", "BN2"])
+def place(ids, counts, cursors, sorted_pairs, table1, stride1, table2, stride2, P, num_chunks,
+          BN1, BN2, OFFSET: tl.constexpr, L: tl.constexpr, LB: tl.constexpr, CHUNK: tl.constexpr,
+          PDL: tl.constexpr):  # fmt: skip
+    """sorted_pairs [P] (pairs by expert; those of no local expert last), and two tables of tiles of them.
+
+    A table is int32 [3 * stride + 1]; tile t is of expert table[t] and covers sorted_pairs from
+    table[stride + t] to BN further, or to table[2 * stride + t] if that is less; table[3 * stride] is how
+    many there are. counts is read if there is more than one chunk. BN1 and BN2 are not constants of the kernel:
+    tuning would compile one for each pair of widths.
+    """
+    wait_for_previous(PDL)
+    launch_next(PDL)
+    c = tl.program_id(0)
+    p = c * CHUNK + tl.arange(0, CHUNK)
+    e = _local(ids, p, P, OFFSET, L)
+    bins = tl.arange(0, LB)
+    if num_chunks == 1:
+        total = tl.histogram(e, LB)
+        before = tl.zeros((LB,), tl.int32)
+    else:
+        total = tl.zeros((LB,), tl.int32)
+        before = tl.zeros((LB,), tl.int32)
+        rows = tl.arange(0, 16)
+        for first in range(0, num_chunks, 16):
+            r = first + rows
+            h = tl.load(counts + r[:, None] * LB + bins[None, :], (r < num_chunks)[:, None], other=0)
+            total += tl.sum(h, 0)
+            before += tl.sum(tl.where((r < c)[:, None], h, 0), 0)
+    ends = tl.cumsum(total, 0)
+    starts = ends - total
+    tl.store(cursors + c * LB + bins, starts + before)
+    tl.debug_barrier()
+    at = tl.atomic_add(cursors + c * LB + e, 1, mask=p < P, sem="relaxed")
+    tl.store(sorted_pairs + at, p, p < P)
+    if c == 0:
+        _cut(table1, stride1, total, starts, bins, BN1, L)
+        if BN2 != BN1:
+            _cut(table2, stride2, total, starts, bins, BN2, L)

@@ -1,0 +1,163 @@
+"""Tuning one static key: which buckets, in which order, and where between two buckets the winner changes.
+
+Order: the bucket of the call that is waiting, the largest (so that everything below is covered), then always
+the middle of the widest gap: whenever the budget ends, what is known is spread over the sizes. Then the
+crossover search: between neighbours with different winners the middle is measured, among those two and the
+default only, until the boundary is known to 1/RESOLUTION of the size. Between neighbours with the same winner
+nothing is measured.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from moestro.errors import TuningWarning
+from moestro.tuning.measure.decide import measure
+from moestro.tuning.measure.request import Job, OutOfMemoryError, record_name
+from moestro.tuning.spec.specs import Sizes
+from moestro.tuning.store.records import Record
+
+__all__ = ["Campaign", "spread"]
+
+Bucket = TypeVar("Bucket", int, Sizes)
+RESOLUTION = 32  # a boundary is searched to 3 % of the size, where both winners are nearly equal
+
+
+@dataclass
+class Campaign:
+    """One tuning.
+
+    known: the records so far, which others may add to. keep: called with each record at once. first: the
+    bucket that the waiting call needs. too_large: buckets that do not fit into memory, left out and added to.
+    """
+
+    job: Job
+    known: Callable[[], Mapping[Sizes, Record]]
+    keep: Callable[[Record], None]
+    first: Sizes
+    too_large: set[Sizes]
+    crossover: bool = True
+
+    def run(self) -> bool:
+        """Decide what is not known up to job.sizes, within the budget; True if nothing is left to do."""
+        self.job = replace(self.job, sizes=_reach(self.job.sizes, self.known()))
+        grid = self.job.config.bucket_grid(self.job.sizes)
+        self.job.budget.start()
+        try:
+            self._decide(grid)
+            searched = self._search_crossovers()
+            done = all(self._settled(bucket) for bucket in grid)
+            if done:
+                self._mark_covered()
+            return done and searched
+        finally:
+            self.job.budget.stop()
+
+    def _settled(self, bucket: Sizes) -> bool:
+        record = self.known().get(bucket)
+        return bucket in self.too_large or (record is not None and record.complete)
+
+    def _decide(self, grid: Sequence[Sizes]) -> None:
+        """Every bucket that has no decision with a share of the budget; then what the shares cut short, in
+        full.
+
+        The first may take all, the others half of what is left, or more: cut any finer, a small budget would
+        be spent on races that end before they have decided anything.
+        """
+        waiting = [bucket for bucket in spread(grid, self.first) if not self._settled(bucket)]
+        for final in (False, True):
+            for done, bucket in enumerate(waiting):
+                left = self.job.time_left()
+                if left <= 0:
+                    return
+                if self._settled(bucket) or (bucket in self.known() and not final):
+                    continue  # also: another process has decided it meanwhile
+                self.job.progress(f"{self.job.key.op} {done + 1}/{len(waiting)}: bucket {_text(bucket)}")
+                share = 1.0 if final or not done else max(0.5, 1 / (len(waiting) - done))
+                self._measure(bucket, share=share * left)
+
+    def _measure(
+        self, bucket: Sizes, *, only: Sequence[Record] | None = None, share: float = float("inf")
+    ) -> Record | None:
+        neighbour = _neighbour(bucket, self.known())
+        deadline = self.job.budget.spent + share
+        try:
+            decide = self.job.decide or measure
+            record = decide(self.job, bucket, preferred=neighbour, only=only, deadline=deadline)
+        except OutOfMemoryError as error:
+            self.too_large.add(bucket)
+            warnings.warn(
+                f"{self.job.key.op}: bucket {_text(bucket)} does not fit into memory: {error}",
+                TuningWarning,
+                stacklevel=2,
+            )
+            return None
+        if record is not None:
+            self.keep(replace(record, learned=only is not None))
+        return record
+
+    def _search_crossovers(self) -> bool:
+        """True if every boundary between neighbours is known well enough."""
+        if not self.crossover or len(self.job.sizes) != 1:
+            return True
+        return all(self._bisect(low[0], high[0]) for low, high in itertools.pairwise(sorted(self.known())))
+
+    def _bisect(self, low: int, high: int) -> bool:
+        """Measure between two sizes until the boundary is known; False if the budget ended before."""
+        at_low, at_high = self.known()[(low,)], self.known()[(high,)]
+        if record_name(at_low) == record_name(at_high) or high - low <= max(1, high // RESOLUTION):
+            return True
+        if self.job.time_left() <= 0:
+            return False
+        middle = (low + high) // 2
+        self.job.progress(f"{self.job.key.op}: between {low} and {high} the winner changes, trying {middle}")
+        if self._measure((middle,), only=(at_low, at_high)) is None:
+            return (middle,) in self.too_large
+        return self._bisect(low, middle) and self._bisect(middle, high)
+
+    def _mark_covered(self) -> None:
+        """Note on the largest bucket that sizes up to job.sizes have been tuned for."""
+        records = self.known()
+        if records and self.job.sizes != _reach((), records):
+            self.keep(replace(records[max(records)], tuned_for=self.job.sizes))
+
+
+def _reach(sizes: Sizes, records: Mapping[Sizes, Record]) -> Sizes:
+    """The largest of these sizes and those that finished tunings were asked for.
+
+    Buckets are those of the reach: a generator that adds the size it is called with would else add one at
+    each call.
+    """
+    asked = [record.tuned_for for record in records.values() if record.tuned_for]
+    return tuple(map(max, zip(*filter(None, (sizes, *asked)), strict=True)))
+
+
+def _neighbour(bucket: Sizes, known: Mapping[Sizes, Record]) -> Record | None:
+    """The record of the nearest bucket, which wins ties here."""
+    others = [b for b in known if b != bucket and known[b].status == "measured"]
+    if not others:
+        return None
+    nearest = min(others, key=lambda b: (sum(abs(x - y) for x, y in zip(b, bucket, strict=True)), b))
+    return known[nearest]
+
+
+def spread(grid: Sequence[Bucket], first: Bucket) -> list[Bucket]:
+    """The grid with `first`, then the largest, then the smallest, then middles of ever smaller gaps."""
+    ordered = sorted(grid)
+    order = [b for b in (first,) if b in ordered] + [ordered[-1], ordered[0]]
+    gaps = [(0, len(ordered) - 1)]
+    while gaps:
+        low, high = gaps.pop(0)
+        if high - low > 1:
+            middle = (low + high) // 2
+            order.append(ordered[middle])
+            gaps += [(low, middle), (middle, high)]
+    return list(dict.fromkeys(order))
+
+
+def _text(bucket: Sizes) -> str:
+    return " x ".join(map(str, bucket)) or "only"

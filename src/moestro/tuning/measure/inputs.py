@@ -1,0 +1,88 @@
+"""Inputs for a profile: what a candidate is run on while it is measured.
+
+Static inputs (weights) are used as they are. A dynamic one is made anew: by its initializer, else normal
+values for floating types, and for others the given tensor's own values over and over (expert ids stay expert
+ids). Probes then replace what matters. Inputs that are no torch tensors only need `new_empty(shape)`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from moestro.errors import TuningError
+from moestro.tuning.spec.keys import is_tensor
+from moestro.tuning.spec.specs import OptimizationProfile, Probe, TuningConfig
+
+__all__ = ["is_torch", "synthesise"]
+
+
+def is_torch(value: Any) -> bool:
+    """Whether a value is a torch tensor, without importing torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def synthesise(
+    config: TuningConfig,
+    profile: OptimizationProfile,
+    inputs: Sequence[Any],
+    probe: Probe | None,
+    seed: int,
+) -> list[Any]:
+    """Inputs of the profile's shapes. Raises TuningError where an input cannot be made or a probe's are not
+    of them.
+    """
+    shapes = profile.get_opt_shapes()
+    made = list(inputs)
+    for i, value in enumerate(inputs):
+        if is_tensor(value) and profile.is_dynamic(i):
+            initializer = profile.tensor_initializers[i]
+            if initializer is not None:
+                made[i] = initializer(list(shapes[i]), value.dtype, getattr(value, "device", None))
+            else:
+                made[i] = _like(value, shapes[i], i, seed)
+    if config.inputs_pre_hook is not None:
+        made = list(config.inputs_pre_hook(made))
+    if probe is not None:
+        made = list(probe.make(made, profile, seed))
+    _check(made, inputs, shapes, probe)
+    return made
+
+
+def _like(value: Any, shape: tuple[int, ...], index: int, seed: int) -> Any:
+    if not is_torch(value):
+        if hasattr(value, "new_empty"):
+            return value.new_empty(shape)
+        raise TuningError(
+            f"input {index} of type {type(value).__name__} cannot be made for shape {shape}: "
+            "give its DynamicTensorSpec a tensor_initializer"
+        )
+    import torch
+
+    if value.device.type == "meta":
+        return torch.empty(shape, dtype=value.dtype, device="meta")
+    generator = torch.Generator(device=value.device).manual_seed(seed + index)
+    if value.dtype.is_floating_point:
+        dtype = value.dtype if value.dtype.itemsize > 1 else torch.float32
+        return torch.randn(shape, dtype=dtype, device=value.device, generator=generator).to(value.dtype)
+    if value.numel() == 0:
+        return torch.zeros(shape, dtype=value.dtype, device=value.device)
+    again = value.detach()
+    for d, size in enumerate(shape):
+        if again.shape[d] != size:
+            again = again.index_select(d, torch.arange(size, device=value.device) % again.shape[d])
+    return again.clone()
+
+
+def _check(made: list[Any], inputs: Sequence[Any], shapes: Sequence[Any], probe: Probe | None) -> None:
+    who = f"probe {probe.name!r}" if probe is not None else "inputs_pre_hook"
+    if len(made) != len(inputs):
+        raise TuningError(f"{who} must give {len(inputs)} inputs, gave {len(made)}")
+    for i, (new, old, shape) in enumerate(zip(made, inputs, shapes, strict=True)):
+        if is_tensor(old) and is_tensor(new) and (tuple(new.shape) != shape or new.dtype != old.dtype):
+            raise TuningError(
+                f"input {i} must be {old.dtype} of shape {shape}, "
+                f"{who} gave {new.dtype} of {tuple(new.shape)}"
+            )

@@ -1,0 +1,1 @@
+"""Who wins: rounds and their statistics; pure, driven by any timer."""

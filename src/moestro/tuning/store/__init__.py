@@ -1,0 +1,1 @@
+"""Decisions on disk: records, environments, bundles, and other tuners' files."""

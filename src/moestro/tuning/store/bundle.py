@@ -1,0 +1,249 @@
+"""Decisions in one file: to bake into an image, to send to somebody, to ship with the package.
+
+A bundle holds the files of a store with the facts of their environments. Each key is written once; entries
+name it by its place. A slim bundle has the evidence of winners and defaults only. `loose` names facts of keys
+that a bundle which ships with the package may be laxer about (shipped.py).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import time
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moestro.errors import StoreWarning, TuningError
+from moestro.tuning.spec.keys import StaticKey
+from moestro.tuning.store.environment import Environment
+from moestro.tuning.store.records import SCHEMA, Record
+from moestro.tuning.store.store import Entry, Store, created, write_atomically
+
+__all__ = [
+    "Bundle",
+    "Difference",
+    "diff",
+    "export_bundle",
+    "import_bundle",
+    "prune",
+    "read_bundle",
+    "read_entries",
+]
+
+BUNDLE_KINDS = ("decision", "quarantine")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle's file as read."""
+
+    path: Path
+    created: float  # seconds since 1970
+    environments: Mapping[str, Mapping[str, Any]]  # facts by name
+    entries: tuple[Entry, ...]
+    loose: tuple[str, ...] = ()
+
+
+def export_bundle(
+    store: Store,
+    path: Path,
+    environments: Iterable[str] = ("*",),
+    op: str = "*",
+    *,
+    slim: bool = False,
+    loose: Iterable[str] = (),
+) -> int:
+    """Write the decisions and quarantine of a store to one file; how many decisions. Patterns as in a shell.
+
+    Raises TuningError if nothing matches or the file cannot be written.
+    """
+    patterns = tuple(environments)
+    entries = [
+        entry
+        for entry in store.entries(BUNDLE_KINDS)
+        if fnmatch.fnmatchcase(entry.op, op)
+        and any(fnmatch.fnmatchcase(entry.environment, pattern) for pattern in patterns)
+    ]
+    decisions = sum(entry.kind == "decision" for entry in entries)
+    if not decisions:
+        raise TuningError(f"{store.root} has no decisions of environments {', '.join(patterns)} and op {op}")
+    keys: list[Any] = []
+    written = [_written(entry, keys, slim) for entry in entries]
+    names = sorted({entry.environment for entry in entries})
+    data = {
+        "schema": SCHEMA,
+        "kind": "bundle",
+        "created": time.time(),
+        "loose": list(loose),
+        "environments": {name: store.facts(name) for name in names},
+        "keys": keys,
+        "entries": written,
+    }
+    try:
+        write_atomically(path, data)
+        path.chmod(0o644)  # to be read by whoever gets it, unlike a temporary file
+    except OSError as error:
+        raise TuningError(f"{path} cannot be written: {error}") from error
+    return decisions
+
+
+def _written(entry: Entry, keys: list[Any], slim: bool) -> dict[str, Any]:
+    """An entry for a bundle, its key among `keys`."""
+    if entry.key not in keys:
+        keys.append(entry.key)
+    data = {**entry.data, "environment": entry.environment, "key": keys.index(entry.key)}
+    if slim and entry.kind == "decision":
+        record = dict(data["record"])
+        evidence = dict(record["evidence"])
+        kept = [c for c in evidence["candidates"] if c["fate"] == "winner" or c["tactic"] == -1]
+        record["evidence"] = {**evidence, "candidates": kept, "policy": {}}
+        data["record"] = record
+    return data
+
+
+def import_bundle(path: Path, store: Store) -> tuple[int, int]:
+    """Take a bundle's entries into a store; (taken, left out because the store's own are as new).
+
+    Raises TuningError if the file is no bundle or the store cannot be written.
+    """
+    bundle = read_bundle(path)
+    taken = left = 0
+    for entry in bundle.entries:
+        environment = Environment(bundle.environments.get(entry.environment, {}), entry.environment)
+        if store.put_entry(environment, entry):
+            taken += 1
+        else:
+            left += 1
+    return taken, left
+
+
+def read_bundle(path: Path) -> Bundle:
+    """Read a bundle's file. Tactics are not made yet: their classes may not be loaded.
+
+    Raises TuningError if it is none that this version reads.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["kind"] != "bundle" or data["schema"] != SCHEMA:
+            raise ValueError(f"kind {data['kind']!r}, schema {data['schema']!r}")
+        entries = []
+        for e in data["entries"]:
+            key = data["keys"][e["key"]] if isinstance(e["key"], int) else e["key"]
+            whole = {**e, "key": key}
+            entries.append(Entry(path, str(e["environment"]), e["kind"], str(e["op"]), key, whole))
+        for entry in entries:
+            if entry.kind == "decision":
+                Record.from_json({**entry.data["record"], "tactic": None})
+        return Bundle(
+            path,
+            float(data["created"]),
+            dict(data["environments"]),
+            tuple(entries),
+            tuple(map(str, data.get("loose", ()))),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, TuningError) as error:
+        raise TuningError(f"{path} is not a bundle that this version reads: {error}") from error
+
+
+def read_entries(source: Path, kinds: Iterable[str] = ("decision",)) -> list[Entry]:
+    """The entries of a store's folder or of a bundle's file."""
+    if source.is_dir():
+        return Store(source).entries(kinds)
+    wanted = set(kinds)
+    return [entry for entry in read_bundle(source).entries if entry.kind in wanted]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One bucket that two sources answer differently; None where one of them has no answer."""
+
+    op: str
+    key: str
+    bucket: tuple[int, ...]
+    probes: tuple[str, ...]
+    one: Record | None
+    other: Record | None
+
+
+def diff(one: Path, other: Path, op: str = "*") -> tuple[list[Difference], int]:
+    """(what differs, how many buckets agree) between two stores or bundles.
+
+    Environments are set against each other where both sides have the same; else each side's newest decision
+    counts.
+    """
+    sides = [_winners(read_entries(path), op) for path in (one, other)]
+    shared = {env for env, *_ in sides[0]} & {env for env, *_ in sides[1]}
+    if not shared:
+        sides = [{("", *where[1:]): record for where, record in side.items()} for side in sides]
+    else:
+        sides = [{where: r for where, r in side.items() if where[0] in shared} for side in sides]
+    different, same = [], 0
+    for where in sorted({*sides[0], *sides[1]}, key=str):
+        left, right = sides[0].get(where), sides[1].get(where)
+        if left is not None and right is not None and _choice(left) == _choice(right):
+            same += 1
+            continue
+        _, name, key, bucket, probes = where
+        different.append(Difference(name, key, bucket, probes, left, right))
+    return different, same
+
+
+def _winners(entries: Iterable[Entry], op: str) -> dict[tuple[Any, ...], Record]:
+    found: dict[tuple[Any, ...], Record] = {}
+    for entry in sorted(entries, key=lambda e: float(e.data["record"]["created"])):
+        if fnmatch.fnmatchcase(entry.op, op):
+            try:
+                record = entry.record
+            except TuningError as error:
+                warnings.warn(f"{entry.path}: {error}; not compared", StoreWarning, stacklevel=3)
+                continue
+            key = StaticKey.from_fields(entry.key).text
+            found[entry.environment, entry.op, key, record.bucket, record.probes] = record
+    return found
+
+
+def _choice(record: Record) -> tuple[str, Any]:
+    return record.runner, record.tactic
+
+
+def prune(
+    store: Store,
+    *,
+    environments: Iterable[str] = (),
+    older_than_days: float | None = None,
+    kinds: Iterable[str] = ("decision", "quarantine", "miss"),
+    op: str = "*",
+    dry_run: bool = False,
+) -> list[Path]:
+    """Delete files of a store, or only list them: those of these environments (patterns; none: all) and
+    kinds, at least so old. What is not a readable file of a store is never touched. Raises TuningError
+    without any condition.
+    """
+    patterns, kinds = tuple(environments), tuple(kinds)
+    if not patterns and older_than_days is None and op == "*" and len(kinds) == 3:
+        raise TuningError("prune needs a condition: an environment, an age, an op or a kind")
+    limit = float("inf") if older_than_days is None else time.time() - older_than_days * 86400
+    doomed = [
+        entry.path
+        for entry in store.entries(kinds)
+        if fnmatch.fnmatchcase(entry.op, op)
+        and (not patterns or any(fnmatch.fnmatchcase(entry.environment, p) for p in patterns))
+        and created(entry.data) <= limit
+    ]
+    for path in () if dry_run else doomed:
+        path.unlink(missing_ok=True)
+        _remove_empty(path.parent, store.root)
+    return doomed
+
+
+def _remove_empty(folder: Path, root: Path) -> None:
+    """Remove a key's folder once it is empty, and its environment's once only the facts are left."""
+    if folder != root and not any(folder.iterdir()):
+        folder.rmdir()
+        home = folder.parent
+        if home != root and {p.name for p in home.iterdir()} == {"environment.json"}:
+            (home / "environment.json").unlink()
+            home.rmdir()
