@@ -248,12 +248,17 @@ class FusedMoE(torch.nn.Module):
         budget_s: float | None = None,
         probes: Sequence[Probe | Distribution] | None = None,
         progress: bool = True,
+        *,
+        group: Any = None,
+        strategy: str | None = None,
+        timeout_s: float | None = None,
     ) -> None:
         """Decide runner and tactic for every bucket up to `max_num_tokens` (the layer's by default).
 
         budget_s: seconds to spend; what is decided by then holds. probes: how inputs are synthesised, as
         routing distributions or tuning.Probe; by default i.i.d. uniform and Zipf(1.0). Decisions go to the
-        tuner's store. Raises BackendError for a layer with a fixed tactic, ShapeError for more tokens than
+        tuner's store. group: the ranks that tune their layers together, all of them by this call; strategy,
+        timeout_s: as in autotune(). Raises BackendError for a layer with a fixed tactic, ShapeError for more tokens than
         the layer takes.
         """
         size = self.max_num_tokens if max_num_tokens is None else max_num_tokens
@@ -265,7 +270,15 @@ class FusedMoE(torch.nn.Module):
             raise BackendError(f"tactic must be None for a layer to be tuned, got {self.options.tactic!r}")
         operation = self._operation(self.dtype)
         chosen = None if probes is None else as_probes(operation.problem, probes)
-        with self.tuner.autotune(True, budget_s=budget_s, probes=chosen, progress=progress):
+        with self.tuner.autotune(
+            True,
+            budget_s=budget_s,
+            probes=chosen,
+            progress=progress,
+            group=group,
+            strategy=strategy,
+            timeout_s=timeout_s,
+        ):
             self.tuner.choose_one(OP, operation.runners, operation.tuning_config, self._example(size))
 
     def _example(self, num_tokens: int, device: torch.device | str | None = None) -> list[torch.Tensor]:

@@ -129,13 +129,13 @@ def link_of(group: Any, timeout_s: float | None) -> StoreLink:
         raise TuningError(f"group must be a torch.distributed.ProcessGroup, got {type(group).__name__}")
     from torch.distributed import distributed_c10d
 
-    store = distributed_c10d._get_process_group_store(group)
+    store: Any = distributed_c10d._get_process_group_store(group)
     store = (
         store.clone() if hasattr(store, "clone") else store
     )  # a connection of its own: others may be waiting
     name = str(getattr(group, "group_name", "group"))
     _made[name] += 1
-    prefixed = dist.PrefixStore(f"moestro/{name}/{_made[name]}", store)
+    prefixed = distributed_c10d.PrefixStore(f"moestro/{name}/{_made[name]}", store)
     return StoreLink(prefixed, group.rank(), group.size(), timeout_s or _timeout_of(group))
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -34,7 +34,7 @@ Samplers = list[Callable[[], float]]
 Result = TypeVar("Result")
 
 
-def run_campaign(campaign: Campaign, environment: str, facts: dict[str, object]) -> bool:
+def run_campaign(campaign: Campaign, environment: str, facts: Mapping[str, object]) -> bool:
     """Run it, in step with its job's group where there is one; True if nothing is left to do.
 
     A group that breaks ends it with one warning. facts: what all ranks must have the same, besides the
@@ -52,7 +52,7 @@ def run_campaign(campaign: Campaign, environment: str, facts: dict[str, object])
         return False
 
 
-def campaign_of(group: Group, campaign: Campaign, environment: str, facts: dict[str, object]) -> Campaign:
+def campaign_of(group: Group, campaign: Campaign, environment: str, facts: Mapping[str, object]) -> Campaign:
     """A campaign in which all ranks start from the same: sizes, buckets, decisions.
 
     Raises TuningError where ranks want to tune different things, GroupError where some do not come.
@@ -60,6 +60,7 @@ def campaign_of(group: Group, campaign: Campaign, environment: str, facts: dict[
     job = campaign.job
     facts = {
         **facts,
+        "crossover": campaign.crossover,
         "op": job.key.op,
         "runners": [name.partition("#")[0] for name in job.key.runners],
         "probes": list(job.probe_names),
@@ -244,7 +245,7 @@ class _Step:
             return 1.0
         runs = [[(d(), c()) for d, c in zip(default, candidate, strict=True)] for _ in range(2)]
         pairs = [tuple(map(min, zip(*probe, strict=True))) for probe in zip(*runs, strict=True)]
-        return max(mine / theirs for theirs, mine in pairs)
+        return float(max(mine / theirs for theirs, mine in pairs))
 
 
 def _labels(job: Job, candidates: Sequence[Candidate]) -> list[str]:

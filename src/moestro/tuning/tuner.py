@@ -360,8 +360,7 @@ class AutoTuner:
             known = functools.partial(book.records, view.probes)
             keep = functools.partial(decisions.keep, book, store, environment)
             campaign = Campaign(job, known, keep, first, book.too_large, options.crossover)
-            facts = {"crossover": options.crossover, "tuning_buckets": options.buckets}
-            if run_campaign(campaign, environment.name, facts):
+            if run_campaign(campaign, environment.name, {"tuning_buckets": options.buckets}):
                 view.finished(sizes)
 
     def _missing(
