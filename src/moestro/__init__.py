@@ -23,7 +23,7 @@ from moestro.errors import (
 )
 
 if TYPE_CHECKING:
-    from moestro import checkpoints, formats, routing, tuning
+    from moestro import checkpoints, formats, parallel, routing, tuning
     from moestro.kernels.activations import Activation, GeGLUTanh, ReLU2, SwiGLU
     from moestro.moe import reference
     from moestro.moe.checks import debug_checks
@@ -53,7 +53,7 @@ _NAMES = {
 }
 _MODULES = {"reference": "moestro.moe.reference"} | {
     name: f"moestro.{name}"
-    for name in ("checkpoints", "errors", "formats", "kernels", "moe", "routing", "tuning")
+    for name in ("checkpoints", "errors", "formats", "kernels", "moe", "parallel", "routing", "tuning")
 }
 
 __all__ = [
@@ -81,6 +81,7 @@ __all__ = [
     "debug_checks",
     "formats",
     "fused_moe",
+    "parallel",
     "reference",
     "route",
     "routing",

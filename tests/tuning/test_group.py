@@ -94,7 +94,7 @@ def test_a_store_that_does_not_answer_is_an_error_of_the_group() -> None:
 
         compare_set = set
 
-    with pytest.raises(GroupError, match="does not answer at 'vote'.*Connection reset"):
+    with pytest.raises(GroupError, match=r"does not answer at 'vote'.*Connection reset"):
         StoreLink(Gone(), 0, 2).exchange("vote", 0)
 
 
@@ -225,7 +225,8 @@ def test_compiling_and_screening_are_shared_and_slow_candidates_run_on_one_rank_
     (a, ran_a), (b, ran_b) = run_ranks(2, body)
     assert (a, b) == (8, 8)
     slow = set(range(8))
-    assert ran_a & slow and ran_b & slow
+    assert ran_a & slow
+    assert ran_b & slow
     assert not ran_a & ran_b & slow
     assert (ran_a | ran_b) & slow == slow
 
@@ -341,7 +342,7 @@ def test_ranks_that_tune_different_operations_are_told_so() -> None:
 def test_wrong_settings_are_named() -> None:
     t = tuner(quiet_clock())
     with (
-        pytest.raises(TuningError, match="unknown strategy 'paralel'.*did you mean 'parallel'"),
+        pytest.raises(TuningError, match=r"unknown strategy 'paralel'.*did you mean 'parallel'"),
         t.autotune(True, group=StoreLink(dist.HashStore(), 0, 1), strategy="paralel"),
     ):
         pass

@@ -115,6 +115,33 @@ class StoreLink:
         if not self.broken:
             self._break(f"rank {self.rank} left: {why}")
 
+    # --- signs of life, for work between exchanges ------------------------------------------------------
+    def pulse(self, count: int) -> bool:
+        """Say that this rank lives; False if the store does not take it."""
+        try:
+            self._store.set(f"pulse/{self.rank}", str(count))
+        except Exception:
+            return False
+        return True
+
+    def read_pulses(self) -> list[str]:
+        """What each rank said last; "" where nothing was heard, or the store is gone."""
+        found = []
+        for rank in range(self.size):
+            key = f"pulse/{rank}"
+            try:
+                found.append(self._store.get(key).decode() if self._store.check([key]) else "")
+            except Exception:
+                found.append("")
+        return found
+
+    def reason(self) -> str:
+        """Why the group is broken, by the first rank's word; "" if it is not."""
+        try:
+            return str(self._store.get("broken").decode()) if self._store.check(["broken"]) else ""
+        except Exception as error:
+            return f"the group's store does not answer ({type(error).__name__}): its host, rank 0, may be gone"
+
     def _break(self, why: str) -> None:
         self.broken = why
         with contextlib.suppress(Exception):  # the store is gone: the others run into their time-out

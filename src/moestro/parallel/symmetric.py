@@ -1,0 +1,153 @@
+"""Dispatch over symmetric memory: rows are stored straight into the other GPUs' memory, results read from it.
+
+Every rank has the same buffers: rows [R * B, H], their pairs, and results [R * B, H]. A call is: push rows and
+pairs; barrier; local experts; barrier; pull and add. Two barriers are enough: a rank pushes the next call's
+rows only after this call's second barrier, when every rank has computed, and computes into its results only
+after the next call's first, when every rank has pulled.
+
+torch symmetric memory with its CUDA backend: no NVSHMEM, and no NVLink multicast, which is never asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from moestro.moe.layer import FusedMoE
+from moestro.parallel.dispatch import from_fp8, to_fp8
+from moestro.parallel.peers import Peers
+from moestro.parallel.ways import Parcel, Routes
+
+__all__ = ["Buffers", "Symmetric", "pull", "push"]
+
+BLOCK = 1024
+
+
+class Buffers:
+    """The symmetric buffers of one layer on this rank, and the addresses of all ranks'.
+
+    tensors: rows, ids, weights, results; addresses: int64 [R] each, on the device.
+    """
+
+    def __init__(self, tensors: dict[str, torch.Tensor], addresses: dict[str, torch.Tensor]) -> None:
+        self.tensors, self.addresses = tensors, addresses
+
+
+def push(
+    buffers: Buffers, routes: Routes, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, bound: int
+) -> None:
+    """Write this rank's tokens to all ranks that need them; see push.push_rows."""
+    from moestro.parallel.push import push_rows
+
+    to, ranks = buffers.addresses, routes.placement.num_ranks
+    push_rows[(bound, ranks, -(-x.shape[1] // BLOCK))](
+        x, ids, weights, routes.table, routes.local, to["rows"], to["ids"], to["weights"], routes.rank,
+        x.shape[0], bound, routes.placement.num_experts, routes.turns,
+        H=x.shape[1], K=ids.shape[1], K2=_power_of_2(ids.shape[1]), BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
+
+
+def pull(buffers: Buffers, routes: Routes, ids: torch.Tensor, out: torch.Tensor, bound: int) -> None:
+    """Add up what the ranks computed for this rank's tokens; see push.pull_sums."""
+    from moestro.parallel.push import pull_sums
+
+    tokens, hidden = out.shape
+    if not tokens:
+        return
+    pull_sums[(tokens, -(-hidden // BLOCK))](
+        out, ids, routes.table, routes.local, buffers.addresses["results"], routes.rank, bound,
+        routes.placement.num_experts, routes.turns, R=routes.placement.num_ranks,
+        H=hidden, K=ids.shape[1], K2=_power_of_2(ids.shape[1]), BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
+
+
+class Symmetric:
+    """The dispatch way on GPUs that see each other's memory."""
+
+    name = "dispatch"
+
+    def __init__(
+        self, peers: Peers, routes: Routes, layer: FusedMoE, max_num_tokens: int, payload: str
+    ) -> None:
+        self._peers, self._routes, self._payload = peers, routes, payload
+        self._timeout_ms = int(peers.link.timeout_s * 1000)
+        self._buffers, self._handle = _allocate(peers, routes, layer, max_num_tokens, payload)
+
+    @classmethod
+    def why_not(cls, peers: Peers, device: torch.device, payload: str) -> str | None:
+        """Why the ranks do not use it; the same on all of them."""
+        mine = _why_not_here(device)
+        said = peers.link.exchange("symmetric memory", mine)
+        return next((f"rank {rank}: {why}" for rank, why in enumerate(said) if why), None)
+
+    def send(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, bound: int) -> Parcel:
+        rows, of = x, self._buffers.tensors
+        if self._payload == "fp8":
+            rows, scale = to_fp8(x)
+            weights = torch.cat([weights, scale], dim=-1)
+            ids = torch.cat([ids, ids[:, :1]], dim=-1)  # the scale travels as one more weight
+        push(self._buffers, self._routes, rows.contiguous(), ids, weights, bound)
+        self._handle.barrier(channel=0, timeout_ms=self._timeout_ms)
+        count = self._peers.size * bound
+        got, pairs, scales = (
+            of[name][: count * width].view(count, width) for name, width in self._widths(rows, ids)
+        )
+        results = of["results"][: count * x.shape[1]].view(count, x.shape[1])
+        if self._payload == "fp8":
+            got = from_fp8(got, scales[:, -1:], x.dtype)
+            pairs, scales = pairs[:, :-1].contiguous(), scales[:, :-1].contiguous()
+        return Parcel(got, pairs, scales, note=(ids, bound), out=results)
+
+    def back(self, y: torch.Tensor, parcel: Parcel, out: torch.Tensor) -> None:
+        ids, bound = parcel.note
+        self._handle.barrier(channel=0, timeout_ms=self._timeout_ms)
+        pull(self._buffers, self._routes, ids, out, bound)
+
+    def _widths(self, rows: torch.Tensor, ids: torch.Tensor) -> tuple[tuple[str, int], ...]:
+        return ("rows", rows.shape[1]), ("ids", ids.shape[1]), ("weights", ids.shape[1])
+
+
+def _why_not_here(device: torch.device) -> str:
+    if device.type != "cuda":
+        return f"symmetric memory is for CUDA devices, this is {device}"
+    if os.environ.get("MOESTRO_SYMMETRIC_MEMORY", "1") == "0":
+        return "MOESTRO_SYMMETRIC_MEMORY=0"
+    try:
+        import torch.distributed._symmetric_memory
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"{type(error).__name__}: {error}"
+    count = torch.cuda.device_count()
+    alone = [
+        p for p in range(count) if p != device.index and not torch.cuda.can_device_access_peer(device, p)
+    ]
+    return f"{device} cannot reach the memory of device {alone[0]}" if alone else ""
+
+
+def _allocate(
+    peers: Peers, routes: Routes, layer: FusedMoE, max_num_tokens: int, payload: str
+) -> tuple[Buffers, Any]:
+    """The buffers of all ranks for the largest call, and the handle whose barrier joins them."""
+    import torch.distributed._symmetric_memory as symmetric
+
+    hidden, more = layer.weights.hidden_size, payload == "fp8"
+    count, device = peers.size * max_num_tokens, layer.weights.device
+    wanted = {
+        "rows": (count * hidden, torch.uint8 if more else layer.dtype),
+        "ids": (count * (layer.top_k + more), torch.int32),
+        "weights": (count * (layer.top_k + more), torch.float32),
+        "results": (count * hidden, layer.dtype),
+    }
+    tensors, addresses, handle = {}, {}, None
+    for name, (size, dtype) in wanted.items():
+        tensors[name] = symmetric.empty(size, dtype=dtype, device=device)
+        handle = symmetric.rendezvous(tensors[name], peers.group)
+        theirs = [handle.get_buffer(rank, (size,), dtype).data_ptr() for rank in range(peers.size)]
+        addresses[name] = torch.tensor(theirs, dtype=torch.int64, device=device)
+    return Buffers(tensors, addresses), handle
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()

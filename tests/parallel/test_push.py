@@ -1,0 +1,63 @@
+"""The kernels that move rows between GPUs, in Triton's interpreter: two ranks' buffers in one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moestro import reference
+from moestro.parallel.placement import Placement
+from moestro.parallel.symmetric import Buffers, pull, push
+from moestro.parallel.ways import Routes
+
+pytest.importorskip("triton")
+import parallel_cases as cases
+
+CPU = torch.device("cpu")
+MAPS = {"contiguous": None, "replicas": [[0, 1], [0], [1], [0, 1], [1], [0], [1], [0]]}
+
+
+def buffers_of(size: int, bound: int, hidden: int, top_k: int) -> list[Buffers]:
+    """Every rank's buffers, as each of them sees the others'."""
+    count = size * bound
+    made = [
+        {
+            "rows": torch.full((count * hidden,), torch.nan),
+            "ids": torch.full((count * top_k,), 99, dtype=torch.int32),
+            "weights": torch.full((count * top_k,), torch.nan),
+            "results": torch.full((count * hidden,), torch.nan),
+        }
+        for _ in range(size)
+    ]
+    addresses = {name: torch.tensor([of[name].data_ptr() for of in made]) for name in made[0]}
+    return [Buffers(tensors, addresses) for tensors in made]
+
+
+@pytest.mark.parametrize("kind", list(MAPS))
+@pytest.mark.parametrize("counts", [(3, 3), (5, 0)])
+def test_rows_go_to_who_needs_them_and_sums_come_back(kind: str, counts: tuple[int, int]) -> None:
+    w, bound = cases.weights_of_all(), max(counts)
+    placement = Placement.of(MAPS[kind], cases.E, 2) if MAPS[kind] else Placement.contiguous(cases.E, 2)
+    routes = [Routes(placement, rank, CPU) for rank in range(2)]
+    buffers = buffers_of(2, bound, cases.H, cases.K)
+    calls = [cases.tokens_of(rank, counts[rank], "uniform") for rank in range(2)]
+    for rank, (x, ids, weights) in enumerate(calls):
+        push(buffers[rank], routes[rank], x, ids, weights, bound)
+    gate_up, down = w.dequantize()
+    for rank in range(2):
+        of = buffers[rank].tensors
+        ids = of["ids"].view(2 * bound, cases.K)
+        slots = list(placement.slots(rank))
+        offset = slots[0] if routes[rank].contiguous else 0
+        shard = cases.ExpertWeights.from_dense(gate_up[slots], down[slots], "bf16")
+        needed = (ids >= 0).any(-1)
+        rows = of["rows"].view(2 * bound, -1)[needed]
+        assert rows.isfinite().all()
+        results = of["results"].view(2 * bound, -1)
+        results[needed] = reference.fused_moe(
+            rows, ids[needed], of["weights"].view(ids.shape)[needed].nan_to_num(), shard, expert_offset=offset
+        )
+    for rank, (x, ids, weights) in enumerate(calls):
+        out = torch.empty_like(x)
+        pull(buffers[rank], routes[rank], ids, out, bound)
+        assert cases.error_of(out, reference.fused_moe(x, ids, weights, w)) < cases.TIGHT
