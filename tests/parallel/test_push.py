@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -61,3 +66,18 @@ def test_rows_go_to_who_needs_them_and_sums_come_back(kind: str, counts: tuple[i
         out = torch.empty_like(x)
         pull(buffers[rank], routes[rank], ids, out, bound)
         assert cases.error_of(out, reference.fused_moe(x, ids, weights, w)) < cases.TIGHT
+
+
+@pytest.mark.parametrize("capability", ["90", "100"])
+def test_the_kernels_compile_for_gpus(capability: str) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("compile_push.py")
+    done = subprocess.run(
+        [sys.executable, str(script), capability],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["pull_sums", "push_rows"]

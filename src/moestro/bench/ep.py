@@ -28,7 +28,7 @@ from moestro.parallel.tuned import LockstepTimer
 from moestro.routing import Distribution, sample_weights
 from moestro.tuning import AutoTuner
 
-__all__ = ["SCHEMA", "EpRow", "EpSpec", "run"]
+__all__ = ["SCHEMA", "Bench", "EpRow", "EpSpec", "run", "to_json"]
 
 SCHEMA = "moestro.ep/1"
 
@@ -74,7 +74,7 @@ def run(spec: EpSpec, group: Any, on_row: Callable[[EpRow], None] = lambda row: 
 
     Raises what ExpertParallel raises; GroupError where a rank is lost.
     """
-    bench = _Bench(spec, group)
+    bench = Bench(spec, group)
     rows: list[EpRow] = []
     for tokens in spec.tokens:
         for row in bench.at(tokens):
@@ -83,7 +83,7 @@ def run(spec: EpSpec, group: Any, on_row: Callable[[EpRow], None] = lambda row: 
     return rows
 
 
-class _Bench:
+class Bench:
     """One layer on all ranks, and the contenders on it."""
 
     def __init__(self, spec: EpSpec, group: Any) -> None:
@@ -92,12 +92,12 @@ class _Bench:
         placement = spec.placement or Placement.contiguous(shape.num_experts, size)
         slots = placement.slots(rank)
         source = _SlotSource(replace(shape, num_experts=len(slots)), 0, spec.seed, spec.device, slots=slots)
-        self.eps: dict[str, ExpertParallel] = {
-            "": self._expert_parallel(source.weights(spec.format), placement, "bf16")
-        }
+        weights = source.weights(spec.format)
+        dense = weights.dequantize(torch.bfloat16) if spec.plain else None  # the same values for all
+        self.eps: dict[str, ExpertParallel] = {"": self._expert_parallel(weights, placement, "bf16")}
         if spec.fp8:
             self.eps[" fp8"] = self._expert_parallel(self.ep.layer.weights, placement, "fp8")
-        self.plain = PlainGather(self.ep, source.dense, activation_of(shape)) if spec.plain else None
+        self.plain = PlainGather(self.ep, dense, activation_of(shape)) if dense is not None else None
 
     @property
     def ep(self) -> ExpertParallel:

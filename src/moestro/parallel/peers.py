@@ -22,6 +22,11 @@ from moestro.tuning.link import StoreLink, link_of
 __all__ = ["Peers"]
 
 BEAT_S = 1.0
+# torch 2.13 has new names for the two and warns of the old.
+_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Callable[..., Any] = (
+    getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+)
 LISTEN_S = 2.5  # a rank whose count stands still for so long is gone
 
 
@@ -37,9 +42,7 @@ class Peers:
     def all_gather(self, rows: torch.Tensor) -> torch.Tensor:
         """Every rank's rows [B, ...], in order of rank: [R * B, ...]. B is the same on all ranks."""
         out = rows.new_empty((self.size * rows.shape[0], *rows.shape[1:]))
-        self._do(
-            "all-gather", lambda: dist.all_gather_into_tensor(_bytes(out), _bytes(rows), group=self.group)
-        )
+        self._do("all-gather", lambda: _all_gather(_bytes(out), _bytes(rows), group=self.group))
         return out
 
     def reduce_scatter(self, rows: torch.Tensor) -> torch.Tensor:
@@ -50,7 +53,7 @@ class Peers:
         block = rows.shape[0] // self.size
         if rows.is_cuda:
             out = rows.new_empty((block, *rows.shape[1:]))
-            self._do("reduce-scatter", lambda: dist.reduce_scatter_tensor(out, rows, group=self.group))
+            self._do("reduce-scatter", lambda: _reduce_scatter(out, rows, group=self.group))
             return out
         parts = self.all_to_all(rows).view(self.size, block, *rows.shape[1:])
         return parts.float().sum(0).to(rows.dtype)

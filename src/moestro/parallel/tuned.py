@@ -84,7 +84,8 @@ class LockstepTimer:
             return time.perf_counter() - start
 
     def _on_device(self, served: Callable[[], Any]) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        cuda: Any = torch.cuda  # whose events have no types
+        start, end = (cuda.Event(enable_timing=True) for _ in range(2))
         self._peers.all_gather(torch.zeros(1, device=self._device))  # on the stream: all start together
         with measurement():
             start.record()
@@ -115,11 +116,18 @@ def _example(ep: ExpertParallel, num_tokens: int) -> list[torch.Tensor]:
     return [x, ids, one.float().expand(ids.shape), x]
 
 
-def tune_ways(ep: ExpertParallel, max_num_tokens: int, timeout_s: float | None = None) -> None:
-    """Race the ways at every bucket up to so many tokens a rank, all ranks in step."""
+def tune_ways(
+    ep: ExpertParallel,
+    max_num_tokens: int,
+    timeout_s: float | None = None,
+    buckets: Sequence[int] | None = None,
+) -> None:
+    """Race the ways at every bucket up to so many tokens a rank (or at these), all ranks in step."""
     runner, config = WayRunner(ep), _config(ep)
     tuner = _tuner(ep)
-    with tuner.autotune(True, group=ep.peers.group, timeout_s=timeout_s, crossover=False):
+    with tuner.autotune(
+        True, group=ep.peers.group, timeout_s=timeout_s, crossover=False, tuning_buckets=buckets
+    ):
         tuner.choose_one(OP, [runner], config, _example(ep, max_num_tokens))
 
 

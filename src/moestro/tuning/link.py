@@ -140,7 +140,9 @@ class StoreLink:
         try:
             return str(self._store.get("broken").decode()) if self._store.check(["broken"]) else ""
         except Exception as error:
-            return f"the group's store does not answer ({type(error).__name__}): its host, rank 0, may be gone"
+            return (
+                f"the group's store does not answer ({type(error).__name__}): its host, rank 0, may be gone"
+            )
 
     def _break(self, why: str) -> None:
         self.broken = why
@@ -157,9 +159,8 @@ def link_of(group: Any, timeout_s: float | None) -> StoreLink:
     from torch.distributed import distributed_c10d
 
     store: Any = distributed_c10d._get_process_group_store(group)
-    store = (
-        store.clone() if hasattr(store, "clone") else store
-    )  # a connection of its own: others may be waiting
+    with contextlib.suppress(Exception):  # not every store has one
+        store = store.clone()  # a connection of its own: who waits on a shared one holds up everybody
     name = str(getattr(group, "group_name", "group"))
     _made[name] += 1
     prefixed = distributed_c10d.PrefixStore(f"moestro/{name}/{_made[name]}", store)
