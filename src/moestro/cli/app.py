@@ -11,13 +11,21 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from moestro.cli import bench, cache, doctor, explain, report, tune
+from moestro.cli import bench, cache, doctor, explain, plan, report, tune
 from moestro.cli.console import errors
 from moestro.errors import MoestroError
 
 __all__ = ["app", "main"]
 
-ORDER = ("doctor", "tune", "bench", "explain", "cache", "report")  # as --help lists them: the order of use
+ORDER = (
+    "doctor",
+    "tune",
+    "bench",
+    "explain",
+    "cache",
+    "report",
+    "plan",
+)  # as --help lists them: the order of use
 
 
 class MoestroGroup(TyperGroup):
@@ -58,6 +66,7 @@ app.command("explain", epilog=explain.EXAMPLES)(explain.explain)
 app.add_typer(cache.app, name="cache")
 app.command("doctor")(doctor.doctor)
 app.command("report")(report.report)
+app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
 
 
 def _version(value: bool) -> None:
