@@ -117,18 +117,28 @@ def rank_main(
     os._exit(0)  # without waiting for peers that may be gone
 
 
+def host_store(pipe: Any, size: int) -> None:
+    server = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
+    pipe.send(server.port)
+    pipe.recv()  # for ever: the run ends with a kill
+
+
 def one(seed: int, root: Path) -> dict[str, Any]:
     """One run: what was done to whom, what each rank answered, and whether that is good."""
     r = random.Random(seed)
     work = ("tune", "serve")[seed % 2]
     size = r.choice([2, 3, 4])
     trouble, victim = r.choice(TUNE if work == "tune" else SERVE), r.randrange(size)
-    server = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
     context = get_context("fork")
+    # The store is in a process of its own, as torchrun's: a server's threads do not survive a fork.
+    theirs, ours = context.Pipe()
+    server = context.Process(target=host_store, args=(ours, size))
+    server.start()
+    port = theirs.recv()
     ranks = []
     for rank in range(size):
         mine, theirs = context.Pipe(duplex=False)
-        job = (theirs, rank, size, server.port, work, trouble, victim, seed, str(root / str(seed)))
+        job = (theirs, rank, size, port, work, trouble, victim, seed, str(root / str(seed)))
         process = context.Process(target=rank_main, args=job)
         process.start()
         theirs.close()
@@ -146,6 +156,8 @@ def one(seed: int, root: Path) -> dict[str, Any]:
         if answer == "hangs":
             process.kill()
         process.join()
+    server.kill()
+    server.join()
     return {
         "seed": seed, "work": work, "ranks": size, "trouble": trouble, "victim": victim, "answers": answers,
         "seconds": max(seconds, default=0.0), "good": good(trouble, victim, answers, max(seconds, default=0.0)),

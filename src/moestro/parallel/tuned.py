@@ -19,7 +19,7 @@ import torch
 from moestro.errors import TuningWarning
 from moestro.moe.tuning_config import tuning_config
 from moestro.parallel.ways import Way
-from moestro.tuning import AutoTuner, TunableRunner, TuningConfig, get_hybrid_num_tokens_buckets
+from moestro.tuning import AutoTuner, DynamicTensorSpec, TunableRunner, TuningConfig
 from moestro.tuning.measure.scope import measurement
 
 if TYPE_CHECKING:
@@ -95,18 +95,31 @@ class LockstepTimer:
         return float(start.elapsed_time(end)) * 1e-3
 
 
+def way_buckets(most: int) -> list[int]:
+    """Powers of 4 up to a size, and the size: ways cross over slowly."""
+    return sorted({4**k for k in range(16) if 4**k <= most} | {most})
+
+
+def _bucket_of(size: int) -> int:
+    """The next power of 4."""
+    return int(next(4**k for k in range(32) if 4**k >= size))
+
+
 def _config(ep: ExpertParallel) -> TuningConfig:
     problem = ep.layer._operation(ep.layer.dtype).problem
-    return tuning_config(replace(problem, num_experts=ep.placement.num_experts))
+    config = tuning_config(replace(problem, num_experts=ep.placement.num_experts))
+    (spec,) = config.dynamic_tensor_specs
+    sparse = DynamicTensorSpec(spec.input_idx, spec.dim_idx, way_buckets, _bucket_of)
+    return replace(config, dynamic_tensor_specs=(sparse,))
 
 
 def _tuner(ep: ExpertParallel) -> AutoTuner:
     """The layer's store with a clock that keeps ranks in step."""
     tuner = ep.layer.tuner
     # Races of two with collectives: no output check (ways round differently), no isolation; ways that are closer
-    # than 64 rounds can tell are equal enough.
+    # than 48 rounds can tell are equal enough.
     most = {
-        "max_rounds": min(64, tuner.policy.max_rounds),
+        "max_rounds": min(48, tuner.policy.max_rounds),
         "max_seconds": min(2.0, tuner.policy.max_seconds or 2.0),
     }
     policy = replace(tuner.policy, verify=False, isolate=False, **most)  # type: ignore[arg-type]
@@ -168,7 +181,7 @@ def _decided(ep: ExpertParallel) -> list[list[Any]]:
     """[bucket, way] of the decisions in the tuner's store, ascending."""
     tuner, runner, config = _tuner(ep), WayRunner(ep), _config(ep)
     found: dict[int, str] = {}
-    for size in get_hybrid_num_tokens_buckets(ep.max_num_tokens):
+    for size in way_buckets(ep.max_num_tokens):
         decision = tuner.decision(OP, [runner], config, _example(ep, size))
         if decision is not None and decision.status != "extrapolated" and isinstance(decision.bucket, int):
             found[decision.bucket] = DEFAULT_WAY if decision.tactic == -1 else str(decision.tactic)
