@@ -91,7 +91,8 @@ def rank_main(
     pipe: Any, rank: int, size: int, port: int, work: str, trouble: str, victim: int, seed: int, root: str
 ) -> None:
     torch.set_num_threads(1)
-    faulthandler.dump_traceback_later(HANG_S)  # where a rank hangs, stderr says
+    hangs = (Path(root).parent / f"hang-{rank}").open("w")
+    faulthandler.dump_traceback_later(HANG_S, file=hangs)
     warnings.simplefilter("ignore")
     here = rank == victim
     store = dist.TCPStore("127.0.0.1", port, size, is_master=False, timeout=timedelta(seconds=60))

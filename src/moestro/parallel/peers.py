@@ -11,13 +11,14 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from moestro.errors import GroupError
-from moestro.tuning.link import StoreLink, link_of
+from moestro.tuning.link import GRACE_S, StoreLink, link_of
 
 __all__ = ["Peers"]
 
@@ -31,9 +32,11 @@ LISTEN_S = 2.5  # a rank whose count stands still for so long is gone
 
 
 class Peers:
-    """Rank, size and collectives of a group. timeout_s: for agreements; the group's own by default."""
+    """Rank, size and collectives of a group (None: all ranks). timeout_s: for agreements; the group's own by
+    default."""
 
     def __init__(self, group: Any, timeout_s: float | None = None) -> None:
+        group = dist.group.WORLD if group is None else group
         self.link: StoreLink = link_of(group, timeout_s)
         self.group = group
         self.rank, self.size = self.link.rank, self.link.size
@@ -42,7 +45,7 @@ class Peers:
     def all_gather(self, rows: torch.Tensor) -> torch.Tensor:
         """Every rank's rows [B, ...], in order of rank: [R * B, ...]. B is the same on all ranks."""
         out = rows.new_empty((self.size * rows.shape[0], *rows.shape[1:]))
-        self._do("all-gather", lambda: _all_gather(_bytes(out), _bytes(rows), group=self.group))
+        self._do("all-gather", rows, lambda **how: _all_gather(_bytes(out), _bytes(rows), **how))
         return out
 
     def reduce_scatter(self, rows: torch.Tensor) -> torch.Tensor:
@@ -53,7 +56,7 @@ class Peers:
         block = rows.shape[0] // self.size
         if rows.is_cuda:
             out = rows.new_empty((block, *rows.shape[1:]))
-            self._do("reduce-scatter", lambda: _reduce_scatter(out, rows, group=self.group))
+            self._do("reduce-scatter", rows, lambda **how: _reduce_scatter(out, rows, **how))
             return out
         parts = self.all_to_all(rows).view(self.size, block, *rows.shape[1:])
         return parts.float().sum(0).to(rows.dtype)
@@ -68,10 +71,10 @@ class Peers:
         width = rows[0].nbytes if rows.shape[0] else out[0].nbytes if count else 0
         received, sent = ([n * width for n in part] if part is not None else None for part in (receive, send))
 
-        def collective() -> None:
-            dist.all_to_all_single(_bytes(out), _bytes(rows), received, sent, group=self.group)
+        def collective(**how: Any) -> Any:
+            return dist.all_to_all_single(_bytes(out), _bytes(rows), received, sent, **how)
 
-        self._do("all-to-all", collective)
+        self._do("all-to-all", rows, collective)
         return out
 
     def numbers(self, mine: int, device: torch.device) -> list[int]:
@@ -86,11 +89,13 @@ class Peers:
         """Tell the others why this rank will not take part any more."""
         self.link.leave(f"{type(error).__name__}: {error}")
 
-    def _do(self, what: str, collective: Callable[[], Any]) -> None:
+    def _do(self, what: str, rows: torch.Tensor, collective: Callable[..., Any]) -> None:
         if self.link.broken:
             raise GroupError(self.link.broken)
         try:
-            collective()
+            work = collective(group=self.group, async_op=not rows.is_cuda)
+            if work is not None:  # gloo: its own time-out ends it, and this one where that does not
+                work.wait(timedelta(seconds=self.link.timeout_s + GRACE_S))
         except RuntimeError as error:  # torch.distributed's errors are RuntimeErrors
             why = f"{what} failed: {self._pulse.diagnosis()} ({str(error).splitlines()[0][:200]})"
             self.link.leave(why)

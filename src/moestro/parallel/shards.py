@@ -37,7 +37,7 @@ def local_layer(
                 f"{name} must be the same on all ranks of a group, got {dict(enumerate(values))}"
             )
     shards = [(one["offset"], one["experts"]) for one in said]
-    total = _total(shards, said[0]["num_experts"])
+    total = _total(shards, said[0]["num_experts"], placement)
     whole = all(shard == (0, total) for shard in shards)
     if placement is not None:
         placement = Placement.of(placement, total, peers.size)
@@ -86,9 +86,13 @@ def _facts(layer: FusedMoE, placement: Any, facts: dict[str, Any]) -> dict[str, 
     return {"same": same, "offset": offset, "experts": w.num_experts, "num_experts": num_experts}
 
 
-def _total(shards: list[tuple[int, int]], num_experts: int | None) -> int:
-    """E: as the layers say, else where the last shard ends."""
-    return num_experts if num_experts is not None else max(offset + experts for offset, experts in shards)
+def _total(shards: list[tuple[int, int]], num_experts: int | None, placement: Any) -> int:
+    """E: as the layers say, else as the placement has it, else where the last shard ends."""
+    if num_experts is not None:
+        return num_experts
+    if placement is not None:
+        return len(placement.ranks) if isinstance(placement, Placement) else len(placement)
+    return max(offset + experts for offset, experts in shards)
 
 
 def _placement_of(shards: list[tuple[int, int]], total: int) -> Placement:

@@ -11,9 +11,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import queue
+import threading
 import time
+import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, Protocol, runtime_checkable
 
@@ -23,6 +26,7 @@ __all__ = ["DEFAULT_TIMEOUT_S", "Link", "StoreLink", "link_of"]
 
 DEFAULT_TIMEOUT_S = 300.0  # where a group has no time-out of its own
 ALL_HERE = "all here"
+GRACE_S = 5.0  # beyond the time-out: for the store to answer at all
 PAUSES = (0.0, 20e-6, 100e-6, 500e-6, 2e-3, 5e-3)  # between looks for the others; the last again and again
 _made: Counter[str] = Counter()  # links of each process group so far: their keys must not meet
 
@@ -54,13 +58,16 @@ class StoreLink:
         self.rank, self.size, self.timeout_s = rank, size, timeout_s
         self.broken = ""
         self._store, self._count = store, 0
+        self._worker = _Worker()
 
     def exchange(self, step: str, value: Any) -> list[Any]:
         if self.broken:
             raise GroupError(self.broken)
         number, self._count = self._count, self._count + 1
         try:
-            return self._exchange(number, step, value)
+            return list(
+                self._worker.run(lambda: self._exchange(number, step, value), self.timeout_s + GRACE_S)
+            )
         except GroupError as error:
             self._break(str(error))
             raise
@@ -126,6 +133,12 @@ class StoreLink:
 
     def read_pulses(self) -> list[str]:
         """What each rank said last; "" where nothing was heard, or the store is gone."""
+        try:
+            return list(self._worker.run(self._read_pulses, GRACE_S))
+        except TimeoutError:
+            return [""] * self.size
+
+    def _read_pulses(self) -> list[str]:
         found = []
         for rank in range(self.size):
             key = f"pulse/{rank}"
@@ -137,8 +150,12 @@ class StoreLink:
 
     def reason(self) -> str:
         """Why the group is broken, by the first rank's word; "" if it is not."""
-        try:
+
+        def read() -> str:
             return str(self._store.get("broken").decode()) if self._store.check(["broken"]) else ""
+
+        try:
+            return str(self._worker.run(read, GRACE_S))
         except Exception as error:
             return (
                 f"the group's store does not answer ({type(error).__name__}): its host, rank 0, may be gone"
@@ -147,7 +164,39 @@ class StoreLink:
     def _break(self, why: str) -> None:
         self.broken = why
         with contextlib.suppress(Exception):  # the store is gone: the others run into their time-out
-            self._store.compare_set("broken", "", why)
+            self._worker.run(lambda: self._store.compare_set("broken", "", why), GRACE_S)
+
+
+class _Worker:
+    """Runs operations of a store, which have no time-out where its host does not answer, in a thread that may be
+    left behind."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        threading.Thread(target=_work, args=(self._jobs,), daemon=True, name="moestro-link").start()
+        weakref.finalize(self, self._jobs.put, None)
+
+    def run(self, job: Callable[[], Any], seconds: float) -> Any:
+        """What the job gives or raises; TimeoutError after so many seconds."""
+        done, box = threading.Event(), []
+        self._jobs.put((job, box, done))
+        if not done.wait(seconds):
+            raise TimeoutError(f"no answer within {seconds:g} s")
+        fine, value = box[0]
+        if not fine:
+            raise value
+        return value
+
+
+def _work(jobs: queue.SimpleQueue[Any]) -> None:
+    while (next_one := jobs.get()) is not None:
+        job, box, done = next_one
+        try:
+            box.append((True, job()))
+        except BaseException as error:
+            box.append((False, error))
+        done.set()
+        del next_one, job, box, done  # a job holds its link, whose end is what ends this thread
 
 
 def link_of(group: Any, timeout_s: float | None) -> StoreLink:
