@@ -30,7 +30,7 @@ from moestro import ExpertWeights, FusedMoE, reference
 from moestro.bench import ep as bench
 from moestro.bench import results
 from moestro.bench.models import find
-from moestro.parallel import ExpertParallel
+from moestro.parallel import ExpertParallel, place, tuned
 from moestro.parallel.tuned import AgreedWays, tune_ways
 from moestro.routing import Uniform, parse
 from moestro.tuning import AutoTuner, MeasurementPolicy
@@ -140,22 +140,46 @@ def decisions(group: Any, device: str, options: Any) -> Iterator[dict[str, Any]]
 
 def deepseek(group: Any, device: str, options: Any) -> Iterator[dict[str, Any]]:
     """EP2 of 64 experts: ways and stages beside one rank with as many local pairs, and plain PyTorch."""
-    shape = replace(find("deepseek-v3"), num_experts=64)
-    tokens: tuple[int, ...] = (64, 1024, 4096, 256, 16)
-    if options.small:
-        shape, tokens = (
-            replace(shape, num_experts=8, hidden_size=256, intermediate_size=128, top_k=3),
-            (4, 16),
-        )
-    spec = bench.EpSpec(shape, tokens, Uniform(), device=device, rounds=5 if options.small else 11)
+    shape, tokens = _shape(options)
+    spec = bench.EpSpec(
+        shape, tokens, Uniform(), device=device, rounds=options.rounds, plain=not options.no_plain
+    )
     made = bench.Bench(spec, group)
     say(f"  made; dispatch is {type(made.ep.ways['dispatch']).__name__}")
-    _try_plain(made)
-    for count in tokens[:3]:
+    if made.plain is not None:
+        _try_plain(made)
+    for count in tokens:
         yield from _measured(made, count)
-    yield _tuned_ways(made, tokens[:3])
-    for count in tokens[3:]:
-        yield from _measured(made, count)
+    yield _tuned_ways(made, tokens)
+
+
+def skewed(group: Any, device: str, options: Any) -> Iterator[dict[str, Any]]:
+    """The same under Zipf(1.0): contiguous shards, and placed for the loads with eight copies of hot experts."""
+    shape, tokens = _shape(options)
+    routing = parse("zipf:1.0")
+    loads = (
+        routing.sample(8192, shape.num_experts, shape.top_k, 0)
+        .flatten()
+        .bincount(minlength=shape.num_experts)
+    )
+    for placement in (None, place(loads, group.size(), replicas=8)):
+        say(f"  {placement or 'contiguous'}")
+        how = {"fp8": False, "plain": False, "placement": placement}
+        made = bench.Bench(
+            bench.EpSpec(shape, tokens, routing, device=device, rounds=options.rounds, **how), group
+        )
+        for count in tokens[1:]:
+            for row in _measured(made, count):
+                yield {"placement": str(placement or "contiguous"), **row}
+
+
+def _shape(options: Any) -> tuple[Any, tuple[int, ...]]:
+    if options.small:
+        return replace(find("deepseek-v3"), num_experts=8, hidden_size=256, intermediate_size=128, top_k=3), (
+            4,
+            16,
+        )
+    return replace(find("deepseek-v3"), num_experts=64), tuple(map(int, options.tokens.split(",")))
 
 
 def _measured(made: bench.Bench, count: int) -> Iterator[dict[str, Any]]:
@@ -186,7 +210,26 @@ def _tuned_ways(made: bench.Bench, tokens: tuple[int, ...]) -> dict[str, Any]:
     picks = {str(n): way for n, way in zip(agreed.bounds, agreed.ways, strict=True)}
     said = made.ep.peers.link.exchange("picks", picks)
     say(f"  the tuner's ways: {said}")
-    return {"ways": said[0], "fine": all(one == said[0] for one in said)}
+    return {"ways": said[0], "evidence": _evidence(made), "fine": all(one == said[0] for one in said)}
+
+
+def _evidence(made: bench.Bench) -> list[Any]:
+    """What the tuner measured of the ways."""
+    ep = made.ep
+    tuner, runner, config = tuned._tuner(ep), tuned.WayRunner(ep), tuned._config(ep)
+    found = []
+    for size in made.spec.tokens:
+        decision = tuner.decision(tuned.OP, [runner], config, tuned._example(ep, size))
+        if decision is not None:
+            found.append(
+                [
+                    size,
+                    decision.evidence.reason,
+                    [[str(c.tactic), c.ratio, c.low, c.high, c.reason] for c in decision.evidence.candidates],
+                ]
+            )
+    say(f"  {found}")
+    return found
 
 
 def section(
@@ -223,7 +266,10 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--sections", default="equality,captured,deepseek,decisions")
+    parser.add_argument("--tokens", default="64,1024,4096")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--no-plain", action="store_true")
+    parser.add_argument("--sections", default="equality,captured,deepseek,decisions,skewed")
     options = parser.parse_args()
     Path(options.out).mkdir(parents=True, exist_ok=True)
     device, how = options.device, {}

@@ -88,3 +88,33 @@ def test_what_has_no_figures_is_named(arguments: dict[str, object], said: str) -
     given = {"layer": DEEPSEEK, "gpu": "h100", "ranks": [2], "tokens": 8, "routing": Uniform(), **arguments}
     with pytest.raises(ModelError, match=said):
         plan(**given)  # type: ignore[arg-type]
+
+
+def test_steps_of_two_gpus_are_within_a_fifth_of_the_recorded_runs() -> None:
+    record = Path(__file__).parents[2] / "benchmarks" / "results" / "ep2_h200_deepseek.json"
+    layer = PlannedLayer(64, 8, 7168, 2048)
+    errors = []
+    for run in json.loads(record.read_text())["rows"]:
+        if run.get("contender") in ("gather", "dispatch"):
+            rows = plan(layer, "h200", [2], run["tokens"], Uniform())
+            (row,) = [row for row in rows if row.way == run["contender"]]
+            errors.append(abs(row.total / run["seconds"] - 1))
+    assert len(errors) == 10
+    assert sorted(errors)[5] < 0.06
+    assert max(errors) < 0.20
+
+
+def test_the_way_that_the_planner_prefers_is_the_one_that_was_faster() -> None:
+    record = Path(__file__).parents[2] / "benchmarks" / "results" / "ep2_h200_deepseek.json"
+    runs = [
+        run
+        for run in json.loads(record.read_text())["rows"]
+        if run.get("contender") in ("gather", "dispatch")
+    ]
+    for tokens in {run["tokens"] for run in runs}:
+        measured = {run["contender"]: run["seconds"] for run in runs if run["tokens"] == tokens}
+        planned = {
+            row.way: row.total
+            for row in plan(PlannedLayer(64, 8, 7168, 2048), "h200", [2], tokens, Uniform())
+        }
+        assert min(measured, key=measured.__getitem__) == min(planned, key=planned.__getitem__)

@@ -59,15 +59,9 @@ class Gpu:
     links: Mapping[str, Link]
 
 
-# Two GPUs of one host, NVLink, multicast off (benchmarks/results/ep2_*.json): send and back of each way.
-_NVLINK = MappingProxyType(
-    {
-        "gather send": Link(24e-6, 235e9),
-        "gather back": Link(25e-6, 203e9),
-        "dispatch send": Link(40e-6, 390e9),
-        "dispatch back": Link(40e-6, 390e9),
-    }
-)
+# Two H200s of one host, NVLink, multicast off: a step less its experts, halved, over 16 to 4096 rows of 14336
+# bytes (benchmarks/results/ep2_h200_deepseek.json).
+_NVLINK = MappingProxyType({"gather": Link(42e-6, 195e9), "dispatch": Link(30e-6, 354e9)})
 GPUS: Mapping[str, Gpu] = MappingProxyType(
     {
         "h100": Gpu("h100", 23.6e-6, 3.03e12, 660e12, 0.30, 1.75, 0.86, 80e9, _NVLINK),
@@ -142,7 +136,8 @@ def collective_seconds(
     if ranks == 1:
         return 0.0, 0.0
     sent = rows * (ranks - 1) if way == "gather" else needed
-    return tuple(gpu.links[f"{way} {stage}"].seconds(sent * row_bytes) for stage in ("send", "back"))  # type: ignore[return-value]
+    one_way = gpu.links[way].seconds(sent * row_bytes)
+    return one_way, one_way
 
 
 def plan(

@@ -16,11 +16,10 @@ from typing import Any
 import torch
 
 from moestro.moe.layer import FusedMoE
-from moestro.parallel.dispatch import from_fp8, to_fp8
 from moestro.parallel.peers import Peers
 from moestro.parallel.ways import Parcel, Routes
 
-__all__ = ["Buffers", "Symmetric", "pull", "push"]
+__all__ = ["Buffers", "Symmetric", "pull", "push", "unpack"]
 
 BLOCK = 1024
 
@@ -36,17 +35,38 @@ class Buffers:
 
 
 def push(
-    buffers: Buffers, routes: Routes, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, bound: int
+    buffers: Buffers,
+    routes: Routes,
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    bound: int,
+    fp8: bool = False,
 ) -> None:
     """Write this rank's tokens to all ranks that need them; see push.push_rows."""
     from moestro.parallel.push import push_rows
 
-    to, ranks = buffers.addresses, routes.placement.num_ranks
-    push_rows[(bound, ranks, -(-x.shape[1] // BLOCK))](
+    to, ranks, hidden = buffers.addresses, routes.placement.num_ranks, x.shape[1]
+    block = _power_of_2(hidden) if fp8 else BLOCK
+    push_rows[(bound, ranks, -(-hidden // block))](
         x, ids, weights, routes.table, routes.local, to["rows"], to["ids"], to["weights"], routes.rank,
         x.shape[0], bound, routes.placement.num_experts, routes.turns,
-        H=x.shape[1], K=ids.shape[1], K2=_power_of_2(ids.shape[1]), BLOCK=BLOCK, num_warps=4,
+        H=hidden, K=ids.shape[1], K2=_power_of_2(ids.shape[1]), BLOCK=block, FP8=fp8, num_warps=8 if fp8 else 4,
     )  # fmt: skip
+
+
+def unpack(
+    codes: torch.Tensor, ids: torch.Tensor, scaled: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows [M, H], weights [M, K]) of e4m3 codes [M, H] and weights with a scale [M, K + 1]; see unpack_rows."""
+    from moestro.parallel.push import unpack_rows
+
+    rows, weights = codes.new_empty(codes.shape, dtype=dtype), scaled.new_empty(ids.shape)
+    (count, hidden), top_k = codes.shape, ids.shape[1]
+    unpack_rows[(count, -(-hidden // BLOCK))](
+        codes, ids, scaled, rows, weights, H=hidden, K=top_k, K2=_power_of_2(top_k), BLOCK=BLOCK, num_warps=4
+    )
+    return rows, weights
 
 
 def pull(buffers: Buffers, routes: Routes, ids: torch.Tensor, out: torch.Tensor, bound: int) -> None:
@@ -71,7 +91,7 @@ class Symmetric:
     def __init__(
         self, peers: Peers, routes: Routes, layer: FusedMoE, max_num_tokens: int, payload: str
     ) -> None:
-        self._peers, self._routes, self._payload = peers, routes, payload
+        self._peers, self._routes, self._fp8 = peers, routes, payload == "fp8"
         self._timeout_ms = int(peers.link.timeout_s * 1000)
         self._buffers, self._handle = _allocate(peers, routes, layer, max_num_tokens, payload)
 
@@ -83,30 +103,22 @@ class Symmetric:
         return next((f"rank {rank}: {why}" for rank, why in enumerate(said) if why), None)
 
     def send(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, bound: int) -> Parcel:
-        rows, of = x, self._buffers.tensors
-        if self._payload == "fp8":
-            rows, scale = to_fp8(x)
-            weights = torch.cat([weights, scale], dim=-1)
-            ids = torch.cat([ids, ids[:, :1]], dim=-1)  # the scale travels as one more weight
-        push(self._buffers, self._routes, rows.contiguous(), ids, weights, bound)
+        count, (hidden, top_k) = self._peers.size * bound, (x.shape[1], ids.shape[1])
+        push(self._buffers, self._routes, x, ids, weights, bound, self._fp8)
         self._handle.barrier(channel=0, timeout_ms=self._timeout_ms)
-        count = self._peers.size * bound
-        got, pairs, scales = (
-            of[name][: count * width].view(count, width) for name, width in self._widths(rows, ids)
-        )
-        results = of["results"][: count * x.shape[1]].view(count, x.shape[1])
-        if self._payload == "fp8":
-            got = from_fp8(got, scales[:, -1:], x.dtype)
-            pairs, scales = pairs[:, :-1].contiguous(), scales[:, :-1].contiguous()
-        return Parcel(got, pairs, scales, note=(ids, bound), out=results)
+        rows, pairs = self._part("rows", count, hidden), self._part("ids", count, top_k)
+        scaled = self._part("weights", count, top_k + self._fp8)
+        if self._fp8:
+            rows, scaled = unpack(rows, pairs, scaled, x.dtype)
+        return Parcel(rows, pairs, scaled, note=(ids, bound), out=self._part("results", count, hidden))
+
+    def _part(self, name: str, count: int, width: int) -> torch.Tensor:
+        return self._buffers.tensors[name][: count * width].view(count, width)
 
     def back(self, y: torch.Tensor, parcel: Parcel, out: torch.Tensor) -> None:
         ids, bound = parcel.note
         self._handle.barrier(channel=0, timeout_ms=self._timeout_ms)
         pull(self._buffers, self._routes, ids, out, bound)
-
-    def _widths(self, rows: torch.Tensor, ids: torch.Tensor) -> tuple[tuple[str, int], ...]:
-        return ("rows", rows.shape[1]), ("ids", ids.shape[1]), ("weights", ids.shape[1])
 
 
 def _why_not_here(device: torch.device) -> str:
@@ -135,8 +147,8 @@ def _allocate(
     hidden, more = layer.weights.hidden_size, payload == "fp8"
     count, device = peers.size * max_num_tokens, layer.weights.device
     wanted = {
-        "rows": (count * hidden, torch.uint8 if more else layer.dtype),
-        "ids": (count * (layer.top_k + more), torch.int32),
+        "rows": (count * hidden, torch.float8_e4m3fn if more else layer.dtype),
+        "ids": (count * layer.top_k, torch.int32),
         "weights": (count * (layer.top_k + more), torch.float32),
         "results": (count * hidden, layer.dtype),
     }
