@@ -160,6 +160,27 @@ def tuned(group: Any, store: str) -> Any:
     return ways, [again.way_for(n) for n in (1, 4, 16)], decided, wrong
 
 
+def layer_tune(group: Any, strategy: str) -> list[Any]:
+    """What layer.tune(group=) decides, with real timers and this rank's own weights."""
+    mine = slice(group.rank() * E // group.size(), (group.rank() + 1) * E // group.size())
+    gate_up, down = weights_of_all().dequantize()
+    shard = ExpertWeights.from_dense(gate_up[mine], down[mine], "bf16")
+    layer = layer_of(shard, expert_offset=mine.start, num_experts=E, max_num_tokens=8)
+    layer.tune(progress=False, group=group, strategy=strategy)
+    found = [layer.decision(n) for n in (1, 2, 8)]
+    return [None if d is None else (type(d.runner).__name__, repr(d.tactic), d.status) for d in found]
+
+
+def autotune_in_step(group: Any) -> list[Any]:
+    """Ranks with different numbers of tokens inside moestro.autotune's context on one tuner."""
+    layer = layer_of(weights_of_all(), max_num_tokens=16)
+    x, ids, weights = tokens_of(group.rank(), 3 + 6 * group.rank(), "uniform")
+    with layer.tuner.autotune(True, group=group, crossover=False, budget_s=3.0):
+        layer(x, ids, weights)
+    found = [layer.decision(n) for n in (1, 4, 9)]
+    return [None if d is None else repr(d.tactic) for d in found]
+
+
 def differing_ways(group: Any, store: str) -> list[str]:
     """Only rank 0 has a store with ways: none serve."""
     layer = layer_of(weights_of_all(), max_num_tokens=4)

@@ -108,3 +108,16 @@ def test_tuning_gives_all_ranks_the_same_ways_and_tactics_and_keeps_them(
 
 def test_ways_serve_only_where_all_ranks_have_the_same(ranks: Ranks, tmp_path: Path) -> None:
     assert ranks.run(cases.differing_ways, str(tmp_path), size=2) == [["gather"], ["gather"]]
+
+
+@pytest.mark.parametrize("strategy", ["parallel", "broadcast", "merge"])
+def test_layers_of_different_experts_tune_to_one_decision(ranks: Ranks, strategy: str) -> None:
+    first, second = ranks.run(cases.layer_tune, strategy, size=2)
+    assert first == second
+    assert None not in first
+
+
+def test_calls_with_different_sizes_in_one_context_come_to_one_decision(ranks: Ranks) -> None:
+    first, second = ranks.run(cases.autotune_in_step, size=2)
+    assert first == second
+    assert None not in first
