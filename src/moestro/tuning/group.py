@@ -205,9 +205,17 @@ class Group:
         return replace(chosen, complete=all(one["complete"] for one in said))
 
 
-def group_of(group: Any, strategy: str | None, timeout_s: float | None = None) -> Group | None:
-    """The Group of a ProcessGroup or a Link; None for the strategy "independent". Raises TuningError for an
-    unknown strategy, or for what is no group."""
+def group_of(group: Any, strategy: str | None = None, timeout_s: float | None = None) -> Group | None:
+    """The Group of a ProcessGroup or a Link; None without one, or for the strategy "independent".
+
+    Raises TuningError for an unknown strategy, for what is no group, or for settings of a group without one.
+    """
+    if group is None:
+        if (strategy, timeout_s) != (None, None):
+            raise TuningError(
+                f"strategy and timeout_s mean nothing without a group, got {strategy!r}, {timeout_s!r}"
+            )
+        return None
     strategy = strategy or "parallel"
     if strategy not in STRATEGIES:
         raise TuningError(unknown_name("strategy", strategy, STRATEGIES))

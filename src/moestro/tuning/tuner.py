@@ -126,14 +126,10 @@ class AutoTuner:
             probes=probes,
             progress=progress,
             crossover=crossover,
-            group=None if group is None else group_of(group, strategy, timeout_s),
+            group=group_of(group, strategy, timeout_s),
         )
-        if group is None and (strategy, timeout_s) != (None, None):
-            raise TuningError(
-                f"strategy and timeout_s mean nothing without a group, got {strategy!r}, {timeout_s!r}"
-            )
-        if group is not None and strategy == "independent":
-            inner = replace(inner, group=None)
+        if strategy == "independent":
+            inner = replace(inner, group=None)  # also inside a context with a group
         self._contexts.push(inner)
         try:
             yield self
@@ -332,10 +328,8 @@ class AutoTuner:
         timer = self._timer_for(device, policy, site.config.use_cuda_graph)
         environment = self._environment(site.config, runners, inputs, options)
         decisions, store, book = self._known, self._known.target(options), view.book
-        with (
-            self._measuring,
-            showing(options.progress if group is None or group.rank == 0 else False) as progress,
-        ):
+        shown = options.progress if group is None or group.rank == 0 else False
+        with self._measuring, showing(shown) as progress:
             decisions.refresh(book, store, environment)
             job = Job(
                 key=book.key,
