@@ -21,6 +21,9 @@ def test_contiguous_shards_differ_by_one_at_most() -> None:
 
 def test_a_map_is_a_rank_or_ranks_for_each_expert() -> None:
     placement = Placement.of([1, [0, 1], 0], 3, 2)
+    assert Placement.of({0: 1, 2: [0], 1: (1, 0)}, 3, 2) == placement
+    assert Placement.of(torch.tensor([1, 0, 0]), 3, 2)[1] == (0,)
+    assert list(placement) == [(1,), (0, 1), (0,)]
     assert placement.slots(0) == (1, 2)
     assert placement.slots(1) == (0, 1)
     assert placement.replicas == 1
@@ -34,6 +37,7 @@ def test_a_map_is_a_rank_or_ranks_for_each_expert() -> None:
         ([[], 0], r"placement\[0\]"),
         ([0], "2 experts on 2 ranks"),
         ([[1, 1], 0], "different ranks"),
+        ({0: 1, 2: 0}, r"experts 0\.\.1, got \[0, 2\]"),
     ],
 )
 def test_maps_that_cannot_be_are_named(value: list[object], said: str) -> None:

@@ -23,7 +23,7 @@ EXAMPLES = """
   eight GPUs of one host; --device cpu does it with gloo on a machine without
 
 [cyan]torchrun --nproc-per-node 2 -m moestro bench ep --model deepseek-v3 --experts 64 --json ep2.json[/]
-  two GPUs with a quarter of the experts each rank would hold
+  two GPUs, each with as many experts as one of eight would hold
 """
 
 ExpertsOption = Annotated[

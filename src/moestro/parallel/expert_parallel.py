@@ -38,9 +38,11 @@ class ExpertParallel(torch.nn.Module):
     payload: "fp8" sends dispatched rows as e4m3 with a scale each (results come back in x's dtype).
     timeout_s: of agreements between ranks; collectives have the group's own time-out.
 
-    With use_cuda_graph=True, or bound=, no call waits for the device; else the ranks' numbers of tokens are
-    exchanged first. Raises RoutingError or BackendError for layers that do not fit together, GroupError when a
-    rank is lost, which names it.
+    The ranks' numbers of tokens are exchanged first, for which a GPU is waited for. With bound= they are not, nor
+    while a CUDA graph is captured: then all ranks have as many, and no call waits.
+
+    Raises RoutingError or BackendError for layers that do not fit together, GroupError when a rank is lost,
+    which names it.
     """
 
     def __init__(
@@ -181,19 +183,22 @@ class ExpertParallel(torch.nn.Module):
             )
 
     def _bound(self, num_tokens: int, bound: int | None) -> int:
-        """The most tokens that a rank has; with a CUDA graph all have as many."""
-        if bound is not None or self.use_cuda_graph:
+        """The most tokens that a rank has; while a CUDA graph is captured all have as many."""
+        if bound is not None or self._capturing():
             return num_tokens if bound is None else bound
         numbers = self.peers.numbers(num_tokens, self._limits.device)
         if -1 in numbers:
             raise GroupError(f"rank {numbers.index(-1)} refused its call: its own error says why")
         return max(numbers)
 
+    def _capturing(self) -> bool:
+        return self._limits.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
     def _give_notice(self, x: Any, bound: int | None, error: Exception) -> None:
         """Tell the ranks that wait for this one that it refuses its call."""
         if self.peers.link.broken:
             return
-        if bound is None and not self.use_cuda_graph:
+        if bound is None and not self._capturing():
             self.peers.numbers(-1, self._limits.device)
         else:
             self.peers.leave(error)

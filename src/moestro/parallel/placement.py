@@ -8,7 +8,7 @@ most loaded rank and the others, as long as they help. Every rank has the same n
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ SWAPS = 200  # at most; a swap that helps by less than 1e-6 of the mean ends the
 
 @dataclass(frozen=True)
 class Placement:
-    """ranks[e]: the ranks that hold expert e, ascending; more than one are replicas and share its tokens.
+    """placement[e], ranks[e]: the ranks that hold expert e, ascending; more than one are replicas and share its tokens.
 
     loads: what it was balanced for, if it was. Raises RoutingError for an expert that nobody holds, or a rank
     that is none.
@@ -48,21 +48,40 @@ class Placement:
         return cls(tuple((rank,) for rank, count in enumerate(counts) for _ in range(count)), num_ranks)
 
     @classmethod
-    def of(
-        cls, value: Placement | Iterable[int | Iterable[int]], num_experts: int, num_ranks: int
-    ) -> Placement:
-        """From a Placement, or a list with each expert's rank or ranks. RoutingError if it does not fit."""
-        if not isinstance(value, Placement):
-            value = cls(
-                tuple((int(r),) if isinstance(r, int) else tuple(sorted(map(int, r))) for r in value),
+    def of(cls, value: Any, num_experts: int, num_ranks: int) -> Placement:
+        """From a Placement, or each expert's rank or ranks: a sequence, a tensor, or a mapping by expert.
+
+        Raises RoutingError if it does not fit.
+        """
+        if isinstance(value, Placement):
+            found = value
+        else:
+            if isinstance(value, Mapping):
+                if sorted(value) != list(range(num_experts)):
+                    raise RoutingError(
+                        f"placement must name the experts 0..{num_experts - 1}, got {sorted(value)[:12]}"
+                    )
+                value = [value[expert] for expert in range(num_experts)]
+            each = value.tolist() if hasattr(value, "tolist") else value
+            found = cls(
+                tuple((int(r),) if isinstance(r, int) else tuple(sorted(map(int, r))) for r in each),
                 num_ranks,
             )
-        if (len(value.ranks), value.num_ranks) != (num_experts, num_ranks):
+        if (len(found), found.num_ranks) != (num_experts, num_ranks):
             raise RoutingError(
-                f"placement must be of {num_experts} experts on {num_ranks} ranks, got {len(value.ranks)} on "
-                f"{value.num_ranks}"
+                f"placement must be of {num_experts} experts on {num_ranks} ranks, got {len(found)} on "
+                f"{found.num_ranks}"
             )
-        return value
+        return found
+
+    def __len__(self) -> int:
+        return len(self.ranks)
+
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
+        return iter(self.ranks)
+
+    def __getitem__(self, expert: int) -> tuple[int, ...]:
+        return self.ranks[expert]
 
     @property
     def num_experts(self) -> int:

@@ -91,7 +91,7 @@ def _total(shards: list[tuple[int, int]], num_experts: int | None, placement: An
     if num_experts is not None:
         return num_experts
     if placement is not None:
-        return len(placement.ranks) if isinstance(placement, Placement) else len(placement)
+        return len(placement)
     return max(offset + experts for offset, experts in shards)
 
 

@@ -12,6 +12,7 @@ import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,6 +43,13 @@ class WayRunner(TunableRunner):
         self.transport = type(ep.ways["dispatch"]).__name__
         self.slots = tuple(len(ep.placement.slots(rank)) for rank in range(ep.peers.size))
         self._ep = ep
+
+    def kernel_sources(self) -> list[Path]:
+        """What the ways' speed depends on."""
+        return [
+            Path(__file__).with_name(f"{name}.py")
+            for name in ("gather", "dispatch", "symmetric", "push", "peers")
+        ]
 
     def get_valid_tactics(self, inputs: Sequence[Any], profile: Any) -> list[str]:
         return [name for name in self._ep.ways if name != DEFAULT_WAY]

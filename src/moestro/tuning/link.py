@@ -178,7 +178,8 @@ class _Worker:
 
     def run(self, job: Callable[[], Any], seconds: float) -> Any:
         """What the job gives or raises; TimeoutError after so many seconds."""
-        done, box = threading.Event(), []
+        done = threading.Event()
+        box: list[tuple[bool, Any]] = []
         self._jobs.put((job, box, done))
         if not done.wait(seconds):
             raise TimeoutError(f"no answer within {seconds:g} s")
