@@ -12,7 +12,7 @@ import torch
 
 from moestro import reference
 from moestro.parallel.placement import Placement
-from moestro.parallel.symmetric import Buffers, pull, push, unpack
+from moestro.parallel.symmetric import Buffers, Symmetric, pull, push, unpack
 from moestro.parallel.ways import Routes
 
 pytest.importorskip("triton")
@@ -94,3 +94,22 @@ def test_the_kernels_compile_for_gpus(capability: str) -> None:
         "push_rows",
         "unpack_rows",
     ]
+
+
+class OneOf:
+    """Peers whose other rank says something else of symmetric memory."""
+
+    size = 2
+
+    def __init__(self, other: list[str]) -> None:
+        self.link, self._other = self, other
+
+    def exchange(self, step: str, mine: list[str]) -> list[list[str]]:
+        return [["", mine[1]], [self._other[0], self._other[1] or mine[1]]]
+
+
+def test_symmetric_memory_is_used_by_all_ranks_or_none() -> None:
+    device = torch.device("cpu")
+    assert Symmetric.why_not(OneOf(["", ""]), device, "bf16") is None  # type: ignore[arg-type]
+    assert Symmetric.why_not(OneOf(["no Triton", ""]), device, "bf16") == "rank 1: no Triton"  # type: ignore[arg-type]
+    assert Symmetric.why_not(OneOf(["", "elsewhere"]), device, "bf16") == "the ranks are on 2 hosts"  # type: ignore[arg-type]

@@ -28,6 +28,7 @@ _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or di
 _reduce_scatter: Callable[..., Any] = (
     getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 )
+LOOK_S = 1.0  # between looks whether another rank has left, while a collective waits for it
 LISTEN_S = 2.5  # a rank whose count stands still for so long is gone
 
 
@@ -94,12 +95,24 @@ class Peers:
             raise GroupError(self.link.broken)
         try:
             work = collective(group=self.group, async_op=not rows.is_cuda)
-            if work is not None:  # gloo: its own time-out ends it, and this one where that does not
-                work.wait(timedelta(seconds=self.link.timeout_s + GRACE_S))
+            if work is not None:
+                self._finish(work)
         except RuntimeError as error:  # torch.distributed's errors are RuntimeErrors
             why = f"{what} failed: {self._pulse.diagnosis()} ({str(error).splitlines()[0][:200]})"
             self.link.leave(why)
             raise GroupError(why) from error
+
+    def _finish(self, work: Any) -> None:
+        """Wait for a gloo collective, but not for a rank that has said that it will not come. Raises
+        RuntimeError."""
+        end = time.monotonic() + self.link.timeout_s + GRACE_S  # gloo's own time-out comes before
+        while True:
+            try:
+                work.wait(timedelta(seconds=LOOK_S))
+                return
+            except RuntimeError:
+                if work.is_completed() or time.monotonic() > end or self.link.reason():
+                    raise
 
 
 class _Pulse:

@@ -4,7 +4,7 @@ Products of a rank: launches + (memory^q + compute^q)^(1/q) + activations, with 
 that are hit over the bandwidth, compute = FLOPs over the rate, less the share of a tile that is padding
 (1 + pad / pairs an expert), and activations = bytes of rows moved between the stages over the bandwidth. The
 five constants of a GPU are fitted to the decisions in this package's bundles: eleven models, 1 to 16384
-tokens, 206 (H100) and 224 (H200) medians; half of them are met within 3 %, nine in ten within 16 %.
+tokens, 206 (H100) and 223 (H200) medians; half of them are met within 3 %, nine in ten within 16 %.
 
 Collectives: a start and bytes over a rate, the bytes being what one rank sends to others. Fitted to two GPUs of
 one host; with more ranks the bytes grow and the rate is assumed to stay: a switch connects all pairs. What was

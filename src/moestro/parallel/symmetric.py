@@ -11,6 +11,8 @@ torch symmetric memory with its CUDA backend: no NVSHMEM, and no NVLink multicas
 from __future__ import annotations
 
 import os
+import socket
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -98,9 +100,10 @@ class Symmetric:
     @classmethod
     def why_not(cls, peers: Peers, device: torch.device, payload: str) -> str | None:
         """Why the ranks do not use it; the same on all of them."""
-        mine = _why_not_here(device)
-        said = peers.link.exchange("symmetric memory", mine)
-        return next((f"rank {rank}: {why}" for rank, why in enumerate(said) if why), None)
+        said = peers.link.exchange("symmetric memory", [_why_not_here(device, peers.size), _host()])
+        if len({host for _, host in said}) > 1:
+            return f"the ranks are on {len({host for _, host in said})} hosts"
+        return next((f"rank {rank}: {why}" for rank, (why, _) in enumerate(said) if why), None)
 
     def send(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, bound: int) -> Parcel:
         count, (hidden, top_k) = self._peers.size * bound, (x.shape[1], ids.shape[1])
@@ -121,7 +124,15 @@ class Symmetric:
         pull(self._buffers, self._routes, ids, out, bound)
 
 
-def _why_not_here(device: torch.device) -> str:
+def _host() -> str:
+    """What tells this host from others, also inside containers: its kernel's boot."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()
+
+
+def _why_not_here(device: torch.device, ranks: int) -> str:
     if device.type != "cuda":
         return f"symmetric memory is for CUDA devices, this is {device}"
     if os.environ.get("MOESTRO_SYMMETRIC_MEMORY", "1") == "0":
@@ -132,6 +143,8 @@ def _why_not_here(device: torch.device) -> str:
     except ImportError as error:
         return f"{type(error).__name__}: {error}"
     count = torch.cuda.device_count()
+    if count < ranks:
+        return f"only {count} of {ranks} GPUs are visible (CUDA_VISIBLE_DEVICES)"
     alone = [
         p for p in range(count) if p != device.index and not torch.cuda.can_device_access_peer(device, p)
     ]
