@@ -193,7 +193,7 @@ def _measured(made: bench.Bench, count: int) -> Iterator[dict[str, Any]]:
 
 def _try_plain(made: bench.Bench) -> None:
     """Leave the plain scheme out where this torch cannot run it; the same on all ranks."""
-    x, ids, weights = made._call(4)
+    x, ids, weights = made.call(4)
     try:
         made.plain.run(x, ids, weights, torch.empty_like(x))  # type: ignore[union-attr]
     except Exception as error:
@@ -216,10 +216,10 @@ def _tuned_ways(made: bench.Bench, tokens: tuple[int, ...]) -> dict[str, Any]:
 def _evidence(made: bench.Bench) -> list[Any]:
     """What the tuner measured of the ways."""
     ep = made.ep
-    tuner, runner, config = tuned._tuner(ep), tuned.WayRunner(ep), tuned._config(ep)
+    tuner, runner, config = tuned.way_tuner(ep), tuned.WayRunner(ep), tuned.way_config(ep)
     found = []
     for size in made.spec.tokens:
-        decision = tuner.decision(tuned.OP, [runner], config, tuned._example(ep, size))
+        decision = tuner.decision(tuned.OP, [runner], config, tuned.way_example(ep, size))
         if decision is not None:
             found.append(
                 [

@@ -99,7 +99,7 @@ def slots_equality(group: Any, counts: list[int], placement: Any) -> list[float]
     ep = ExpertParallel(layer_of(w), group, placement)
     found = []
     for payload in ("bf16", "fp8"):
-        ep.ways["dispatch"] = Slots(ep.peers, ep._routes, payload)
+        ep.ways["dispatch"] = Slots(ep.peers, ep.routes, payload)
         x, ids, weights = tokens_of(group.rank(), counts[group.rank()], "zipf:1.0")
         found.append(error_of(ep(x, ids, weights, way="dispatch"), reference.fused_moe(x, ids, weights, w)))
     return found

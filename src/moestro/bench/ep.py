@@ -124,7 +124,7 @@ class Bench:
     def at(self, tokens: int) -> Iterator[EpRow]:
         """The rows for one number of tokens a rank."""
         spec, ep = self.spec, self.ep
-        call = self._call(tokens)
+        call = self.call(tokens)
         lanes: dict[str, Callable[[], Any]] = {}
         stages: dict[str, dict[str, Callable[[], Any]]] = {}
         outputs: dict[str, torch.Tensor] = {}
@@ -159,7 +159,7 @@ class Bench:
                 type(ep.ways["dispatch"]).__name__ if name.startswith("dispatch") else "",
             )
 
-    def _call(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def call(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """This rank's x, ids and weights: every rank draws its own tokens from the same distribution."""
         spec, shape, seed = self.spec, self.spec.shape, self.spec.seed
         everybody = spec.routing.sample(tokens * self.group.size(), shape.num_experts, shape.top_k, seed=seed)
@@ -176,14 +176,14 @@ class Bench:
         ids = (
             spec.routing.sample(tokens, held, spec.shape.top_k, seed=spec.seed) + layer.options.expert_offset
         )
-        x, _, weights = self._call(tokens)
+        x, _, weights = self.call(tokens)
         ids = ids.to(torch.int32).to(x.device)
         return lambda: layer.run(x, ids, weights)
 
     def _pairs(self, ids: torch.Tensor) -> list[int]:
         """Pairs that each rank computes."""
         ep = self.ep
-        ranks = ep._routes.ranks(ep._routes.known(ids), ep.peers.rank)
+        ranks = ep.routes.ranks(ep.routes.known(ids), ep.peers.rank)
         counts = [int((ranks == rank).sum()) for rank in range(ep.peers.size)]
         said = ep.peers.link.exchange("pairs", counts)
         return [sum(column) for column in zip(*said, strict=True)]

@@ -70,21 +70,21 @@ class ExpertParallel(torch.nn.Module):
         self._limits = Limits(
             layer.weights.hidden_size, device, self.placement.num_experts, layer.top_k, layer.max_num_tokens
         )
-        self._routes = Routes(self.placement, self.peers.rank, device)
-        self.ways: dict[str, Way] = {"gather": Gather(self.peers, self._routes), "dispatch": self._dispatch()}
+        self.routes = Routes(self.placement, self.peers.rank, device)
+        self.ways: dict[str, Way] = {"gather": Gather(self.peers, self.routes), "dispatch": self._dispatch()}
         self._agreed = AgreedWays(self)
 
     def _dispatch(self) -> Way:
         """The dispatch that this device can."""
         device = self._limits.device
         if device.type == "cpu":
-            return Compact(self.peers, self._routes, self.payload)
+            return Compact(self.peers, self.routes, self.payload)
         from moestro.parallel.symmetric import Symmetric
 
         why = Symmetric.why_not(self.peers, device, self.payload)
         if why is None:
-            return Symmetric(self.peers, self._routes, self.layer, self.max_num_tokens, self.payload)
-        return Slots(self.peers, self._routes, self.payload)
+            return Symmetric(self.peers, self.routes, self.layer, self.max_num_tokens, self.payload)
+        return Slots(self.peers, self.routes, self.payload)
 
     @property
     def placement_text(self) -> str:

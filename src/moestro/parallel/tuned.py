@@ -26,7 +26,16 @@ from moestro.tuning.measure.scope import measurement
 if TYPE_CHECKING:
     from moestro.parallel.expert_parallel import ExpertParallel
 
-__all__ = ["OP", "AgreedWays", "LockstepTimer", "WayRunner", "tune_ways"]
+__all__ = [
+    "OP",
+    "AgreedWays",
+    "LockstepTimer",
+    "WayRunner",
+    "tune_ways",
+    "way_config",
+    "way_example",
+    "way_tuner",
+]
 
 OP = "moestro.expert_parallel"
 DEFAULT_WAY = "gather"
@@ -37,7 +46,7 @@ class WayRunner(TunableRunner):
     """Expert parallelism as the tuner sees it: inputs [x, ids, weights, out] of one rank, tactics are ways."""
 
     def __init__(self, ep: ExpertParallel) -> None:
-        problem = ep.layer._operation(ep.layer.dtype).problem
+        problem = ep.layer.runners[0].problem
         self.sizes = (problem.num_experts, problem.top_k, problem.hidden_size, problem.intermediate_size)
         self.ranks, self.payload, self.weight_format = ep.peers.size, ep.payload, problem.weight_format
         self.transport = type(ep.ways["dispatch"]).__name__
@@ -113,15 +122,16 @@ def _bucket_of(size: int) -> int:
     return int(next(4**k for k in range(32) if 4**k >= size))
 
 
-def _config(ep: ExpertParallel) -> TuningConfig:
-    problem = ep.layer._operation(ep.layer.dtype).problem
+def way_config(ep: ExpertParallel) -> TuningConfig:
+    """One dynamic size, a rank's tokens, at way_buckets; routing over all ranks' experts."""
+    problem = ep.layer.runners[0].problem
     config = tuning_config(replace(problem, num_experts=ep.placement.num_experts))
     (spec,) = config.dynamic_tensor_specs
     sparse = DynamicTensorSpec(spec.input_idx, spec.dim_idx, way_buckets, _bucket_of)
     return replace(config, dynamic_tensor_specs=(sparse,))
 
 
-def _tuner(ep: ExpertParallel) -> AutoTuner:
+def way_tuner(ep: ExpertParallel) -> AutoTuner:
     """The layer's store with a clock that keeps ranks in step."""
     tuner = ep.layer.tuner
     # Races of two with collectives: no output check (ways round differently), no isolation, a second a bucket: some
@@ -134,7 +144,8 @@ def _tuner(ep: ExpertParallel) -> AutoTuner:
     return AutoTuner(tuner.store, LockstepTimer(ep), policy)
 
 
-def _example(ep: ExpertParallel, num_tokens: int) -> list[torch.Tensor]:
+def way_example(ep: ExpertParallel, num_tokens: int) -> list[torch.Tensor]:
+    """Inputs of one rank with so many tokens: shapes and dtypes, no values."""
     layer = ep.layer
     one = torch.zeros((1, 1), dtype=layer.dtype, device=layer.weights.device)
     x = one.expand(num_tokens, layer.weights.hidden_size)  # shapes and dtypes count, not values
@@ -149,12 +160,12 @@ def tune_ways(
     buckets: Sequence[int] | None = None,
 ) -> None:
     """Race the ways at every bucket up to so many tokens a rank (or at these), all ranks in step."""
-    runner, config = WayRunner(ep), _config(ep)
-    tuner = _tuner(ep)
+    runner, config = WayRunner(ep), way_config(ep)
+    tuner = way_tuner(ep)
     with tuner.autotune(
         True, group=ep.peers.group, timeout_s=timeout_s, crossover=False, tuning_buckets=buckets
     ):
-        tuner.choose_one(OP, [runner], config, _example(ep, max_num_tokens))
+        tuner.choose_one(OP, [runner], config, way_example(ep, max_num_tokens))
 
 
 class AgreedWays:
@@ -187,10 +198,10 @@ class AgreedWays:
 
 def _decided(ep: ExpertParallel) -> list[list[Any]]:
     """[bucket, way] of the decisions in the tuner's store, ascending."""
-    tuner, runner, config = _tuner(ep), WayRunner(ep), _config(ep)
+    tuner, runner, config = way_tuner(ep), WayRunner(ep), way_config(ep)
     found: dict[int, str] = {}
     for size in way_buckets(ep.max_num_tokens):
-        decision = tuner.decision(OP, [runner], config, _example(ep, size))
+        decision = tuner.decision(OP, [runner], config, way_example(ep, size))
         if decision is not None and decision.status != "extrapolated" and isinstance(decision.bucket, int):
             found[decision.bucket] = DEFAULT_WAY if decision.tactic == -1 else str(decision.tactic)
     return [[bucket, found[bucket]] for bucket in sorted(found)]
