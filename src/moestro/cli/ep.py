@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -75,46 +76,48 @@ def bench_ep(
     if shape.num_experts < size:
         raise ModelError(f"experts: {shape.num_experts} cannot be on {size} ranks")
     kind = opt.parse_device(device)
-    from moestro.bench import ep, results
+    from moestro.bench import ep
+
+    spec = ep.EpSpec(
+        shape=shape,
+        tokens=tuple(chosen_tokens),
+        routing=distribution,
+        format=formats[0],
+        seed=seed,
+        rounds=rounds,
+        placement=_placement(distribution, shape, size, replicas, seed) if replicas else None,
+        store=store,
+        budget_s=budget,
+    )
+    with _group(kind) as (group, where), quiet():
+        _run(dataclasses.replace(spec, device=where), group, json_file)
+
+
+def _placement(routing: Any, shape: Any, size: int, replicas: int, seed: int) -> Any:
+    """Balanced for the loads of a sample of the routing."""
     from moestro.parallel import place
 
-    placement = None
-    if replicas:
-        loads = (
-            distribution.sample(8192, shape.num_experts, shape.top_k, seed)
-            .flatten()
-            .bincount(minlength=shape.num_experts)
-        )
-        placement = place(loads, size, replicas)
-    with _group(kind) as (group, where), quiet():
-        spec = ep.EpSpec(
-            shape=shape,
-            tokens=tuple(chosen_tokens),
-            routing=distribution,
-            format=formats[0],
-            device=where,
-            seed=seed,
-            rounds=rounds,
-            placement=placement,
-            store=store,
-            budget_s=budget,
-        )
-        first = group.rank() == 0
+    ids = routing.sample(8192, shape.num_experts, shape.top_k, seed)
+    return place(ids.flatten().bincount(minlength=shape.num_experts), size, replicas)
+
+
+def _run(spec: Any, group: Any, json_file: Path | None) -> None:
+    """Measure; rank 0 shows each row, and writes all so far, so that nothing that goes wrong later loses them."""
+    from moestro.bench import ep, results
+
+    first, rows = group.rank() == 0, []
+    if first:
+        title = f"{spec.shape.describe()} on {group.size()} ranks, {spec.format}, {spec.routing.name} routing"
+        output.print(title, highlight=False)
+
+    def on_row(row: Any) -> None:
+        rows.append(row)
         if first:
-            output.print(
-                f"{shape.describe()} on {size} ranks, {formats[0]}, {distribution.name} routing",
-                highlight=False,
-            )
-        rows: list[Any] = []
+            output.print(_line(row), highlight=False)
+        if first and json_file is not None:
+            results.write_json(json_file, ep.to_json(spec, rows, group.size(), results.command_line()))
 
-        def on_row(row: Any) -> None:
-            rows.append(row)
-            if first:
-                output.print(_line(row), highlight=False)
-                if json_file is not None:  # after each, so that nothing that goes wrong later loses it
-                    results.write_json(json_file, ep.to_json(spec, rows, size, results.command_line()))
-
-        ep.run(spec, group, on_row)
+    ep.run(spec, group, on_row)
 
 
 def _line(row: Any) -> str:
