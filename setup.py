@@ -13,15 +13,17 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path("src/moestro/kernels/cpu/csrc")
-COMMON = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra -pthread"
-AVX512 = "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx512bf16 -mfma -mf16c -mprefer-vector-width=512"
+COMMON = "-O3 -std=c++20 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra -pthread"
+AVX512 = "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx512vnni -mavx512bf16 -mfma -mf16c -mprefer-vector-width=512"
 # GCC 12's AVX-512 headers use undefined registers on purpose and warn about it.
 QUIET = "-Wno-uninitialized -Wno-maybe-uninitialized"
 X86 = {
     "kernels_avx2.cpp": "-mavx2 -mfma -mf16c",
+    "kernels_avx_vnni.cpp": "-mavx2 -mfma -mf16c -mavxvnni",
     "kernels_avx512.cpp": f"{AVX512} {QUIET}",
     "kernels_amx.cpp": f"{AVX512} {QUIET} -mamx-tile -mamx-bf16",
 }
@@ -50,7 +52,14 @@ class BuildCore(build_ext):
         self.compiler.link_shared_object(objects, target, extra_postargs=flags, target_lang="c++")
 
 
+class Wheel(bdist_wheel):
+    """py3-none-<platform>: the core has a platform and no Python ABI."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 wanted = os.environ.get("MOESTRO_CPU_BUILD", "1") != "0" and sys.platform != "win32"
 headers = sorted(map(str, CSRC.glob("*.h")))
 core = Extension("moestro.kernels.cpu._core", sources(), depends=headers, language="c++", optional=True)
-setup(ext_modules=[core] if wanted else [], cmdclass={"build_ext": BuildCore})
+setup(ext_modules=[core] if wanted else [], cmdclass={"build_ext": BuildCore, "bdist_wheel": Wheel})

@@ -32,23 +32,24 @@ from gpu_kernels import (
     truth_of,
 )
 
-from moestro.kernels.triton import Tactic
-from moestro.kernels.triton import tactics as table
-from moestro.kernels.triton.tactics import M5, S6, M, S, T, chain, fused
+from moestro.kernels.triton import Tactic, Tile
+from moestro.kernels.triton import choose as table
+from moestro.kernels.triton.paths import chain, fused
 
-M4, S44, W = (128, 2, 4, 4), (64, 4, 4, 4), (128, 2, 8, 3)
-
-
-def direct(tile: table.Tile, split: int = 1, ahead: int = 0) -> Tactic:
-    return chain(8, tile, tile, "direct", split=split, ahead=ahead)
+T, S, S6, S44 = Tile(32, 4, 2, 4), Tile(64, 2, 4, 4), Tile(64, 2, 4, 6), Tile(64, 4, 4, 4)
+M, M4, M5, W = Tile(128, 2, 4, 3), Tile(128, 2, 4, 4), Tile(128, 2, 4, 5), Tile(128, 2, 8, 3)
 
 
-def sorted_(tokens: int, tile: table.Tile, split: int = 1, **rest: int) -> Tactic:
-    return chain(tokens, tile, tile, split=split, **rest)
+def direct(tile: Tile, split: int = 1, ahead: int = 0) -> Tactic:
+    return chain.tactic(8, tile, "direct", split_k=split, prefetch_kib=ahead)
 
 
-def two(tokens: int, tile: table.Tile, route: str = "direct", split: int = 1, ladder: int = 0) -> Tactic:
-    return fused(tokens, tile, tile, route, split=split, ladder=ladder)
+def sorted_(tokens: int, tile: Tile, split: int = 1, narrow: str = "") -> Tactic:
+    return chain.tactic(tokens, tile, split_k=split, narrow=narrow)
+
+
+def two(tokens: int, tile: Tile, route: str = "direct", split: int = 1, narrow: str = "") -> Tactic:
+    return fused.tactic(tokens, tile, tile, route, split_k=split, narrow=narrow)
 
 
 def variants(model: str, n: int) -> list[Tactic]:
@@ -70,8 +71,8 @@ def variants(model: str, n: int) -> list[Tactic]:
         return few[n]
     if model == "qwen3":
         return [two(8, M, "sorted"), *(sorted_(8, t) for t in (S6, M, M4, M5)), sorted_(16, M)]
-    return [two(64, M, "sorted", ladder=1), sorted_(32, M), sorted_(32, M4), sorted_(32, M, 2), sorted_(32, W),
-            sorted_(64, M, ladder=1)]  # fmt: skip
+    return [two(64, M, "sorted", narrow="quarters"), sorted_(32, M), sorted_(32, M4), sorted_(32, M, 2), sorted_(32, W),
+            sorted_(64, M, narrow="quarters")]  # fmt: skip
 
 
 class CleanClock(Clock):
@@ -100,11 +101,11 @@ def measure(model: str, tokens: list[int], rounds: int) -> list[dict[str, Any]]:
             table.default(runner.problem, n),
             *(table.fitted(runner.problem, t) for t in variants(model, n)),
         ]
-        chosen = [t for t in dict.fromkeys(wanted) if table.unfit(runner.problem, t, n) is None]
+        chosen = [t for t in dict.fromkeys(wanted) if table.why_not(runner.problem, t, n) is None]
         compile_all(runner, [(inputs, t) for t in chosen])
         truth, runs, keep, errors = truth_of(runner, plain, inputs), {}, [], {}
         for tactic in chosen:
-            name = f"{tactic.path} {short(tactic)}a{tactic.ahead}"
+            name = f"{tactic.path} {short(tactic)}"
             errors[name] = (error(runner, plain, inputs, tactic, truth), tactic)
             graph = clocks["dirty"].graph(partial(runner.forward, inputs, tactic))
             keep.append((graph, runner._workspace))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import statistics
 import sys
 import time
@@ -25,11 +26,13 @@ from typing import Any
 
 import torch
 
-from moestro.formats import BF16, NVFP4
+from moestro.formats import BF16, MXFP4, MXFP8, NVFP4, FP8Block
 from moestro.kernels.activations import GeGLUTanh, ReLU2, SwiGLU
 from moestro.kernels.problem import MoeProblem
-from moestro.kernels.triton import Tactic, TritonRunner
-from moestro.kernels.triton import tactics as table
+from moestro.kernels.triton import Tactic, Tile, TritonRunner
+from moestro.kernels.triton import choose as table
+from moestro.kernels.triton.paths import dequantized, fused, warp_specialized
+from moestro.kernels.triton.paths.path import weight_bytes
 from moestro.moe import reference
 
 MODELS = {  # L, K, H, I; all pairs local
@@ -39,15 +42,15 @@ MODELS = {  # L, K, H, I; all pairs local
     "gptoss20": (32, 4, 2880, 2880),
 }
 DEV = "cuda"
-WIDE = [  # the table's tiles of the wide path, and others: (tokens, tile, ladder)
-    *(tactic for tactic in table.TABLE if tactic.path == "wide"),
+WIDE = [  # the table's tiles of the warp-specialized path, and others
+    *warp_specialized.TABLE["packed"],
     *(
-        table.wide(tokens, tile, tile, ladder=ladder)
-        for tokens, tile, ladder in (
-            (128, (256, 1, 8, 7), 1),
-            (256, (128, 1, 8, 5), 0),
-            (128, (128, 1, 4, 4), 2),
-            (64, (128, 4, 4, 7), 1),
+        warp_specialized.tactic(pairs, tile, narrow)
+        for pairs, tile, narrow in (
+            (128, Tile(256, 1, 8, 7), "quarters"),
+            (256, Tile(128, 1, 8, 5), ""),
+            (128, Tile(128, 1, 4, 4), "halves"),
+            (64, Tile(128, 4, 4, 7), "quarters"),
         )
     ),
 ]
@@ -65,32 +68,59 @@ def random_nvfp4(experts: int, rows: int, columns: int, groups: int, gen: torch.
     return NVFP4(packed, scale, g if groups > 1 else g[:, 0])
 
 
+def random_weights(fmt: str, experts: int, rows: int, columns: int, groups: int, gen: torch.Generator) -> Any:
+    """Weights of a format whose products are about as large as what they multiply."""
+    if fmt == "nvfp4":
+        return random_nvfp4(experts, rows, columns, groups, gen)
+    if fmt in ("bf16", "fp16"):
+        dense = torch.empty(
+            experts, rows, columns, dtype=torch.bfloat16 if fmt == "bf16" else torch.float16, device=DEV
+        )
+        for e in range(experts):
+            dense[e] = torch.randn(rows, columns, device=DEV, generator=gen) / columns**0.5
+        return BF16(dense)
+    exponent = 127 - round(0.5 * math.log2(columns)) - 2 * (fmt == "mxfp4") - 6 * (fmt != "mxfp4")
+    e8m0 = torch.randint(
+        exponent - 3,
+        exponent + 1,
+        (experts, rows, columns // 32),
+        dtype=torch.uint8,
+        device=DEV,
+        generator=gen,
+    )
+    if fmt == "mxfp4":
+        packed = torch.randint(
+            0, 256, (experts, rows, columns // 2), dtype=torch.uint8, device=DEV, generator=gen
+        )
+        return MXFP4(packed, e8m0)
+    data = torch.randint(0, 255, (experts, rows, columns), dtype=torch.uint8, device=DEV, generator=gen)
+    data = torch.where(data & 127 == 127, 0, data).view(torch.float8_e4m3fn)
+    if fmt == "mxfp8":
+        return MXFP8(data, e8m0)
+    blocks = torch.rand(experts, -(-rows // 128), -(-columns // 128), device=DEV, generator=gen) + 0.5
+    return FP8Block(data, blocks * 2.0 ** (exponent - 128))
+
+
 def make(
     L: int, K: int, H: int, I: int, fmt: str, act: Any = None, bias: bool = False, inf: str | None = None,  # noqa: E741
-    E: int = 0, offset: int = 0, seed: int = 0,
+    E: int = 0, offset: int = 0, seed: int = 0, dtype: torch.dtype = torch.bfloat16, invariant: bool = False,
 ) -> tuple[TritonRunner, Any]:  # fmt: skip
     """(runner, the same experts before they were repacked) on random weights."""
     act = act or SwiGLU()
     gen = torch.Generator(DEV).manual_seed(seed)
     rows = 2 * I if act.gated else I
-    if fmt == "nvfp4":
-        gate_up: Any = random_nvfp4(L, rows, H, 2 if act.gated else 1, gen)
-        down: Any = random_nvfp4(L, H, I, 1, gen)
-    else:
-        gate_up = torch.empty(L, rows, H, dtype=torch.bfloat16, device=DEV)
-        down = torch.empty(L, H, I, dtype=torch.bfloat16, device=DEV)
-        for e in range(L):
-            gate_up[e] = torch.randn(rows, H, device=DEV, generator=gen) / H**0.5
-            down[e] = torch.randn(H, I, device=DEV, generator=gen) / I**0.5
-        gate_up, down = BF16(gate_up), BF16(down)
+    dtype = torch.float16 if fmt == "fp16" else dtype
+    gate_up = random_weights(fmt, L, rows, H, 2 if act.gated else 1, gen)
+    down = random_weights(fmt, L, H, I, 1, gen)
     rest = {
         "gate_up_bias": torch.randn(L, rows, device=DEV, generator=gen) if bias else None,
         "down_bias": torch.randn(L, H, device=DEV, generator=gen) if bias else None,
         "gate_up_input_scale": None,
         "down_input_scale": None,
     }
-    p = MoeProblem(E or L, L, offset, K, H, I, fmt, act, inf, torch.bfloat16, "cuda",
-                   weight_dtype=None if fmt == "nvfp4" else torch.bfloat16)  # fmt: skip
+    p = MoeProblem(E or L, L, offset, K, H, I, gate_up.format, act, inf, dtype, "cuda",
+                   weight_dtype=getattr(gate_up, "data", torch.empty(0)).dtype if fmt in ("bf16", "fp16") else None,
+                   batch_invariant=invariant)  # fmt: skip
     plain = SimpleNamespace(gate_up=gate_up, down=down, **rest)
     g, d = TritonRunner.prepare(p, plain)
     runner = TritonRunner(p, SimpleNamespace(gate_up=g, down=d, **rest))
@@ -103,7 +133,7 @@ def inputs_of(runner: TritonRunner, n: int, seed: int = 0) -> list[torch.Tensor]
     logits = torch.randn(n, p.num_experts, device=DEV, generator=gen)
     weights, ids = logits.softmax(-1).topk(p.top_k, -1)
     weights = weights / weights.sum(-1, keepdim=True)
-    x = torch.randn(n, p.hidden_size, device=DEV, generator=gen).bfloat16()
+    x = torch.randn(n, p.hidden_size, device=DEV, generator=gen).to(p.dtype)
     out = torch.full_like(x, float("nan"))
     return [x, ids.int().contiguous(), weights.float().contiguous(), out]
 
@@ -129,10 +159,10 @@ def truth_of(runner: TritonRunner, plain: Any, inputs: list[torch.Tensor]) -> to
 
 
 def candidates(runner: TritonRunner, n: int) -> list[Tactic]:
-    """The table, wide tiles of every kind, and some tactics with atomic sums."""
+    """The table, and warp-specialized tiles of every kind."""
     valid = table.candidates(runner.problem, n)
-    found = valid + WIDE + [replace(t, combine="atomic") for t in valid[-3:]]
-    return [t for t in dict.fromkeys(found) if table.unfit(runner.problem, t, n) is None]
+    found = [table.fitted(runner.problem, t) for t in valid + WIDE]
+    return [t for t in dict.fromkeys(found) if table.why_not(runner.problem, t, n) is None]
 
 
 def check() -> int:
@@ -166,12 +196,11 @@ def check() -> int:
             if not e < 1e-2:
                 bad += 1
                 print("BAD", runner.problem, len(inputs[0]), tactic, e)
-            if tactic.combine == "reduce":
-                first = inputs[3].clone()
-                runner.forward(inputs, tactic)
-                if not torch.equal(first, inputs[3]):
-                    bad += 1
-                    print("NOT REPEATABLE", runner.problem, len(inputs[0]), tactic)
+            first = inputs[3].clone()
+            runner.forward(inputs, tactic)
+            if not torch.equal(first, inputs[3]):
+                bad += 1
+                print("NOT REPEATABLE", runner.problem, len(inputs[0]), tactic)
     print("worst error", worst)
     bad += check_w4a4()
     print("check:", "FAILED" if bad else "ok", bad)
@@ -193,7 +222,7 @@ def check_w4a4() -> int:
         compile_all(runner, [(inputs, t) for t in tried])
         for tactic in tried:
             e = error(runner, plain, inputs, tactic, truth)
-            print("w4a4", n, dynamic, tactic.path, tactic.route, tactic.combine, f"{e:.2e}")
+            print("w4a4", n, dynamic, tactic.path, tactic.route, f"{e:.2e}")
             bad += not e < 1e-2
     torch.cuda.synchronize()
     print("w4a4:", "FAILED" if bad else "ok", bad)
@@ -207,7 +236,7 @@ def quick() -> int:
         runner, plain = make(8, 2, 272, 176, "nvfp4", bias=True, E=12, offset=2)
         inputs = inputs_of(runner, n)
         inputs[1][0, 0] = 1 << 30
-        kinds = {(t.path, t.route, t.ladder): t for t in table.candidates(runner.problem, n)}
+        kinds = {(t.path, t.route, t.narrow): t for t in table.candidates(runner.problem, n)}
         tried = list(kinds.values())
         compile_all(runner, [(inputs, t) for t in tried])
         for tactic in tried:
@@ -256,7 +285,7 @@ def bytes_of(runner: TritonRunner, inputs: list[torch.Tensor]) -> tuple[int, int
     """Weight bytes of the experts that are hit: (GEMM 1, GEMM 2)."""
     p = runner.problem
     hit = len(torch.unique(inputs[1]))
-    per = 0.5625 if p.weight_format == "nvfp4" else 2.0
+    per = weight_bytes(p)
     return int(hit * p.gate_up_rows * p.hidden_size * per), int(
         hit * p.hidden_size * p.intermediate_size * per
     )
@@ -286,25 +315,29 @@ def compile_all(runner: TritonRunner, jobs: list[tuple[list[torch.Tensor], Tacti
 def space(n: int, per_expert: float) -> list[Tactic]:
     """Variants worth a look at n tokens."""
 
-    def fused(bn: int, tile: tuple[int, int, int, int], **kw: Any) -> Tactic:
-        kw = {"route": "direct" if n <= 4 else "sorted", "combine": "reduce", "group": 8, **kw}
-        return Tactic("fused", tokens=bn, first=tile, second=tile, **kw)
+    def same(bn: int, tile: tuple[int, int, int, int], group: int = 8, **kw: Any) -> Tactic:
+        found = fused.tactic(bn, Tile(*tile), Tile(*tile), "direct" if n <= 4 else "sorted", **kw)
+        return replace(found, raster_group=group)
 
     out = []
     if per_expert <= 5:
         for tile in ((64, 2, 4, 4), (64, 2, 4, 6), (32, 4, 2, 4), (64, 4, 4, 3), (128, 2, 4, 3)):
-            out += [fused(8, tile, split=s) for s in (1, 2, 4)]
-        out += [fused(16, tile) for tile in ((64, 2, 4, 4), (128, 2, 4, 3))]
+            out += [same(8, tile, split_k=s) for s in (1, 2, 4)]
+        out += [same(16, tile) for tile in ((64, 2, 4, 4), (128, 2, 4, 3))]
     elif per_expert <= 24:
         for tile in ((64, 2, 4, 4), (128, 2, 4, 3), (128, 2, 4, 4), (128, 2, 8, 3), (64, 4, 4, 3)):
-            out += [fused(16, tile), fused(32, tile), fused(32, tile, split=2), fused(32, tile, group=16)]
+            out += [same(16, tile), same(32, tile), same(32, tile, split_k=2), same(32, tile, group=16)]
     else:
         for tile in ((256, 1, 8, 4), (256, 2, 8, 3), (256, 1, 16, 4), (256, 2, 16, 3), (128, 1, 8, 4),
                      (128, 2, 8, 3), (128, 1, 4, 4), (128, 2, 4, 3)):  # fmt: skip
             for bn in (64, 128, 256):
                 if not per_expert / 3 <= bn <= per_expert * 3 or bn * tile[0] > 256 * tile[2] * 16:
                     continue
-                out += [fused(bn, tile), fused(bn, tile, ladder=1)] if bn >= per_expert else [fused(bn, tile)]
+                out += (
+                    [same(bn, tile), same(bn, tile, narrow="quarters")]
+                    if bn >= per_expert
+                    else [same(bn, tile)]
+                )
     if per_expert >= 24:
         out += WIDE
     if per_expert >= 200:
@@ -314,9 +347,9 @@ def space(n: int, per_expert: float) -> list[Tactic]:
             ((128, 1, 8, 4), 256),
             ((128, 1, 4, 4), 128),
         ):
-            out += [fused(bn, tile, group=g) for g in (8, 16)]
+            out += [same(bn, tile, group=g) for g in (8, 16)]
         for tile, group in (((256, 1, 8, 4), 8), ((256, 1, 8, 4), 16)):
-            out.append(Tactic("dense", "sorted", "reduce", 128, tile, tile, group=group))
+            out.append(replace(dequantized.tactic(128, Tile(*tile)), raster_group=group))
     return list(dict.fromkeys(out))
 
 
@@ -330,7 +363,7 @@ def stages(model: str, fmt: str, tokens: list[int], rounds: int) -> list[dict[st
         variants = [
             t
             for t in map(partial(table.fitted, runner.problem), space(n, per_expert))
-            if table.unfit(runner.problem, t, n) is None
+            if table.why_not(runner.problem, t, n) is None
         ]
         biggest = max(runner.workspace_bytes(n, t) for t in variants)
         runner.use_workspace(torch.empty(biggest, dtype=torch.uint8, device=DEV))
@@ -355,7 +388,7 @@ def stages(model: str, fmt: str, tokens: list[int], rounds: int) -> list[dict[st
                 keep.append(graph)
                 runs[f"{i}|9|layer"] = graph.replay
                 for j, launch in enumerate(launches):
-                    name = launch.kernel.__name__ + str(launch.meta.get("STAGE", ""))
+                    name = launch.kernel.__name__ + str(getattr(launch.meta.get("HOW"), "stage", ""))
                     graph = clock.graph(launch.run)
                     keep.append(graph)
                     runs[f"{i}|{j}|{name}"] = graph.replay
@@ -395,12 +428,12 @@ def stages(model: str, fmt: str, tokens: list[int], rounds: int) -> list[dict[st
 
 
 def short(t: Tactic) -> str:
-    """A tactic in one word: path, route, combine, widths, tiles, split, group."""
-    width = f"{t.tokens}/{t.tokens2}" if t.tokens2 else str(t.tokens)
-    second = "" if t.first == t.second else f"+{t.second}"
-    flags = ("", "L", "H")[t.ladder] + ("" if t.together else "-")
-    rest = f"s{t.split}g{t.group}" + (f"p{t.persistent}" if t.persistent else "")
-    return f"{t.path[0]}{t.route[0]}{t.combine[0]}{width}{flags}{t.first}{second}{rest}".replace(" ", "")
+    """A tactic in one word: path, route, pairs, how it narrows, tiles, split, group."""
+    width = f"{t.pairs1}/{t.pairs2}" if t.pairs2 else str(t.pairs1)
+    second = "" if t.gemm1 == t.gemm2 else f"+{tuple(t.gemm2)}"
+    flags = {"": "", "quarters": "q", "halves": "h"}[t.narrow] + ("" if t.overlap_steps else "-")
+    rest = f"s{t.split_k}g{t.raster_group}" + (f"k{t.prefetch_kib}" if t.prefetch_kib else "")
+    return f"{t.path[0]}{t.route[0]}{width}{flags}{tuple(t.gemm1)}{second}{rest}".replace(" ", "")
 
 
 def grouped_mm(inputs: list[torch.Tensor], gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
@@ -435,12 +468,12 @@ def layer(
         default = table.default(runner.problem, n)
         per_expert = n * runner.problem.top_k / min(runner.problem.num_experts, n * runner.problem.top_k)
         others = table.candidates(runner.problem, n) + WIDE * (per_expert >= 24) if every else []
-        others = [t for t in others if table.unfit(runner.problem, t, n) is None]
+        others = [t for t in others if table.why_not(runner.problem, t, n) is None]
         chosen = list(dict.fromkeys([default, *others]))
         chosen = [
             t
             for t in chosen
-            if t == default or min(per_expert / 6, 128) <= t.tokens <= max(16, per_expert * 4)
+            if t == default or min(per_expert / 6, 128) <= t.pairs1 <= max(16, per_expert * 4)
         ]
         runner.use_workspace(
             torch.empty(max(runner.workspace_bytes(n, t) for t in chosen), dtype=torch.uint8, device=DEV)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from moestro.errors import (
     BackendError,
+    CheckpointWarning,
     DeviceError,
     DTypeError,
     FormatError,
@@ -24,6 +25,7 @@ from moestro.errors import (
 
 if TYPE_CHECKING:
     from moestro import checkpoints, formats, parallel, routing, tuning
+    from moestro.integrations.transformers.loading import load
     from moestro.kernels.activations import Activation, GeGLUTanh, ReLU2, SwiGLU
     from moestro.moe import reference
     from moestro.moe.checks import debug_checks
@@ -49,6 +51,7 @@ _NAMES = {
     "autotune": "moestro.tuning",
     "debug_checks": "moestro.moe.checks",
     "fused_moe": "moestro.moe.op",
+    "load": "moestro.integrations.transformers.loading",
     "route": "moestro.routing",
 }
 _MODULES = {"reference": "moestro.moe.reference"} | {
@@ -60,6 +63,7 @@ __all__ = [
     "Activation",
     "AutoTuner",
     "BackendError",
+    "CheckpointWarning",
     "DTypeError",
     "DeviceError",
     "ExpertWeights",
@@ -81,6 +85,7 @@ __all__ = [
     "debug_checks",
     "formats",
     "fused_moe",
+    "load",
     "parallel",
     "reference",
     "route",

@@ -13,6 +13,7 @@ MoestroError
 
 StoreWarning        the store could not be read or written; work goes on without it (a UserWarning)
 TuningWarning       a decision is used outside what was measured    (a UserWarning)
+CheckpointWarning   a checkpoint has something odd that was stood in for, or is not used    (a UserWarning)
 
 Every message names the argument, what was expected and what came.
 """
@@ -20,10 +21,12 @@ Every message names the argument, what was expected and what came.
 from __future__ import annotations
 
 import difflib
+import operator
 from collections.abc import Iterable
 
 __all__ = [
     "BackendError",
+    "CheckpointWarning",
     "DTypeError",
     "DeviceError",
     "FormatError",
@@ -35,6 +38,7 @@ __all__ = [
     "StoreWarning",
     "TuningError",
     "TuningWarning",
+    "as_count",
     "unknown_name",
 ]
 
@@ -87,6 +91,10 @@ class TuningWarning(UserWarning):
     """A decision is used outside what was measured."""
 
 
+class CheckpointWarning(UserWarning):
+    """A checkpoint has something odd that was stood in for, or that is not used."""
+
+
 def unknown_name(kind: str, got: object, known: Iterable[str]) -> str:
     """The message for a name that is not known: the nearest names first, then all of them."""
     names = sorted(known)
@@ -97,3 +105,23 @@ def unknown_name(kind: str, got: object, known: Iterable[str]) -> str:
         if hint
         else (f"unknown {kind} {got!r}; known: {', '.join(names)}")
     )
+
+
+def as_count(name: str, value: object, error: type[MoestroError], least: int | None = 1) -> int:
+    """An integer argument as an int: Python's and numpy's integers, no booleans, no floats, at least `least` (None:
+    any).
+
+    Raises `error`, naming the argument, for anything else.
+    """
+    if not isinstance(value, bool):
+        try:
+            count = operator.index(value)  # type: ignore[arg-type]
+        except TypeError:
+            pass
+        else:
+            if count >= least:
+                return count
+    wanted = {0: "an integer of at least 0", 1: "a positive integer"}.get(
+        least, f"an integer of at least {least}"
+    )
+    raise error(f"{name} must be {wanted}, got {value!r}")

@@ -22,7 +22,7 @@ from moestro.bench import checkup, tune
 from moestro.bench.layers import LayerSource
 from moestro.bench.models import MoeShape
 from moestro.kernels import backends
-from moestro.kernels.triton import tactics
+from moestro.kernels.triton import choose
 from moestro.tuning import AutoTuner, Store
 from moestro.tuning.spec.plain_json import to_json
 from moestro.tuning.store import shipped
@@ -163,7 +163,7 @@ def test_a_tuned_layers_bundle_serves_the_other_ranks_of_a_fresh_install(
 @pytest.mark.parametrize("command", ["show", "diff"])
 def test_the_command_line_reads_tactics_whose_classes_it_has_not_loaded(tmp_path: Path, command: str) -> None:
     """In a process of its own: here a test may have loaded the backends."""
-    bundle = bundle_file(tmp_path / "b.json", to_json(tactics.TABLE[0]))
+    bundle = bundle_file(tmp_path / "b.json", to_json(choose.FULL))
     import_bundle(bundle, Store(tmp_path / "store"))
     arguments = ["show", "--store", "store"] if command == "show" else ["diff", "store", "b.json"]
     done = subprocess.run(

@@ -13,13 +13,14 @@ from moestro.bench.recall import Cell, cells_of, prune_at, worst
 from moestro.cli.app import app
 from moestro.errors import TuningError
 from moestro.kernels.problem import MoeProblem
-from moestro.kernels.triton import prune, tactics
-from moestro.kernels.triton.tactics import S, T, Tactic, fused
+from moestro.kernels.triton import Tactic, Tile, choose
+from moestro.kernels.triton.paths import fused
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 RECORDED = [RESULTS / "h100-candidates.json", *sorted(RESULTS.glob("h100-tuning*.json"))]
 PROBLEM = MoeProblem(128, 128, 0, 8, 2048, 768, "nvfp4", device="cuda")
-A, B, C = fused(8, T, T), fused(8, S, S), fused(16, S, S)
+T, S = Tile(32, 4, 2, 4), Tile(64, 2, 4, 4)
+A, B, C = fused.tactic(8, T, T), fused.tactic(8, S, S), fused.tactic(16, S, S)
 
 
 def by_table(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> float:
@@ -50,14 +51,14 @@ def test_pruning_loses_a_cell_whose_best_it_drops_unless_the_default_is_as_fast(
 def test_no_measured_best_is_dropped(path: Path) -> None:
     """The recall of what was measured on an H100: at least 99 %, here all of it, without the default's help."""
     cells = cells_of(path)
-    found = prune_at(cells, prune.FACTOR)
+    found = prune_at(cells, choose.FACTOR)
     assert len(cells) >= 20
     assert found.strict >= 0.99, [(n, c.tokens, c.problem) for n, c in worst(cells)[:3]]
 
 
 def test_what_is_raced_holds_something_as_fast_as_the_best_of_all_tactics() -> None:
     """Tunings of eight models on an H200 without pruning: the default, which is always raced, counts."""
-    found = prune_at(cells_of(RESULTS / "h200-tuning.json"), prune.FACTOR)
+    found = prune_at(cells_of(RESULTS / "h200-tuning.json"), choose.FACTOR)
     assert found.cells >= 100
     assert found.recall >= 0.99
     assert found.strict >= 0.98
@@ -65,7 +66,7 @@ def test_what_is_raced_holds_something_as_fast_as_the_best_of_all_tactics() -> N
 
 def test_a_useless_estimate_would_be_noticed() -> None:
     cells = cells_of(RECORDED[0])
-    reversed_ = prune_at(cells, prune.FACTOR, lambda p, t, n: 1 / tactics.cost(p, t, n))
+    reversed_ = prune_at(cells, choose.FACTOR, lambda p, t, n: 1 / choose.cost(p, t, n))
     assert reversed_.strict < 0.9
 
 
@@ -74,19 +75,19 @@ def test_a_useless_estimate_would_be_noticed() -> None:
 def test_what_is_worth_measuring_is_in_order_and_within_the_factor(format: str, num_tokens: int) -> None:
     dense = torch.bfloat16 if format == "bf16" else None
     p = MoeProblem(128, 128, 0, 8, 2048, 768, format, device="cuda", weight_dtype=dense)
-    found = prune.worth_measuring(p, num_tokens)
-    every = tactics.candidates(p, num_tokens)
-    costs = [tactics.cost(p, tactic, num_tokens) for tactic in found]
+    found = choose.worth_measuring(p, num_tokens)
+    every = choose.candidates(p, num_tokens)
+    costs = [choose.cost(p, tactic, num_tokens) for tactic in found]
     assert set(found) <= set(every)
     assert costs == sorted(costs)
-    assert costs[-1] <= prune.FACTOR * costs[0]
-    assert len(found) == sum(tactics.cost(p, t, num_tokens) <= prune.FACTOR * costs[0] for t in every)
+    assert costs[-1] <= choose.FACTOR * costs[0]
+    assert len(found) == sum(choose.cost(p, t, num_tokens) <= choose.FACTOR * costs[0] for t in every)
 
 
 def test_the_command_shows_recall_by_factor(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["bench", "recall", str(RECORDED[0])], env={"COLUMNS": "120"})
     assert done.exit_code == 0, done.output
-    assert f"{prune.FACTOR:.2f} ← used" in done.output
+    assert f"{choose.FACTOR:.2f} ← used" in done.output
     empty = tmp_path / "empty.json"
     empty.write_text(json.dumps({"models": {}, "rows": []}))
     assert CliRunner().invoke(app, ["bench", "recall", str(empty)]).exit_code == 1

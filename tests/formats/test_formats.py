@@ -48,9 +48,13 @@ def test_every_format_keeps_the_protocol(cls: Any) -> None:
     assert formats.get(q.format) is cls
     back = q.dequantize()
     assert back.dtype == torch.float32
-    assert (back - dense).norm() <= {"bf16": 0, "nvfp4": 0.11, "mxfp4": 0.13, "fp8_block": 0.04}[
-        cls.format
-    ] * dense.norm()
+    assert (back - dense).norm() <= {
+        "bf16": 0,
+        "nvfp4": 0.11,
+        "mxfp4": 0.13,
+        "mxfp8": 0.04,
+        "fp8_block": 0.04,
+    }[cls.format] * dense.norm()
     with pytest.raises(AttributeError):
         q.packed = None
 

@@ -9,8 +9,7 @@ import torch
 import wide_tiles
 
 from moestro import ExpertWeights, FusedMoE, reference
-from moestro.kernels.triton import gluon_plan, tactics
-from moestro.kernels.triton.tactics import Tactic
+from moestro.kernels.triton import Tactic, chip, choose
 
 pytestmark = [
     pytest.mark.gpu,
@@ -35,10 +34,10 @@ def call(num_tokens: int, seed: int) -> list[torch.Tensor]:
     return [t.cuda() for t in (x, ids, torch.rand(num_tokens, K, generator=g))]
 
 
-def chains(num_tokens: int) -> list[tactics.Tactic]:
+def chains(num_tokens: int) -> list[Tactic]:
     moe = layer(1)[1]
     problem = moe.runners[0].problem
-    return [t for t in tactics.candidates(problem, num_tokens) if t.path == "chain"]
+    return [t for t in choose.candidates(problem, num_tokens) if t.path == "chain"]
 
 
 def test_several_numbers_of_tokens_are_captured_from_one_layer_and_replayed_in_turn() -> None:
@@ -83,7 +82,7 @@ def test_chained_products_repeat_bit_for_bit(num_tokens: int) -> None:
             assert torch.equal(first, out)
 
 
-@pytest.mark.skipif(not gluon_plan.runs_here(), reason="needs wgmma")
+@pytest.mark.skipif(not chip.has_wgmma(), reason="needs wgmma")
 @pytest.mark.parametrize("tactic", wide_tiles.TILES, ids=wide_tiles.name)
 @pytest.mark.parametrize("sizes", [(256, 192), (272, 176), (640, 1040)], ids=str)
 def test_wide_products_equal_the_reference_and_repeat(tactic: Tactic, sizes: tuple[int, int]) -> None:
@@ -110,3 +109,61 @@ def test_wide_products_equal_the_reference_and_repeat(tactic: Tactic, sizes: tup
             results.append(out)
         assert float((results[0].float() - expected).norm() / expected.norm()) < 1e-2
         assert torch.equal(*results)
+
+
+FORMATS = ("nvfp4", "mxfp4", "fp8_block", "bf16")
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_row_has_the_same_bits_whatever_its_batch(fmt: str) -> None:
+    """Other numbers of tokens, orders and neighbours, by every tactic of a batch-invariant layer."""
+    g = torch.Generator().manual_seed(7)
+    gate_up, down = torch.randn(E, 2 * I, H, generator=g) * 0.1, torch.randn(E, H, I, generator=g) * 0.1
+    weights = ExpertWeights.from_dense(gate_up.cuda(), down.cuda(), fmt)
+    runner = FusedMoE(weights, K, backend="triton", batch_invariant=True).runners[0]
+    whole = call(300, 5)
+    expected = torch.empty_like(whole[0])
+    runner.forward([*whole, expected], -1)
+    for n in (1, 3, 17, 64, 255, 300):
+        at = torch.randperm(300, generator=g)[:n].cuda()
+        inputs = [t[at].contiguous() for t in whole]
+        for tactic in (-1, *choose.candidates(runner.problem, n)):
+            out = torch.full_like(inputs[0], torch.nan)
+            runner.forward([*inputs, out], tactic)
+            assert torch.equal(out, expected[at]), (n, tactic)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_every_format_matches_the_reference(fmt: str, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(3)
+    gate_up, down = torch.randn(E, 2 * I, H, generator=g) * 0.1, torch.randn(E, H, I, generator=g) * 0.1
+    weights = ExpertWeights.from_dense(gate_up.to(dtype).cuda(), down.to(dtype).cuda(), fmt)
+    runner = FusedMoE(weights, K, backend="triton", dtype=dtype).runners[0]
+    for n in (1, 9, 130, 700):
+        x, ids, routing = call(n, n)
+        inputs = [x.to(dtype), ids, routing]
+        expected = reference.fused_moe(*inputs, weights)
+        for tactic in choose.candidates(runner.problem, n):
+            out = torch.full_like(inputs[0], torch.nan)
+            runner.forward([*inputs, out], tactic)
+            assert float((out.float() - expected).norm() / expected.norm()) < 1e-2, (n, tactic)
+
+
+def test_chains_of_two_streams_do_not_share_their_counters() -> None:
+    weights, moe, inputs = layer(33)
+    runner, streams = moe.runners[0], [torch.cuda.Stream() for _ in range(2)]
+    tactic = chains(33)[0]
+    expected = reference.fused_moe(*inputs, weights)
+    outs = [torch.empty_like(inputs[0]) for _ in streams]
+    spaces = [
+        torch.empty(runner.workspace_bytes(33, tactic), dtype=torch.uint8, device="cuda") for _ in streams
+    ]
+    torch.cuda.synchronize()
+    for _ in range(100):
+        for stream, out, space in zip(streams, outs, spaces, strict=True):
+            with torch.cuda.stream(stream):
+                runner.forward([*inputs, out], tactic, workspace=space)
+    torch.cuda.synchronize()
+    for out in outs:
+        assert float((out.float() - expected).norm() / expected.norm()) < 1e-2

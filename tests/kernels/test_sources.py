@@ -19,11 +19,11 @@ def sources(runner: type[MoeRunner]) -> set[str]:
 
 
 def test_a_backends_sources_are_its_device_code() -> None:
-    assert {"run.py", "stages.py"} == sources(PortableRunner)
+    assert sources(PortableRunner) == set()  # PyTorch's, whose version is in the environment
     assert {"moe.cpp", "kernels.h"} <= sources(CpuRunner)
     assert "runner.py" not in sources(CpuRunner)
     assert {"common.py", "fused.py", "warp_specialized.py"} <= sources(TritonRunner)
-    assert not {"runner.py", "tactics.py", "plan.py"} & sources(TritonRunner)
+    assert not {"runner.py", "choose.py", "call.py"} & sources(TritonRunner)
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def edit(path: Path, old: str, new: str) -> None:
 
 def test_host_code_comments_and_imports_leave_the_digest_as_it_is(kernels: Path) -> None:
     before = source_digest([TritonRunner])
-    edit(kernels / "tactics.py", "TABLE", "ROWS")
+    edit(kernels / "choose.py", "FACTOR", "LIMIT")
     edit(kernels / "device" / "chain.py", '"""Both products', '"""The two products')
     edit(
         kernels / "device" / "chain.py",

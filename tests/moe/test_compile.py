@@ -10,7 +10,7 @@ from moe_cases import E, H, K, error, make_call, make_weights
 
 from moestro import FusedMoE, SwiGLU, errors, fused_moe
 from moestro.formats import NVFP4
-from moestro.moe import op
+from moestro.moe import torch_op as op
 
 COMPILE: dict[str, Any] = {
     "fullgraph": True,
@@ -128,7 +128,9 @@ def test_an_operator_works_on_weights_whose_owner_is_gone() -> None:
 def test_the_operators_pass_torchs_own_checks(quantised: bool) -> None:
     w, (x, ids, weights) = make_weights("bf16"), make_call(5)
     data, scales = op.split_x(NVFP4.quantize_rows(x) if quantised else x)
-    options = op.options_text(("silu", "nvfp4" if quantised else None, 0, False, "portable", "loop", None))
+    options = op.options_text(
+        ("silu", "nvfp4" if quantised else None, 0, False, False, "portable", "loop", None)
+    )
     args = (data, scales, ids, weights, w.tensors, w.spec, options)
     # torch's schema check multiplies the inputs, which float8 scales do not allow
     tests = ("test_faketensor",) if quantised else ("test_schema", "test_faketensor")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -76,3 +77,33 @@ def test_what_does_not_fit_is_an_error() -> None:
         moestro.ExpertWeights.from_dense(gate_up, down, "fp8_block", backend="cpu")
     with pytest.raises(TypeError, match="bias"):
         moestro.ExpertWeights.from_experts([], "cpu", bias=down)
+
+
+@pytest.mark.parametrize("format", ["nvfp4", "bf16"])
+@pytest.mark.parametrize("backend", ["auto", "portable"])
+@pytest.mark.parametrize("graph", [False, True])
+def test_a_model_that_holds_layers_can_be_saved_and_pickled(format: str, backend: str, graph: bool) -> None:
+    """torch.save, multiprocessing, Ray: with the layer's bound calls, scratch memory and tuner left behind."""
+    w = moestro.ExpertWeights.from_dense(*dense(), format=format)
+    model = torch.nn.Sequential(moestro.FusedMoE(w, K, 16, graph, backend=backend, deterministic=True)).eval()
+    model[0].name_of_mine = "kept"
+    y = model[0](*call()).clone()
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for back in (torch.load(file, weights_only=False), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(back[0](*call()), y)
+        assert (back[0].options, back[0].top_k, back[0].training) == (model[0].options, K, False)
+        assert back[0].name_of_mine == "kept"
+        assert back[0].weights.layout == model[0].weights.layout
+    assert torch.equal(model[0](*call()), y)
+
+
+def test_a_copy_has_its_layers_hooks_and_tuner() -> None:
+    layer = moestro.FusedMoE(moestro.ExpertWeights.from_dense(*dense()), K, 16, tuner=moestro.AutoTuner())
+    seen: list[int] = []
+    layer.register_forward_hook(lambda *_: seen.append(1))
+    twin = copy.deepcopy(layer)
+    assert twin.tuner is layer.tuner
+    twin(*call())
+    assert seen == [1]

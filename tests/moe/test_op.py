@@ -139,15 +139,6 @@ def test_calls_from_several_threads_do_not_disturb_each_other() -> None:
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
-def test_there_is_no_derivative_and_backward_says_so() -> None:
-    x, ids, weights = make_call(3)
-    y = fused_moe(x.requires_grad_(), ids, weights, make_weights())
-    with pytest.raises(RuntimeError, match=r"moestro.*fused_moe"):
-        y.sum().backward()
-    with torch.no_grad():
-        assert not fused_moe(x, ids, weights, make_weights()).requires_grad
-
-
 class TestDebugChecks:
     """Values of ids are looked at only here."""
 

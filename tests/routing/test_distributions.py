@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 import moestro.errors as errors
 from moestro.routing import (
     Balanced,
+    Correlated,
     Dirichlet,
     Distribution,
     Recorded,
@@ -26,7 +28,8 @@ from moestro.routing import (
 )
 
 SKEWED = [Zipf(0.0), Zipf(1.2), Zipf(30.0), Dirichlet(0.51), Dirichlet(0.9), Dirichlet(1.0)]
-ALL = [Balanced(), Uniform(), *SKEWED]
+CORRELATED = [Correlated(0.0), Correlated(0.7), Correlated(1.0)]
+ALL = [Balanced(), Uniform(), *SKEWED, *CORRELATED]
 
 
 def loads(ids: torch.Tensor, num_experts: int) -> torch.Tensor:
@@ -67,6 +70,22 @@ def test_uniform_loads_are_those_of_independent_draws() -> None:
     assert abs(chi2 - (num_experts - 1)) < 5 * (2 * num_experts) ** 0.5
 
 
+@pytest.mark.parametrize("overlap", [0.0, 0.3, 0.8, 1.0])
+def test_a_token_shares_this_part_of_its_experts_with_the_one_before(overlap: float) -> None:
+    """Beside what chance alone gives: of those drawn anew, K/E or a little less are shared as well."""
+    num_tokens, num_experts, top_k = 4000, 256, 8
+    rows = Correlated(overlap).sample(num_tokens, num_experts, top_k).tolist()
+    shared = [len({*a} & {*b}) / top_k for a, b in itertools.pairwise(rows)]
+    assert sum(shared) / len(shared) == pytest.approx(
+        overlap + (1 - overlap) * top_k / num_experts, abs=0.015
+    )
+
+
+def test_all_experts_are_equally_likely_under_correlated_routing() -> None:
+    load = loads(torch.cat([Correlated(0.5).sample(64, 16, 4, seed=s) for s in range(200)]), 16)
+    assert load.min() > 0.9 * load.float().mean()
+
+
 def test_first_draws_follow_the_popularities_and_the_hot_expert_is_the_seeds() -> None:
     num_tokens, num_experts = 50_000, 16
     shares = (
@@ -105,7 +124,7 @@ def test_a_tiny_concentration_does_not_underflow() -> None:
     assert loads(ids, 8).max() == 100
 
 
-@pytest.mark.parametrize("distribution", [Uniform(), Zipf(1.0), Dirichlet(0.5)])
+@pytest.mark.parametrize("distribution", [Uniform(), Zipf(1.0), Dirichlet(0.5), Correlated(0.5)])
 def test_a_smaller_sample_is_the_start_of_a_larger_one(
     distribution: Distribution, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,6 +241,8 @@ def test_names_are_read_back(distribution: Distribution) -> None:
         ("zipf", Zipf(1.0)),
         ("zipf:1.2", Zipf(1.2)),
         ("dirichlet:0.25", Dirichlet(0.25)),
+        ("correlated:0.75", Correlated(0.75)),
+        ("correlated", Correlated(0.5)),
         ("recorded:/a b/c:d.npy", Recorded("/a b/c:d.npy")),
     ],
 )
@@ -240,6 +261,7 @@ def test_words_of_the_command_line(text: str, expected: Distribution) -> None:
         ("zipf:nan", "finite"),
         ("dirichlet:0", r"in \(0, 1\], got 0"),
         ("dirichlet:1.5", r"in \(0, 1\], got 1.5"),
+        ("correlated:1.5", r"overlap of Correlated must be in \[0, 1\], got 1.5"),
         ("balanced:3", "balanced takes no argument, got '3'"),
         ("recorded", "recorded needs its file"),
     ],

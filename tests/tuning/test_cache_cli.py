@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import typer
-from tuning_fakes import Kernel, config, inputs, quiet_clock, tuner
+from tuning_fakes import WRONG, Kernel, config, inputs, quiet_clock, tuner
 from typer.testing import CliRunner
 
 from moestro.cli.cache import app as cache_app
@@ -24,7 +24,7 @@ app = typer.Typer()
 app.add_typer(cache_app, name="cache")
 app.command("explain")(explain)
 
-FAST = {-1: 1e-3, "a": 5e-4, "b": ValueError("bad")}
+FAST = {-1: 1e-3, "a": 5e-4, "b": WRONG}
 
 
 def tune(store: Path, size: int = 64, times: Any = None, op: str = "moe") -> Kernel:
@@ -50,7 +50,7 @@ def unwrapped(text: str) -> str:
 
 def winner(store: Path, size: int = 64, op: str = "moe") -> Any:
     clock = quiet_clock()
-    return tuner(clock, store).choose_one(op, [Kernel(clock, FAST)], config(), inputs(size))[1]
+    return tuner(clock, store).choose_one(op, [Kernel(clock, {**FAST, "c": 4e-4})], config(), inputs(size))[1]
 
 
 def test_list_counts_decisions_quarantine_and_misses(store: Path) -> None:
@@ -120,7 +120,7 @@ def test_diff_shows_what_each_side_chose(store: Path, tmp_path: Path) -> None:
     tune(other, times={-1: 1e-3, "a": 5e-4, "c": 4e-4}, size=32)
     text = run("cache", "diff", store, other)
     assert "7 differ, 0 agree" in text
-    assert re.search(r"moe\s+32\s+Kernel a\s+0\.5\d*\s+Kernel c\s+0\.4", text)
+    assert re.search(r"moe\s+32\s+Kernel a\s+0\.(5|49)\d*\s+Kernel c\s+0\.(4|39)", text)
     assert re.search(r"moe\s+64\s+Kernel a\s+0\.5\d*\s+-", text)
 
 

@@ -169,7 +169,6 @@ def test_the_module_function_drives_the_process_default(
         {"tuning_buckets": (1.5,)},
         {"budget_s": -1},
         {"budget_s": True},
-        {"skip_ops": "op"},
     ],
 )
 def test_settings_that_make_no_sense_are_errors(options: Any) -> None:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tuning_fakes import Kernel, config, inputs, quiet_clock, tuner
+from tuning_fakes import WRONG, Kernel, config, inputs, quiet_clock, tuner
 
 from moestro.errors import TuningWarning
 from moestro.tuning import Probe
@@ -15,7 +15,8 @@ TIMES: dict[Any, Any] = {
     -1: 3e-4,
     ("swap", 64): lambda n: 1e-4 if n <= 2900 else 3e-4,
     ("swap", 128): 2e-4,
-    3: ValueError("no such [tile]"),
+    3: WRONG,
+    4: ValueError("no such [tile]"),
 }
 
 
@@ -91,7 +92,7 @@ def test_a_kept_default_says_by_how_much_the_best_other_missed() -> None:
 
 def test_a_decision_without_a_race_says_so() -> None:
     clock = quiet_clock()
-    runner, cfg, t = Kernel(clock, {-1: 1e-3, 0: ValueError("no")}), config((64,)), tuner(clock)
+    runner, cfg, t = Kernel(clock, {-1: 1e-3, 0: WRONG}), config((64,)), tuner(clock)
     with t.autotune(True):
         t.choose_one("op", [runner], cfg, inputs(64))
     text = t.explain("op", [runner], cfg, inputs(64))

@@ -6,8 +6,10 @@ import enum
 import json
 import subprocess
 import sys
+import warnings
 from collections import namedtuple
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
@@ -16,10 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tuning_fakes import Fake, Kernel, config, inputs, quiet_clock, tuner
 
-from moestro.errors import TuningError
+from moestro.errors import TuningError, TuningWarning
 from moestro.tuning.spec.keys import static_key
-from moestro.tuning.spec.plain_json import digest, to_json
-from moestro.tuning.spec.runner import runner_identity, tactic_from_json, tactic_key
+from moestro.tuning.spec.plain_json import OMIT_DEFAULT, digest, from_json, to_json
+from moestro.tuning.spec.runner import runner_identity, stored_tactic, tactic_from_json, tactic_key
 
 
 class Mode(enum.Enum):
@@ -142,11 +144,74 @@ def test_identity_is_class_and_public_configuration() -> None:
     assert identity == runner_identity(Kernel(quiet_clock(), {-1: 2.0}, **public))
 
 
-@pytest.mark.parametrize("value", [object(), lambda x: x, torch.zeros(2), {"deep": [object()]}])
-def test_an_attribute_that_cannot_be_serialised_is_an_error_naming_it(value: Any) -> None:
-    with pytest.raises(TuningError, match="'workspace' of runner"):
-        key([Kernel(quiet_clock(), {}, workspace=value)])
+@pytest.mark.parametrize(
+    "value", [object(), lambda x: x, torch.zeros(2), torch.nn.Linear(1, 1), {"deep": [len, object()]}]
+)
+def test_an_attribute_without_a_value_counts_by_its_class_with_one_warning(value: Any) -> None:
+    class Holder(Kernel):
+        pass
 
+    Holder.__qualname__ = f"Holder of {type(value).__name__} {id(value)}"
+    runner = Holder(quiet_clock(), {}, workspace=value)
+    with pytest.warns(TuningWarning, match="'workspace' of runner") as caught:
+        first, second = key([runner]), key([runner])
+    assert first == second
+    assert len(caught) == 1
+    assert key([Holder(quiet_clock(), {}, workspace=type("Other", (), {})())]) != first
+
+
+def test_the_same_object_is_one_identity_in_this_process_and_another_one_is_not() -> None:
+    clock, t, cfg = quiet_clock(), tuner(quiet_clock()), config((64,))
+    handles = [type("Handle", (), {})() for _ in range(2)]
+    runners = [Kernel(clock, {-1: 1e-3, 0: 5e-4}, handle=handle) for handle in (*handles, handles[0])]
+    t = tuner(clock)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TuningWarning)
+        with t.autotune(True):
+            t.choose_one("op", [runners[0]], cfg, inputs(64))
+        found = [t.choose_one("op", [runner], cfg, inputs(64))[1] for runner in runners]
+    assert found == [0, -1, 0]
+
+
+def test_an_object_without_a_value_is_found_by_its_class_in_another_process(store: Path) -> None:
+    clock, cfg = quiet_clock(), config((64,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TuningWarning)
+        t = tuner(clock, store)
+        with t.autotune(True):
+            t.choose_one("op", [Kernel(clock, {-1: 1e-3, 0: 5e-4}, handle=object())], cfg, inputs(64))
+        fresh = tuner(clock, store)  # what a new process has
+        runner = Kernel(clock, {-1: 1e-3, 0: 5e-4}, handle=object())
+        assert fresh.choose_one("op", [runner], cfg, inputs(64)) == (runner, 0)
+
+
+def test_unique_id_of_tensorrt_llm_is_the_configuration() -> None:
+    class Moe(Kernel):
+        def unique_id(self) -> Any:
+            return (torch.bfloat16, 8)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        one = key([Moe(quiet_clock(), {}, handle=object())])
+        assert one == key([Moe(quiet_clock(), {}, handle=object(), more=3)])
+
+
+def test_equal_dictionaries_are_one_key_whatever_their_order() -> None:
+    clock = quiet_clock()
+    one, other = ({"a": 1, "b": {"x": 1, "y": 2}}, {"b": {"y": 2, "x": 1}, "a": 1})
+    assert key([Kernel(clock, {}, opts=one)]) == key([Kernel(clock, {}, opts=other)])
+    assert key([Kernel(clock, {}, opts=one)]) != key([Kernel(clock, {}, opts={**one, "a": 2})])
+
+
+def local_class() -> Any:
+    @dataclass(frozen=True)
+    class Local:
+        m: int
+
+    return Local
+
+
+Local = local_class()
 
 tactics = st.recursive(
     st.integers()
@@ -157,13 +222,23 @@ tactics = st.recursive(
     lambda inner: st.lists(inner, max_size=3).map(tuple) | st.tuples(inner, inner).map(lambda p: Stages(*p)),
     max_leaves=8,
 )
+given_tactics = st.recursive(
+    tactics
+    | st.binary(max_size=4)
+    | st.just(torch.bfloat16)
+    | st.just(PurePosixPath("a/b"))
+    | st.floats(allow_nan=False),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
 
 
-@given(tactics)
-def test_a_tactic_comes_back_from_json_as_it_was(tactic: Any) -> None:
-    back = tactic_from_json(tactic_key(tactic, None))
+@given(given_tactics)
+def test_a_tactic_comes_back_from_json_as_it_was_given(tactic: Any) -> None:
+    tactic_key(tactic, None)
+    back = tactic_from_json(json.loads(json.dumps(to_json(stored_tactic(tactic)))))
     assert back == tactic
-    assert type(back) is type(tactic)
+    assert type(back) is type(tactic) or isinstance(tactic, PurePosixPath)
 
 
 @given(tactics, tactics)
@@ -177,7 +252,24 @@ def test_a_list_counts_as_a_tuple() -> None:
     assert tactic_from_json(tactic_key([128, [1, 2]], None)) == (128, (1, 2))
 
 
-@pytest.mark.parametrize("tactic", [{"a": 1}, {1, 2}, object(), (1, object()), lambda: 0, torch.zeros(1)])
+def test_a_sequence_of_another_library_is_stored_as_a_tuple() -> None:
+    class Array:
+        def __init__(self, *values: Any) -> None:
+            self.values = values
+
+        def __iter__(self) -> Any:
+            return iter(self.values)
+
+        def __len__(self) -> int:
+            return len(self.values)
+
+    assert stored_tactic((Array(1, 2), 3)) == ((1, 2), 3)
+    assert tactic_key((Array(1, 2), 3), None) == tactic_key(([1, 2], 3), None)
+
+
+@pytest.mark.parametrize(
+    "tactic", [{1, 2}, {"a": object()}, print, Local(1), object(), (1, object()), lambda: 0, torch.zeros(1)]
+)
 def test_a_tactic_that_cannot_be_stored_is_an_error_naming_the_runner(tactic: Any) -> None:
     with pytest.raises(TuningError, match="tactic of runner Kernel"):
         tactic_key(tactic, Kernel(quiet_clock(), {}))
@@ -191,3 +283,23 @@ def test_keys_are_the_same_in_another_process() -> None:
     value = {"a": (1, 2.5, "x"), "b": {3, 1, 2}, "c": torch.bfloat16, "d": print}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == digest(to_json(value))
+
+
+@dataclass(frozen=True)
+class Problem:
+    rows: int
+    added: bool = field(default=False, metadata=OMIT_DEFAULT)
+    sizes: tuple[int, ...] = field(default_factory=tuple, metadata={"omit_default": True})
+
+
+def test_a_field_added_with_omit_default_leaves_older_keys_as_they_were() -> None:
+    before = {"object": to_json(Problem(3))["object"], "fields": {"rows": 3}}
+    assert to_json(Problem(3)) == before
+    assert to_json(Problem(3, added=True))["fields"] == {"rows": 3, "added": True}
+    assert to_json(Problem(3, added=0))["fields"] == {"rows": 3, "added": 0}  # type: ignore[arg-type]  # equal, but another value
+    assert to_json(Problem(3, sizes=(1,)))["fields"] == {"rows": 3, "sizes": [1]}
+
+
+def test_a_field_left_out_reads_as_its_default() -> None:
+    for value in (Problem(3), Problem(3, True), Problem(3, False, (2,))):
+        assert from_json(to_json(value)) == value

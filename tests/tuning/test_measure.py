@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tuning_fakes import Fake, Kernel, config, inputs, quiet_clock, tuner
+from tuning_fakes import WRONG, Fake, Kernel, config, inputs, quiet_clock, tuner
 
 from moestro.errors import TuningError, TuningWarning
 from moestro.tuning import ConstraintSpec, DynamicTensorSpec, Probe, TunableRunner, TuningConfig
@@ -48,10 +48,6 @@ def nan(y: torch.Tensor) -> torch.Tensor:
     return y
 
 
-def raising(y: torch.Tensor) -> torch.Tensor:
-    raise ValueError("no such tile")
-
-
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -61,7 +57,6 @@ def raising(y: torch.Tensor) -> torch.Tensor:
         (lambda y: y.double(), "float64"),
         (lambda y: (y, y), "2 outputs"),
         (lambda y: None, "differs"),
-        (raising, "no such tile"),
     ],
 )
 def test_a_candidate_that_is_wrong_is_quarantined_with_its_reason(change: Any, reason: str) -> None:
@@ -123,7 +118,7 @@ def test_what_is_tuned_with_leaves_the_callers_tensors_alone() -> None:
 
 def test_quarantine_is_remembered_on_disk_and_never_tried_again(store: Path) -> None:
     clock = quiet_clock()
-    runner = Kernel(clock, {**FAST, 2: ValueError("illegal tile")})
+    runner = Kernel(clock, {**FAST, 2: WRONG})
     cfg = config()
     t = tuner(clock, store)
     with t.autotune(True):
@@ -136,9 +131,25 @@ def test_quarantine_is_remembered_on_disk_and_never_tried_again(store: Path) -> 
     assert sum(tactic == 2 for _, tactic in runner._runs) == 1
 
 
+def test_a_tactic_that_raises_is_out_at_that_size_and_tried_at_others(store: Path) -> None:
+    clock = quiet_clock()
+    runner = Kernel(clock, {**FAST, 1: lambda n: ValueError("no such tile") if n > 64 else 2e-4})
+    cfg, t = config((64, 128), lambda x: 64 if x <= 64 else 128), tuner(clock, store)
+    with t.autotune(True, crossover=False):
+        assert t.choose_one("op", [runner], cfg, inputs(128)) == (runner, 0)
+    assert t.choose_one("op", [runner], cfg, inputs(64)) == (runner, 1)
+    assert runner._runs.count((128, 1)) == 1
+    decision = t.decision("op", [runner], cfg, inputs(128))
+    assert decision is not None
+    found = decision.evidence.of(decision.record.runner, 1)
+    assert found is not None
+    assert (found.fate, found.reason) == ("failed", "ValueError: no such tile")
+    assert not list(store.rglob("quarantine-*"))
+
+
 def test_if_every_other_candidate_fails_the_default_serves_and_that_is_remembered() -> None:
     clock = quiet_clock()
-    runner = Kernel(clock, {-1: 1e-3, 0: ValueError("a"), 1: ValueError("b")})
+    runner = Kernel(clock, {-1: 1e-3, 0: ValueError("a"), 1: WRONG})
     cfg, t = config((64,)), tuner(clock)
     with t.autotune(True):
         assert t.choose_one("op", [runner], cfg, inputs(64)) == (runner, -1)
@@ -150,14 +161,16 @@ def test_if_every_other_candidate_fails_the_default_serves_and_that_is_remembere
     assert len(runner._runs) == runs
 
 
-def test_if_all_fail_nobody_tries_again() -> None:
+def test_if_all_fail_they_are_tried_in_two_tunings_and_no_more() -> None:
     clock = quiet_clock()
     runner = Kernel(clock, {-1: ValueError("d"), 0: ValueError("a")})
     cfg, t = config((64,)), tuner(clock)
-    with t.autotune(True):
-        assert t.choose_one("op", [runner], cfg, inputs(64)) == (runner, -1)
-        t.choose_one("op", [runner], cfg, inputs(64))
-    assert len(runner._runs) == 2
+    runs = []
+    for _ in range(4):
+        with t.autotune(True):
+            assert t.choose_one("op", [runner], cfg, inputs(64)) == (runner, -1)
+        runs.append(len(runner._runs))
+    assert runs[0] < runs[1] == runs[2] == runs[3]
     assert t.choose_one("op", [runner], cfg, inputs(64)) == (runner, -1)
 
 

@@ -68,7 +68,7 @@ def test_every_kind_of_tactic_comes_back(store: Path, tactic: Any) -> None:
     assert type(fresh(store, times=times)) is type(tactic)
 
 
-def test_a_list_tactic_comes_back_as_a_tuple(store: Path) -> None:
+def test_a_list_tactic_is_served_as_a_list(store: Path) -> None:
     class Lists(Kernel):
         def get_valid_tactics(self, inputs: Any, profile: Any) -> Any:
             return [[128, 0]]
@@ -79,8 +79,8 @@ def test_a_list_tactic_comes_back_as_a_tuple(store: Path) -> None:
     clock = quiet_clock()
     t = tuner(clock, store)
     with t.autotune(True):
-        assert t.choose_one("op", [Lists(clock, {})], config((8,)), inputs(8))[1] == (128, 0)
-    assert tuner(clock, store).choose_one("op", [Lists(clock, {})], config((8,)), inputs(8))[1] == (128, 0)
+        assert t.choose_one("op", [Lists(clock, {})], config((8,)), inputs(8))[1] == [128, 0]
+    assert tuner(clock, store).choose_one("op", [Lists(clock, {})], config((8,)), inputs(8))[1] == [128, 0]
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_a_decision_of_another_environment_is_not_used_but_tried_first(
 ) -> None:
     many = {-1: 1e-3, **dict.fromkeys(range(6), 0.0006), 7: 4e-4}
     tune(store, times=many, cfg=config((64,)))
-    monkeypatch.setattr("moestro.tuning.store.environment._version", lambda package: "99.0")
+    monkeypatch.setattr("moestro.machine.version", lambda package: "99.0")
     assert fresh(store, times=many, cfg=config((64,))) == -1
     runner = tune(store, times=many, cfg=config((64,)))
     order = list(dict.fromkeys(tactic for _, tactic in runner._runs))

@@ -92,12 +92,12 @@ def test_a_gemm_with_none_scale_workspace_constraint_and_list_tactics(store: Pat
     with t.autotune(True):
         chosen, tactic = t.choose_one("gemm", [runner], cfg, gemm_inputs(512))
     assert chosen is runner
-    assert tactic == (128, (1, 1))
+    assert tactic == [128, (1, 1)]
     out = runner(inputs=gemm_inputs(100), tactic=tactic)
     assert out.shape == (100, 8)
     fresh = tuner(CLOCK, store)
-    assert fresh.choose_one("gemm", [runner_again], cfg, gemm_inputs(300)) == (runner_again, (128, (1, 1)))
-    assert fresh.choose_one("gemm", [runner_again], cfg, gemm_inputs(40)) == (runner_again, (64, (1, 1)))
+    assert fresh.choose_one("gemm", [runner_again], cfg, gemm_inputs(300)) == (runner_again, [128, (1, 1)])
+    assert fresh.choose_one("gemm", [runner_again], cfg, gemm_inputs(40)) == (runner_again, [64, (1, 1)])
     assert fresh.choose_one("gemm", [runner_again], cfg, gemm_inputs(30)) == (runner_again, -1), (
         "64 starts at 32"
     )
@@ -203,10 +203,10 @@ def test_winners_of_a_flashinfer_file_are_tried_first(store: Path, tmp_path: Pat
     Watching.__qualname__ = "GemmRunner"
     t = tuner(CLOCK, store)
     with t.autotune(True, tuning_buckets=(512,)):
-        assert t.choose_one("gemm", [Watching(torch.float32)], gemm_config(), gemm_inputs(512))[1] == (
+        assert t.choose_one("gemm", [Watching(torch.float32)], gemm_config(), gemm_inputs(512))[1] == [
             128,
             (1, 1),
-        )
+        ]
     assert tried[:2] == [DEFAULT_TACTIC, [128, (2, 1)]]
 
 

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
+from moestro import machine
+from moestro.machine import last_level_cache_bytes
 from moestro.tuning import MeasurementPolicy, is_in_profile_measurement
 from moestro.tuning.measure import timers
 from moestro.tuning.measure.scope import measured, measurement
 from moestro.tuning.measure.simulated import SimulatedClock, SimulatedTimer
-from moestro.tuning.measure.timers import CpuTimer, default_timer, last_level_cache_bytes
+from moestro.tuning.measure.timers import CpuTimer, default_timer
 
 WARM = MeasurementPolicy(cold_cache=False, warmup=3)
 
@@ -153,7 +155,7 @@ def cache(root: Path, cpu: int, index: int, **files: str) -> None:
 def test_the_last_level_cache_is_counted_once_for_the_cpus_that_share_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(timers.os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
     for cpu in range(3):
         cache(tmp_path, cpu, 0, type="Data", level="1", shared_cpu_list=str(cpu), size="48K")
         cache(tmp_path, cpu, 1, type="Instruction", level="1", shared_cpu_list=str(cpu), size="32K")
@@ -163,9 +165,9 @@ def test_the_last_level_cache_is_counted_once_for_the_cpus_that_share_it(
 
 
 def test_a_machine_that_tells_nothing_of_its_caches_gets_a_guess(tmp_path: Path) -> None:
-    assert last_level_cache_bytes(tmp_path) == timers.CACHE_GUESS
+    assert last_level_cache_bytes(tmp_path) == machine.CACHE_GUESS
     cache(tmp_path, 0, 0, type="Unified", level="three", shared_cpu_list="0", size="?")
-    assert last_level_cache_bytes(tmp_path) == timers.CACHE_GUESS
+    assert last_level_cache_bytes(tmp_path) == machine.CACHE_GUESS
 
 
 def test_the_default_timer_of_a_cpu_is_the_cpu_timer() -> None:

@@ -19,6 +19,8 @@ from moestro.tuning import (
 )
 from moestro.tuning.measure.simulated import SimulatedClock, SimulatedTimer
 
+WRONG = "wrong numbers"  # a time: fast, and gives what the others do not give
+
 
 @dataclass(frozen=True)
 class Fake:
@@ -54,6 +56,9 @@ class Kernel(TunableRunner):
         time = self._times[tactic]
         if isinstance(time, Exception):
             raise time
+        if time is WRONG:
+            self._clock.advance(1e-5)
+            return 1.0
         seconds = time(size) if callable(time) else time
         if isinstance(seconds, Exception):
             raise seconds

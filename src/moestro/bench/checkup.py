@@ -13,11 +13,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moestro import formats
-from moestro.bench import machine
+from moestro import formats, machine
 from moestro.bench.models import find
 from moestro.errors import BackendError
 from moestro.kernels import backends
+from moestro.kernels.cpu import core
+from moestro.kernels.cpu.machine import placement
 from moestro.kernels.problem import MoeProblem, MoeRunner
 from moestro.tuning.store import shipped
 from moestro.tuning.store.bundle import Bundle
@@ -39,7 +40,7 @@ def examine() -> dict[str, Any]:
         **{package: machine.version(package) for package in PACKAGES},
     }
     return {
-        "cpu": asdict(machine.cpu()),
+        "cpu": asdict(machine.cpu()) | asdict(placement()) | {"isas": _isas()},
         "memory": asdict(memory) if memory else None,
         "gpus": gpus if isinstance(gpus, str) else here,
         "software": software,
@@ -47,6 +48,14 @@ def examine() -> dict[str, Any]:
         "bundles": [entry for bundle in shipped.bundles() for entry in _bundle(bundle, here)],
         "backends": [entry for device in ("cpu", "cuda") for entry in _verdicts(device, gpus)],
     }
+
+
+def _isas() -> list[str]:
+    """The instruction sets of the compiled core here, the one in use first; none without a core."""
+    if core.why_no_core() is not None:
+        return []
+    chosen = core.choose_isa()
+    return [chosen, *(isa for isa in core.available_isas() if isa not in (chosen, "amx_emulated"))]
 
 
 def _verdicts(device: str, gpus: object) -> list[dict[str, Any]]:

@@ -15,8 +15,8 @@ import torch
 
 from moestro.bench.layers import Case, LayerSource, activation_of
 from moestro.errors import BackendError
+from moestro.moe.call import as_inputs
 from moestro.moe.layer import FusedMoE
-from moestro.moe.operation import as_inputs
 from moestro.moe.tuning_config import OP
 from moestro.tuning import AutoTuner
 from moestro.tuning.measure.compile import precompile
@@ -132,10 +132,13 @@ class MoestroLayers:
     def facts(self, case: Case) -> dict[str, Any]:
         layer = self._layers[0]
         decision = layer.decision(case.num_tokens)
+        runner = layer.runners[0] if decision is None else decision.runner
+        made_of = getattr(runner, "arithmetic", None)  # what its products are made of, where it says so
         if decision is None:
-            return {"backend": layer.runners[0].backend, "tactic": None, "status": "default"}
+            return {"backend": runner.backend, "tactic": None, "status": "default", "arithmetic": made_of}
         return {
-            "backend": decision.runner.backend,
+            "backend": runner.backend,
+            "arithmetic": made_of,
             "tactic": tactic_words(decision.tactic),
             "status": decision.status,
             "bucket": decision.bucket,

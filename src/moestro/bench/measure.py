@@ -42,12 +42,24 @@ class Timer(Protocol):
 @dataclass(frozen=True)
 class Plan:
     """How long to measure: at least `min_rounds` per case, then until `seconds` per contender or
-    `max_rounds`.
+    `max_rounds`. Where that takes over three times as long, `few_rounds` are enough; and on a CPU a peer is left out
+    of whom one call takes ten times `seconds` and ten times as long as the fastest's.
     """
 
     min_rounds: int = 7
     max_rounds: int = 101
     seconds: float = 1.0
+    few_rounds: int = 3
+
+    def enough(self, rounds: int, elapsed: float, contenders: int) -> bool:
+        """Whether so many rounds, in so many seconds, will do."""
+        budget = self.seconds * contenders
+        if rounds >= self.min_rounds:
+            return elapsed > budget
+        return rounds >= self.few_rounds and elapsed > 3 * budget
+
+    def too_slow(self, seconds: float, fastest: float) -> bool:
+        return seconds > 10 * max(self.seconds, fastest)
 
 
 @dataclass(frozen=True)
@@ -103,7 +115,7 @@ def measure_case(
     lanes: dict[str, _Lane] = {}
     try:
         with torch.inference_mode():
-            lanes = _prepare(contenders, case, timer_of, outcome, on_step, truth)
+            lanes = _prepare(contenders, case, timer_of, outcome, on_step, truth, plan)
             samples = {name: [] for name in lanes}
             _run_rounds(lanes, samples, plan, on_step)
     except KeyboardInterrupt:
@@ -135,8 +147,10 @@ def _prepare(
     outcome: Outcome,
     on_step: Callable[[str], None],
     truth: Truth | None,
+    plan: Plan,
 ) -> dict[str, _Lane]:
     lanes: dict[str, _Lane] = {}
+    fastest = float("inf")
     first: torch.Tensor | None = None  # the first bf16 contender's output
     for contender in contenders:
         reason = contender.why_not(case)
@@ -146,7 +160,10 @@ def _prepare(
         on_step(f"checking {contender.name}")
         try:
             calls = tuple(contender.calls(case))
+            start = time.perf_counter()
             output = calls[0]().float()
+            took = time.perf_counter() - start
+            fastest = min(fastest, took)
             difference = None if first is None else _difference(output, first)
             if contender.format == "bf16" and difference is not None and not difference < WRONG:
                 raise MoestroError(f"its output differs from the first bf16 contender's by {difference:.2g}")
@@ -154,6 +171,11 @@ def _prepare(
             error = None if expected is None else _difference(output, expected)
             if error is not None and not error < ERROR:
                 raise MoestroError(f"its output differs from the float32 reference by {error:.2g}")
+            if not contender.ours and case.x.device.type == "cpu" and plan.too_slow(took, fastest):
+                outcome.skipped[contender.name] = (
+                    f"one call takes {took:.1f} s, the fastest's {fastest:.2g} s"
+                )
+                continue
             timer = timer_of(contender)
             samplers = tuple(map(timer.prepare, calls))
             lanes[contender.name] = _Lane(calls, samplers, timer.name, difference, error)
@@ -173,7 +195,7 @@ def _run_rounds(
     names = list(lanes)
     start = time.monotonic()
     for number in range(plan.max_rounds):
-        if number >= plan.min_rounds and time.monotonic() - start > plan.seconds * len(names):
+        if plan.enough(number, time.monotonic() - start, len(names)):
             return
         on_step(f"round {number + 1}")
         first = number % len(names) if names else 0

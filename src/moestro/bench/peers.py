@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from moestro.bench import cpu_ceilings
 from moestro.bench.adapters import ADAPTERS
 from moestro.bench.contenders import Call, Contender
 from moestro.bench.layers import GPT_OSS_SWIGLU, Case, LayerSource
@@ -104,28 +105,40 @@ def _experts_class(shape: MoeShape) -> Any:
     return Qwen3MoeExperts
 
 
-def experts_module(source: LayerSource) -> Any:
-    """The layer as Transformers' experts module, sharing our tensors."""
+def experts_module(source: LayerSource, dtype: torch.dtype | None = None) -> Any:
+    """The layer as Transformers' experts module, sharing our tensors; with a dtype of its own, a copy."""
     with torch.device("meta"):
         module = _experts_class(source.shape)(_config(source.shape))
     for name, tensor in _parameters(source).items():
-        setattr(module, name, torch.nn.Parameter(tensor, requires_grad=False))
+        setattr(module, name, torch.nn.Parameter(tensor.to(dtype or tensor.dtype), requires_grad=False))
     module._is_expert_parallel = source.shape.ep > 1 and not source.shape.local_pairs
     return module.eval()
 
 
 class TransformersExperts:
-    """One experts implementation of Transformers over the layers of `sources`."""
+    """One experts implementation of Transformers over the layers of `sources`.
+
+    `fallback` says why its dtype is no fair measure here: it travels with every row.
+    """
 
     ours = False
-    format = "bf16"
 
-    def __init__(self, implementation: str, modules: Sequence[Any], shape: MoeShape, memory: int) -> None:
+    def __init__(
+        self,
+        implementation: str,
+        modules: Sequence[Any],
+        shape: MoeShape,
+        memory: int,
+        fallback: str | None = None,
+    ) -> None:
         self.implementation = implementation
-        self.name = f"transformers {implementation}"
         self._modules = modules
         self._shape = shape
         self._memory = memory
+        self._fallback = fallback
+        self._dtype = next(modules[0].parameters()).dtype
+        self.format = "float32" if self._dtype == torch.float32 else "bf16"
+        self.name = f"transformers {implementation}" + (" float32" if self.format == "float32" else "")
 
     @property
     def nbytes(self) -> int:
@@ -152,15 +165,16 @@ class TransformersExperts:
 
     def calls(self, case: Case) -> Sequence[Call]:
         ids = case.ids.long()
-        weights = case.weights.to(case.x.dtype)
+        x = case.x.to(self._dtype)
+        weights = case.weights.to(x.dtype)
         if self._modules[0]._is_expert_parallel:  # other ranks' pairs: the sentinel id, and weight zero
             elsewhere = ids >= self._shape.num_local_experts
             ids = ids.masked_fill(elsewhere, self._shape.num_local_experts)
             weights = weights.masked_fill(elsewhere, 0.0)
-        return [functools.partial(self._run, module, case.x, ids, weights) for module in self._modules]
+        return [functools.partial(self._run, module, x, ids, weights) for module in self._modules]
 
     def facts(self, case: Case) -> dict[str, Any]:
-        return {}
+        return {} if self._fallback is None else {"fallback": self._fallback}
 
     def _run(self, module: Any, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         # The modules are shared by the three implementations, so each call says which one it is.
@@ -172,10 +186,16 @@ def transformers_peers(
     sources: Sequence[LayerSource], names: Sequence[str] = IMPLEMENTATIONS, memory: int = 1 << 30
 ) -> list[Contender]:
     """The named implementations over the same modules; `memory` bounds the weights that one call may copy,
-    in bytes.
+    in bytes. On a CPU for which torch has no kernels of the weights' dtype they are marked, and float32 copies
+    of the modules take part beside them.
     """
-    modules = [experts_module(source) for source in sources]
-    return [TransformersExperts(name, modules, sources[0].shape, memory) for name in names]
+    shape, modules = sources[0].shape, [experts_module(source) for source in sources]
+    fallback = cpu_ceilings.fallback(sources[0].dtype) if sources[0].device == "cpu" else None
+    peers: list[Contender] = [TransformersExperts(name, modules, shape, memory, fallback) for name in names]
+    if fallback is not None:
+        wide = [experts_module(source, torch.float32) for source in sources]
+        peers += [TransformersExperts(name, wide, shape, memory) for name in names]
+    return peers
 
 
 def peer_names(device: str) -> tuple[str, ...]:

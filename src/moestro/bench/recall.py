@@ -8,7 +8,6 @@ raced; `recall` counts it as kept, `strict` does not.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,8 +19,8 @@ import torch
 
 from moestro.errors import TuningError
 from moestro.kernels.problem import MoeProblem
-from moestro.kernels.triton import tactics
-from moestro.kernels.triton.tactics import Tactic
+from moestro.kernels.triton import Tactic, choose
+from moestro.kernels.triton.tactics import read
 from moestro.tuning.spec.plain_json import from_json
 from moestro.tuning.store.bundle import read_entries
 from moestro.tuning.store.store import Entry
@@ -51,7 +50,7 @@ class Cell:
         """Whether a ratio cannot be told from the best."""
         return ratio <= self.best * (1 + self.noise)
 
-    def needed(self, cost: Cost = tactics.cost) -> float:
+    def needed(self, cost: Cost = choose.cost) -> float:
         """The smallest factor at which something as fast as the best candidate (not the default) is kept."""
         estimates = {tactic: cost(self.problem, tactic, self.tokens) for tactic in self.ratios}
         fastest = min(self.ratios.values())
@@ -71,7 +70,7 @@ class Pruned:
     lost: tuple[Cell, ...]  # what recall misses
 
 
-def prune_at(cells: Sequence[Cell], factor: float, cost: Cost = tactics.cost) -> Pruned:
+def prune_at(cells: Sequence[Cell], factor: float, cost: Cost = choose.cost) -> Pruned:
     """Prune every cell by a factor of the smallest estimate."""
     lost, strict, kept, candidates = [], 0, 0, 0
     for cell in cells:
@@ -109,14 +108,11 @@ def _rows(path: Path) -> list[Cell] | None:
         raise TuningError(f"{path} cannot be read: {error}") from error
     if not isinstance(data, dict) or "models" not in data:
         return None
-    known = {field.name for field in dataclasses.fields(Tactic)}
     times: dict[tuple[str, str, int], dict[Tactic, float]] = {}
     for row in data["rows"]:
-        fields = row.get("tactic")
-        if not fields or not set(fields) <= known:
+        tactic = read(row.get("tactic") or {})
+        if tactic is None:
             continue  # a baseline, or a tactic that there is no longer
-        values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in fields.items()}
-        tactic = Tactic(**values)
         cell = times.setdefault((row["model"], row["format"], int(row["tokens"])), {})
         cell[tactic] = min(float(row["us"]), cell.get(tactic, math.inf))
     cells = []
@@ -165,6 +161,6 @@ def _value(value: Any) -> Any:
     return from_json(value)
 
 
-def worst(cells: Iterable[Cell], cost: Cost = tactics.cost) -> list[tuple[float, Cell]]:
+def worst(cells: Iterable[Cell], cost: Cost = choose.cost) -> list[tuple[float, Cell]]:
     """Cells by the factor that they need, the largest first."""
     return sorted(((cell.needed(cost), cell) for cell in cells), key=lambda pair: -pair[0])

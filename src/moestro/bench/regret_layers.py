@@ -12,7 +12,7 @@ from moestro.bench.contenders import make_layer
 from moestro.bench.layers import LayerSource, make_case
 from moestro.bench.models import MoeShape
 from moestro.bench.regret_real import Case, RealOutcome, measure_regret
-from moestro.moe.operation import as_inputs
+from moestro.moe.call import as_inputs
 from moestro.moe.tuning_config import OP, as_probes
 from moestro.routing import Distribution
 from moestro.tuning import AutoTuner, MeasurementPolicy

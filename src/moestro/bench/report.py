@@ -30,9 +30,9 @@ p { margin: 4px 0 12px; max-width: 78ch; } .soft { color: var(--soft); }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px; }
 .card b { display: block; font-size: 25px; letter-spacing: -0.02em; }
 .card span { color: var(--soft); font-size: 13px; display: block; line-height: 1.4; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr)); gap: 26px 30px; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(480px, 100%), 1fr)); gap: 26px 30px; }
 .plots svg { width: 100%; height: auto; }
-.tuning { display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr)); gap: 8px 30px;
+.tuning { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(480px, 100%), 1fr)); gap: 8px 30px;
   align-items: start; }
 .tuning > :not(figure) { grid-column: 1 / -1; } .tuning figure { margin: 8px 0; }
 .tuning figcaption { font-weight: 600; margin-bottom: 6px; }
@@ -193,7 +193,9 @@ def _row(row: Row, first: bool) -> str:
         kind = "" if not row.ours else "good" if row.ratio_to_best_peer >= 0.95 else "bad"
         ratio = f"<span class='{kind}'>{row.ratio_to_best_peer:.2f}</span>"
     choice = " ".join(
-        str(row.facts[key]) for key in ("backend", "tactic", "status") if row.facts.get(key) is not None
+        str(row.facts[key])
+        for key in ("backend", "tactic", "status", "fallback")
+        if row.facts.get(key) is not None
     )
     cells = [
         f"<b>{row.tokens}</b>" if first else "",

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moestro.bench import machine
+from moestro import machine
 from moestro.errors import MoestroError
 
 __all__ = [

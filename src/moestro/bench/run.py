@@ -196,9 +196,38 @@ def _measure(
             listener.done()
     except KeyboardInterrupt:
         interrupted = True
+    ceilings = _high_enough(spec, contenders, ceilings, outcomes)
     for case, outcome in outcomes:
-        result.rows.extend(_rows(spec.shape, contenders, case, ceilings, outcome))
+        rows = _rows(spec.shape, contenders, case, ceilings, outcome)
+        wrong = [row for row in rows if row.roofline > roofline.MOST and not spec.device.startswith("cuda")]
+        result.rows.extend(row for row in rows if row not in wrong)
+        result.failed.extend(
+            {"tokens": row.tokens, "contender": row.contender, "reason": _impossible(row)} for row in wrong
+        )
     return dataclasses.replace(result, ceilings=asdict(ceilings), interrupted=interrupted)
+
+
+def _high_enough(
+    spec: BenchSpec,
+    contenders: Sequence[Contender],
+    ceilings: roofline.Ceilings,
+    outcomes: Sequence[tuple[Case, Outcome]],
+) -> roofline.Ceilings:
+    """A CPU's ceilings, measured again a few times where somebody was faster than they allow: a neighbour may have
+    had the memory while they were measured."""
+    for _ in range(0 if spec.device.startswith("cuda") else 5):
+        rows = [row for case, out in outcomes for row in _rows(spec.shape, contenders, case, ceilings, out)]
+        if all(row.roofline <= roofline.MOST for row in rows):
+            break
+        ceilings = ceilings.raised(roofline.measure_ceilings(spec.device))
+    return ceilings
+
+
+def _impossible(row: Row) -> str:
+    return (
+        f"its share of the roofline came out at {100 * row.roofline:.0f} %, which cannot be: an error of the bench, "
+        "or of its clock"
+    )
 
 
 def _compile(contenders: Sequence[Contender], cases: Sequence[Case], listener: Listener) -> None:
@@ -239,6 +268,7 @@ def _row(
 ) -> Row:
     work = roofline.count_work(shape, case, contender.nbytes)
     low, high = quartiles(measured.seconds)
+    facts = contender.facts(case)
     return Row(
         tokens=case.num_tokens,
         contender=contender.name,
@@ -252,11 +282,11 @@ def _row(
         experts_hit=work.experts_hit,
         tflops=work.flops / measured.median / 1e12,
         weight_bytes_per_s=work.weight_bytes / measured.median,
-        roofline=ceilings.seconds(work) / measured.median,
+        roofline=ceilings.seconds(work, facts.get("arithmetic")) / measured.median,
         ratio_to_best_peer=None if best_peer is None else best_peer / measured.median,
         difference=measured.difference,
         error=measured.error,
-        facts=contender.facts(case),
+        facts=facts,
     )
 
 

@@ -25,8 +25,8 @@ from moestro.bench.layers import LayerSource
 from moestro.bench.models import MoeShape
 from moestro.bench.progress import Listener
 from moestro.errors import BackendError
+from moestro.moe.call import as_inputs
 from moestro.moe.layer import FusedMoE
-from moestro.moe.operation import as_inputs
 from moestro.moe.tuning_config import OP, as_probes
 from moestro.routing import Distribution
 from moestro.tuning import AutoTuner, Decision, Store

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from moestro.cli import bench, cache, doctor, explain, plan, report, tune
+from moestro.cli import bench, cache, convert, doctor, explain, inspect, plan, record, report, tune
 from moestro.cli.console import errors
 from moestro.errors import MoestroError
 
@@ -19,6 +19,9 @@ __all__ = ["app", "main"]
 
 ORDER = (
     "doctor",
+    "inspect",
+    "convert",
+    "record",
     "tune",
     "bench",
     "explain",
@@ -66,7 +69,10 @@ app.command("explain", epilog=explain.EXAMPLES)(explain.explain)
 app.add_typer(cache.app, name="cache")
 app.command("doctor")(doctor.doctor)
 app.command("report")(report.report)
+app.command("inspect")(inspect.inspect)
 app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
+app.command("convert", epilog=convert.EXAMPLES)(convert.convert)
+app.command("record")(record.record)
 
 
 def _version(value: bool) -> None:

@@ -13,7 +13,7 @@ from moestro.cli.console import output
 from moestro.cli.tactics import load_tactics
 
 if TYPE_CHECKING:
-    from moestro.tuning.store.store import Store
+    from moestro.tuning.store.store import Entry, Store
 
 __all__ = ["app", "screen"]
 
@@ -25,7 +25,11 @@ app = typer.Typer(
 
 StoreOption = Annotated[
     Path | None,
-    typer.Option("--store", metavar="DIR", help="Folder of decisions; by default $MOESTRO_STORE or yours."),
+    typer.Option(
+        "--store",
+        metavar="DIR",
+        help="Folder of decisions; by default $MOESTRO_STORE or yours. list and show take a bundle as well.",
+    ),
 ]
 OpOption = Annotated[
     str, typer.Option("--op", metavar="PATTERN", help="Only these operations, as in a shell.")
@@ -47,6 +51,13 @@ def _store(path: Path | None) -> Store:
     return Store(path if path is not None else default_root())
 
 
+def _entries(store: Store, path: Path | None, kinds: tuple[str, ...] = ("decision",)) -> list[Entry]:
+    """Of a store, or of the bundle that stands where a store is asked for."""
+    from moestro.tuning.store.bundle import read_entries
+
+    return read_entries(path, kinds) if path is not None and path.is_file() else store.entries(kinds)
+
+
 @app.command("list")
 def list_(store: StoreOption = None) -> None:
     """Environments and operations, with how much is known of each."""
@@ -56,9 +67,10 @@ def list_(store: StoreOption = None) -> None:
     from moestro.tuning.show.explain import age_text
 
     source = _store(store)
+    entries = _entries(source, store, ("decision", "quarantine", "miss"))
     counts: dict[tuple[str, str], dict[str, int]] = defaultdict(lambda: defaultdict(int))
     newest: dict[tuple[str, str], float] = {}
-    for entry in source.entries(("decision", "quarantine", "miss")):
+    for entry in entries:
         where = (entry.environment, entry.op)
         counts[where][entry.kind] += 1
         newest[where] = max(newest.get(where, 0.0), entry.created)
@@ -86,7 +98,7 @@ def show(store: StoreOption = None, op: OpOption = "*", environment: Environment
     from moestro.tuning.show.families import families
 
     load_tactics()
-    found = families(_store(store).entries(), op, environment or ())
+    found = families(_entries(_store(store), store), op, environment or ())
     if not found:
         output.print("no decisions match")
         raise typer.Exit(1)
@@ -164,6 +176,22 @@ def import_(
     taken, left = import_bundle(bundle, target)
     kept = f"; {left} left out, as new in the store" if left else ""
     output.print(f"{taken} entries taken into {target.root}{kept}", markup=False)
+
+
+@app.command("convert")
+def convert(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE.json", help="A bundle of this or an older form.")],
+    target: Annotated[
+        Path | None, typer.Argument(metavar="OUT.json", help="Where to write; the file itself if left out.")
+    ] = None,
+    slim: Annotated[bool, typer.Option("--slim", help="Evidence of winners and defaults only.")] = False,
+) -> None:
+    """Write a bundle, or recorded evidence, as tables: one row a line, four significant digits."""
+    from moestro.tuning.store.bundle import convert as write
+
+    where = bundle if target is None else target
+    count = write(bundle, where, slim=slim)
+    output.print(f"{where}: {count} decisions, {where.stat().st_size // 1000} kB", markup=False)
 
 
 @app.command("diff")

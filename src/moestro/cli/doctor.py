@@ -75,16 +75,45 @@ def _grouped(entries: list[dict[str, Any]]) -> dict[tuple[str, str, str | None],
     return groups
 
 
+def _instructions(cpu: dict[str, Any]) -> str:
+    if not cpu["isas"]:
+        return "no compiled core"
+    return f"{cpu['isas'][0]} (also here: {', '.join(cpu['isas'][1:]) or 'nothing else'})"
+
+
+def _threads(cpu: dict[str, Any]) -> str:
+    quota = (
+        "no cgroup limit" if cpu["quota"] is None else f"cgroups allow {cpu['quota']:g} cores' worth of time"
+    )
+    kinds = [f"{count} at {value:g}" for value, count in cpu["core_kinds"]]
+    hybrid = f"; cores of several kinds: {', '.join(kinds)} (MHz or capacity)" if len(kinds) > 1 else ""
+    return f"{cpu['threads']} for the cpu backend; {quota}{hybrid}"
+
+
+def _pages(cpu: dict[str, Any]) -> str:
+    nodes = (
+        f", {cpu['numa_nodes']} NUMA nodes (weights lie where they were packed)"
+        if cpu["numa_nodes"] > 1
+        else ""
+    )
+    return f"{nodes}; transparent huge pages: {cpu['huge_pages'] or 'not known'}"
+
+
 def _machine_lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     cpu, memory, software = found["cpu"], found["memory"], found["software"]
-    cache = f", {bytes_text(cpu['cache_bytes'])} last-level cache" if cpu["cache_bytes"] else ""
+    cache = f", {bytes_text(cpu['cache_bytes'])} last-level cache"
     lines = [
         ("processor", f"{cpu['name']}, {cpu['cores']} cores for this process{cache}"),
         ("features", ", ".join(cpu["features"]) or "none that the kernels use"),
     ]
+    lines.append(("instructions", _instructions(cpu)))
+    lines.append(("threads", _threads(cpu)))
     if memory:
         lines.append(
-            ("memory", f"{bytes_text(memory['total'])}, {bytes_text(memory['available'])} available")
+            (
+                "memory",
+                f"{bytes_text(memory['total'])}, {bytes_text(memory['available'])} available{_pages(cpu)}",
+            )
         )
     if isinstance(found["gpus"], str):
         lines.append(("GPU", f"none: {found['gpus']}"))

@@ -127,7 +127,7 @@ RoutingOption = Annotated[
         "-r",
         metavar="NAME[:ARG]",
         rich_help_panel=LAYER,
-        help="Where tokens go: uniform, balanced, zipf:1.0, dirichlet:0.5, recorded:FILE.",
+        help="Where tokens go: uniform, balanced, zipf:1.0, dirichlet:0.5, correlated:0.5, recorded:FILE.",
     ),
 ]
 RoutingsOption = Annotated[

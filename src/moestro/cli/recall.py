@@ -31,7 +31,7 @@ def recall(
     from moestro.bench import recall as runs
     from moestro.bench.contenders import tactic_words
     from moestro.errors import MoestroError
-    from moestro.kernels.triton import prune
+    from moestro.kernels.triton import choose
 
     cells = [cell for source in sources for cell in runs.cells_of(source)]
     if not cells:
@@ -39,9 +39,9 @@ def recall(
     table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold")
     for title in ("factor", "recall", "without the default", "candidates kept"):
         table.add_column(title, justify="right")
-    for factor in sorted({*FACTORS, prune.FACTOR}):
+    for factor in sorted({*FACTORS, choose.FACTOR}):
         found = runs.prune_at(cells, factor)
-        used = " ← used" if factor == prune.FACTOR else ""
+        used = " ← used" if factor == choose.FACTOR else ""
         table.add_row(
             f"{factor:.2f}{used}",
             f"{100 * found.recall:.1f}%",
@@ -57,5 +57,5 @@ def recall(
             f"I{p.intermediate_size}, N = {cell.tokens}: {tactic_words(best)}",
             markup=False,
         )
-    if runs.prune_at(cells, prune.FACTOR).recall < 0.99:
+    if runs.prune_at(cells, choose.FACTOR).recall < 0.99:
         raise typer.Exit(1)

@@ -41,10 +41,21 @@ def bench_view(result: BenchResult) -> RenderableType:
         parts += [_times(result), _legend(result)]
     if result.memory:
         parts.append(_memory(result))
+    parts += _fallbacks(result)
     parts += _left_out(result)
     if result.interrupted:
         parts.append(Text("interrupted: what was measured is above", style="yellow"))
     return Group(*parts)
+
+
+def _fallbacks(result: BenchResult) -> list[RenderableType]:
+    """Peers whose dtype is no fair measure here, with the reason, once each reason."""
+    marked: dict[str, list[str]] = {}
+    for row in result.rows:
+        names = marked.setdefault(row.facts["fallback"], []) if row.facts.get("fallback") else []
+        if row.contender not in names:
+            names.append(row.contender)
+    return [Text(f"{', '.join(names)}: {why}", style="yellow") for why, names in marked.items()]
 
 
 def _times(result: BenchResult) -> Table:

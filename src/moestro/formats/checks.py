@@ -72,6 +72,37 @@ def require_finite(name: str, dense: torch.Tensor, amax: torch.Tensor, format: s
     )
 
 
+def require_scale(name: str, scale: torch.Tensor, *, zero: bool = False) -> None:
+    """FormatError unless every scale is finite and positive (zero: or 0), naming the first expert that is not.
+
+    For scales that come from outside, once: it waits for the device. A tensor without values passes.
+    """
+    if scale.is_meta or torch.compiler.is_compiling():
+        return
+    values = scale.float()
+    bad = ~(torch.isfinite(values) & ((values >= 0) if zero else (values > 0)))
+    if not bool(bad.any()):
+        return
+    first = bad.nonzero()[0].tolist()
+    at = f" at expert {first[0]}" if first else ""
+    at += f", {first[1:]}" if len(first) > 1 else ""
+    wanted = "finite and not negative" if zero else "finite and positive"
+    raise FormatError(f"{name} must be {wanted}, got {float(values[tuple(first)])}{at}")
+
+
+def require_block_scales(name: str, scale: torch.Tensor) -> None:
+    """The same of e4m3 block scales [E, ...], of which 0 is one: no NaN, nothing negative. Reads bytes, expert by expert."""
+    if scale.is_meta or not scale.numel() or torch.compiler.is_compiling():
+        return
+    codes = scale.view(torch.uint8)
+    bad = torch.stack([(((c & 0x7F) == 0x7F) | (c > 0x80)).any() for c in codes])
+    if bool(bad.any()):
+        raise FormatError(
+            f"{name} must be finite and not negative, got a NaN or a negative block scale at expert "
+            f"{int(bad.nonzero()[0])}"
+        )
+
+
 def _unravel(index: int, shape: torch.Size) -> tuple[int, ...]:
     out: list[int] = []
     for size in reversed(shape):

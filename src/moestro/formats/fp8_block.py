@@ -19,6 +19,7 @@ from moestro.formats.checks import (
     require_dtype,
     require_finite,
     require_one_device,
+    require_scale,
     require_shape,
 )
 from moestro.formats.pieces import CPU_CHUNK, DEVICE_CHUNK, Pieces, dense_out, join_rows, magnitude, matrices
@@ -85,6 +86,10 @@ class FP8Block(Pieces):
             if part.shape[-2] % BLOCK:
                 raise ShapeError(f"parts[{i}] must have rows divisible by {BLOCK}, got {list(part.shape)}")
         return cls(*map(join_rows, pieces))
+
+    def check_scales(self, name: str) -> None:
+        """FormatError for a scale that is negative or not finite; 0 is what a block of zeros may have."""
+        require_scale(f"{name}.scale_inv", self.scale_inv, zero=True)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -21,10 +21,12 @@ from moestro.errors import FormatError, ShapeError
 from moestro.formats import e2m1
 from moestro.formats.buffers import Buffers
 from moestro.formats.checks import (
+    require_block_scales,
     require_dense,
     require_dtype,
     require_finite,
     require_one_device,
+    require_scale,
     require_shape,
 )
 from moestro.formats.pieces import Pieces, dense_out, in_blocks, join_rows, magnitude, row_chunks
@@ -149,6 +151,11 @@ class NVFP4(Pieces):
     def shape(self) -> tuple[int, ...]:
         """[..., R, C]."""
         return (*self.packed.shape[:-1], self.packed.shape[-1] * 2)
+
+    def check_scales(self, name: str) -> None:
+        """FormatError for a global scale that is not positive and finite, or block scales negative or NaN."""
+        require_scale(f"{name}.global_scale", self.global_scale)
+        require_block_scales(f"{name}.scale", self.scale)
 
     @property
     def row_groups(self) -> int:

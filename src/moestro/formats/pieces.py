@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 
@@ -58,6 +58,13 @@ class Pieces:
         moved = [piece.to(device) for piece in self.pieces]
         return self if all(a is b for a, b in zip(moved, self.pieces, strict=True)) else type(self)(*moved)
 
+    def __reduce__(self) -> Any:
+        """Pickled by its pieces, float8 ones as bytes: pickle alone cannot read those back (torch 2.13)."""
+        return _unpickled, (type(self), [to_picklable(piece) for piece in self.pieces])
+
+    def check_scales(self, name: str) -> None:
+        """FormatError, naming piece and expert, for scales that no quantiser makes. Waits for the device."""
+
     def to_checkpoint(self) -> Self:
         """This tensor: it is in the checkpoint layout."""
         return self
@@ -101,6 +108,25 @@ class Pieces:
             raise ShapeError(f"{name} must be a tensor [E, R, C] of experts, got {list(shape)}")
         if not 0 <= start <= stop <= shape[0]:
             raise ShapeError(f"experts must be within [0, {shape[0]}), got [{start}, {stop})")
+
+
+Picklable = tuple[torch.Tensor, torch.dtype]
+
+
+def to_picklable(tensor: torch.Tensor) -> Picklable:
+    """A tensor that pickle can write and read, and the dtype to see it in."""
+    plain = tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 and tensor.is_floating_point() else tensor
+    return plain, tensor.dtype
+
+
+def from_picklable(value: Picklable) -> torch.Tensor:
+    """What to_picklable was given."""
+    tensor, dtype = value
+    return tensor if tensor.dtype == dtype else tensor.view(dtype)
+
+
+def _unpickled(cls: Callable[..., Any], pieces: list[Picklable]) -> Any:
+    return cls(*map(from_picklable, pieces))
 
 
 def dense_out(

@@ -70,10 +70,12 @@ def why_not(name: str, problem: MoeProblem) -> str | None:
 def resolve(backend: str, problem: MoeProblem) -> list[type[MoeRunner]]:
     """The runner classes that can run a problem, the preferred one first: all of them, or the one named.
 
-    Raises BackendError for a name that is unknown or cannot, with the reason.
+    Of a batch-invariant problem the preferred one alone: backends differ in the order of their sums, and one bucket's
+    rows must have another's bits. Raises BackendError for a name that is unknown or cannot, with the reason.
     """
     if backend == AUTO:
-        return [load(name) for name in BACKENDS if why_not(name, problem) is None]
+        able = [load(name) for name in BACKENDS if why_not(name, problem) is None]
+        return able[:1] if problem.batch_invariant else able
     reason = why_not(backend, problem) if isinstance(backend, str) else ""
     if reason is None:
         return [load(backend)]

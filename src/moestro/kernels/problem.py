@@ -10,9 +10,9 @@ from __future__ import annotations
 import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Final, NamedTuple, Protocol, Self
 
 import torch
 
@@ -20,6 +20,9 @@ from moestro.errors import BackendError
 from moestro.formats.base import CHECKPOINT, FormatTensor
 from moestro.kernels.activations import Activation, SwiGLU
 from moestro.tuning.spec.runner import TunableRunner
+
+# What activations may be quantised to (docs/numerics.md), and what hidden and intermediate size must be multiples of.
+INPUT_FORMATS: Final[dict[str, int]] = {"nvfp4": 16, "fp8": 1, "int8": 1}
 
 
 class Experts(Protocol):
@@ -44,6 +47,26 @@ class Experts(Protocol):
     def down_input_scale(self) -> torch.Tensor | None: ...  # [] or [L], W4A4: of the intermediate
 
 
+class Held(NamedTuple):
+    """Experts and nothing else: what a runner keeps of weights, so that it does not keep their owner alive."""
+
+    gate_up: FormatTensor
+    down: FormatTensor
+    gate_up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
+    gate_up_input_scale: torch.Tensor | None = None
+    down_input_scale: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, experts: Experts) -> Self:
+        return cls(*(getattr(experts, name) for name in cls._fields))
+
+
+# A bound call: replay(inputs, workspace) runs it and gives True; or gives False, before anything ran, where what it was
+# bound to has changed (torch's number of threads, weights written in place): then `bind` must be asked again.
+Replay = Callable[[Sequence[Any], torch.Tensor], bool]
+
+
 @dataclass(frozen=True)
 class MoeProblem:
     """The static facts of an MoE call."""
@@ -56,7 +79,7 @@ class MoeProblem:
     intermediate_size: int
     weight_format: str  # "bf16" | "nvfp4" | "mxfp4" | "fp8_block"
     activation: Activation = SwiGLU()  # noqa: RUF009
-    input_format: str | None = None  # None | "nvfp4"
+    input_format: str | None = None  # None, or one of INPUT_FORMATS
     dtype: torch.dtype = torch.bfloat16  # of x and of the result
     device: str = "cpu"  # device type
     deterministic: bool = False
@@ -64,11 +87,42 @@ class MoeProblem:
     weight_dtype: torch.dtype | None = None  # of dense ("bf16" format) weights; None: quantised
     biased: bool = False  # whether there is a gate_up_bias or a down_bias
     cuda_graph: bool = False  # every tactic must be capturable: no host synchronisation
+    # A row's bits depend on its token, its experts and their weights alone: not on N, its place, its neighbours or
+    # their routing. All tactics that a runner offers for such a problem must give the same bits.
+    batch_invariant: bool = field(default=False, metadata={"omit_default": True})
+
+    @classmethod
+    def of(
+        cls, experts: Experts, *, num_experts: int | None = None, expert_offset: int = 0, **rest: Any
+    ) -> Self:
+        """The problem of these weights; num_experts: E, by default those up to this rank's last. rest: further
+        fields, `top_k` among them.
+        """
+        held = experts.gate_up.shape[0]
+        return cls(
+            num_experts=expert_offset + held if num_experts is None else num_experts,
+            num_local_experts=held,
+            expert_offset=expert_offset,
+            hidden_size=experts.gate_up.shape[-1],
+            intermediate_size=experts.down.shape[-1],
+            weight_format=experts.gate_up.format,
+            device=experts.gate_up.device.type,
+            weight_layout=experts.gate_up.layout,
+            weight_dtype=dense_dtype(experts.gate_up),
+            biased=experts.gate_up_bias is not None or experts.down_bias is not None,
+            **rest,
+        )
 
     @property
     def gate_up_rows(self) -> int:
         """2I with a gate, I without."""
         return self.intermediate_size * (2 if self.activation.gated else 1)
+
+
+def dense_dtype(tensor: FormatTensor) -> torch.dtype | None:
+    """The dtype of dense weights ("bf16" format: bf16, fp16 or fp32); None for quantised ones."""
+    data = getattr(tensor, "data", None) if tensor.format == "bf16" else None
+    return data.dtype if isinstance(data, torch.Tensor) else None
 
 
 class MoeRunner(TunableRunner):
@@ -80,8 +134,8 @@ class MoeRunner(TunableRunner):
     N may be 0.
     Forward writes out (which may hold anything before, NaN included) and returns it.
 
-    With input_format="nvfp4" the intermediate is quantised from its float32 value, not from one rounded to
-    problem.dtype first, which would move values near a boundary to the neighbouring e2m1 step.
+    With an input_format the intermediate is quantised from its float32 value, not from one rounded to
+    problem.dtype first, which would move values near a boundary to the neighbouring step.
     """
 
     backend: ClassVar[str]
@@ -143,12 +197,27 @@ class MoeRunner(TunableRunner):
         return 0
 
     def use_workspace(self, workspace: torch.Tensor | None) -> None:
-        """Work in this uint8 buffer (256-byte aligned, at least workspace_bytes); None: allocate."""
+        """The uint8 buffer of calls that bring none (at least workspace_bytes); None: they allocate. For
+        measurements, which are one at a time; other calls bring their own.
+        """
         self._workspace = workspace
 
     def lend_workspace(self, owner: Callable[[int], torch.Tensor]) -> None:
         """Let `reserve` ask owner(nbytes) for a workspace of that many bytes."""
         self._workspace_owner = owner
+
+    def bind(self, inputs: Sequence[Any], tactic: Any) -> Replay:
+        """A call of `tactic` for inputs of these sizes and dtypes, with all that can be worked out beforehand.
+
+        Replayed from any number of threads and streams, each time with other tensors and a workspace of its own, of
+        at least workspace_bytes(N, tactic): nothing that a call writes may be kept here.
+        """
+
+        def replay(inputs: Sequence[Any], workspace: torch.Tensor) -> bool:
+            self.forward(inputs, tactic, workspace=workspace)
+            return True
+
+        return replay
 
     def reserve(self, inputs: Sequence[Any], tactics: Sequence[Any]) -> None:
         """The tuner's hook: a workspace for the largest of the tactics, before any of them is timed."""
@@ -166,12 +235,30 @@ class MoeRunner(TunableRunner):
                 f"valid are -1, {', '.join(map(repr, valid[:12]))}{', ...' if len(valid) > 12 else ''}"
             )
 
+    valid_between: ClassVar[bool] = True  # what is valid for two numbers of tokens is so for those between
+
+    def validate_tactic(self, inputs: Sequence[Any], tactic: Any) -> bool:
+        """The tuner's hook: whether `tactic` can run these inputs, worth offering there or not."""
+        try:
+            self.check_tactic(inputs, tactic)
+        except BackendError:
+            return False
+        return True
+
     @abstractmethod
     def get_valid_tactics(self, inputs: Sequence[Any], profile: Any) -> list[Any]:
-        """Every tactic that can run these inputs."""
+        """Every tactic that can run these inputs and is worth measuring there."""
 
     @abstractmethod
     def forward(
-        self, inputs: Sequence[Any], tactic: Any = -1, do_preparation: bool = False, **kwargs: Any
+        self,
+        inputs: Sequence[Any],
+        tactic: Any = -1,
+        do_preparation: bool = False,
+        *,
+        workspace: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> torch.Tensor:
-        """Run a tactic; see the class for the inputs."""
+        """Run a tactic; see the class for the inputs. workspace: uint8, at least workspace_bytes; by default the
+        one of use_workspace.
+        """

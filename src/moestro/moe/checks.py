@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import torch
 
-from moestro.errors import BackendError, DeviceError, DTypeError, RoutingError, ShapeError
+from moestro.errors import DeviceError, DTypeError, RoutingError, ShapeError
 from moestro.formats import NVFP4
 
 X_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -44,6 +44,9 @@ def unchecked() -> Iterator[None]:
         yield
     finally:
         _debug.reset(token)
+
+
+debugging = _debug.get  # whether this call is inside debug_checks()
 
 
 @dataclass(frozen=True)
@@ -126,19 +129,13 @@ def check_out(x: torch.Tensor | NVFP4, out: torch.Tensor) -> None:
 
 
 def check_id_range(ids: torch.Tensor, num_experts: int | None) -> None:
-    """Inside debug_checks(): raise RoutingError unless 0 <= ids < num_experts (None: no upper bound)."""
-    if not _debug.get() or ids.numel() == 0:
+    """Raise RoutingError unless 0 <= ids < num_experts (None: no upper bound). Waits for the device."""
+    if ids.numel() == 0:
         return
     low, high = (int(v) for v in torch.aminmax(ids))
     if low < 0 or (num_experts is not None and high >= num_experts):
         bound = "" if num_experts is None else f" and below num_experts={num_experts}"
         raise RoutingError(f"ids must be at least 0{bound}, got values from {low} to {high}")
-
-
-def require_name(kind: str, value: object) -> None:
-    """BackendError unless a keyword that is a name is one."""
-    if not isinstance(value, str):
-        raise BackendError(f"{kind} must be a name, got {value!r}")
 
 
 def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -7,28 +7,45 @@ torch.compile it is the operator moestro::fused_moe, which finds this layer agai
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 
-from moestro.errors import BackendError, DTypeError, ShapeError
+from moestro.errors import BackendError, DTypeError, FormatError, RoutingError, ShapeError, as_count
 from moestro.formats import NVFP4
 from moestro.kernels.activations import Activation
 from moestro.kernels.problem import MoeRunner
-from moestro.moe import flat
-from moestro.moe.checks import Limits, check_call, check_id_range, check_out, result_dtype
-from moestro.moe.op import call_operator, layer_text, records_gradients
-from moestro.moe.operation import Operation, as_inputs
+from moestro.moe import devices, flat
+from moestro.moe.call import BoundCall, as_inputs, cache_of, gradients_wanted
+from moestro.moe.checks import Limits, check_call, check_out, result_dtype
 from moestro.moe.options import Options, known_num_experts, make_problem
+from moestro.moe.torch_op import call_operator, layer_text, recorded
 from moestro.moe.tuning_config import OP, as_probes
 from moestro.moe.weights import ExpertWeights
-from moestro.moe.workspace import Workspace
+from moestro.moe.workspace import Workspace, shared
 from moestro.routing import Distribution
 from moestro.tuning import AutoTuner, Decision, Probe, TuningConfig
 
 Kind = torch.dtype | str  # of x: its dtype, or "nvfp4"
-KNOWN_SIZES = 1024  # token counts whose scratch bytes are remembered
+OF_PROCESS = {"tuner", "workspace", "_calls", "_outputs", "_text"}  # what no copy and no pickle has
+
+
+class Facts(NamedTuple):
+    """An input as a tuning key sees it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+class _Outputs(threading.local):
+    """The outputs that a layer owns, of each thread."""
+
+    def __init__(self) -> None:
+        self.by_dtype: dict[torch.dtype, torch.Tensor] = {}
 
 
 class FusedMoE(torch.nn.Module):
@@ -38,16 +55,18 @@ class FusedMoE(torch.nn.Module):
     one copy. They are no parameters: the layer stays where they are, and module.to() does not move it.
     top_k, max_num_tokens: K, and the largest N.
     use_cuda_graph: the layer will be captured. It then returns a view of an output that it owns, valid until
-    its next call (pass out= for your own), all scratch memory is there from the start, and only tactics that
-    never wait for the device take part.
-    activation, input_format, expert_offset, deterministic, backend, tactic, num_experts: as in fused_moe.
+    its next call in the same thread (pass out= for your own), all scratch memory is there from the start, and only
+    tactics that never wait for the device take part.
+    activation, input_format, expert_offset, deterministic, batch_invariant, backend, tactic, num_experts: as in
+    fused_moe.
     dtype: of x when it is not known yet (tuning); by default that of dense weights, else bf16.
-    workspace: one to share with other layers of a model that run one after the other.
+    workspace: scratch memory of its own or of some layers; by default that of all layers on the device.
     tuner: the default one if None. donate: w may be repacked in its own memory, and must not be used again.
 
     Past the first call nothing of size is allocated but the result, except by the portable backend's tactics
     "grouped" (torch._grouped_mm has no out=), "pairs" and "masked".
-    One call at a time: give each thread or stream its own layer, weights are shared.
+    Safe to call from several threads and on several streams. Copies and pickles (torch.save) have weights of their own;
+    a pickle does not have the tuner, and is read with the default one.
     Raises ShapeError, DTypeError, RoutingError, FormatError or BackendError for what does not fit.
     """
 
@@ -62,6 +81,7 @@ class FusedMoE(torch.nn.Module):
         input_format: str | None = None,
         expert_offset: int = 0,
         deterministic: bool = False,
+        batch_invariant: bool = False,
         backend: str = "auto",
         tactic: Any = None,
         num_experts: int | None = None,
@@ -73,47 +93,62 @@ class FusedMoE(torch.nn.Module):
         super().__init__()
         if not isinstance(w, ExpertWeights):
             raise DTypeError(f"w must be a moestro.ExpertWeights, got {type(w).__name__}")
-        if isinstance(max_num_tokens, bool) or not isinstance(max_num_tokens, int) or max_num_tokens < 1:
-            raise ShapeError(f"max_num_tokens must be a positive integer, got {max_num_tokens!r}")
-        self.top_k, self.max_num_tokens, self.use_cuda_graph = top_k, max_num_tokens, bool(use_cuda_graph)
+        self.top_k = as_count("top_k", top_k, RoutingError)
+        self.max_num_tokens = as_count("max_num_tokens", max_num_tokens, ShapeError)
+        self.use_cuda_graph = bool(use_cuda_graph)
         self.options = Options(
-            activation, input_format, expert_offset, deterministic, backend, tactic, num_experts
+            activation,
+            input_format,
+            expert_offset,
+            deterministic,
+            batch_invariant,
+            backend,
+            tactic,
+            num_experts,
         )
         self.dtype = dtype or w.dense_dtype or torch.bfloat16
-        make_problem(w, self.options, top_k=top_k, dtype=self.dtype)  # checks before the work of repacking
+        make_problem(w, self.options, top_k=self.top_k, dtype=self.dtype)  # before the work of repacking
         self.weights = w.prepare(
             backend,
             activation=activation,
             input_format=input_format,
-            top_k=top_k,
+            top_k=self.top_k,
             dtype=self.dtype,
+            batch_invariant=bool(batch_invariant),
             donate=donate,
         )
         self.tuner = tuner if tuner is not None else AutoTuner.get()
-        self.workspace = workspace if workspace is not None else Workspace(w.device)
-        self._limits = Limits(
-            w.hidden_size, self.weights.device, known_num_experts(self.options, w), top_k, max_num_tokens
-        )
-        self._operations: dict[Kind, Operation] = {}
-        self._outputs: dict[torch.dtype, torch.Tensor] = {}
-        self._scratch: dict[int, tuple[MoeRunner, Any, int]] = {}
-        self._text = layer_text(self.options, top_k, max_num_tokens, self.use_cuda_graph)
+        self.workspace = workspace if workspace is not None else shared(w.device)
+        self._bind()
+
+    def _bind(self) -> None:
+        """What is made of the rest, also of a layer that was pickled."""
+        self._calls: dict[Kind, BoundCall] = {}
+        self._outputs = _Outputs()
+        self._text = layer_text(self.options, self.top_k, self.max_num_tokens, self.use_cuda_graph)
         flat.remember(self.weights.tensors, self._text, self)
         if self.use_cuda_graph:
-            self._reserve(self._operation(self.dtype))
+            bound = self._call(self.dtype)
+            bound.reserve(self._example(self.max_num_tokens, device="meta"))
+            self._owned(bound.problem.dtype)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedMoE:
-        """Another layer with its own weights and workspace, and the same tuner."""
-        layer = FusedMoE(
-            copy.deepcopy(self.weights, memo),
-            self.top_k,
-            self.max_num_tokens,
-            self.use_cuda_graph,
-            **vars(self.options),
-            dtype=self.dtype,
-            tuner=self.tuner,
-        )
-        return layer.train(self.training)
+        """Another layer with its own weights, and the same tuner."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        state = copy.deepcopy(self.__getstate__(), memo)
+        twin.__setstate__({**state, "tuner": self.tuner})
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state without what belongs to this process: bound calls, scratch memory, the tuner."""
+        return {name: value for name, value in self.__dict__.items() if name not in OF_PROCESS}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.tuner = state.get("tuner") or AutoTuner.get()
+        self.workspace = shared(self.weights.device)
+        self._bind()
 
     # --- calls ---------------------------------------------------------------------------------------
     def forward(
@@ -127,9 +162,14 @@ class FusedMoE(torch.nn.Module):
 
         Raises ShapeError, DTypeError, DeviceError or RoutingError, naming the argument, before any work.
         """
-        if torch.compiler.is_compiling() or records_gradients(x, weights):
-            return call_operator(x, ids, weights, self.weights, self._text, out)
-        return self.run(x, ids, weights, out)
+        w = self.weights
+        if w.gate_up_pre_scale is not None:
+            x = w.scaled_input(x)
+        if torch.compiler.is_compiling():
+            return call_operator(x, ids, weights, w, self._text, out)
+        if not torch.is_grad_enabled() or not gradients_wanted(x, weights, w):
+            return self.run(x, ids, weights, out)
+        return recorded(x, ids, weights, w, out, self._text)
 
     def run(
         self,
@@ -141,32 +181,21 @@ class FusedMoE(torch.nn.Module):
         owned: bool = True,
     ) -> torch.Tensor:
         """forward, never as an operator. owned=False: the result is a new tensor in any case."""
-        check_call(self._limits, x, ids, weights, out)
-        check_id_range(ids, self._limits.num_experts)
-        num_tokens = x.shape[0]
-        if out is None:
-            out = self._output(x) if owned and self.use_cuda_graph else self._new(x)
-        if num_tokens == 0:
-            return out
-        inputs = as_inputs(x, ids, weights, out)
-        runner, tactic = self._operation("nvfp4" if isinstance(x, NVFP4) else x.dtype).pick(inputs)
-        runner.use_workspace(self.workspace.at_least(self._scratch_bytes(num_tokens, runner, tactic)))
-        runner.forward(inputs, tactic)
-        return out
+        try:
+            bound = self._calls[x.dtype]  # type: ignore[union-attr]
+        except (AttributeError, KeyError):
+            bound = self._first(x, ids, weights)
+        if out is None and owned and self.use_cuda_graph:
+            check_call(bound.limits, x, ids, weights)  # before the owned output is cut to x's size
+            out = self._output(x)
+        return bound(x, ids, weights, out)
 
-    def _scratch_bytes(self, num_tokens: int, runner: MoeRunner, tactic: Any) -> int:
-        """runner.workspace_bytes(num_tokens, tactic), which takes longer than everything else here."""
-        known = self._scratch.get(num_tokens)
-        if known is not None and known[0] is runner and known[1] is tactic:
-            return known[2]
-        if len(self._scratch) >= KNOWN_SIZES:
-            self._scratch.clear()
-        nbytes = runner.workspace_bytes(num_tokens, tactic)
-        self._scratch[num_tokens] = runner, tactic, nbytes
-        return nbytes
-
-    def _new(self, x: torch.Tensor | NVFP4) -> torch.Tensor:
-        return torch.empty(x.shape, dtype=result_dtype(x), device=self._limits.device)
+    def _first(self, x: Any, ids: Any, weights: Any) -> BoundCall:
+        """The bound call for such an x, once the arguments are found to fit; also where x is NVFP4."""
+        w = self.weights
+        known = known_num_experts(self.options, w)
+        check_call(Limits(w.hidden_size, w.device, known, self.top_k, self.max_num_tokens), x, ids, weights)
+        return self._call(NVFP4.format if isinstance(x, NVFP4) else x.dtype)
 
     def _output(self, x: torch.Tensor | NVFP4) -> torch.Tensor:
         """The owned output's first rows."""
@@ -181,65 +210,56 @@ class FusedMoE(torch.nn.Module):
         return out
 
     def _owned(self, dtype: torch.dtype) -> torch.Tensor:
-        if dtype not in self._outputs:
-            shape = (self.max_num_tokens, self._limits.hidden_size)
+        held = self._outputs.by_dtype
+        if dtype not in held:
+            shape = (self.max_num_tokens, self.weights.hidden_size)
             with torch.inference_mode(False):  # a tensor that may be written in any mode
-                self._outputs[dtype] = torch.empty(shape, dtype=dtype, device=self._limits.device)
-        return self._outputs[dtype]
+                held[dtype] = torch.empty(shape, dtype=dtype, device=self.weights.device)
+        return held[dtype]
 
-    def _operation(self, kind: Kind) -> Operation:
-        """The operation for inputs of this kind, made when first needed."""
-        operation = self._operations.get(kind)
-        if operation is None:
-            operation = self._operations[kind] = self._make_operation(kind)
-        return operation
-
-    def _make_operation(self, kind: Kind) -> Operation:
+    def _call(self, kind: Kind) -> BoundCall:
+        """The bound call for inputs of this kind, made when first needed."""
+        bound = self._calls.get(kind)
+        if bound is not None:
+            return bound
         options, dtype = self.options, kind
         if isinstance(kind, str):
-            options, dtype = self._quantized_options(), torch.bfloat16
+            if options.input_format not in (None, kind):
+                raise FormatError(
+                    f"x must be a tensor for a layer of input_format={options.input_format!r}, got {kind}"
+                )
+            options, dtype = replace(options, input_format=kind), torch.bfloat16
         assert isinstance(dtype, torch.dtype)
-        problem = make_problem(
-            self.weights, options, top_k=self.top_k, dtype=dtype, cuda_graph=self.use_cuda_graph
-        )
-        operation = Operation(
+        made = BoundCall(
             self.weights,
-            problem,
-            self._limits,
-            backend=options.backend,
-            tactic=options.tactic,
+            options,
+            top_k=self.top_k,
+            dtype=dtype,
+            max_num_tokens=self.max_num_tokens,
             quantized_input=isinstance(kind, str),
+            cuda_graph=self.use_cuda_graph,
             tuner=self.tuner,
+            workspace=self.workspace,
+            cache=cache_of(self.weights),
         )
-        for runner in operation.runners:
-            runner.lend_workspace(self.workspace.at_least)
-        return operation
-
-    def _quantized_options(self) -> Options:
-        fields = {**vars(self.options), "input_format": "nvfp4"}
-        return Options(**fields)
-
-    def _reserve(self, operation: Operation) -> None:
-        """Scratch memory and an output for the largest call that any tactic may make."""
-        inputs = self._example(self.max_num_tokens, device="meta")
-        for runner in operation.runners:
-            runner.reserve(inputs, [-1, *runner.get_valid_tactics(inputs, None)])
-        self._owned(operation.problem.dtype)
+        return self._calls.setdefault(kind, made)
 
     # --- tuning --------------------------------------------------------------------------------------
     @property
     def runners(self) -> list[MoeRunner]:
         """The backends that can run this layer, the preferred one first."""
-        return self._operation(self.dtype).runners
+        return self._call(self.dtype).runners
 
     @property
     def tuning_config(self) -> TuningConfig:
         """The dynamic sizes, buckets and probes that the tuner uses for this layer."""
-        return self._operation(self.dtype).tuning_config
+        return self._call(self.dtype).tuning_config
 
     def decision(self, num_tokens: int) -> Decision | None:
         """What has been decided for this many tokens; None if nothing has."""
-        inputs = self._example(num_tokens)
+        count = as_count("num_tokens", num_tokens, ShapeError, least=0)
+        meta = self._example(count, device="meta")
+        inputs = [Facts(tuple(t.shape), t.dtype, self.weights.device) for t in meta]
         return self.tuner.decision(OP, self.runners, self.tuning_config, inputs)
 
     def tune(
@@ -257,34 +277,35 @@ class FusedMoE(torch.nn.Module):
 
         budget_s: seconds to spend; what is decided by then holds. probes: how inputs are synthesised, as
         routing distributions or tuning.Probe; by default i.i.d. uniform and Zipf(1.0). Decisions go to the
-        tuner's store. group: the ranks that tune their layers together, all of them by this call; strategy,
-        timeout_s: as in autotune(). Raises BackendError for a layer with a fixed tactic, ShapeError for more tokens than
+        tuner's store. group=, strategy=, timeout_s=: the ranks that tune their layers together, all of them by this
+        call, as in autotune(). Raises BackendError for a layer with a fixed tactic, ShapeError for more tokens than
         the layer takes.
         """
-        size = self.max_num_tokens if max_num_tokens is None else max_num_tokens
+        size = self.max_num_tokens
+        if max_num_tokens is not None:
+            size = as_count("max_num_tokens", max_num_tokens, ShapeError, least=None)
         if not 0 < size <= self.max_num_tokens:
             raise ShapeError(
                 f"max_num_tokens must be in 1..{self.max_num_tokens} of this layer, got {size!r}"
             )
         if self.options.tactic is not None:
             raise BackendError(f"tactic must be None for a layer to be tuned, got {self.options.tactic!r}")
-        operation = self._operation(self.dtype)
-        chosen = None if probes is None else as_probes(operation.problem, probes)
-        with self.tuner.autotune(
-            True,
-            budget_s=budget_s,
-            probes=chosen,
-            progress=progress,
-            group=group,
-            strategy=strategy,
-            timeout_s=timeout_s,
+        bound = self._call(self.dtype)
+        chosen = None if probes is None else as_probes(bound.problem, probes)
+        if not self.weights.num_experts:
+            return  # a rank without experts has nothing to choose
+        together = {"group": group, "strategy": strategy, "timeout_s": timeout_s}
+        with (
+            devices.current(self.weights.device),
+            self.tuner.autotune(True, budget_s=budget_s, probes=chosen, progress=progress, **together),
         ):
-            self.tuner.choose_one(OP, operation.runners, operation.tuning_config, self._example(size))
+            self.tuner.choose_one(OP, bound.runners, bound.tuning_config, self._example(size))
+        bound.release()
 
     def _example(self, num_tokens: int, device: torch.device | str | None = None) -> list[torch.Tensor]:
         """Inputs of a call with this many tokens: shapes and dtypes, no values."""
-        device = device or self._limits.device
-        x = torch.empty((num_tokens, self._limits.hidden_size), dtype=self.dtype, device=device)
+        device = device or self.weights.device
+        x = torch.empty((num_tokens, self.weights.hidden_size), dtype=self.dtype, device=device)
         ids = torch.zeros((num_tokens, self.top_k), dtype=torch.int32, device=device)
         weights = torch.zeros((num_tokens, self.top_k), dtype=torch.float32, device=device)
         return as_inputs(x, ids, weights, torch.empty_like(x))

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from moestro.errors import BackendError, DTypeError, FormatError, RoutingError, ShapeError, unknown_name
-from moestro.kernels.activations import Activation, resolve_activation
-from moestro.kernels.problem import MoeProblem
+from moestro.errors import (
+    BackendError,
+    DTypeError,
+    FormatError,
+    RoutingError,
+    ShapeError,
+    as_count,
+    unknown_name,
+)
+from moestro.kernels.activations import Activation, GeGLUTanh, SwiGLU, resolve_activation
+from moestro.kernels.problem import INPUT_FORMATS, MoeProblem
 from moestro.moe.checks import X_DTYPES, check_top_k
 from moestro.moe.weights import ExpertWeights
-
-INPUT_FORMATS = ("nvfp4",)
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,7 @@ class Options:
     input_format: str | None = None
     expert_offset: int = 0
     deterministic: bool = False
+    batch_invariant: bool = False
     backend: str = "auto"
     tactic: Any = None
     num_experts: int | None = None
@@ -33,7 +41,7 @@ class Options:
 def known_num_experts(options: Options, w: ExpertWeights) -> int | None:
     """E if it is known: given, or all experts are in `w`."""
     if options.num_experts is not None:
-        return options.num_experts
+        return as_count("num_experts", options.num_experts, RoutingError, least=0)
     return w.num_experts if options.expert_offset == 0 else None
 
 
@@ -46,30 +54,23 @@ def make_problem(
     _check_experts(options, w)
     if dtype not in X_DTYPES:
         raise DTypeError(f"dtype must be torch.bfloat16, torch.float16 or torch.float32, got {dtype}")
-    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
-        raise RoutingError(f"top_k must be a positive integer, got {top_k!r}")
+    top_k = as_count("top_k", top_k, RoutingError)
     check_top_k(top_k, known_num_experts(options, w))
     if not isinstance(options.tactic, Hashable):
         raise BackendError(f"tactic must be hashable, got {options.tactic!r}")
     if not isinstance(options.backend, str):
         raise BackendError(f"backend must be a name, got {options.backend!r}")
-    return MoeProblem(
-        num_experts=options.num_experts or options.expert_offset + w.num_experts,
-        num_local_experts=w.num_experts,
-        expert_offset=options.expert_offset,
+    return MoeProblem.of(
+        w,
+        num_experts=None if options.num_experts is None else operator.index(options.num_experts),
+        expert_offset=operator.index(options.expert_offset),
         top_k=top_k,
-        hidden_size=w.hidden_size,
-        intermediate_size=w.intermediate_size,
-        weight_format=w.format,
         activation=activation,
         input_format=options.input_format,
         dtype=dtype,
-        device=w.device.type,
-        deterministic=bool(options.deterministic),
-        weight_layout=w.layout,
-        weight_dtype=w.dense_dtype,
-        biased=w.biased,
+        deterministic=bool(options.deterministic or options.batch_invariant),
         cuda_graph=cuda_graph and w.device.type == "cuda",
+        batch_invariant=bool(options.batch_invariant),
     )
 
 
@@ -83,27 +84,33 @@ def _activation(options: Options, w: ExpertWeights) -> Activation:
             f"activation {options.activation!r} must have gate_up of shape {rows}, "
             f"got {list(w.gate_up.shape)}"
         )
+    if w.up_has_down_pre_scale and activation not in (SwiGLU(), GeGLUTanh()):
+        raise BackendError(
+            f"activation must be linear in up where the weights have a scale of down's input (AWQ), got {activation}"
+        )
     return activation
 
 
 def _check_input_format(options: Options, w: ExpertWeights) -> None:
     if options.input_format is None:
         return
-    if options.input_format not in INPUT_FORMATS:
+    if not isinstance(options.input_format, str) or options.input_format not in INPUT_FORMATS:
         raise FormatError(unknown_name("input_format", options.input_format, INPUT_FORMATS))
+    block = INPUT_FORMATS[options.input_format]
     for name in ("hidden_size", "intermediate_size"):
         size: int = getattr(w, name)
-        if size % 16:
-            raise ShapeError(f"input_format='nvfp4' must have {name} divisible by 16, got {size}")
+        if size % block:
+            raise ShapeError(
+                f"input_format={options.input_format!r} must have {name} divisible by {block}, got {size}"
+            )
 
 
 def _check_experts(options: Options, w: ExpertWeights) -> None:
-    offset, total = options.expert_offset, options.num_experts
-    if isinstance(offset, bool) or not isinstance(offset, int) or offset < 0:
-        raise RoutingError(f"expert_offset must be an integer of at least 0, got {offset!r}")
-    if total is None:
+    offset = as_count("expert_offset", options.expert_offset, RoutingError, least=0)
+    if options.num_experts is None:
         return
-    if isinstance(total, bool) or not isinstance(total, int) or total < offset + w.num_experts:
+    total = as_count("num_experts", options.num_experts, RoutingError, least=0)
+    if total < offset + w.num_experts:
         raise RoutingError(
             f"num_experts must be an integer of at least {offset + w.num_experts} (expert_offset {offset} + "
             f"{w.num_experts} experts in w), got {total!r}"

@@ -7,30 +7,38 @@ backend's kernel layout; who wants one copy only keeps that one, for it still de
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Iterator
-from typing import Any, Protocol, Self
+import weakref
+from typing import Any, Self
 
 import torch
 
 from moestro import formats
 from moestro.errors import DeviceError, DTypeError, FormatError, ShapeError
 from moestro.formats.base import CHECKPOINT, FormatTensor
+from moestro.formats.checks import require_scale
+from moestro.formats.pieces import Picklable, Pieces, from_picklable, to_picklable
 from moestro.kernels import backends
 from moestro.kernels.activations import Activation, resolve_activation
-from moestro.kernels.problem import MoeProblem
-from moestro.moe import flat
+from moestro.kernels.problem import MoeProblem, dense_dtype
+from moestro.moe import devices, flat
+from moestro.moe.expert_parts import (
+    ExpertSource,
+    OneExpert,
+    Quantized,
+    check_format_tensor,
+    check_side,
+    exactly,
+)
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-SIDE_TENSORS = ("gate_up_bias", "down_bias", "gate_up_input_scale", "down_input_scale")
-
-
-class ExpertSource(Protocol):
-    """So many experts' (gate_up [2I, H], down [H, I]), one after the other: a list, or what makes them when asked."""
-
-    def __len__(self) -> int: ...
-
-    def __iter__(self) -> Iterator[tuple[FormatTensor, FormatTensor]]: ...
+SIDE_TENSORS = (
+    "gate_up_bias",
+    "down_bias",
+    "gate_up_input_scale",
+    "down_input_scale",
+    "gate_up_pre_scale",
+    "up_has_down_pre_scale",
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,6 +51,9 @@ class ExpertWeights:
     gate_up_bias [L, 2I] (or [L, I]), down_bias [L, H]: bf16, fp16 or fp32; added in float32.
     gate_up_input_scale, down_input_scale: float32 [] or [L], the calibrated global scale of x and of the
     intermediate for input_format="nvfp4" (value = e2m1 · block scale · global scale); None: dynamic, per row.
+    gate_up_pre_scale: float32 [H], multiplies x before everything else (AWQ's pre_quant_scale).
+    up_has_down_pre_scale: whether the rows of up carry such a scale of down's input, which the activation must
+    then pass on unchanged: it is linear in up.
 
     Raises ShapeError, DTypeError, DeviceError or FormatError for parts that do not belong together.
     """
@@ -53,14 +64,17 @@ class ExpertWeights:
     down_bias: torch.Tensor | None = None
     gate_up_input_scale: torch.Tensor | None = None
     down_input_scale: torch.Tensor | None = None
-    # What follows is derived: the tensors for operators (see flat.py), and what fused_moe has bound to them.
+    gate_up_pre_scale: torch.Tensor | None = None
+    up_has_down_pre_scale: bool = False
+    # What follows is derived: the tensors for operators (see flat.py), and those that wanted a gradient when the
+    # weights were made from them.
     tensors: list[torch.Tensor] = dataclasses.field(init=False, repr=False)
     spec: str = dataclasses.field(init=False, repr=False)
-    operations: dict[Any, Any] = dataclasses.field(init=False, repr=False, default_factory=dict)
+    origins: tuple[tuple[str, weakref.ref[torch.Tensor]], ...] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("gate_up", "down"):
-            _check_format_tensor(name, getattr(self, name))
+            check_format_tensor(name, getattr(self, name))
         experts, rows, hidden = self.gate_up.shape
         if self.down.shape[:2] != (experts, hidden):
             raise ShapeError(
@@ -78,24 +92,48 @@ class ExpertWeights:
                 f"down must have gate_up's format and layout, {self.gate_up.format!r} in "
                 f"{self.gate_up.layout!r}, got {self.down.format!r} in {self.down.layout!r}"
             )
-        if _dense_dtype(self.gate_up) != _dense_dtype(self.down):
+        if dense_dtype(self.gate_up) != dense_dtype(self.down):
             raise DTypeError(
-                f"down must have gate_up's dtype {_dense_dtype(self.gate_up)}, got {_dense_dtype(self.down)}"
+                f"down must have gate_up's dtype {dense_dtype(self.gate_up)}, got {dense_dtype(self.down)}"
             )
         self._check_side_tensors(experts, rows, hidden)
         tensors, spec = flat.flatten(self)
         object.__setattr__(self, "tensors", tensors)
         object.__setattr__(self, "spec", spec)
         flat.remember(tensors, spec, self)
+        object.__setattr__(self, "origins", ())
+        for name, part in self._parts().items():
+            self._note(name, *(part.pieces if hasattr(part, "pieces") else (part,)))
+
+    def _note(self, name: str, *tensors: Any) -> None:
+        """Remember tensors that want a gradient."""
+        found = [(name, weakref.ref(t)) for t in tensors if isinstance(t, torch.Tensor) and t.requires_grad]
+        if found:
+            object.__setattr__(self, "origins", (*self.origins, *found))
+
+    def wanting_gradients(self) -> dict[str, torch.Tensor]:
+        """The tensors that these weights are, or were made from, and that want a gradient now, by what they are."""
+        if not self.origins:
+            return {}
+        held = ((name, reference()) for name, reference in self.origins)
+        return {name: t for name, t in held if t is not None and t.requires_grad}
 
     def _check_side_tensors(self, experts: int, rows: int, hidden: int) -> None:
-        _check_side("gate_up_bias", self.gate_up_bias, [(experts, rows)], FLOATS)
-        _check_side("down_bias", self.down_bias, [(experts, hidden)], FLOATS)
+        check_side("gate_up_bias", self.gate_up_bias, [(experts, rows)], FLOATS)
+        check_side("down_bias", self.down_bias, [(experts, hidden)], FLOATS)
         for name in ("gate_up_input_scale", "down_input_scale"):
-            _check_side(name, getattr(self, name), [(), (experts,)], (torch.float32,))
+            check_side(name, getattr(self, name), [(), (experts,)], (torch.float32,))
+            if getattr(self, name) is not None:
+                require_scale(name, getattr(self, name))
+        check_side("gate_up_pre_scale", self.gate_up_pre_scale, [(hidden,)], (torch.float32,))
         for name, value in self._parts().items():
             if value.device != self.device:
                 raise DeviceError(f"{name} must be on {self.device}, where gate_up is, got {value.device}")
+        for name in ("gate_up", "down"):
+            if isinstance(
+                tensor := getattr(self, name), Pieces
+            ):  # those of a kernel layout were looked at before
+                tensor.check_scales(name)
 
     @classmethod
     def from_dense(
@@ -130,10 +168,14 @@ class ExpertWeights:
             "down_input_scale": down_input_scale,
         }
         if backend is None:
-            return cls(quantize(gate_up.detach()), quantize(down.detach()), **side)
-        if len(gate_up) != len(down):
+            made = cls(quantize(gate_up.detach()), quantize(down.detach()), **side)
+        elif len(gate_up) != len(down):
             raise ShapeError(f"down must have the {len(gate_up)} experts of gate_up, got {list(down.shape)}")
-        return cls.from_experts(_Quantized(quantize, gate_up.detach(), down.detach()), backend, **side)
+        else:
+            made = cls.from_experts(Quantized(quantize, gate_up.detach(), down.detach()), backend, **side)
+        made._note("gate_up", gate_up)
+        made._note("down", down)
+        return made
 
     @classmethod
     def from_experts(
@@ -153,6 +195,7 @@ class ExpertWeights:
 
         Raises ShapeError or FormatError for experts that differ, BackendError for a backend that cannot.
         """
+        side = {**getattr(experts, "side_tensors", dict)(), **side}
         if unknown := set(side) - set(SIDE_TENSORS):
             raise TypeError(f"from_experts takes {', '.join(SIDE_TENSORS)}, got {', '.join(sorted(unknown))}")
         first = next(iter(experts), None)
@@ -160,22 +203,17 @@ class ExpertWeights:
             raise ShapeError("experts must hold at least one expert, got none")
         gate_up, down = first
         for name, value in (("gate_up", gate_up), ("down", down)):
-            _check_format_tensor(name, value, dimensions=2)
-        problem = MoeProblem(
+            check_format_tensor(name, value, dimensions=2)
+        gated = gate_up.shape[0] == 2 * down.shape[1]
+        biases = (side.get("gate_up_bias"), side.get("down_bias"))
+        problem = dataclasses.replace(
+            MoeProblem.of(OneExpert(gate_up, down, *biases), top_k=1, dtype=dtype),
             num_experts=len(experts),
             num_local_experts=len(experts),
-            expert_offset=0,
-            top_k=1,
-            hidden_size=down.shape[0],
-            intermediate_size=down.shape[1],
-            weight_format=gate_up.format,
-            activation=resolve_activation("silu" if gate_up.shape[0] == 2 * down.shape[1] else "relu2"),
-            dtype=dtype,
-            device=gate_up.device.type,
-            weight_dtype=_dense_dtype(gate_up),
-            biased=side.get("gate_up_bias") is not None or side.get("down_bias") is not None,
+            activation=resolve_activation("silu" if gated else "relu2"),
         )
-        made = backends.resolve(backend, problem)[0].prepare_each(problem, _exactly(len(experts), experts))
+        with devices.on(gate_up.device):
+            made = backends.resolve(backend, problem)[0].prepare_each(problem, exactly(len(experts), experts))
         if made is not None:
             return cls(*made, **side)
         whole = (type(first[i]).stack(parts) for i, parts in enumerate(zip(*experts, strict=True)))  # type: ignore[attr-defined]
@@ -194,7 +232,7 @@ class ExpertWeights:
     @property
     def dense_dtype(self) -> torch.dtype | None:
         """The dtype of unquantised weights (bf16, fp16, fp32); None for quantised ones."""
-        return _dense_dtype(self.gate_up)
+        return dense_dtype(self.gate_up)
 
     @property
     def num_experts(self) -> int:
@@ -245,6 +283,7 @@ class ExpertWeights:
         input_format: str | None = None,
         top_k: int = 1,
         dtype: torch.dtype = torch.bfloat16,
+        batch_invariant: bool = False,
         donate: bool = False,
     ) -> ExpertWeights:
         """The same weights in a backend's kernel layout (self if they are, or if it takes them as is).
@@ -253,27 +292,35 @@ class ExpertWeights:
         donate it: then its memory may become the result's, and it must not be used again.
         Raises BackendError for a backend that is unknown or cannot run them.
         """
-        problem = MoeProblem(
+        problem = MoeProblem.of(
+            self,
             num_experts=max(top_k, self.num_experts),
-            num_local_experts=self.num_experts,
-            expert_offset=0,
             top_k=top_k,
-            hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size,
-            weight_format=self.format,
             activation=resolve_activation(activation),
             input_format=input_format,
             dtype=dtype,
-            device=self.device.type,
-            weight_layout=self.layout,
-            weight_dtype=self.dense_dtype,
-            biased=self.biased,
+            deterministic=batch_invariant,
+            batch_invariant=batch_invariant,
         )
-        runner = backends.resolve(backend, problem)[0]
-        if self.layout != CHECKPOINT:
-            return self
-        gate_up, down = runner.prepare(problem, self, donate=donate)
+        with devices.on(self.device):
+            runner = backends.resolve(backend, problem)[0]
+            if self.layout != CHECKPOINT or not self.num_experts:
+                return self
+            gate_up, down = runner.prepare(problem, self, donate=donate)
         return self if gate_up is self.gate_up and down is self.down else self.with_tensors(gate_up, down)
+
+    def scaled_input(self, x: Any) -> Any:
+        """x [N, H], times gate_up_pre_scale where there is one: in float32, rounded to x's dtype.
+
+        Raises FormatError for quantised activations, which cannot be scaled any more.
+        """
+        if self.gate_up_pre_scale is None:
+            return x
+        if not isinstance(x, torch.Tensor):
+            raise FormatError("x must not be quantised yet where the weights have a gate_up_pre_scale")
+        if tuple(x.shape[1:]) != (self.hidden_size,):
+            return x  # for the check of the call to refuse
+        return (x.float() * self.gate_up_pre_scale).to(x.dtype)
 
     def unpacked(self) -> ExpertWeights:
         """The same weights in the checkpoint layout (self if they are)."""
@@ -288,14 +335,16 @@ class ExpertWeights:
     def _parts(self) -> dict[str, Any]:
         """Every tensor that there is, by field name."""
         fields = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if f.init)
-        return {name: value for name, value in fields if value is not None}
+        return {name: value for name, value in fields if value is not None and not isinstance(value, bool)}
 
     def _replace(self, parts: dict[str, Any]) -> ExpertWeights:
-        return dataclasses.replace(self, **parts)
+        made = dataclasses.replace(self, **parts)
+        object.__setattr__(made, "origins", (*made.origins, *self.origins))
+        return made
 
     def __reduce__(self) -> Any:
-        """Copies and pickles are made of the parts; what operators have bound to them stays behind."""
-        return _restored, (type(self), self._parts())
+        """Copies and pickles are made of the tensors, in the layout that they have."""
+        return _restored, ([to_picklable(tensor) for tensor in self.tensors], self.spec)
 
     def __repr__(self) -> str:
         sizes = f"num_experts={self.num_experts}, hidden_size={self.hidden_size}"
@@ -305,55 +354,6 @@ class ExpertWeights:
         )
 
 
-def _dense_dtype(tensor: FormatTensor) -> torch.dtype | None:
-    data = getattr(tensor, "data", None) if tensor.format == "bf16" else None
-    return data.dtype if isinstance(data, torch.Tensor) else None
-
-
-def _restored(cls: type[ExpertWeights], parts: dict[str, Any]) -> ExpertWeights:
-    return cls(**parts)
-
-
-class _Quantized:
-    """Dense experts, quantised when they are asked for."""
-
-    def __init__(self, quantize: Any, gate_up: torch.Tensor, down: torch.Tensor) -> None:
-        self._quantize, self._gate_up, self._down = quantize, gate_up, down
-
-    def __len__(self) -> int:
-        return len(self._gate_up)
-
-    def __iter__(self) -> Iterator[tuple[FormatTensor, FormatTensor]]:
-        for gate_up, down in zip(self._gate_up, self._down, strict=True):
-            yield self._quantize(gate_up), self._quantize(down)
-
-
-def _exactly(count: int, experts: Any) -> Iterator[Any]:
-    """The experts; ShapeError unless they are as many as they say."""
-    seen = 0
-    for seen, one in enumerate(itertools.islice(experts, count + 1), 1):
-        if seen <= count:
-            yield one
-    if seen != count:
-        raise ShapeError(f"experts must give as many as its length says, {count}, got {seen}")
-
-
-def _check_format_tensor(name: str, value: object, dimensions: int = 3) -> None:
-    if not isinstance(value, FormatTensor):
-        hint = "; ExpertWeights.from_dense takes dense tensors" if isinstance(value, torch.Tensor) else ""
-        raise FormatError(f"{name} must be a tensor of moestro.formats, got {type(value).__name__}{hint}")
-    if len(value.shape) != dimensions:
-        wanted = "[L, rows, columns]" if dimensions == 3 else "[rows, columns]"
-        raise ShapeError(f"{name} must have {dimensions} dimensions {wanted}, got {list(value.shape)}")
-
-
-def _check_side(
-    name: str, value: torch.Tensor | None, shapes: list[tuple[int, ...]], dtypes: tuple[torch.dtype, ...]
-) -> None:
-    if value is None:
-        return
-    if tuple(value.shape) not in shapes:
-        wanted = " or ".join(str(list(shape)) for shape in shapes)
-        raise ShapeError(f"{name} must have shape {wanted}, got {list(value.shape)}")
-    if value.dtype not in dtypes:
-        raise DTypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {value.dtype}")
+def _restored(tensors: list[Picklable], spec: str) -> ExpertWeights:
+    made: ExpertWeights = flat.unflatten([from_picklable(tensor) for tensor in tensors], spec)
+    return made

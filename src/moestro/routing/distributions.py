@@ -5,8 +5,8 @@ trick (Kool et al., arXiv 1903.06059): the k largest of log p + Gumbel noise are
 each proportional to p among the experts that are left. An expert's load is at most 1/top_k of the pairs, so
 loads are flatter than the popularities, the more the larger top_k / num_experts.
 
-All draws come from numpy's PCG64 seeded by `seed`, so that machines agree. For Uniform, Zipf and Dirichlet
-the first tokens of a larger sample are the smaller sample.
+All draws come from numpy's PCG64 seeded by `seed`, so that machines agree. For all but Balanced the first tokens of
+a larger sample are the smaller sample.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from moestro.errors import RoutingError
+from moestro.errors import RoutingError, as_count
 from moestro.routing.router import check_top_k
 
 CHUNK = 1 << 21  # noise values drawn at once: 8 MiB, whatever the number of tokens
@@ -83,7 +83,7 @@ class Zipf:
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.alpha) and self.alpha >= 0):
+        if isinstance(self.alpha, bool) or not (math.isfinite(self.alpha) and self.alpha >= 0):
             raise RoutingError(f"alpha of Zipf must be finite and at least 0, got {self.alpha}")
 
     @property
@@ -142,6 +142,41 @@ class Dirichlet:
         return np.asarray(np.log(rng.gamma(concentration + 1, size=num_experts)) + log_u / concentration)
 
 
+@dataclass(frozen=True)
+class Correlated:
+    """Tokens that follow each other share experts, as those of one sequence do in a verify step of speculative
+    decoding: a token keeps each of its predecessor's experts with probability `overlap`.
+
+    The others are drawn from all that it does not keep, all equally likely: 0 is uniform, 1 sends every token to the
+    first one's experts. N tokens go to about K + (N - 1) · (1 - overlap) · K different experts, as long as that is
+    small beside E. Raises RoutingError unless 0 <= overlap <= 1.
+    """
+
+    overlap: float = 0.5
+
+    def __post_init__(self) -> None:
+        if isinstance(self.overlap, bool) or not 0 <= self.overlap <= 1:
+            raise RoutingError(f"overlap of Correlated must be in [0, 1], got {self.overlap}")
+
+    @property
+    def name(self) -> str:
+        return f"correlated({float(self.overlap)})"
+
+    def sample(self, num_tokens: int, num_experts: int, top_k: int, seed: int = 0) -> torch.Tensor:
+        """int32 [N, K]; see Distribution. An expert that is kept keeps its place in the row."""
+        check_sample(num_tokens, num_experts, top_k)
+        rng = np.random.default_rng(seed)
+        ids = np.empty((num_tokens, top_k), dtype=np.int32)
+        for n in range(num_tokens):
+            kept = rng.random(top_k) < self.overlap if n else np.zeros(top_k, dtype=bool)
+            order = rng.permutation(num_experts)
+            if n:
+                ids[n] = ids[n - 1]
+                order = order[~np.isin(order, ids[n, kept])]
+            ids[n, ~kept] = order[: top_k - kept.sum()]
+        return torch.from_numpy(ids)
+
+
 def gumbel_top_k(
     log_popularity: npt.NDArray[np.float64], num_tokens: int, top_k: int, rng: np.random.Generator
 ) -> torch.Tensor:
@@ -167,6 +202,6 @@ def sample_weights(num_tokens: int, top_k: int, seed: int = 0) -> torch.Tensor:
 
 def check_sample(num_tokens: int, num_experts: int, top_k: int) -> None:
     """RoutingError unless num_tokens tokens can have top_k distinct of num_experts experts."""
-    if num_tokens < 0:
+    if as_count("num_tokens", num_tokens, RoutingError, least=None) < 0:
         raise RoutingError(f"num_tokens must be at least 0, got {num_tokens}")
-    check_top_k(top_k, num_experts)
+    check_top_k(top_k, as_count("num_experts", num_experts, RoutingError))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Final
 
 from moestro.errors import RoutingError, unknown_name
-from moestro.routing.distributions import Balanced, Dirichlet, Distribution, Uniform, Zipf
+from moestro.routing.distributions import Balanced, Correlated, Dirichlet, Distribution, Uniform, Zipf
 from moestro.routing.recorded import Recorded
 
 # name -> (what the argument is, or None; the class)
@@ -16,13 +16,14 @@ KNOWN: Final[dict[str, tuple[str | None, Callable[..., Distribution]]]] = {
     "uniform": (None, Uniform),
     "zipf": ("alpha", Zipf),
     "dirichlet": ("effective_fraction", Dirichlet),
+    "correlated": ("overlap", Correlated),
     "recorded": ("path", Recorded),
 }
 
 
 def parse(text: str) -> Distribution:
-    """The distribution that `text` names: "balanced", "uniform", "zipf[:ALPHA]", "dirichlet[:FRACTION]" or
-    "recorded:PATH". "zipf(1.2)", as reports print it, is read as well.
+    """The distribution that `text` names: "balanced", "uniform", "zipf[:ALPHA]", "dirichlet[:FRACTION]",
+    "correlated[:OVERLAP]" or "recorded:PATH". "zipf(1.2)", as reports print it, is read as well.
 
     Raises RoutingError for an unknown name, with the nearest known ones, and for an argument that does not
     fit.

@@ -1,7 +1,8 @@
 """Recorded routing: the experts that real tokens went to, kept in a file.
 
-The file holds ids [M, K], distinct in each row: `.npy` (the array), `.pt` (the tensor, or {"ids",
-"num_experts"}) or `.safetensors` (tensor "ids", metadata "num_experts"). record() writes any of them.
+The file holds ids [M, K], or those of several layers, [M, layers, K]; distinct in each row: `.npy` (the array),
+`.pt` (the tensor, or {"ids", "num_experts", "weights"}) or `.safetensors` (tensors "ids" and perhaps "weights",
+metadata "num_experts"). record() writes any of them.
 """
 
 from __future__ import annotations
@@ -25,18 +26,20 @@ SUFFIXES = (".npy", ".pt", ".safetensors")
 @dataclass(frozen=True)
 class Recorded:
     """The routing of a file, consecutive tokens of it, from its start again when it is shorter than the
-    batch.
+    batch. Of a recording of several layers, the layer `layer`; None: all of them, one after the other.
 
     seed 0 starts at the first recorded token, another seed at a token that it draws. The file is read once,
     when first needed. Raises RoutingError for a file that cannot be read, or does not hold routing.
     """
 
     path: str | Path
+    layer: int | None = None
 
     @property
     def name(self) -> str:
         """ "recorded(FILE@HASH)", the hash being of the content: another recording is another name."""
-        return f"recorded({Path(self.path).name}@{self._digest})"
+        of = "" if self.layer is None else f" layer {self.layer}"
+        return f"recorded({Path(self.path).name}@{self._digest}{of})"
 
     def sample(self, num_tokens: int, num_experts: int, top_k: int, seed: int = 0) -> torch.Tensor:
         """int32 [N, K]; see Distribution. RoutingError if the recording has another top_k or num_experts."""
@@ -64,30 +67,50 @@ class Recorded:
 
     @cached_property
     def _recording(self) -> tuple[torch.Tensor, int | None]:
-        ids, num_experts = _load(Path(self.path))
-        check_ids(str(self.path), ids, num_experts)
-        return ids.to(torch.int32), num_experts
+        ids, num_experts, _ = read(Path(self.path))
+        layers = ids[:, None] if ids.ndim == 2 else ids  # [M, layers, K]
+        if self.layer is None:
+            return layers.transpose(0, 1).flatten(0, 1).contiguous(), num_experts
+        if not 0 <= self.layer < layers.shape[1]:
+            raise RoutingError(f"layer must be in 0..{layers.shape[1] - 1} of {self.path}, got {self.layer}")
+        return layers[:, self.layer].contiguous(), num_experts
 
 
-def record(path: str | Path, ids: torch.Tensor, num_experts: int | None = None) -> None:
-    """Write ids (integers [M, K], distinct in each row) to `path`, in the format that its suffix names.
+def record(
+    path: str | Path,
+    ids: torch.Tensor,
+    num_experts: int | None = None,
+    *,
+    weights: torch.Tensor | None = None,
+) -> None:
+    """Write ids (integers [M, K] or [M, layers, K], distinct in each row) to `path`, as its suffix says.
 
-    num_experts is kept by .pt and .safetensors. Raises RoutingError for ids that are not routing, or another
-    suffix.
+    num_experts, and weights of ids' shape, are kept by .pt and .safetensors. Raises RoutingError for ids that are
+    not routing, or another suffix.
     """
     path = Path(path)
-    check_ids("ids", ids, num_experts)
+    _check_all("ids", ids, num_experts)
     ids = ids.detach().cpu().to(torch.int32).contiguous()
     _check_suffix(path)
+    tensors = {"ids": ids} if weights is None else {"ids": ids, "weights": weights.float().cpu().contiguous()}
     if path.suffix == ".npy":
         np.save(path, ids.numpy())
     elif path.suffix == ".pt":
-        torch.save({"ids": ids, "num_experts": num_experts}, path)
+        torch.save({**tensors, "num_experts": num_experts}, path)
     else:
         save_file = _safetensors("safetensors.torch").save_file
-        save_file(
-            {"ids": ids}, path, metadata=None if num_experts is None else {"num_experts": str(num_experts)}
-        )
+        save_file(tensors, path, metadata=None if num_experts is None else {"num_experts": str(num_experts)})
+
+
+def read(path: Path) -> tuple[torch.Tensor, int | None, torch.Tensor | None]:
+    """(ids int32 [M, K] or [M, layers, K], num_experts and weights where the file has them), checked."""
+    ids, num_experts, weights = _load(path)
+    _check_all(str(path), ids, num_experts)
+    return ids.to(torch.int32), num_experts, weights
+
+
+def _check_all(name: str, ids: torch.Tensor, num_experts: int | None) -> None:
+    check_ids(name, ids.flatten(0, 1) if ids.ndim == 3 else ids, num_experts)
 
 
 def check_ids(name: str, ids: torch.Tensor, num_experts: int | None) -> None:
@@ -111,24 +134,23 @@ def check_ids(name: str, ids: torch.Tensor, num_experts: int | None) -> None:
         )
 
 
-def _load(path: Path) -> tuple[torch.Tensor, int | None]:
-    """(ids, num_experts where the file says) of any of the three formats."""
+def _load(path: Path) -> tuple[torch.Tensor, int | None, torch.Tensor | None]:
+    """(ids, num_experts and weights where the file has them) of any of the three formats."""
     _check_suffix(path)
     if not path.is_file():
         raise RoutingError(f"path must be a file of recorded routing, got {path}, which is no file")
     try:
         if path.suffix == ".npy":
-            return torch.from_numpy(np.load(path, allow_pickle=False)), None
+            return torch.from_numpy(np.load(path, allow_pickle=False)), None, None
         if path.suffix == ".pt":
             loaded = torch.load(path, map_location="cpu", weights_only=True)
-            return (
-                (loaded, None)
-                if isinstance(loaded, torch.Tensor)
-                else (loaded["ids"], loaded.get("num_experts"))
-            )
+            if isinstance(loaded, torch.Tensor):
+                return loaded, None, None
+            return loaded["ids"], loaded.get("num_experts"), loaded.get("weights")
         with _safetensors("safetensors").safe_open(path, framework="pt") as file:
             stated = (file.metadata() or {}).get("num_experts")
-            return file.get_tensor("ids"), None if stated is None else int(stated)
+            weights = file.get_tensor("weights") if "weights" in file.keys() else None  # noqa: SIM118
+            return file.get_tensor("ids"), None if stated is None else int(stated), weights
     except RoutingError:
         raise
     except Exception as error:  # each reader raises its own kinds for a file that is not of its format

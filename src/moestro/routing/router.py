@@ -12,7 +12,7 @@ from typing import Final
 
 import torch
 
-from moestro.errors import DeviceError, DTypeError, RoutingError, ShapeError, unknown_name
+from moestro.errors import DeviceError, DTypeError, RoutingError, ShapeError, as_count, unknown_name
 
 Routed = tuple[torch.Tensor, torch.Tensor]  # ids int64 [N, K], weights float32 [N, K]
 
@@ -48,7 +48,9 @@ def route(
     """
     if method not in METHODS:
         raise RoutingError(unknown_name("routing method", method, METHODS))
-    _check_logits(logits, top_k)
+    top_k = _check_logits(logits, top_k)
+    if isinstance(scale, bool) or not isinstance(scale, int | float):
+        raise RoutingError(f"scale must be a number, got {scale!r}")
     options = {"bias": bias, "num_groups": num_groups, "top_groups": top_groups}
     given = {name: value for name, value in options.items() if value is not None}
     if method == "deepseek_v3":
@@ -110,20 +112,22 @@ METHODS: Final[dict[str, Callable[..., Routed]]] = {
 }
 
 
-def _check_logits(logits: torch.Tensor, top_k: int) -> None:
+def _check_logits(logits: torch.Tensor, top_k: int) -> int:
     if not isinstance(logits, torch.Tensor):
         raise DTypeError(f"logits must be a torch.Tensor, got {type(logits).__name__}")
     if logits.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise DTypeError(f"logits must be bfloat16, float16 or float32, got {logits.dtype}")
     if logits.ndim != 2:
         raise ShapeError(f"logits must have shape [N, E], got {list(logits.shape)}")
-    check_top_k(top_k, logits.shape[1])
+    return check_top_k(top_k, logits.shape[1])
 
 
-def check_top_k(top_k: int, num_experts: int) -> None:
-    """RoutingError unless a token can have top_k distinct experts."""
-    if not 1 <= top_k <= num_experts:
+def check_top_k(top_k: int, num_experts: int) -> int:
+    """top_k as an int. RoutingError unless it is one and a token can have so many distinct experts."""
+    count = as_count("top_k", top_k, RoutingError, least=None)
+    if not 1 <= count <= num_experts:
         raise RoutingError(f"top_k must be from 1 to the number of experts, {num_experts}, got {top_k}")
+    return count
 
 
 def _check_grouping(
@@ -137,8 +141,8 @@ def _check_grouping(
     num_experts = logits.shape[1]
     if bias is not None:
         _check_bias(bias, logits)
-    groups = 1 if num_groups is None else num_groups
-    top = groups if top_groups is None else top_groups
+    groups = 1 if num_groups is None else as_count("num_groups", num_groups, RoutingError, least=None)
+    top = groups if top_groups is None else as_count("top_groups", top_groups, RoutingError, least=None)
     if groups < 1 or num_experts % groups:
         raise RoutingError(f"num_groups must divide the number of experts, {num_experts}, got {groups}")
     if not 1 <= top <= groups:

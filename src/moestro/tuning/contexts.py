@@ -1,17 +1,20 @@
-"""What an `autotune(...)` context says, and for which thread.
+"""What an `autotune(...)` context says, and for whom.
 
-Contexts nest per thread: an inner one inherits what it does not set, adds to the skipped ops, and is gone
-when it is left. A thread without a context never tunes.
+A context counts for the thread, and in asyncio for the task, that entered it, and for the tasks that were begun
+inside it, until it is left. Contexts nest: an inner one inherits what it does not set, adds to the skipped ops,
+and is gone when it is left. A thread without a context never tunes, nor does a child that was forked inside one:
+it would write into its parent's store, beside it.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterable
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from moestro.errors import TuningError
 from moestro.tuning.group import Group
 from moestro.tuning.measure.budget import Budget
 from moestro.tuning.progress import Progress
@@ -38,17 +41,23 @@ class Options:
     progress: Progress = False
     crossover: bool = True
     group: Group | None = None  # ranks that decide together
+    only_sizes_seen: bool = False  # no buckets besides the sizes of calls
+    answers: Any = None  # testing.TacticsCapture or Replay: who notes or answers the choices made inside
 
-    def inner(self, *, skip_ops: Iterable[str] | None, **given: Any) -> Options:
+    def inner(self, *, skip_ops: Iterable[str] | str | None, **given: Any) -> Options:
         """The options of a context inside this one."""
         if given.get("buckets") is not None:
             given["buckets"] = checked_buckets(given["buckets"], "tuning_buckets")
         if given.get("probes") is not None:
             given["probes"] = TuningConfig(probes=tuple(given["probes"])).probes
-        if isinstance(skip_ops, str):
-            raise TuningError(f"skip_ops must be a set of op names, got the string {skip_ops!r}")
-        given["skip_ops"] = self.skip_ops | frozenset(skip_ops or ())
+        skip_ops = (skip_ops,) if isinstance(skip_ops, str) else skip_ops or ()
+        given["skip_ops"] = self.skip_ops | frozenset(skip_ops)
         return replace(self, **{name: value for name, value in given.items() if value is not None})
+
+    @property
+    def changes(self) -> tuple[Any, ...]:
+        """What makes a call site another one than outside: its buckets, rounding, probes and policy."""
+        return (self.buckets, self.direction, self.probes, self.policy, self.only_sizes_seen)
 
     @property
     def direction(self) -> int:
@@ -66,31 +75,75 @@ class Options:
                 for s in config.dynamic_tensor_specs
             )
             config = replace(config, dynamic_tensor_specs=specs)
+        elif self.only_sizes_seen:
+            specs = tuple(
+                DynamicTensorSpec(
+                    s.input_idx, s.dim_idx, _alone, s.map_to_tuning_buckets, s.tensor_initializers
+                )
+                for s in config.dynamic_tensor_specs
+            )
+            config = replace(config, dynamic_tensor_specs=specs)
         return config if self.probes is None else replace(config, probes=self.probes)
 
 
+def _alone(size: int) -> tuple[int]:
+    return (size,)
+
+
+class _Entered:
+    """One context that was entered."""
+
+    __slots__ = ("forks", "open", "options", "owner", "thread")
+
+    def __init__(self, owner: Contexts, options: Options) -> None:
+        self.owner, self.options = owner, options
+        self.thread, self.forks, self.open = threading.get_ident(), _forks, True
+
+
+_entered: ContextVar[tuple[_Entered, ...]] = ContextVar("moestro_autotune", default=())
+_forks = 0  # of which this process is the child
+
+
 class Contexts:
-    """The stacks of options, one a thread; `active` counts the contexts of all threads."""
+    """The contexts of one tuner; `active` counts those that are open, of all threads and tasks."""
 
     def __init__(self) -> None:
         self.active = 0
         self._lock = threading.Lock()
-        self._local = threading.local()
 
     @property
     def current(self) -> Options | None:
-        """The options of this thread, or None outside every context."""
-        stack = getattr(self._local, "stack", None)
-        return stack[-1] if stack else None
+        """The options that count here, or None outside every context."""
+        for entered in reversed(_entered.get()):
+            if entered.owner is self and entered.open:
+                mine = entered.thread == threading.get_ident() and entered.forks == _forks
+                return entered.options if mine else None
+        return None
 
-    def push(self, options: Options) -> None:
-        if not hasattr(self._local, "stack"):
-            self._local.stack = []
-        self._local.stack.append(options)
+    def push(self, options: Options) -> _Entered:
+        """Enter a context; what it returns is for pop()."""
+        entered = _Entered(self, options)
+        _entered.set((*_entered.get(), entered))
         with self._lock:
             self.active += 1
+        return entered
 
-    def pop(self) -> None:
-        self._local.stack.pop()
+    def pop(self, entered: _Entered) -> None:
+        """Leave it, in whatever task that happens."""
+        entered.open = False
+        _entered.set(tuple(one for one in _entered.get() if one is not entered))
         with self._lock:
             self.active -= 1
+
+    def forked(self) -> None:
+        """This process is a child: another thread may have held the lock when it was made."""
+        self._lock = threading.Lock()
+
+
+def _count_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_count_fork)

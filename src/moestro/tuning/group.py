@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -205,6 +206,17 @@ class Group:
         return replace(chosen, complete=all(one["complete"] for one in said))
 
 
+@contextmanager
+def leaving(group: Group | None) -> Iterator[None]:
+    """Whoever leaves with an error tells the others of the group, if there is one, not to wait."""
+    try:
+        yield
+    except BaseException as error:
+        if group is not None:
+            group.leave(f"{type(error).__name__}: {error}")
+        raise
+
+
 def group_of(group: Any, strategy: str | None = None, timeout_s: float | None = None) -> Group | None:
     """The Group of a ProcessGroup or a Link; None without one, or for the strategy "independent".
 
@@ -267,8 +279,8 @@ def _givers(said: Sequence[Mapping[str, Any]]) -> tuple[dict[str, int], set[str]
 
 
 def _portable(record: Record, runners: Sequence[str]) -> dict[str, Any]:
-    """A record whose runners are positions."""
-    data = record.to_json()
+    """A record whose runners are positions; without the samples of an unfinished race, which are a rank's own."""
+    data = replace(record, samples={}).to_json()
     data["runner"] = runners.index(record.runner)
     for candidate in data["evidence"]["candidates"]:
         candidate["runner"] = runners.index(candidate["runner"]) if candidate["runner"] in runners else -1

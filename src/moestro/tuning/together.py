@@ -22,11 +22,12 @@ from moestro.errors import GroupError, TuningError, TuningWarning
 from moestro.tuning.group import Group, Vote, label_of_choice
 from moestro.tuning.measure.campaign import Campaign
 from moestro.tuning.measure.candidates import Trial
-from moestro.tuning.measure.decide import conclude, measure, samplers_of, without_choice
-from moestro.tuning.measure.request import Candidate, Job, OutOfMemoryError, record_name
-from moestro.tuning.race.race import race
+from moestro.tuning.measure.decide import conclude, measure, nothing_yet, race_of, samplers_of, without_choice
+from moestro.tuning.measure.request import Candidate, Job, OutOfMemoryError
+from moestro.tuning.race.rounds import ClockError
+from moestro.tuning.spec.evidence import CandidateEvidence
 from moestro.tuning.spec.specs import Sizes
-from moestro.tuning.store.records import CandidateEvidence, Record
+from moestro.tuning.store.records import Record
 
 __all__ = ["measure_together", "run_campaign"]
 
@@ -96,10 +97,21 @@ def measure_together(
     preferred: Record | None = None,
     only: Sequence[Record] | None = None,
     deadline: float = float("inf"),
+    unfinished: Record | None = None,
 ) -> Record | None:
-    """measure() for the strategy "parallel"."""
+    """measure() for the strategy "parallel". What was unfinished begins anew: its samples are one rank's."""
+    try:
+        return _in_step(job, bucket, preferred, only, deadline)
+    finally:
+        if job.statics is not None:
+            job.statics.put_back()
+
+
+def _in_step(
+    job: Job, bucket: Sizes, preferred: Record | None, only: Sequence[Record] | None, deadline: float
+) -> Record | None:
     assert job.group is not None
-    trial, memory = _guarded(lambda: Trial(job, bucket, deadline))
+    trial, memory = _guarded(lambda: Trial(job, bucket, deadline, None))
     offered = [] if trial is None else trial.candidates(only)
     vote = job.group.vote("candidates", _labels(job, offered), {}, out_of_memory=memory)
     _check_memory(vote)
@@ -109,25 +121,18 @@ def measure_together(
     if not fit and not step.late and trial.spare:
         fit, samplers = step.ready(trial.spare)
     if len(fit) < 2:
-        record = None if step.late else without_choice(trial, fit)
+        record = nothing_yet(trial) if step.late else without_choice(trial, fit)
         return job.group.decided(record, job.key.runners)
-    wanted = record_name(preferred) if preferred is not None else None
-    names = [candidate.name for candidate in fit]
     try:
-        result = race(
-            samplers,
-            job.policy,
-            preferred=names.index(wanted) if wanted in names else None,
-            stop=lambda: trial.late,
-            abort=lambda: job.budget.left <= 0,
-            combine=job.group.slowest,
-        )
-    except GroupError:
+        result = race_of(trial, fit, samplers, preferred, job.group.slowest)
+    except (GroupError, ClockError):
         raise
     except TuningError as error:  # every candidate failed while it was timed
-        trial.evidence += [job.failed(candidate, error) for candidate in fit]
+        for candidate in fit:
+            trial.fail(candidate, error)
         return job.group.decided(without_choice(trial, []), job.key.runners)
-    return job.group.decided(conclude(trial, fit, result), job.key.runners)
+    record = conclude(trial, fit, result) if trial.intact(fit) else None
+    return job.group.decided(record, job.key.runners)
 
 
 def _by_rank_0(job: Job, bucket: Sizes, **how: object) -> Record | None:
@@ -222,7 +227,7 @@ class _Step:
                 ratios[labels[name]] = self._ratio(made[candidates[0].name], made[name])
             except Exception as error:
                 candidate = next(c for c in candidates if c.name == name)
-                self.trial.evidence.append(self.job.failed(candidate, error))
+                self.trial.fail(candidate, error)
                 made.pop(name)
         together: dict[str, float] = {}
         for of in self.group.exchange("screened", ratios):

@@ -21,8 +21,9 @@ from typing import Any, ClassVar
 
 from moestro.errors import TuningError, TuningWarning
 from moestro.tuning.contexts import Contexts, Options
-from moestro.tuning.group import group_of
-from moestro.tuning.lookup.known import KnownDecisions
+from moestro.tuning.forks import survive
+from moestro.tuning.group import group_of, leaving
+from moestro.tuning.lookup.known import DecisionsOfKey, KnownDecisions
 from moestro.tuning.lookup.sites import CallSite, CallSites, Lookup
 from moestro.tuning.measure.budget import Budget
 from moestro.tuning.measure.campaign import Campaign
@@ -30,25 +31,29 @@ from moestro.tuning.measure.request import Job
 from moestro.tuning.measure.timers import Timer, default_timer
 from moestro.tuning.progress import Progress, showing
 from moestro.tuning.show.explain import Case, explain, explain_miss
-from moestro.tuning.spec.keys import device_of, shapes_of, static_key
+from moestro.tuning.spec.keys import StaticKey, device_of, shapes_of, static_key
 from moestro.tuning.spec.policy import MeasurementPolicy
 from moestro.tuning.spec.runner import DEFAULT_TACTIC, check_runners
 from moestro.tuning.spec.specs import Probe, Sizes, TuningConfig
+from moestro.tuning.spec.tactic_list import TacticList, from_environment
 from moestro.tuning.store.environment import Environment, environment_for
 from moestro.tuning.store.records import Decision, Record
-from moestro.tuning.store.store import Store, default_root
+from moestro.tuning.store.store import Store, default_store
 from moestro.tuning.together import run_campaign
+from moestro.tuning.toolbox import Toolbox
 
 __all__ = ["AutoTuner", "autotune"]
 
 Choice = tuple[Any, Any]  # (runner, tactic)
+_MISSING: Any = object()
 
 
-class AutoTuner:
-    """Chooses runners and tactics; see the module.
+class AutoTuner(Toolbox):
+    """Chooses runners and tactics; see the module, and toolbox.py for what else it does.
 
     store: a folder or Store for decisions; None keeps them in memory. timer: any timer, else the device's
-    own. clock: what budgets are kept by.
+    own. clock: what budgets are kept by. tactics: files of tactics that are banned or allowed
+    (spec/tactic_list.py), besides those of $MOESTRO_TACTICS.
     """
 
     _default: ClassVar[AutoTuner | None] = None
@@ -61,6 +66,7 @@ class AutoTuner:
         policy: MeasurementPolicy | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
+        tactics: Iterable[str | os.PathLike[str]] = (),
     ) -> None:
         self.store = _as_store(store)
         self.policy = policy or MeasurementPolicy()
@@ -69,8 +75,16 @@ class AutoTuner:
         self._clock = clock
         self._contexts = Contexts()
         self._sites = CallSites()
-        self._known = KnownDecisions(self.store)
+        self._known = KnownDecisions(self.store, TacticList([*from_environment(), *tactics]))
         self._measuring = threading.RLock()
+        survive(self)
+
+    def forked(self) -> None:
+        """This process is a child: locks are made anew, or it would wait for threads that are not there."""
+        type(self)._default_lock = threading.Lock()
+        self._measuring = threading.RLock()
+        self._contexts.forked()
+        self._known.forked()
 
     @classmethod
     def get(cls) -> AutoTuner:
@@ -78,7 +92,7 @@ class AutoTuner:
         if cls._default is None:
             with cls._default_lock:
                 if cls._default is None:
-                    cls._default = cls(store=default_root())
+                    cls._default = cls(store=default_store())
         return cls._default
 
     # --- contexts ------------------------------------------------------------------------------------
@@ -91,11 +105,12 @@ class AutoTuner:
         budget_s: float | None = None,
         tuning_buckets: Iterable[int] | None = None,
         round_up: bool | None = None,
-        skip_ops: Iterable[str] | None = None,
+        skip_ops: Iterable[str] | str | None = None,
         policy: MeasurementPolicy | None = None,
         probes: Sequence[Probe] | None = None,
         progress: Progress | None = None,
         crossover: bool | None = None,
+        only_sizes_seen: bool | None = None,
         group: Any = None,
         strategy: str | None = None,
         timeout_s: float | None = None,
@@ -105,20 +120,20 @@ class AutoTuner:
         tune_mode: False only looks up. cache: where decisions are read from and written to. budget_s: seconds
         of tuning. tuning_buckets, round_up: replace the operations' own buckets and rounding. skip_ops: these
         get their default. policy, probes: how to measure and on what. crossover: search for where winners
-        change. progress: True draws a line in the terminal; a function gets the lines. What is not given is
-        inherited from the context outside. Raises TuningError for settings that make no sense.
+        change. only_sizes_seen: the sizes of calls are the buckets, and none besides. progress: True draws a
+        line in the terminal; a function gets the lines. What is not given is inherited from the context
+        outside. Raises TuningError for settings that make no sense.
 
-        group: a torch.distributed.ProcessGroup whose ranks all make the same calls in this context; they come
-        to one decision, by the slowest rank's time. strategy: "parallel" (the default), "broadcast", "merge"
-        or "independent" (group.STRATEGIES says what they do). timeout_s: how long a rank waits for the
-        others, the group's own time-out by default; then all get the default tactic, with a TuningWarning
-        that names who was missing.
+        group: a torch.distributed.ProcessGroup whose ranks all make the same calls in this context and come to
+        one decision, by the slowest rank's time. strategy: of group.STRATEGIES, "parallel" by default.
+        timeout_s: how long ranks wait for each other, the group's own time-out by default; then all get the
+        default tactic, with a TuningWarning that names who was missing.
         """
         outer = self._contexts.current or Options()
         inner = outer.inner(
             tune=tune_mode,
             store=_as_store(cache),
-            budget=None if budget_s is None else Budget(budget_s, self._clock),
+            budget=None if budget_s is None else Budget(budget_s, self._clock, outer.budget),
             buckets=tuning_buckets,
             round_up=round_up,
             skip_ops=skip_ops,
@@ -126,35 +141,44 @@ class AutoTuner:
             probes=probes,
             progress=progress,
             crossover=crossover,
+            only_sizes_seen=only_sizes_seen,
             group=group_of(group, strategy, timeout_s),
         )
         if strategy == "independent":
             inner = replace(inner, group=None)  # also inside a context with a group
-        self._contexts.push(inner)
+        if inner.store is not None:
+            self._known.attach(inner.store)
+        entered = self._contexts.push(inner)
         try:
-            yield self
-        except BaseException as error:
-            if inner.group is not None and inner.group is not outer.group:
-                inner.group.leave(f"{type(error).__name__}: {error}")
-            raise
+            with leaving(inner.group if inner.group is not outer.group else None):
+                yield self
         finally:
-            self._contexts.pop()
+            self._contexts.pop(entered)
 
     # --- choosing ------------------------------------------------------------------------------------
-    def choose_one(
-        self, op: str, runners: Sequence[Any], config: TuningConfig, inputs: Sequence[Any], **kwargs: Any
+    def choose_one(  # type: ignore[override]
+        self,
+        custom_op: str = _MISSING,
+        runners: Sequence[Any] = _MISSING,
+        tuning_config: TuningConfig = _MISSING,
+        inputs: Sequence[Any] = _MISSING,
+        **kwargs: Any,
     ) -> Choice:
-        """(runner, tactic) for these inputs; kwargs are passed to forward when candidates are measured.
+        """(runner, tactic) for these inputs; kwargs are passed to forward when candidates are measured, and to
+        get_valid_tactics where it takes them. `op` and `config` are other names of the first and third.
 
         Raises TuningError for runners or buckets that make no sense, and inside CUDA graph capture if tuning
         would have to measure.
         """
         contexts = self._contexts
         if not contexts.active or contexts.current is None:
+            sites = self._sites
             try:
-                site = self._sites.known.get((op, id(config), *map(id, runners)))
-            except TypeError:
-                site = None  # no sequence of runners; _choose says so
+                site = sites.known.get((custom_op, id(tuning_config), *map(id, runners)))
+                if site is None:
+                    site = sites.get(custom_op, runners, tuning_config, None)
+            except (TypeError, AttributeError):
+                site = None  # no sequence of runners, or names in kwargs; _choose says so
             if site is not None:
                 for guard, view in site.guards:
                     if guard(runners, inputs, kwargs):
@@ -162,7 +186,9 @@ class AutoTuner:
                         if pick is None:
                             break
                         return runners[pick[0]], pick[1]
-        return self._choose(op, runners, config, inputs, kwargs)[0]
+        if custom_op is _MISSING or tuning_config is _MISSING:
+            custom_op, tuning_config = kwargs.pop("op", custom_op), kwargs.pop("config", tuning_config)
+        return self._choose(custom_op, runners, tuning_config, inputs, kwargs)[0]
 
     def bind(
         self, op: str, runners: Sequence[Any], config: TuningConfig, **kwargs: Any
@@ -174,17 +200,22 @@ class AutoTuner:
         """
         check_runners(runners)
         contexts, bisect = self._contexts, bisect_left
-        fast: Any = None  # (view, its table, bounds, choices, input, dim, dtype)
+        fast: Any = None  # (view, its table, bounds, choices, picks by size, input, dim, dtype)
 
         def pick(inputs: Sequence[Any]) -> Choice:
             if fast is not None and (not contexts.active or contexts.current is None):
-                view, table, bounds, choices, tensor, dim, dtype = fast
+                view, table, bounds, choices, by_size, tensor, dim, dtype = fast
                 if view.fast is table:
                     value = inputs[tensor]
                     if value.dtype is dtype:
                         at = bisect(bounds, value.shape[dim])
                         if at < len(choices):
-                            return choices[at]  # type: ignore[no-any-return]
+                            choice = choices[at]
+                            if choice is not None:
+                                return choice  # type: ignore[no-any-return]
+                            known = by_size.get(value.shape[dim])
+                            if known is not None:
+                                return runners[known[0]], known[1]
             return slow(inputs)
 
         def slow(inputs: Sequence[Any]) -> Choice:
@@ -193,23 +224,24 @@ class AutoTuner:
             table = view.fast if view is not None else None
             if view is not None and table is not None and len(view.dims) == 1 and contexts.current is None:
                 tensor, dim = view.dims[0]
-                choices = [(runners[index], tactic) for index, tactic in table[1]]
-                fast = (view, table, table[0], choices, tensor, dim, inputs[tensor].dtype)
+                choices = [None if pick is None else (runners[pick[0]], pick[1]) for pick in table[1]]
+                by_size = view.validity.by_size
+                fast = (view, table, table[0], choices, by_size, tensor, dim, inputs[tensor].dtype)
             return choice
 
         return pick
 
-    def decision(
+    def decision(  # type: ignore[override]
         self, op: str, runners: Sequence[Any], config: TuningConfig, inputs: Sequence[Any], **kwargs: Any
     ) -> Decision | None:
         """What choose_one would answer, with its evidence, without tuning; None where nothing is known."""
         options = self._contexts.current
         check_runners(runners)
-        _, view, sizes = self._locate(op, runners, config, inputs, kwargs, options)
+        site, view, sizes = self._locate(op, runners, config, inputs, kwargs, options)
         record, within = view.find(sizes)
         if record is None:
             return None
-        index, tactic = view.pick(record)
+        index, tactic = view.pick(record, site.config, runners, inputs, kwargs, sizes)
         return Decision(
             runner=runners[index],
             tactic=tactic,
@@ -217,7 +249,7 @@ class AutoTuner:
             status=record.status if within else "extrapolated",
             evidence=record.evidence,
             record=record,
-            source=view.book.sources.get((record.probes, record.bucket), "memory"),
+            source=record.source,
         )
 
     def explain(
@@ -235,10 +267,10 @@ class AutoTuner:
         case = Case(
             key=book.key,
             record=record,
-            records=book.records(record.probes),
+            records=book.serving(record.probes, view.environment),
             sizes=sizes,
             within=within,
-            source=book.sources.get((record.probes, record.bucket), "memory"),
+            source=record.source,
             facts=store.facts(record.environment) if store is not None else None,
         )
         return explain(case)
@@ -253,7 +285,14 @@ class AutoTuner:
         kwargs: Mapping[str, Any],
     ) -> tuple[Choice, Lookup | None]:
         options = self._contexts.current
+        for name, value in (("op", op), ("runners", runners), ("config", config), ("inputs", inputs)):
+            if value is _MISSING:
+                raise TuningError(f"choose_one needs {name}")
         check_runners(runners)
+        if options is not None and options.answers is not None:
+            answer = options.answers.answer(op, runners, config, inputs, kwargs)
+            if answer is not None:
+                return answer, None
         if options is not None and op in options.skip_ops:
             return (runners[0], DEFAULT_TACTIC), None
         site, view, sizes = self._locate(op, runners, config, inputs, kwargs, options)
@@ -264,7 +303,9 @@ class AutoTuner:
         record, within = view.find(sizes)
         if record is not None and not within:
             self._missing(site, view, runners, inputs, sizes, record)
-        index, tactic = view.pick(record)
+        elif record is None:
+            self._known.stats.missed(op, sizes)
+        index, tactic = view.pick(record, site.config, runners, inputs, kwargs, sizes)
         return (runners[index], tactic), view
 
     def _locate(
@@ -278,22 +319,36 @@ class AutoTuner:
     ) -> tuple[CallSite, Lookup, Sizes]:
         site = self._sites.get(op, runners, config, options)
         view = site.guarded(runners, inputs, kwargs)
+        environment = functools.partial(self._environment, site, runners, inputs, options)
         if view is None:
             key = static_key(op, runners, site.config, inputs, kwargs)
             device = device_of(inputs)
-            view = site.view(key, device, lambda: self._known.book(key, device))
+            here = site.environments.get(device)
+            if here is None:
+                here = site.environments[device] = environment()
+            view = site.view(key, device, here.name, lambda: self._book(key, device, site.config))
             site.guard(view, runners, inputs, kwargs)
-        environment = functools.partial(self._environment, site.config, runners, inputs, options)
-        self._known.open(view.book, device_of(inputs), options, environment)
+        self._known.open(view.book, options, environment)
         return site, view, site.config.sizes(shapes_of(inputs))
 
+    def _book(self, key: StaticKey, device: str, config: TuningConfig) -> DecisionsOfKey:
+        book = self._known.book(key, device, len(config.dynamic_tensor_specs))
+        book.private = book.private or config.exclude_from_cache
+        return book
+
     def _environment(
-        self, config: TuningConfig, runners: Sequence[Any], inputs: Sequence[Any], options: Options | None
+        self, site: CallSite, runners: Sequence[Any], inputs: Sequence[Any], options: Options | None
     ) -> Environment:
-        policy = (options and options.policy) or self.policy
+        policy = self._policy_of(site.config, options)
         device = device_of(inputs)
-        clock = self._timer_for(device, policy, config.use_cuda_graph).name
+        clock = self._timer_for(device, policy, site.config.use_cuda_graph).name
         return environment_for(device, runners, policy, clock)
+
+    def _policy_of(self, config: TuningConfig, options: Options | None) -> MeasurementPolicy:
+        """The context's policy, else the tuner's, with the operation's wish for a cold or warm cache."""
+        policy = (options and options.policy) or self.policy
+        cold = config.cold
+        return policy if cold is None or cold == policy.cold_cache else replace(policy, cold_cache=cold)
 
     def _timer_for(self, device: str, policy: MeasurementPolicy, graph: bool) -> Timer:
         if self._timer is not None:
@@ -313,23 +368,23 @@ class AutoTuner:
         sizes: Sizes,
         options: Options,
     ) -> None:
-        group, done = options.group, sizes in view.done
+        group = options.group
         if group.broken if group is not None else options.budget.left <= 0:
             return
         if _capturing():
-            if done:
+            if sizes in view.done:
                 return
             raise TuningError(
                 f"{site.op}: nothing is known for sizes {sizes}, and tuning inside CUDA graph capture is not "
-                "possible: run the operation once under autotune() before capturing it"
+                "possible (active outer CUDA Graph capture): run the operation once under autotune() before capturing it"
             )
-        policy = options.policy or self.policy
+        policy = self._policy_of(site.config, options)
         device = device_of(inputs)
         timer = self._timer_for(device, policy, site.config.use_cuda_graph)
-        environment = self._environment(site.config, runners, inputs, options)
+        environment = self._environment(site, runners, inputs, options)
         decisions, store, book = self._known, self._known.target(options), view.book
         shown = options.progress if group is None or group.rank == 0 else False
-        with self._measuring, showing(shown) as progress:
+        with self._measuring, decisions.measuring(), showing(shown) as progress:
             decisions.refresh(book, store, environment)
             job = Job(
                 key=book.key,
@@ -341,7 +396,7 @@ class AutoTuner:
                 timer=timer,
                 budget=options.budget,
                 sizes=sizes,
-                banned=book.banned,
+                banned=decisions.tactics.over(book.banned, site.op),
                 ban=lambda candidate, reason: decisions.ban(book, store, environment, candidate.name, reason),
                 warm=decisions.warm(book, store, environment),
                 progress=progress,
@@ -351,7 +406,7 @@ class AutoTuner:
                 spec.bucket_of(size)
                 for spec, size in zip(site.config.dynamic_tensor_specs, sizes, strict=True)
             )
-            known = functools.partial(book.records, view.probes)
+            known = functools.partial(book.records, view.probes, environment.name)
             keep = functools.partial(decisions.keep, book, store, environment)
             campaign = Campaign(job, known, keep, first, book.too_large, options.crossover)
             if run_campaign(campaign, environment.name, {"tuning_buckets": options.buckets}):
@@ -368,7 +423,7 @@ class AutoTuner:
     ) -> None:
         """Warn, once, that sizes are beyond what was tuned, and remember them."""
         options = self._contexts.current
-        environment = functools.partial(self._environment, site.config, runners, inputs, options)
+        environment = functools.partial(self._environment, site, runners, inputs, options)
         if self._known.miss(view.book, self._known.target(options), sizes, record, environment):
             asked, used = (" x ".join(map(str, s)) for s in (sizes, record.bucket))
             warnings.warn(
@@ -386,7 +441,10 @@ def _as_store(store: str | os.PathLike[str] | Store | None) -> Store | None:
 
 def _capturing() -> bool:
     torch = sys.modules.get("torch")
-    return torch is not None and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    try:
+        return torch is not None and bool(torch.cuda.is_current_stream_capturing())
+    except RuntimeError:  # a torch without CUDA
+        return False
 
 
 def autotune(

@@ -36,6 +36,8 @@ class Case:
     offset: int = 0
     total: int | None = None  # E, where it is more than L
     dtype: torch.dtype = torch.bfloat16  # of x
+    input_format: str | None = None
+    batch_invariant: bool = False
 
     @property
     def problem(self) -> MoeProblem:
@@ -50,6 +52,8 @@ class Case:
             activation=self.activation,
             biased=self.biases,
             dtype=self.dtype,
+            input_format=self.input_format,
+            batch_invariant=self.batch_invariant,
         )
 
     @functools.lru_cache(maxsize=64)  # noqa: B019
@@ -78,7 +82,12 @@ class Case:
         return x, ids, torch.rand(num_tokens, self.top_k, generator=g)
 
     def expected(self, call: tuple[torch.Tensor, ...], w: ExpertWeights) -> torch.Tensor:
-        return reference.fused_moe(*call, w, activation=self.activation, expert_offset=self.offset)
+        options = {
+            "activation": self.activation,
+            "expert_offset": self.offset,
+            "input_format": self.input_format,
+        }
+        return reference.fused_moe(*call, w, **options)
 
 
 def run(runner: CpuRunner, call: tuple[torch.Tensor, ...], tactic: Any = -1) -> torch.Tensor:

@@ -1,4 +1,4 @@
-// Drives the core under AddressSanitizer and UndefinedBehaviorSanitizer: every instruction set of this machine, both
+// Drives the core under AddressSanitizer and UndefinedBehaviorSanitizer: every instruction set of this machine, all
 // formats, every path, in buffers of exactly the sizes that the interface states. Results must not depend on the number
 // of threads, and all instruction sets must agree.
 #include <cmath>
@@ -40,12 +40,19 @@ float widen(uint16_t value) {
 }
 uint16_t small() { return bf16(static_cast<float>(static_cast<int>(next() % 2001) - 1000) / 4000.f); }
 
+constexpr int32_t kFp8Columns = 128;
 int64_t per_scale(int format) { return format == MOESTRO_MXFP4 ? 32 : 16; }
+int64_t scale_bytes(int format, int64_t rows, int64_t columns) {  // of a matrix
+  if (format == MOESTRO_FP8) return rows / 16 * ((columns + kFp8Columns - 1) / kFp8Columns) * 4;
+  return rows * columns / per_scale(format);
+}
+int64_t code_bytes(int format, int64_t weights) {
+  return format == MOESTRO_BF16 ? weights * 2 : format == MOESTRO_FP8 ? weights : weights / 2;
+}
 
 struct Weights {  // experts' matrices, packed from random ones; packing and unpacking must be inverse
   Weights(int format, int64_t experts, int64_t rows, int64_t columns, bool gated)
-      : codes(experts * rows * columns * (format == MOESTRO_BF16 ? 2 : 1) / (format == MOESTRO_BF16 ? 1 : 2)),
-        scales(experts * rows * columns / per_scale(format)), row_scale(experts * rows), bias(experts * rows) {
+      : codes(code_bytes(format, experts * rows * columns)), scales(experts * scale_bytes(format, rows, columns)), row_scale(experts * rows), bias(experts * rows) {
     const int64_t per = per_scale(format), matrix = codes.count / experts, blocks = scales.count / experts;
     Buffer<uint8_t> source(matrix), scale(blocks), back(matrix), scale_back(blocks);
     for (int64_t e = 0; e < experts; ++e) {
@@ -56,6 +63,12 @@ struct Weights {  // experts' matrices, packed from random ones; packing and unp
         for (int64_t i = 0; i < rows * columns; ++i) dense[i] = small();
         moestro_cpu_pack_bf16(panels, dense, rows, columns, gated, 2);
         moestro_cpu_unpack_bf16(reinterpret_cast<uint16_t*>(back.data), panels, rows, columns, gated, 2);
+      } else if (format == MOESTRO_FP8) {
+        for (int64_t i = 0; i < matrix; ++i) source.data[i] = static_cast<uint8_t>(next() % 96 + (next() & 0x80));
+        moestro_cpu_pack_fp8(codes.data + e * matrix, source.data, rows, columns, gated, 2);
+        moestro_cpu_unpack_fp8(back.data, codes.data + e * matrix, rows, columns, gated, 2);
+        auto* factors = reinterpret_cast<float*>(scales.data + e * blocks);
+        for (int64_t i = 0; i < blocks / 4; ++i) factors[i] = static_cast<float>(next() % 7 + 1);
       } else {
         for (int64_t i = 0; i < matrix; ++i) source.data[i] = static_cast<uint8_t>(next());
         uint8_t *panels = codes.data + e * matrix, *panel_scales = scales.data + e * blocks;
@@ -96,14 +109,17 @@ double difference(int x_type, const uint8_t* a, const uint8_t* b, int64_t count)
   return std::sqrt(apart / norm);
 }
 
-int check(int format, int x_type, int activation, int32_t hidden, int32_t inter, int64_t tokens, MoestroTactic tactic) {
+int check(int format, int x_type, int input_format, int activation, int32_t hidden, int32_t inter, int64_t tokens, MoestroTactic tactic) {
   const int64_t size = x_type == MOESTRO_X_FP32 ? 4 : 2;
   const int32_t experts = 3, top_k = 2;
   const bool gated = activation != MOESTRO_RELU2;
   const Weights gate_up(format, experts, gated ? 2 * inter : inter, hidden, gated);
   const Weights down(format, experts, hidden, inter, false);
-  MoestroLayer layer{0, format, experts, 1, top_k, hidden, inter, activation, x_type, 1.702f, 7.f, 1.f,
-                     gate_up.matrix(format), down.matrix(format)};
+  MoestroLayer layer{.isa = 0, .format = format, .experts = experts, .expert_offset = 1, .top_k = top_k,
+                     .hidden = hidden, .intermediate = inter, .activation = activation, .gated = gated, .x_type = x_type,
+                     .input_format = input_format, .batch_invariant = tactic.row_tile == 1, .scale_columns = kFp8Columns,
+                     .alpha = 1.702f, .limit = 7.f, .up_shift = 1.f, .gate_up = gate_up.matrix(format),
+                     .down = down.matrix(format)};
   Buffer<uint8_t> x(tokens * hidden * size), out(tokens * hidden * size), plain(tokens * hidden * size);
   Buffer<int32_t> ids(tokens * top_k);
   Buffer<float> weights(tokens * top_k);
@@ -116,7 +132,7 @@ int check(int format, int x_type, int activation, int32_t hidden, int32_t inter,
   for (int64_t i = 0; i < ids.count; ++i) ids.data[i] = static_cast<int32_t>(next() % 6) - 1;  // some of nobody
   for (int64_t i = 0; i < weights.count; ++i) weights.data[i] = widen(small());
   int failures = 0;
-  for (int isa = MOESTRO_GENERIC; isa <= MOESTRO_AMX_EMULATED; ++isa) {
+  for (int isa = MOESTRO_GENERIC; isa < MOESTRO_ISAS; ++isa) {
     if (!(moestro_cpu_isas() >> isa & 1)) continue;
     layer.isa = isa;
     Buffer<uint8_t> first(tokens * hidden * size);
@@ -148,7 +164,7 @@ int main() {
   const MoestroTactic tactics[] = {{64, 2, 1 << 30, 1 << 20, 1}, {5, 1, 1, 1 << 20, 1}, {40, 3, 4, 13, 1}};
   const int32_t sizes[][2] = {{16, 16}, {80, 48}, {64, 96}, {1056, 32}};
   int failures = 0;
-  for (int format : {MOESTRO_BF16, MOESTRO_NVFP4, MOESTRO_MXFP4})
+  for (int format : {MOESTRO_BF16, MOESTRO_NVFP4, MOESTRO_MXFP4, MOESTRO_FP8})
     for (int activation : {MOESTRO_SWIGLU, MOESTRO_GEGLU_TANH, MOESTRO_RELU2})
       for (const auto& size : sizes) {
         if (size[0] % per_scale(format) || size[1] % per_scale(format)) continue;
@@ -156,8 +172,14 @@ int main() {
           for (int64_t tokens : {1, 3, 53})
             for (int x_type : {MOESTRO_X_BF16, MOESTRO_X_FP16, MOESTRO_X_FP32})
               if (x_type == MOESTRO_X_BF16 || activation == MOESTRO_SWIGLU)
-                failures += check(format, x_type, activation, size[0], size[1], tokens, tactic);
+                for (int input : {MOESTRO_INPUT_AS_IS, MOESTRO_INPUT_INT8})
+                  if (input == MOESTRO_INPUT_AS_IS || format == MOESTRO_NVFP4 || format == MOESTRO_MXFP4)
+                    failures += check(format, x_type, input, activation, size[0], size[1], tokens, tactic);
       }
+  Buffer<uint8_t> some(100000);
+  moestro_cpu_read(some.data, some.count, 3);
+  for (int isa = 0; isa < MOESTRO_ISAS; ++isa)
+    for (int arithmetic = 0; arithmetic < MOESTRO_ARITHMETICS; ++arithmetic) moestro_cpu_rate(isa, arithmetic, 1e-4, 2);
   std::printf("%d failures\n", failures);
   return failures != 0;
 }

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moestro.errors import DTypeError, FormatError, ShapeError
-from moestro.formats import BF16, MXFP4, NVFP4, FormatTensor
+from moestro.formats import BF16, MXFP4, NVFP4, FormatTensor, FP8Block
 from moestro.kernels.cpu import CpuRunner, layout
 
 
@@ -51,6 +51,24 @@ def test_packing_and_unpacking_mxfp4_gives_the_same_bits(
     assert torch.equal(back.packed, packed)
     assert torch.equal(back.scale, scale)
     assert torch.equal(panels.expert(0).to_checkpoint().packed, packed[0])
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 18), st.booleans(), st.integers(0, 10**6))
+def test_packing_and_unpacking_fp8_blocks_gives_the_same_bits(
+    experts: int, rows: int, columns: int, gated: bool, seed: int
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    shape = (experts, 32 * rows, 16 * columns)
+    data = torch.randint(0, 255, shape, generator=g, dtype=torch.uint8)
+    data[(data & 0x7F) == 0x7F] = 0x81
+    blocks = (experts, -(-shape[1] // 128), -(-shape[2] // 128))
+    source = FP8Block(data.view(torch.float8_e4m3fn), torch.rand(blocks, generator=g))
+    panels = layout.pack(source, gated)
+    back = panels.to_checkpoint()
+    assert panels.shape == source.shape
+    assert torch.equal(back.data.view(torch.uint8), data)
+    assert torch.equal(back.scale_inv, source.scale_inv)
 
 
 @settings(max_examples=20, deadline=None)
@@ -181,3 +199,7 @@ def test_what_cannot_be_packed_says_why() -> None:
     nan = MXFP4(torch.zeros(1, 32, 16, dtype=torch.uint8), torch.full((1, 32, 1), 255, dtype=torch.uint8))
     with pytest.raises(FormatError, match="255"):
         layout.pack(nan, False)
+    bad_fp8 = torch.zeros(1, 32, 32, dtype=torch.uint8)
+    bad_fp8[0, 1, 2] = 0xFF
+    with pytest.raises(FormatError, match="NaN"):
+        layout.pack(FP8Block(bad_fp8.view(torch.float8_e4m3fn), torch.ones(1, 1, 1)), False)

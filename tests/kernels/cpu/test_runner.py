@@ -28,7 +28,7 @@ class Strange(SwiGLU):
     ("change", "reason"),
     [
         ({"device": "cuda"}, "cuda"),
-        ({"weight_format": "fp8_block"}, "fp8_block"),
+        ({"input_format": "int8", "weight_format": "fp8_block"}, "fp8_block"),
         ({"dtype": torch.float64}, "float64"),
         ({"weight_dtype": torch.float16}, "float16"),
         ({"input_format": "nvfp4"}, "input_format"),

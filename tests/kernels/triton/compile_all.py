@@ -17,12 +17,14 @@ from offline import compile_launch, inputs_of, runner_of
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-import moestro.kernels.triton.runner
 from moestro.kernels.activations import ReLU2
-from moestro.kernels.triton import native, tactics
+from moestro.kernels.triton import chip, choose
+from moestro.kernels.triton.call import Launch
 from moestro.kernels.triton.device import fp4 as blackwell
-from moestro.kernels.triton.device import loops as gluon_steps
-from moestro.kernels.triton.plan import Launch
+from moestro.kernels.triton.device import loops
+from moestro.kernels.triton.device.decode import BF16
+from moestro.kernels.triton.paths import chain, fp4, warp_specialized
+from moestro.kernels.triton.tactic import SHARED_BYTES, Tile
 
 TENSOR_COLUMNS = 512  # of a processor's tensor memory on sm_100
 WGMMA, MMA = "wgmma.mma_async", "mma.sync"
@@ -32,30 +34,37 @@ def sm_90() -> list[str]:
     """Every family of tactics: products must be on the tensor cores, and wait as they must."""
     bad = []
     nvfp4, bf16 = runner_of(8, 2, 512, 256, "nvfp4"), runner_of(8, 2, 512, 256, "bf16")
-    large, dense = (tactic for _, tactic in tactics.NOT_WIDE)
-    plain = tactics.DENSE_DEFAULTS[0][1]  # 16 pairs wide
+    large, dequantized = (tactic for _, tactic in choose.WITHOUT_WGMMA)
+    plain = choose.DENSE_DEFAULTS[0][1]  # 16 pairs wide
+    small, medium = Tile(64, 2, 4, 4), Tile(128, 2, 4, 3)
     cases = [
         (nvfp4, 1, -1),  # one pair a program
         (nvfp4, 3, -1),  # programs find their pairs
         (nvfp4, 12, -1),  # sorted, narrow
-        (nvfp4, 1, tactics.chain(8, tactics.T, tactics.T, "direct")),  # both products in one launch
-        (nvfp4, 3, tactics.chain(8, tactics.S, tactics.S, "direct", ahead=16)),
-        (nvfp4, 60, tactics.chain(32, tactics.M, tactics.M, split=2)),
+        (nvfp4, 1, chain.tactic(8, Tile(32, 4, 2, 4), "direct")),  # both products in one launch
+        (nvfp4, 3, chain.tactic(8, small, "direct", prefetch_kib=16)),
+        (nvfp4, 60, chain.tactic(32, medium, split_k=2)),
         (nvfp4, 700, plain),
         (nvfp4, 700, large),  # two widths, narrowing; wgmma with A in registers
-        (nvfp4, 700, dense),
+        (nvfp4, 700, dequantized),
         (runner_of(4, 2, 144, 80, "nvfp4", ReLU2(), biases=True), 700, plain),
         (bf16, 700, plain),
-        (bf16, 700, dense),
+        (bf16, 700, dequantized),
         (runner_of(4, 2, 144, 80, "nvfp4", input_format="nvfp4"), 9, plain),
     ]
+    for fmt in ("mxfp4", "fp8_block"):
+        runner = runner_of(8, 2, 512, 320, fmt, biases=True)
+        cases += [
+            (runner, 3, chain.tactic(8, small, "direct", prefetch_kib=16)),
+            (runner, 700, large),
+            (runner, 700, dequantized),
+        ]
     seen = set()
     for runner, n, wanted in cases:
-        tactic = wanted if wanted == -1 else tactics.fitted(runner.problem, wanted)
+        tactic = wanted if wanted == -1 else choose.fitted(runner.problem, wanted)
         for launch in runner.plan(inputs_of(runner, n), tactic):
-            key = (launch.kernel.__name__, repr(sorted((k, str(v)) for k, v in launch.meta.items())))
-            if key not in seen:
-                seen.add(key)
+            if launch.key not in seen:
+                seen.add(launch.key)
                 bad += complaints(launch)
     print(len(seen), "kernels")
     return bad
@@ -74,7 +83,7 @@ def complaints(launch: Launch) -> list[str]:
         bad.append(f"{name}: a tile may read what another has not yet written")
     if launch.kernel.__name__ == "dense_gemm" and "cp.async.bulk.tensor" not in ptx:
         bad.append(f"{name}: no tensor memory accelerator")
-    if launch.meta.get("FORMAT") == 1:
+    if decodes(launch) and launch.kernel.__name__ != "wide_gemm":
         # A registers must not be decoded anew while a wgmma reads them: no wait may leave one running
         running = set(re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx)) - {"0"}
         if running:
@@ -82,21 +91,32 @@ def complaints(launch: Launch) -> list[str]:
     return bad
 
 
+def decodes(launch: Launch) -> bool:
+    """Whether a product decodes its weights in registers."""
+    how = launch.meta.get("HOW")
+    how = getattr(how, "first", how)
+    return launch.kernel.__name__ in ("moe_gemm", "moe_chain", "wide_gemm") and how.format != BF16.value
+
+
 def gluon_sm_90() -> list[str]:
     """Wide products: wgmmas run on while the next weights are decoded, but none sees its registers change."""
     odd = runner_of(4, 2, 320, 144, "nvfp4", ReLU2(), biases=True)
-    even, rest = runner_of(8, 2, 512, 256, "nvfp4"), (128, 1, 4, 4)
+    even, rest = runner_of(8, 2, 512, 256, "nvfp4"), Tile(128, 1, 4, 4)
+    one_consumer, table = warp_specialized.tactic(64, rest, ""), warp_specialized.TABLE["packed"]
+    others = [runner_of(8, 2, 512, 256, fmt, biases=True) for fmt in ("mxfp4", "fp8_block")]
     bad = []
-    for runner, tactic in (
-        *((even, tactic) for tactic in tactics.TABLE if tactic.path == "wide"),
-        (odd, tactics.wide(64, rest, rest, ladder=0)),  # one consumer, ragged columns
+    for runner, wanted in (
+        *((even, tactic) for tactic in table),
+        *((runner, tactic) for runner in others for tactic in (table[1], table[-3])),
+        (odd, one_consumer),  # ragged columns
     ):
-        assert tactics.unfit(runner.problem, tactic, 700) is None
+        tactic = choose.fitted(runner.problem, wanted)
+        assert choose.why_not(runner.problem, tactic, 700) is None
         bad += [c for launch in runner.plan(inputs_of(runner, 700), tactic)[1:-1] for c in complaints(launch)]
     with tempfile.TemporaryDirectory() as apart:  # the cache does not see that a function was replaced
-        knobs = patch.multiple(triton.knobs.cache, dir=apart), patch.object(gluon_steps, "_retire_both", lax)
+        knobs = patch.multiple(triton.knobs.cache, dir=apart), patch.object(loops, "_retire_both", lax)
         with knobs[0], knobs[1]:
-            launches = odd.plan(inputs_of(odd, 700), tactics.wide(64, rest, rest, ladder=0))
+            launches = odd.plan(inputs_of(odd, 700), one_consumer)
             if not any(complaints(launch) for launch in launches):
                 bad.append("a wait that leaves one more product running goes unnoticed")
     return bad
@@ -119,26 +139,34 @@ def machine_code(name: str, cubin: bytes) -> list[str]:
 def sm_100() -> list[str]:
     """The families of sm_90 on the tensor cores of sm_100, and W4A4 on its FP4 ones, scales included."""
     nvfp4, bf16 = runner_of(8, 2, 512, 256, "nvfp4"), runner_of(8, 2, 512, 256, "bf16")
-    large, dense = (tactic for _, tactic in tactics.NOT_WIDE)
+    large, dequantized = (tactic for _, tactic in choose.WITHOUT_WGMMA)
+    mxfp4, fp8 = (runner_of(8, 2, 512, 256, fmt, biases=True) for fmt in ("mxfp4", "fp8_block"))
     launches = [
         launch
-        for runner, n, tactic in ((nvfp4, 1, -1), (nvfp4, 700, large), (nvfp4, 700, dense), (bf16, 12, -1))
+        for runner, n, tactic in (
+            (nvfp4, 1, -1),
+            (nvfp4, 700, large),
+            (nvfp4, 700, dequantized),
+            (bf16, 12, -1),
+            (mxfp4, 700, large),
+            (fp8, 700, large),
+        )
         for launch in runner.plan(inputs_of(runner, n), tactic)
         if "gemm" in launch.kernel.__name__
     ]
     bad = [problem for launch in launches if (problem := _without(launch, r"tcgen05\.mma|mma\.sync"))]
-    with patch.object(moestro.kernels.triton.runner, "_capability", return_value=(10, 0)):
+    with patch.object(chip, "capability", return_value=(10, 0)):
         odd = runner_of(4, 2, 144, 80, "nvfp4", ReLU2(), biases=True, input_format="nvfp4")
         even = runner_of(8, 2, 512, 256, "nvfp4", input_format="nvfp4")
         native_launches = [
             launch
-            for runner, found in ((even, native.TABLE), (odd, native.TABLE[1:2]))
+            for runner, found in ((even, fp4.TABLE["nvfp4"]), (odd, fp4.TABLE["nvfp4"][1:2]))
             for tactic in found
             for launch in runner.plan(inputs_of(runner, 700), tactic)[1:]  # without the sort
         ]
-    fp4 = r"tcgen05\.mma\S*mxf4nvf4\S*(block16|4X)"
+    scaled = r"tcgen05\.mma\S*mxf4nvf4\S*(block16|4X)"
     for launch in native_launches:
-        problem = _without(launch, fp4 if launch.kernel is blackwell.scaled_gemm else "")
+        problem = _without(launch, scaled if launch.kernel is blackwell.scaled_gemm else "")
         bad += [problem] if problem else []
     print(len(launches) + len(native_launches), "kernels")
     return bad
@@ -148,7 +176,7 @@ def _without(launch: Launch, instruction: str) -> str | None:
     """What is wrong if the kernel compiles without the instruction, or to more memory than the chip has."""
     compiled = compile_launch(launch, 100)
     shared, tensor = compiled.metadata.shared, compiled.metadata.tmem_size
-    if shared > tactics.SHARED_BYTES or tensor > TENSOR_COLUMNS:
+    if shared > SHARED_BYTES or tensor > TENSOR_COLUMNS:
         return f"{launch.kernel.__name__} {launch.meta}: {shared=} bytes, {tensor=} columns"
     ptx = compiled.asm["ptx"]
     if re.search(instruction, ptx):

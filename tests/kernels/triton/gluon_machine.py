@@ -277,6 +277,13 @@ class Code:
         return getattr(value, "value", value) if type(value).__name__ == "constexpr" else value
 
 
+def _sent(argument: Any) -> Any:
+    """An argument as a kernel has it: tensors are pointers, in groups too."""
+    if isinstance(argument, tuple):
+        return type(argument)(*map(_sent, argument))
+    return Pointer.to_start(argument) if isinstance(argument, torch.Tensor) else argument
+
+
 class GluonMachine:
     """Stands for a Gluon kernel: machine[grid](*args, **meta) runs its programs one after another.
 
@@ -291,7 +298,7 @@ class GluonMachine:
         def launch(*args: Any, **meta: Any) -> None:
             known = inspect.signature(self._kernel.fn).parameters
             constants = {name: value for name, value in meta.items() if name in known}
-            sent = [Pointer.to_start(a) if isinstance(a, torch.Tensor) else a for a in args]
+            sent = [_sent(a) for a in args]
             draw = random.Random(self._seed)
             for number in range(grid[0]):
                 program = Program(number, grid[0], draw)

@@ -68,7 +68,7 @@ def _binary(name: str, swapped: bool = False) -> Callable[[Any, Any], Any]:
     return apply
 
 
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "and", "or", "xor"):
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "and", "or", "xor", "rshift", "lshift"):
     setattr(Tensor, f"__{_name}__", _binary(_name))
     setattr(Tensor, f"__r{_name}__", _binary(_name, swapped=True))
 for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
@@ -172,6 +172,10 @@ class Gl:
     @staticmethod
     def maximum(a: Any, b: Any) -> Tensor:
         return Tensor(torch.maximum(*_alike(a, b)))
+
+    @staticmethod
+    def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        return Tensor((a.data.double() * b.data.double() + c.data.double()).float())
 
     @staticmethod
     def exp(a: Tensor) -> Tensor:

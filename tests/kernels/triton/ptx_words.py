@@ -28,12 +28,20 @@ def bf16(bits: torch.Tensor) -> torch.Tensor:
 
 
 def bits_of(values: torch.Tensor) -> torch.Tensor:
-    """The bits of float32 rounded to bfloat16."""
+    """The bits of floating values rounded to bfloat16."""
     return values.to(torch.bfloat16).view(torch.int16).to(torch.int64) & 0xFFFF
 
 
 def _multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return bits_of(bf16(a) * bf16(b)) | bits_of(bf16(a >> 16) * bf16(b >> 16)) << 16
+
+
+def _multiply_add(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    def half(shift: int) -> torch.Tensor:
+        exact = bf16(a >> shift).double() * bf16(b >> shift).double() + bf16(c >> shift).double()
+        return bits_of(exact)
+
+    return half(0) | half(16) << 16
 
 
 def _permute(a: torch.Tensor, b: torch.Tensor, selector: torch.Tensor) -> torch.Tensor:
@@ -60,6 +68,7 @@ INSTRUCTIONS: dict[str, Callable[..., torch.Tensor]] = {
     "prmt.b32": _permute,
     "lop3.b32": _lop3,
     "mul.rn.bf16x2": _multiply,
+    "fma.rn.bf16x2": _multiply_add,
 }
 
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from offline import inputs_of, runner_of
 
-from moestro.kernels.triton import tactics
+from moestro.kernels.triton import choose
+from moestro.kernels.triton.call import Launch
 from moestro.kernels.triton.device import sort
-from moestro.kernels.triton.plan import Launch
+from moestro.kernels.triton.device.arguments import Rows
 
 
 def test_a_tactics_kernels_are_compiled_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,12 +48,12 @@ def test_sizes_and_tactics_share_their_kernels() -> None:
     keys = [
         launch.key
         for n in (300, 332)
-        for tactic in (tactics.FULL, tactics.NOT_WIDE[0][1], -1)
+        for tactic in (choose.FULL, choose.WITHOUT_WGMMA[0][1], -1)
         for launch in runner.plan(inputs_of(runner, n), tactic)
     ]
     assert len({key for key in keys if key[0] == "place"}) == 1
-    products = {launch.key for launch in runner.plan(inputs_of(runner, 300), tactics.FULL)}
-    assert products == {launch.key for launch in runner.plan(inputs_of(runner, 332), tactics.FULL)}
+    products = {launch.key for launch in runner.plan(inputs_of(runner, 300), choose.FULL)}
+    assert products == {launch.key for launch in runner.plan(inputs_of(runner, 332), choose.FULL)}
     assert products != {launch.key for launch in runner.plan(inputs_of(runner, 300), -1)}
 
 
@@ -61,5 +62,11 @@ def test_keys_tell_apart_what_triton_does() -> None:
     wider = replace(launch, args=(torch.zeros(4, dtype=torch.int64),))
     shifted = replace(launch, args=(torch.zeros(5, dtype=torch.int32)[1:],))
     other = replace(launch, meta={"CHUNK": 64})
+    group = Rows(torch.zeros(4), None)
+    assert replace(launch, args=(group,)).key == replace(launch, args=(Rows(torch.ones(8), None),)).key
+    assert (
+        replace(launch, args=(group,)).key
+        != replace(launch, args=(Rows(torch.zeros(4), torch.zeros(4)),)).key
+    )
     assert len({launch.key, wider.key, shifted.key, other.key}) == 4
     assert replace(launch, grid=(9,), args=(torch.ones(8, dtype=torch.int32),)).key == launch.key

@@ -12,11 +12,19 @@ import pytest
 pytest.importorskip("triton", minversion="3.8")
 
 
-@pytest.mark.parametrize("target", ["sm_90", "gluon_sm_90", "sm_100"])
-def test_compiles_to_what_it_must(target: str) -> None:
-    program = Path(__file__).with_name("compile_all.py")
+@pytest.mark.parametrize(
+    ("program", "target"),
+    [
+        ("compile_all", "sm_90"),
+        ("compile_all", "gluon_sm_90"),
+        ("compile_all", "sm_100"),
+        ("compile_fp8", "sm_90"),
+    ],
+)
+def test_compiles_to_what_it_must(program: str, target: str) -> None:
+    path = Path(__file__).with_name(f"{program}.py")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, str(program), target], env=env, capture_output=True, text=True, check=False
+        [sys.executable, str(path), target], env=env, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

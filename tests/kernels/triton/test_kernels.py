@@ -12,31 +12,34 @@ import torch
 pytest.importorskip("triton")
 
 from moestro.errors import BackendError
-from moestro.formats import BF16, NVFP4
-from moestro.kernels.activations import Activation, GeGLUTanh, ReLU2, SwiGLU
+from moestro.formats import BF16, MXFP4, MXFP8, NVFP4, FP8Block
+from moestro.kernels.activations import Activation, ClampedSilu, GeGLUTanh, ReLU2, SoftcapSwiGLU, SwiGLU
 from moestro.kernels.problem import MoeProblem
-from moestro.kernels.triton import Tactic, TritonRunner, plan
+from moestro.kernels.triton import Tactic, Tile, TritonRunner, call
+from moestro.kernels.triton.paths import chain, fused
 from moestro.moe import reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = 1e-2  # of the relative norm; the interpreter rounds to bfloat16 towards zero
-SMALL = (64, 1, 4, 2)
+SMALL = Tile(64, 1, 4, 2)
 TACTICS = {
-    "few": Tactic("fused", "direct", "reduce", 8, SMALL, SMALL),
-    "sorted": Tactic("fused", "sorted", "reduce", 16, SMALL, (32, 1, 2, 2)),
-    "split": Tactic("fused", "sorted", "reduce", 8, SMALL, SMALL, split=2),
-    "narrowing": Tactic("fused", "sorted", "reduce", 64, (128, 1, 4, 2), SMALL, ladder=1, tokens2=128),
-    "atomic": Tactic("fused", "sorted", "atomic", 16, SMALL, SMALL, group=4),
-    "few_chained": Tactic("chain", "direct", "reduce", 8, SMALL, SMALL, split=2, ahead=1),
-    "chained": Tactic("chain", "sorted", "reduce", 64, SMALL, (32, 1, 4, 2), ladder=1),
-    "dense": Tactic("dense", "sorted", "reduce", 16, (64, 1, 4, 2), (128, 1, 4, 2), tokens2=32),
-    "dense_atomic": Tactic("dense", "sorted", "atomic", 32, (64, 1, 4, 2), (64, 1, 4, 2), persistent=1),
+    "few": fused.tactic(8, SMALL, SMALL, "direct"),
+    "sorted": fused.tactic(16, SMALL, Tile(32, 1, 2, 2)),
+    "split": fused.tactic(8, SMALL, SMALL, split_k=2),
+    "narrowing": fused.tactic(64, Tile(128, 1, 4, 2), SMALL, narrow="quarters", pairs2=128),
+    "few_chained": chain.tactic(8, SMALL, "direct", split_k=2, prefetch_kib=2),
+    "chained": Tactic("chain", "sorted", 64, SMALL, Tile(32, 1, 4, 2), "quarters"),
+    "dequantized": Tactic("dequantized", "sorted", 16, SMALL, Tile(128, 1, 4, 2), pairs2=32),
 }
+SIZES = dict.fromkeys(("mxfp4", "mxfp8"), (4, 2, 160, 96))  # whose columns are multiples of 32
+DECODED = ("mxfp4", "mxfp8", "fp8_block")  # whose decoders are all that is new of them
+FORMATS = ("nvfp4", *DECODED, "bf16")
 
 
 def make(
     sizes: tuple[int, int, int, int], fmt: str, act: Activation | None = None, biases: bool = False,
     input_format: str | None = None, foreign: int = 0, deterministic: bool = False, seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[TritonRunner, Any]:  # fmt: skip
     """(runner, the same experts as they were before they were repacked)."""
     experts, top_k, hidden, inter = sizes
@@ -47,8 +50,11 @@ def make(
     pair: tuple[Any, Any]
     if fmt == "nvfp4":
         pair = (NVFP4.quantize(gate_up, row_groups=2 if act.gated else None), NVFP4.quantize(down))
+    elif fmt == "bf16":
+        pair = (BF16(gate_up.to(dtype)), BF16(down.to(dtype)))
     else:
-        pair = (BF16(gate_up.bfloat16()), BF16(down.bfloat16()))
+        made = {"mxfp4": MXFP4, "mxfp8": MXFP8, "fp8_block": FP8Block}[fmt]
+        pair = (made.quantize(gate_up), made.quantize(down))
     rest = {
         "gate_up_bias": torch.randn(experts, rows).to(DEVICE) if biases else None,
         "down_bias": torch.randn(experts, hidden).to(DEVICE) if biases else None,
@@ -57,20 +63,20 @@ def make(
     }
     plain = SimpleNamespace(gate_up=pair[0].to(DEVICE), down=pair[1].to(DEVICE), **rest)
     p = MoeProblem(experts + 2 * foreign, experts, foreign, top_k, hidden, inter, fmt, act, input_format,
-                   torch.bfloat16, DEVICE, deterministic)  # fmt: skip
+                   dtype, DEVICE, deterministic, weight_dtype=dtype if fmt == "bf16" else None)  # fmt: skip
     gate_up, down = TritonRunner.prepare(p, plain)
     return TritonRunner(p, SimpleNamespace(gate_up=gate_up, down=down, **rest)), plain
 
 
 def inputs_of(runner: TritonRunner, n: int) -> list[torch.Tensor]:
     p = runner.problem
-    x = torch.randn(n, p.hidden_size).bfloat16()
+    x = torch.randn(n, p.hidden_size).to(p.dtype)
     ids = (
         torch.stack([torch.randperm(p.num_experts)[: p.top_k] for _ in range(n)])
         if n
         else torch.zeros(0, p.top_k)
     )
-    out = torch.full((n, p.hidden_size), torch.nan).bfloat16()
+    out = torch.full((n, p.hidden_size), torch.nan, dtype=p.dtype)
     return [t.to(DEVICE) for t in (x, ids.int(), torch.rand(n, p.top_k), out)]
 
 
@@ -89,11 +95,16 @@ def error(runner: TritonRunner, plain: Any, inputs: list[torch.Tensor], tactic: 
     return float((inputs[3].float() - truth).norm() / truth.norm())
 
 
-@pytest.mark.parametrize("fmt", ["nvfp4", "bf16"])
-@pytest.mark.parametrize("name", TACTICS)
+@pytest.mark.parametrize(
+    ("name", "fmt"),
+    [
+        *((name, fmt) for name in TACTICS for fmt in ("nvfp4", "bf16")),
+        *((name, fmt) for name in ("few_chained", "narrowing", "dequantized") for fmt in DECODED),
+    ],
+)
 def test_every_way_matches_the_reference_on_odd_sizes(name: str, fmt: str) -> None:
     """Ragged experts, biases, experts of other ranks, an id that no rank has, an expert without pairs."""
-    runner, plain = make((4, 2, 144, 80), fmt, biases=True, foreign=1)
+    runner, plain = make(SIZES.get(fmt, (4, 2, 144, 80)), fmt, biases=True, foreign=1)
     inputs = inputs_of(runner, 11 if name.startswith("few") else 90)
     inputs[1][inputs[1] == 2] = 3  # nobody comes to local expert 1
     inputs[1][0] = torch.tensor([-7, 1 << 30])
@@ -101,9 +112,11 @@ def test_every_way_matches_the_reference_on_odd_sizes(name: str, fmt: str) -> No
 
 
 @pytest.mark.parametrize(
-    "act", [SwiGLU(1.702, 7.0, 1.0), GeGLUTanh(), ReLU2()], ids=lambda a: type(a).__name__
+    "act",
+    [SwiGLU(1.702, 7.0, 1.0), GeGLUTanh(), ReLU2(), ClampedSilu(2.0), SoftcapSwiGLU(3.0, 5.0)],
+    ids=lambda a: type(a).__name__,
 )
-@pytest.mark.parametrize("name", ["few", "dense"])
+@pytest.mark.parametrize("name", ["few", "dequantized"])
 def test_activations(name: str, act: Activation) -> None:
     for fmt in ("nvfp4", "bf16"):
         runner, plain = make((3, 2, 64, 48), fmt, act)
@@ -112,36 +125,38 @@ def test_activations(name: str, act: Activation) -> None:
         assert error(runner, plain, inputs, TACTICS[name]) < TOLERANCE
 
 
+@pytest.mark.parametrize("invariant", [False, True], ids=["", "batch-invariant"])
 @pytest.mark.parametrize("num_tokens", [1, 2, 33])
-def test_the_default_tactic(num_tokens: int) -> None:
-    runner, plain = make((4, 2, 128, 64), "nvfp4")
+def test_the_default_tactic(num_tokens: int, invariant: bool) -> None:
+    runner, plain = make((4, 2, 128, 64), "nvfp4", biases=invariant)
+    runner.problem = replace(runner.problem, batch_invariant=invariant)
     assert error(runner, plain, inputs_of(runner, num_tokens), -1) < TOLERANCE
 
 
 def test_one_token_takes_three_launches_and_no_sorting() -> None:
     runner, _ = make((4, 2, 128, 64), "nvfp4")
     names = [launch.kernel.__name__ for launch in runner.plan(inputs_of(runner, 1))]
-    assert names == ["moe_gemm", "moe_gemm", "reduce_pairs"]
+    assert names == ["moe_gemm", "moe_gemm", "sum_pairs"]
 
 
 def test_a_chain_that_broke_off_does_not_spoil_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its tiles were counted, but nobody cleared the counters: the next would not wait for anything."""
     runner, plain = make((4, 2, 128, 64), "nvfp4")
     inputs, tactic = inputs_of(runner, 5), TACTICS["chained"]
-    run = plan.Launch.run
+    run = call.Launch.run
 
-    def breaks(launch: plan.Launch) -> None:
-        if launch.kernel.__name__ == "reduce_pairs":
+    def breaks(launch: call.Launch) -> None:
+        if launch.kernel.__name__ == "sum_pairs":
             raise RuntimeError("out of memory")
         run(launch)
 
-    monkeypatch.setattr(plan.Launch, "run", breaks)
+    monkeypatch.setattr(call.Launch, "run", breaks)
     with pytest.raises(RuntimeError, match="memory"):
         error(runner, plain, inputs, tactic)
     monkeypatch.undo()
-    assert not runner._done.any()
+    assert not runner._counters.here().any()
     assert error(runner, plain, inputs, tactic) < TOLERANCE
-    assert not runner._done.any()
+    assert not runner._counters.here().any()
 
 
 def test_no_tokens_is_no_work() -> None:
@@ -153,7 +168,7 @@ def test_no_tokens_is_no_work() -> None:
 
 def test_tokens_whose_experts_are_all_elsewhere_come_out_as_zeros() -> None:
     runner, _ = make((4, 2, 128, 64), "nvfp4", foreign=3)
-    for name in ("few", "sorted", "atomic", "chained"):
+    for name in ("few", "sorted", "chained"):
         inputs = inputs_of(runner, 5)
         inputs[1].fill_(0)
         poisoned(runner, 5, TACTICS[name])
@@ -172,6 +187,20 @@ def test_many_pairs_are_sorted_in_chunks(monkeypatch: pytest.MonkeyPatch) -> Non
     assert error(runner, plain, inputs, TACTICS["sorted"]) < TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["sorted", "dequantized"])
+def test_batch_invariant_results_of_pairs_are_rounded_alike_whatever_their_number(name: str) -> None:
+    """And the routing weights are applied where pairs are summed: by every path."""
+    runner, plain = make((4, 2, 144, 80), "nvfp4", biases=True)
+    runner.problem = replace(runner.problem, batch_invariant=True)
+    tactic = replace(TACTICS[name], gemm2=Tile(64, 1, 4, 2))
+    for n in (2, 40):
+        runner.use_workspace(None)
+        last = runner.plan(inputs_of(runner, n), tactic)[-1]
+        assert last.args[0].dtype == torch.bfloat16
+        assert last.args[2] is not None
+        assert error(runner, plain, inputs_of(runner, n), tactic) < TOLERANCE
+
+
 def test_sums_in_a_fixed_order_repeat_bit_for_bit() -> None:
     runner, _ = make((4, 2, 128, 64), "nvfp4", deterministic=True)
     inputs = inputs_of(runner, 21)
@@ -187,10 +216,11 @@ def test_the_order_of_pairs_does_not_change_the_sums() -> None:
     assert torch.equal(first, runner.forward(swapped, TACTICS["sorted"]).flip(0))
 
 
+@pytest.mark.parametrize("fmt", ["nvfp4", "mxfp4"])
 @pytest.mark.parametrize("scales", ["dynamic", "calibrated", "per expert"])
-def test_w4a4_numerics(scales: str) -> None:
+def test_w4a4_numerics(scales: str, fmt: str) -> None:
     """x and the intermediate through NVFP4, as quantised and dequantised in float32."""
-    runner, plain = make((4, 2, 144, 80), "nvfp4", input_format="nvfp4")
+    runner, plain = make(SIZES.get(fmt, (4, 2, 144, 80)), fmt, input_format="nvfp4")
     for experts in (plain, runner._experts):
         if scales != "dynamic":
             shape = () if scales == "calibrated" else (4,)
@@ -216,12 +246,38 @@ def test_a_tactic_that_does_not_fit_is_refused_with_its_reason() -> None:
     inputs = inputs_of(runner, 65)
     with pytest.raises(BackendError, match="at most 64 pairs"):
         runner.forward(inputs, TACTICS["few"])
-    with pytest.raises(BackendError, match="not repeatable"):
-        runner.forward(inputs, TACTICS["atomic"])
     with pytest.raises(BackendError, match="do not divide"):
-        runner.forward(inputs, replace(TACTICS["sorted"], first=(64, 4, 4, 2)))
+        runner.forward(inputs, replace(TACTICS["sorted"], gemm1=Tile(64, 4, 4, 2)))
     with pytest.raises(BackendError, match="must be -1 or"):
         runner.forward(inputs, "fast")
+
+
+@pytest.mark.parametrize(
+    ("name", "fmt"), [("few_chained", "nvfp4"), ("sorted", "fp8_block"), ("dequantized", "bf16")]
+)
+def test_float16_activations(name: str, fmt: str) -> None:
+    """Dense weights in float16 are multiplied in float16; x becomes bfloat16 where weights are decoded to that."""
+    runner, plain = make(SIZES.get(fmt, (4, 2, 144, 80)), fmt, biases=True, dtype=torch.float16)
+    inputs = inputs_of(runner, 11)
+    assert error(runner, plain, inputs, TACTICS[name]) < TOLERANCE
+    assert inputs[3].dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"dtype": torch.float32}, "float32"),
+        ({"weight_format": "int3"}, "int3"),
+        ({"input_format": "int8"}, "int8 activations"),
+        ({"activation": torch.nn.SiLU()}, "SiLU"),
+        ({"weight_format": "bf16", "weight_dtype": torch.float32}, "float32"),
+    ],
+    ids=str,
+)
+def test_a_problem_that_it_cannot_run_is_refused_with_its_reason(change: dict[str, Any], why: str) -> None:
+    runner, _ = make((4, 2, 128, 64), "nvfp4")
+    assert TritonRunner._unsupported(runner.problem) is None
+    assert why in (TritonRunner._unsupported(replace(runner.problem, **change)) or "")
 
 
 def test_weights_must_be_repacked_first() -> None:

@@ -14,7 +14,10 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from moestro.kernels.problem import MoeProblem
-from moestro.kernels.triton import Tactic, gluon_plan, tactics
+from moestro.kernels.triton import Tactic, Tile, choose
+from moestro.kernels.triton.paths import PATHS, fused, kind_of, warp_specialized
+from moestro.kernels.triton.paths.warp_specialized import tactic as warp
+from moestro.kernels.triton.tactics import Tactic as OlderTactic
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 
@@ -26,7 +29,7 @@ RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
     hidden=st.integers(1, 1000),
     inter=st.integers(1, 2000),
     num_tokens=st.integers(1, 100_000),
-    fmt=st.sampled_from(["nvfp4", "bf16"]),
+    fmt=st.sampled_from(["nvfp4", "mxfp4", "mxfp8", "fp8_block", "bf16"]),
     deterministic=st.booleans(),
 )
 def test_the_default_fits_every_problem(
@@ -35,60 +38,94 @@ def test_the_default_fits_every_problem(
     p = MoeProblem(
         experts, experts, 0, min(top_k, experts), hidden * 8, inter * 8, fmt, deterministic=deterministic
     )
-    default = tactics.default(p, num_tokens)
-    assert tactics.unfit(p, default, num_tokens) is None
-    assert tactics.candidates(p, num_tokens) != []
+    default = choose.default(p, num_tokens)
+    assert choose.why_not(p, default, num_tokens) is None
+    assert choose.candidates(p, num_tokens) != []
 
 
 def test_every_entry_of_the_table_is_a_candidate_somewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gluon_plan, "runs_here", lambda: True)
+    monkeypatch.setattr(warp_specialized, "has_wgmma", lambda: True)
     p = MoeProblem(8, 8, 0, 2, 4096, 14336, "nvfp4")
-    for problem, entries in ((p, tactics.TABLE), (replace(p, weight_format="bf16"), tactics.OTHERS)):
-        found = {t for n in (1, 8, 4096) for t in tactics.candidates(problem, n)}
-        assert {tactics.fitted(p, t) for t in entries} == found
+    for problem in (p, replace(p, weight_format="bf16"), replace(p, input_format="nvfp4")):
+        found = {t for n in (1, 8, 4096) for t in choose.candidates(problem, n)}
+        tables = [path.TABLE.get(kind_of(problem), ()) for path in PATHS.values() if path.NAME != "fp4"]
+        assert {choose.fitted(p, t) for table in tables for t in table} == found
 
 
-@pytest.mark.parametrize(("here", "path"), [(True, "wide"), (False, "fused")])
-def test_many_pairs_of_an_expert_take_the_wide_path_where_there_is_wgmma(
+@pytest.mark.parametrize(("here", "path"), [(True, "warp_specialized"), (False, "fused")])
+def test_many_pairs_of_an_expert_take_the_warp_specialized_path_where_there_is_wgmma(
     here: bool, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gluon_plan, "runs_here", lambda: here)
+    monkeypatch.setattr(warp_specialized, "has_wgmma", lambda: here)
     p = MoeProblem(32, 32, 0, 8, 7168, 2048, "nvfp4")
-    default = tactics.default(p, 1024)
+    default = choose.default(p, 1024)
     assert default.path == path
-    assert tactics.unfit(p, default, 1024) is None
-    assert tactics.default(replace(p, input_format="nvfp4"), 1024).path == "fused"
+    assert choose.why_not(p, default, 1024) is None
+    assert choose.default(replace(p, input_format="nvfp4"), 1024).path == "fused"
 
 
 @pytest.mark.parametrize(
     ("tactic", "why"),
     [
-        (tactics.wide(128, (256, 1, 8, 7), (256, 1, 8, 9)), "shared memory"),
-        (tactics.wide(128, (128, 1, 4, 5), (128, 1, 4, 6)), "shared memory"),  # two programs a processor
-        (tactics.wide(256, (256, 1, 8, 2), (256, 1, 8, 2)), "sums than registers"),
-        (tactics.wide(128, (192, 1, 8, 2), (192, 1, 8, 2)), "64 or 128 rows"),
-        (replace(tactics.wide(128, (256, 1, 8, 7), (256, 1, 8, 7)), combine="atomic"), "in order"),
+        (replace(warp(128, Tile(256, 1, 8, 7)), gemm2=Tile(256, 1, 8, 9)), "shared memory"),
+        (
+            replace(warp(128, Tile(128, 1, 4, 5)), gemm2=Tile(128, 1, 4, 6)),
+            "shared memory",
+        ),  # two a processor
+        (warp(256, Tile(256, 1, 8, 2)), "sums than registers"),
+        (warp(128, Tile(192, 1, 8, 2)), "64 or 128 rows"),
+        (replace(warp(128, Tile(256, 1, 8, 7)), split_k=2), "whole columns"),
     ],
 )
 def test_wide_tiles_that_do_not_fit_say_why(
     tactic: Tactic, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gluon_plan, "runs_here", lambda: True)
+    monkeypatch.setattr(warp_specialized, "has_wgmma", lambda: True)
     p = MoeProblem(32, 32, 0, 8, 7168, 2048, "nvfp4")
-    assert why in (tactics.unfit(p, tactic, 1024) or "")
+    assert why in (choose.why_not(p, tactic, 1024) or "")
 
 
 def test_steps_are_halved_until_they_divide() -> None:
     p = MoeProblem(8, 8, 0, 2, 576, 320, "nvfp4")  # 9 and 5 blocks
-    fitted = tactics.fitted(p, Tactic("fused", "sorted", "reduce", 8, (64, 4, 4, 3), (64, 2, 4, 3), split=2))
-    steps = (fitted.first[1], fitted.second[1], fitted.split)
-    assert steps == (1, 1, 1)
+    fitted = choose.fitted(p, fused.tactic(8, Tile(64, 4, 4, 3), Tile(64, 2, 4, 3), split_k=2))
+    assert (fitted.gemm1.k_blocks, fitted.gemm2.k_blocks, fitted.split_k) == (3, 1, 1)
 
 
-def test_deterministic_problems_get_no_atomic_sums() -> None:
-    p = MoeProblem(8, 8, 0, 2, 512, 256, "nvfp4", deterministic=True)
-    atomic = replace(tactics.TABLE[-1], combine="atomic")
-    assert "repeatable" in (tactics.unfit(p, atomic, 64) or "")
+def test_wide_codes_take_fewer_stages() -> None:
+    p = MoeProblem(8, 8, 0, 2, 4096, 2048, "nvfp4")
+    tile = warp(128, Tile(256, 4, 8, 7))
+    assert choose.fitted(p, tile) == tile
+    fitted = choose.fitted(replace(p, weight_format="fp8_block"), tile)
+    assert 2 <= fitted.gemm1.stages < 7
+
+
+@pytest.mark.parametrize(
+    ("tactic", "why"),
+    [
+        (fused.tactic(8, Tile(64, 2, 4, 4), Tile(64, 2, 4, 4), split_k=2), "parts of a sum"),
+        (fused.tactic(16, Tile(32, 2, 4, 4), Tile(64, 2, 4, 4)), "another order"),
+        (fused.tactic(16, Tile(64, 2, 2, 4), Tile(64, 2, 4, 4)), "another order"),
+        (fused.tactic(8, Tile(64, 2, 4, 4), Tile(64, 2, 4, 4)), "another order"),
+    ],
+    ids=["split columns", "32 rows", "two warps", "8 pairs"],
+)
+def test_batch_invariant_problems_have_one_order_of_sums(tactic: Tactic, why: str) -> None:
+    p = MoeProblem(8, 8, 0, 2, 512, 256, "nvfp4", batch_invariant=True)
+    assert why in (choose.why_not(p, tactic, 8) or "")
+    for n in (1, 3, 40, 300, 5000):
+        default = choose.default(p, n)
+        assert default.split_k == 1
+        assert choose.why_not(p, default, n) is None
+        found = choose.candidates(p, n)
+        assert default in found
+        assert all(t.split_k == 1 and min(t.widths) >= 16 for t in found)
+
+
+def test_older_files_name_their_tactics_otherwise() -> None:
+    older = OlderTactic("wide", "sorted", "reduce", 144, (256, 4, 8, 7), (256, 4, 8, 7), ladder=2)
+    assert older == warp(144, Tile(256, 4, 8, 7), "halves")
+    with pytest.raises(ValueError, match="atomic"):
+        OlderTactic("fused", "sorted", "atomic", 8, (64, 1, 4, 2), (64, 1, 4, 2))
 
 
 def layers() -> dict[tuple[str, int], list[dict[str, Any]]]:
@@ -112,7 +149,7 @@ def measured(model: str, num_tokens: int) -> tuple[MoeProblem, dict[Tactic, floa
     times = {}
     for row in layers()[model, num_tokens]:
         t = row["tactic"]
-        times[Tactic(**{**t, "first": tuple(t["first"]), "second": tuple(t["second"])})] = row["us"]
+        times[OlderTactic(**t)] = row["us"]
     return MoeProblem(experts, experts, 0, top_k, hidden, inter, "nvfp4", device="cuda"), times
 
 
@@ -120,12 +157,12 @@ def measured(model: str, num_tokens: int) -> tuple[MoeProblem, dict[Tactic, floa
 def test_one_as_fast_as_the_measured_best_is_a_candidate_and_the_default_is_near_it(
     model: str, num_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gluon_plan, "runs_here", lambda: True)
+    monkeypatch.setattr(warp_specialized, "has_wgmma", lambda: True)
     problem, times = measured(model, num_tokens)
     best = min(times, key=lambda t: times[t])
-    candidates = set(tactics.candidates(problem, num_tokens))
+    candidates = set(choose.candidates(problem, num_tokens))
     assert any(times[t] <= 1.01 * times[best] for t in candidates & set(times))
-    default = tactics.default(problem, num_tokens)
+    default = choose.default(problem, num_tokens)
     if num_tokens <= 64:  # the default is among the measured ones, and no worse than the spread between runs
         assert times[default] <= 1.015 * times[best]
     elif default in times:

@@ -15,26 +15,24 @@ import wide_tiles
 from test_kernels import TOLERANCE, error, inputs_of, make
 
 from moestro.kernels.activations import Activation, GeGLUTanh, ReLU2, SwiGLU
-from moestro.kernels.triton import gluon_plan, tactics
-from moestro.kernels.triton.device import warp_specialized as gluon_gemm
-from moestro.kernels.triton.tactics import Tactic
+from moestro.kernels.triton.device import warp_specialized as kernels
+from moestro.kernels.triton.paths import warp_specialized
+from moestro.kernels.triton.paths.warp_specialized import tactic
+from moestro.kernels.triton.tactic import Tactic, Tile
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the GPU itself: tests/gpu")
 
-SLIM, TALL = (
-    tactics.wide(96, tactics.SLIM, tactics.SLIM, ladder=2),
-    tactics.wide(128, tactics.TALL, tactics.TALL),
-)
-FLAT, FLATTER = (tactics.wide(tokens, tactics.FLAT, tactics.FLAT, ladder=2) for tokens in (256, 288))
+SLIM, TALL = tactic(96, Tile(256, 4, 8, 9), "halves"), tactic(128, Tile(256, 4, 8, 7))
+FLAT, FLATTER = (tactic(pairs, Tile(128, 4, 8, 5), "halves") for pairs in (256, 288))
 
 
 @pytest.fixture
 def on_machine(monkeypatch: pytest.MonkeyPatch) -> Any:
-    kernel = gluon_gemm.wide_gemm
+    kernel = kernels.wide_gemm
 
     def start(seed: int, **mutants: tuple[str, str]) -> None:
-        monkeypatch.setattr(gluon_plan, "runs_here", lambda: True)
-        monkeypatch.setattr(gluon_gemm, "wide_gemm", gluon_machine.GluonMachine(kernel, seed, mutants))
+        monkeypatch.setattr(warp_specialized, "has_wgmma", lambda: True)
+        monkeypatch.setattr(kernels, "wide_gemm", gluon_machine.GluonMachine(kernel, seed, mutants))
 
     return start
 
@@ -42,7 +40,7 @@ def on_machine(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize("tile", wide_tiles.TILES, ids=wide_tiles.name)
 def test_wide_products_match_the_reference_on_odd_sizes(tile: Tactic, on_machine: Any) -> None:
     """Ragged experts, biases, experts of other ranks, an id that no rank has, an expert without pairs."""
-    on_machine(tile.tokens + sum(tile.first) + tile.ladder)
+    on_machine(tile.pairs1 + sum(tile.gemm1) + len(tile.narrow))
     for sizes, tokens in (((4, 2, 144, 80), (1, 37)), ((4, 2, 640, 112), (420,))):
         runner, plain = make(sizes, "nvfp4", biases=True, foreign=1)
         for n in tokens:
@@ -50,6 +48,16 @@ def test_wide_products_match_the_reference_on_odd_sizes(tile: Tactic, on_machine
             inputs[1][inputs[1] == 2] = 3
             inputs[1][n - 1] = torch.tensor([-7, 1])
             assert error(runner, plain, inputs, tile) < TOLERANCE
+
+
+@pytest.mark.parametrize("fmt", ["mxfp4", "fp8_block"])
+@pytest.mark.parametrize("tile", [SLIM, TALL, FLATTER], ids=wide_tiles.name)
+def test_other_formats_decode_beside_the_products(tile: Tactic, fmt: str, on_machine: Any) -> None:
+    """With biases; 8 rows of FP8 blocks share a scale; the 80 gate rows end within a block of 128."""
+    on_machine(3)
+    runner, plain = make((4, 2, 160, 96) if fmt == "mxfp4" else (4, 2, 144, 80), fmt, biases=True, foreign=1)
+    fits = warp_specialized.fitted(runner.problem, tile)
+    assert error(runner, plain, inputs_of(runner, 150), fits) < TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -76,9 +84,9 @@ def test_every_interleaving_gives_the_same_bits(tile: Tactic, on_machine: Any) -
 
 MUTANTS = {  # function, its text, the wrong text, the tile, tokens (two thirds of them are an expert's pairs)
     "a stage is read before it is full": (
-        "_step", "mbarrier.wait(ring[3].index(stage), phase)", "pass", TALL, 120),
+        "_step", "mbarrier.wait(ring.full.index(stage), phase)", "pass", TALL, 120),
     "a stage is filled before it is empty": (
-        "_fill", "mbarrier.wait(empty.index(stage), phase)", "pass", TALL, 120),
+        "_fill", "mbarrier.wait(ring.empty.index(stage), phase)", "pass", TALL, 120),
     "64 rows give a stage back while a product reads it": (
         "_retire", "wait(RUNNING", "wait(RUNNING + 1", FLAT, 120),
     "128 rows give a stage back while a product reads it": (
@@ -86,12 +94,12 @@ MUTANTS = {  # function, its text, the wrong text, the tile, tokens (two thirds 
     "the same where a tile is three quarters wide": (
         "_retire_both", "2 * RUNNING", "2 * RUNNING + 1", TALL, 120),
     "288 pairs give a stage back while a product reads it": (
-        "alone", "_retire(acc, acc2, a, 0, W2)", "(acc, acc2, a)", FLATTER, 400),
+        "mma_64", "_retire(acc, acc2, a, 0, W2)", "(acc, acc2, a)", FLATTER, 400),
     "the pairs beyond 256 are not copied": (
-        "_fill", "copy_async(xe.index(stage).slice(0, W2), xp2 + ahead * 64)", "pass", FLATTER, 400),
+        "_fill", "copy_async(ring.more_x.index(stage).slice(0, W2), xp2 + ahead * 64)", "pass", FLATTER, 400),
     "the proxies are not fenced": ("_step", "fence_async_shared()", "pass", TALL, 120),
     "the last product is not waited for": (
-        "one", "acc, acc2, b = _retire(acc, acc2, b, 0, W2)", "pass", FLAT, 120),
+        "mma_64_pingpong", "acc, acc2, b = _retire(acc, acc2, b, 0, W2)", "pass", FLAT, 120),
     "the phase is not turned": ("following", "phase ^ wrap", "phase", TALL, 120),
     "too narrow a tile": ("_consume", "count <= 2 * Q", "count <= 3 * Q", TALL, 120),
     "pairs beyond 64 in too narrow a tile": (
@@ -100,7 +108,7 @@ MUTANTS = {  # function, its text, the wrong text, the tile, tokens (two thirds 
         "_produce", "count <= BN + EXTRA // 2", "count <= BN + EXTRA", SLIM, 135),
     "a stage of the turn is left out": (
         "_fill", "first + u < blocks", "first + u < blocks - 1", TALL, 120),
-    "a row beyond the expert's is written": ("_pairs", "i < at[3], other", "i <= at[3], other", TALL, 120),
+    "a row beyond the expert's is written": ("_pairs", "i < at.count, other", "i <= at.count, other", TALL, 120),
 }  # fmt: skip
 
 

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from moestro.kernels.triton import tactics
-from moestro.kernels.triton.tactics import Tactic, Tile
-
-
-def _same(tokens: int, tile: Tile, ladder: int) -> Tactic:
-    return tactics.wide(tokens, tile, tile, ladder=ladder)
-
+from moestro.kernels.triton.paths.warp_specialized import TABLE, tactic
+from moestro.kernels.triton.tactic import Tactic, Tile
 
 TILES = (
-    *(tactic for tactic in tactics.TABLE if tactic.path == "wide"),
-    _same(128, (256, 1, 8, 7), 1),  # one stage a turn
-    _same(192, (128, 1, 8, 7), 2),
-    _same(256, (128, 1, 8, 5), 0),
-    _same(128, (128, 1, 4, 4), 2),  # one consumer
-    _same(64, (128, 2, 4, 7), 1),
+    *TABLE["packed"],
+    tactic(128, Tile(256, 1, 8, 7)),  # one stage a turn
+    tactic(192, Tile(128, 1, 8, 7), "halves"),
+    tactic(256, Tile(128, 1, 8, 5), ""),
+    tactic(128, Tile(128, 1, 4, 4), "halves"),  # one consumer
+    tactic(64, Tile(128, 2, 4, 7)),
 )
 
 
 def name(tactic: Tactic) -> str:
-    """What a test's id calls a tile: tokens, then its own numbers and the ladder."""
-    return "-".join(map(str, (tactic.tokens, *tactic.first, tactic.ladder)))
+    """What a test's id calls a tile: pairs, then its own numbers, and how it narrows."""
+    return "-".join(map(str, (tactic.pairs1, *tactic.gemm1, tactic.narrow or "whole")))

@@ -1,6 +1,6 @@
 """The compiled core: found, loaded with ctypes, and asked which instruction sets this machine has.
 
-MOESTRO_CPU_ISA forces one of "amx", "avx512", "avx2", "generic"; otherwise the first of these that the
+MOESTRO_CPU_ISA forces one of "amx", "avx512", "avx_vnni", "avx2", "generic"; otherwise the first of these that the
 machine has is used. "amx_emulated" runs the AMX path with its tile instructions in plain C++, for tests.
 Parallel regions run on the OpenMP runtime that torch brought into the process, if there is one.
 MOESTRO_CPU_CORE names another build of the core to load.
@@ -15,12 +15,22 @@ from pathlib import Path
 from typing import Any
 
 from moestro.errors import BackendError, unknown_name
+from moestro.kernels.activations import Code
 
-ABI = 3
-ISAS = ("generic", "avx2", "avx512", "amx", "amx_emulated")  # in the core's numbering
-FASTEST_FIRST = ("amx", "avx512", "avx2", "generic")
+ABI = 4
+ISAS = ("generic", "avx2", "avx_vnni", "avx512", "amx", "amx_emulated")  # in the core's numbering
+FASTEST_FIRST = ("amx", "avx512", "avx_vnni", "avx2", "generic")
+ARITHMETICS = (
+    "float32",
+    "bf16",
+    "int16",
+    "int8",
+)  # in the core's numbering: what moestro_cpu_rate multiplies
 ISA_VARIABLE = "MOESTRO_CPU_ISA"
-FORMATS = {"bf16": 0, "nvfp4": 1, "mxfp4": 2}
+FORMATS = {"bf16": 0, "nvfp4": 1, "mxfp4": 2, "fp8_block": 3}
+INPUT_FORMATS: dict[str | None, int] = {None: 0, "int8": 1}
+ACTIVATIONS = frozenset({Code.SWIGLU, Code.GEGLU_TANH, Code.RELU2})  # of csrc/epilogue.h
+X_TYPES = ("bfloat16", "float16", "float32")  # torch's names, in the core's numbering
 
 
 class Matrix(ctypes.Structure):
@@ -34,7 +44,8 @@ class Layer(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("isa", "format", "experts", "expert_offset", "top_k")),
-        *((name, ctypes.c_int32) for name in ("hidden", "intermediate", "activation", "x_type")),
+        *((name, ctypes.c_int32) for name in ("hidden", "intermediate", "activation", "gated", "x_type")),
+        *((name, ctypes.c_int32) for name in ("input_format", "batch_invariant", "scale_columns")),
         *((name, ctypes.c_float) for name in ("alpha", "limit", "up_shift")),
         ("gate_up", Matrix),
         ("down", Matrix),
@@ -94,10 +105,14 @@ def _declare(lib: Any) -> None:
     lib.moestro_cpu_workspace.restype = i64
     lib.moestro_cpu_moe.argtypes = [pointer, pointer, pointer]
     for way in ("pack", "unpack"):
-        dense, fp4 = (getattr(lib, f"moestro_cpu_{way}_{fmt}") for fmt in ("bf16", "fp4"))
-        dense.argtypes = [pointer, pointer, i64, i64, i32, i32]
+        bf16, fp8, fp4 = (getattr(lib, f"moestro_cpu_{way}_{fmt}") for fmt in ("bf16", "fp8", "fp4"))
+        bf16.argtypes = fp8.argtypes = [pointer, pointer, i64, i64, i32, i32]
         fp4.argtypes = [pointer, pointer, pointer, pointer, i64, i64, i64, i32, i32]
-        dense.restype = fp4.restype = None
+        bf16.restype = fp8.restype = fp4.restype = None
+    lib.moestro_cpu_rate.argtypes = [i32, i32, ctypes.c_double, i32]
+    lib.moestro_cpu_rate.restype = ctypes.c_double
+    lib.moestro_cpu_read.argtypes = [pointer, i64, i32]
+    lib.moestro_cpu_read.restype = ctypes.c_uint64
     lib.moestro_cpu_advise_huge.argtypes = [pointer, i64]
     lib.moestro_cpu_advise_huge.restype = None
 

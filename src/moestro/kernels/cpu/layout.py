@@ -16,7 +16,8 @@ from typing import Any, ClassVar, Self
 import torch
 
 from moestro.errors import DTypeError, FormatError, ShapeError
-from moestro.formats import BF16, MXFP4, NVFP4, FormatTensor
+from moestro.formats import BF16, MXFP4, NVFP4, FormatTensor, FP8Block
+from moestro.formats.fp8_block import BLOCK as FP8_BLOCK
 from moestro.formats.pages import release
 from moestro.kernels.cpu import core
 
@@ -27,7 +28,7 @@ SCALE_SHIFT = 256.0  # the core reads e4m3 bits as half: value · 2^-8; the rest
 
 
 class Panels:
-    """What the three layouts share. The first piece is [E, R/16, ...]: R and C are multiples of 16."""
+    """What the layouts share. The first piece is [E, R/16, ...]: R and C are multiples of 16."""
 
     format: ClassVar[str]
     layout: ClassVar[str] = "cpu_panels"
@@ -116,6 +117,54 @@ class PanelBF16(Panels):
             args = (rows, columns, self.gated, torch.get_num_threads())
             unpack(dense[e].data_ptr(), panels[e].data_ptr(), *args)
         return BF16(dense.view(self.shape).to(self.device))
+
+
+@dataclass(frozen=True, eq=False)
+class PanelFP8(Panels):
+    """FP8-block matrices [E, R, C]: a scale per B x B of them, which panels of 16 rows do not cross."""
+
+    data: torch.Tensor  # float8_e4m3fn [E, R/16, C/2, 16, 2]
+    scale_inv: torch.Tensor  # float32 [E, ceil(R/B), ceil(C/B)], as in the checkpoint
+    panel_scale: (
+        torch.Tensor
+    )  # float32 [E, R/16, ceil(C/B)], of each panel in the panels' order, times SCALE_SHIFT
+    gated: bool
+
+    format: ClassVar[str] = "fp8_block"
+    piece_names: ClassVar[tuple[str, ...]] = ("data", "scale_inv", "panel_scale")
+    per_line: ClassVar[int] = 2
+    tail: ClassVar[tuple[int, ...]] = (PANEL, 2)
+    block_columns: ClassVar[int] = FP8_BLOCK
+
+    @classmethod
+    def empty(cls, experts: int, first: Any, gated: bool) -> Self:
+        rows, columns = first.shape
+        data = _empty((experts, rows // PANEL, columns // 2, PANEL, 2), torch.uint8)
+        scale_inv = torch.empty((experts, *first.scale_inv.shape), dtype=torch.float32)
+        panel_scale = torch.empty((experts, rows // PANEL, first.scale_inv.shape[-1]), dtype=torch.float32)
+        return cls(data.view(torch.float8_e4m3fn), scale_inv, panel_scale, gated)
+
+    def put(self, index: int, source: FormatTensor) -> None:
+        if not isinstance(source, FP8Block):
+            raise FormatError(f"the cpu backend packs FP8Block tensors, got {type(source).__name__}")
+        data = source.data.view(torch.uint8).contiguous()
+        if bool(((data & 0x7F) == 0x7F).any()):
+            raise FormatError("data must hold no NaN for the cpu backend")
+        args = (*source.shape, self.gated, torch.get_num_threads())
+        core.load().moestro_cpu_pack_fp8(self.data[index].data_ptr(), data.data_ptr(), *args)
+        self.scale_inv[index] = source.scale_inv
+        first_rows = torch.arange(0, source.shape[0], PANEL)  # of each panel, in the checkpoint's order
+        order = in_panel_order(first_rows.repeat_interleave(PANEL)[None], self.gated)[0, ::PANEL]
+        self.panel_scale[index] = source.scale_inv[order // self.block_columns] * SCALE_SHIFT
+
+    def to_checkpoint(self) -> FP8Block:
+        rows, columns = self.shape[-2:]
+        panels = self.data.cpu().view(torch.uint8).view(-1, rows, columns)
+        dense = torch.empty_like(panels)
+        for e in range(len(panels)):
+            args = (rows, columns, self.gated, torch.get_num_threads())
+            core.load().moestro_cpu_unpack_fp8(dense[e].data_ptr(), panels[e].data_ptr(), *args)
+        return FP8Block(dense.view(torch.float8_e4m3fn).view(self.shape).to(self.device), self.scale_inv)
 
 
 class PanelsFP4(Panels):
@@ -219,7 +268,7 @@ class PanelMXFP4(PanelsFP4):
         return MXFP4(*self.take_codes())
 
 
-CLASSES: dict[str, type[Panels]] = {cls.format: cls for cls in (PanelBF16, PanelNVFP4, PanelMXFP4)}
+CLASSES: dict[str, type[Panels]] = {cls.format: cls for cls in (PanelBF16, PanelNVFP4, PanelMXFP4, PanelFP8)}
 
 
 class Packer:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,14 @@ import torch
 
 from moestro.errors import BackendError, DTypeError, ShapeError
 from moestro.formats import FormatTensor
-from moestro.kernels.activations import GeGLUTanh, ReLU2, SwiGLU
-from moestro.kernels.cpu import core, layout
-from moestro.kernels.problem import Experts, MoeProblem, MoeRunner
+from moestro.kernels import activations
+from moestro.kernels.cpu import core, layout, machine
+from moestro.kernels.problem import Experts, MoeProblem, MoeRunner, Replay
 
-ACTIVATIONS = {SwiGLU: 0, GeGLUTanh: 1, ReLU2: 2}
-X_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # as one, two and three numbers of bfloat16
+FP4 = ("nvfp4", "mxfp4")
 DENSE_NEVER = 1 << 30
+BOUND_KEPT = 64  # calls of `forward`, which measurements make, whose structs are kept
+DEQUANT_FROM = {"amx": 8, "amx_emulated": 8, "avx512": 24, "avx_vnni": 16, "avx2": 5, "generic": 24}
 WAVE_BYTES = 128 << 20  # of the x of a wave's pairs: enough to amortise decoding, a bound for the workspace
 
 
@@ -38,7 +40,10 @@ class CpuTactic:
 
 
 class CpuRunner(MoeRunner):
-    """Runs bf16, NVFP4 and MXFP4 experts on a CPU, for activations in bf16, and in fp16 and fp32 exactly.
+    """Runs bf16, NVFP4, MXFP4 and FP8-block experts on a CPU, for activations in bf16, and in fp16 and fp32 exactly.
+
+    With input_format="int8", which is never chosen by itself, 4-bit weights are multiplied by activations of 8
+    bits. `arithmetic` is what products are made of: one of core.ARITHMETICS.
 
     Raises BackendError where why_not() gives a reason, DTypeError or ShapeError for biases that do not fit.
     """
@@ -51,6 +56,9 @@ class CpuRunner(MoeRunner):
             raise BackendError(reason)
         self._core_cache = core.load()
         self.isa = core.choose_isa()
+        self._packing_cache = threading.Lock()
+        self._bound_cache: dict[tuple[int, Any], Replay] = {}
+        self.arithmetic = _arithmetic(problem, self.isa)
         self._cuts_cache: dict[tuple[Any, int], core.TacticStruct] = {}
         self._pack()
 
@@ -60,7 +68,10 @@ class CpuRunner(MoeRunner):
         biases = [
             b for b in (experts.gate_up_bias, experts.down_bias) if b is not None and not b.is_inference()
         ]
-        sources = [*layout.counted(experts.gate_up), *layout.counted(experts.down), *biases]
+        matrices = [
+            m for m in (experts.gate_up, experts.down) if not isinstance(m, layout.Panels)
+        ]  # run as they are
+        sources = [*(t for m in matrices for t in layout.counted(m)), *biases]
         self._sources = [(source, source._version) for source in sources]
         self._weights = (layout.shared(experts.gate_up, gated), layout.shared(experts.down, False))
         self._biases = (
@@ -87,12 +98,14 @@ class CpuRunner(MoeRunner):
             return f"the cpu backend runs {', '.join(core.FORMATS)} weights, not {problem.weight_format}"
         if problem.weight_dtype not in (None, torch.bfloat16):
             return f"the cpu backend runs dense weights of bfloat16, not {_name(problem.weight_dtype)}"
-        if problem.dtype not in X_TYPES:
-            return f"the cpu backend takes x in {', '.join(map(_name, X_TYPES))}, not {_name(problem.dtype)}"
-        if problem.input_format is not None:
-            return "the cpu backend does not quantise activations (input_format)"
-        if type(problem.activation) not in ACTIVATIONS:
-            return f"the cpu backend has no {type(problem.activation).__name__} activation"
+        if _name(problem.dtype) not in core.X_TYPES:
+            return f"the cpu backend takes x in {', '.join(core.X_TYPES)}, not {_name(problem.dtype)}"
+        if problem.input_format not in core.INPUT_FORMATS:
+            return f"the cpu backend quantises activations to int8 alone, not to input_format={problem.input_format!r}"
+        if problem.input_format == "int8" and problem.weight_format not in FP4:
+            return f"the cpu backend multiplies int8 activations by {' and '.join(FP4)} weights, not {problem.weight_format}"
+        if reason := activations.why_not(problem.activation, core.ACTIVATIONS):
+            return reason
         if problem.hidden_size % layout.PANEL or problem.intermediate_size % layout.PANEL:
             return (
                 f"the cpu backend needs hidden and intermediate sizes divisible by {layout.PANEL}, "
@@ -127,60 +140,110 @@ class CpuRunner(MoeRunner):
         return packers[0].done(), packers[1].done()
 
     def get_cache_key_extras(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
-        return ("threads", torch.get_num_threads())
+        return ("threads", machine.threads())
 
     def get_valid_tactics(self, inputs: Sequence[Any], profile: Any) -> list[Any]:
         num_tokens = inputs[0].shape[0]
         token_tiles = (64, 128, 256) if num_tokens > 64 else (64,)
         dequant_from: tuple[int, ...] = (DENSE_NEVER,)
-        if self.problem.weight_format != "bf16" and num_tokens >= 8:
+        if self.problem.weight_format in FP4 and num_tokens >= 8:
             dequant_from = (DENSE_NEVER, 16, 24, 64) if num_tokens >= 32 else (DENSE_NEVER, 8)
+            if self.isa.startswith("avx") and self.isa != "avx512":
+                dequant_from = (5, 9, DENSE_NEVER)
         return [CpuTactic(t, r, d) for t in token_tiles for r in (1, 2, 4) for d in dequant_from]
 
-    def default_tactic(self) -> CpuTactic:
+    def check_tactic(self, inputs: Sequence[Any], tactic: Any) -> None:
+        """Every tactic runs every number of tokens: get_valid_tactics only leaves out what cannot pay."""
+        self._cut(tactic)
+
+    def default_tactic(self, inputs: Sequence[Any] = ()) -> CpuTactic:
         """The tactic behind -1, as measured on two Zen 5 cores.
 
         Long streams of weights read fastest (one Qwen3-30B-A3B token: row_tile 1 0.63 ms, 4 0.59 ms), as long
         as each thread finds work for the down product, which has the fewest items. Decoding first pays from
         about 24 tokens on (Qwen3-30B-A3B with 512 tokens: 52 ms from 32 on, 50 ms from 24 on); with tiles, whose
-        products cost less, from 8 on (published rates, not measured).
+        products cost less, from 8 on (published rates, not measured). AVX2 decodes four tokens at a time.
         """
         tiles = self.problem.hidden_size // 32
-        row_tile = max(1, min(4, tiles // (4 * torch.get_num_threads())))
-        return CpuTactic(256, row_tile, 8 if self.isa.startswith("amx") else 24)
+        row_tile = max(1, min(4, tiles // (4 * machine.threads())))
+        return CpuTactic(256, row_tile, DEQUANT_FROM[self.isa])
 
     def workspace_bytes(self, num_tokens: int, tactic: Any) -> int:
         cut = self._cut(tactic)
         return int(self._core_cache.moestro_cpu_workspace(self._layer_at, ctypes.byref(cut), num_tokens))
 
     def forward(
-        self, inputs: Sequence[Any], tactic: Any = -1, do_preparation: bool = False, **kwargs: Any
+        self,
+        inputs: Sequence[Any],
+        tactic: Any = -1,
+        do_preparation: bool = False,
+        *,
+        workspace: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> torch.Tensor:
         """Run a tactic; see MoeRunner for the inputs, which must be contiguous."""
-        x, ids, weights, out = inputs
-        if do_preparation or not len(x):
-            return out  # type: ignore[no-any-return]
-        for source, version in self._sources:
-            if source._version != version:  # weights were changed in place
+        out: torch.Tensor = inputs[3]
+        if do_preparation or not len(out):
+            return out
+        given = self._workspace if workspace is None else workspace
+        if given is None:
+            nbytes = self.workspace_bytes(len(out), tactic)
+            given = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+        key = len(out), tactic
+        replay = self._bound_cache.get(key)
+        while replay is None or not replay(inputs, given):
+            if len(self._bound_cache) >= BOUND_KEPT:
+                self._bound_cache.clear()
+            replay = self._bound_cache[key] = self.bind(inputs, tactic)
+        return out
+
+    def bind(self, inputs: Sequence[Any], tactic: Any) -> Replay:
+        """The call into the core with its structs made: what is left is the tensors' addresses.
+
+        To be bound anew where torch's number of threads or the weights have changed since; a call that another
+        thread is in keeps what it was bound to.
+        """
+        tokens, threads = inputs[0].shape[0], torch.get_num_threads()
+        cut_at = ctypes.byref(self._cut(tactic))
+        with self._packing_cache:
+            layer_at, sources, kept = self._layer_at, self._sources, (self._weights, self._biases)
+        run, threads_now = self._core_cache.moestro_cpu_moe, torch.get_num_threads
+        make, at = core.Call, ctypes.byref
+
+        def replay(inputs: Sequence[Any], workspace: torch.Tensor) -> bool:
+            for source, version in sources:
+                if source._version != version:  # weights were changed in place
+                    self._pack_again(kept)
+                    return False
+            if threads_now() != threads:
+                return False
+            x, ids, weights, out = inputs
+            call = make(
+                tokens, x.data_ptr(), ids.data_ptr(), weights.data_ptr(), out.data_ptr(), workspace.data_ptr(),
+                workspace.numel(),
+            )  # fmt: skip
+            if status := run(layer_at, cut_at, at(call)):
+                raise self._refusal(status, tokens, tactic, workspace)
+            return True
+
+        return replay
+
+    def _pack_again(self, seen: Any) -> None:
+        with self._packing_cache:
+            if seen[0] is self._weights and seen[1] is self._biases:  # nobody else has meanwhile
                 self._pack()
-                break
-        cut, workspace = self._cut(tactic), self._workspace
-        if workspace is None:
-            workspace = torch.empty(self.workspace_bytes(len(x), tactic), dtype=torch.uint8)
-        at = [t.data_ptr() for t in (x, ids, weights, out, workspace)]
-        call = core.Call(len(x), *at, workspace.nbytes)
-        if status := self._core_cache.moestro_cpu_moe(self._layer_at, ctypes.byref(cut), ctypes.byref(call)):
-            need = self.workspace_bytes(len(x), tactic)
-            raise BackendError(
-                f"the CPU core returned {status}: workspace has {workspace.nbytes} bytes, {need} are needed"
-            )
-        return out  # type: ignore[no-any-return]
+
+    def _refusal(self, status: int, tokens: int, tactic: Any, workspace: torch.Tensor) -> BackendError:
+        need = self.workspace_bytes(tokens, tactic)
+        return BackendError(
+            f"the CPU core returned {status}: workspace has {workspace.nbytes} bytes, {need} are needed"
+        )
 
     def _cut(self, tactic: Any) -> core.TacticStruct:
         """The core's struct for a tactic and torch's threads, made once: a call's Python runs on cold caches."""
         if tactic != -1 and not isinstance(tactic, CpuTactic):
             raise BackendError(f"tactic must be -1 or a CpuTactic, got {tactic!r}")
-        key = tactic, torch.get_num_threads()
+        key = tactic, machine.threads()
         cut = self._cuts_cache.get(key)
         if cut is None:
             cut = self._cuts_cache[key] = self._make_cut(*key)
@@ -192,6 +255,15 @@ class CpuRunner(MoeRunner):
             raise BackendError(f"tactic must have positive fields, got {tactic!r}")
         wave = chosen.wave or max(256, WAVE_BYTES // (2 * self.problem.hidden_size * self.problem.top_k))
         return core.TacticStruct(chosen.token_tile, chosen.row_tile, chosen.dequant_from, wave, threads)
+
+
+def _arithmetic(problem: MoeProblem, isa: str) -> str:
+    """What a problem's products are made of on an instruction set: see csrc/kernels_*.cpp."""
+    if problem.input_format == "int8":
+        return "int8"
+    if isa in ("avx2", "avx_vnni"):
+        return "int16" if problem.weight_format in FP4 and problem.dtype == torch.bfloat16 else "float32"
+    return "float32" if isa == "generic" else "bf16"
 
 
 def _name(dtype: torch.dtype | None) -> str:
@@ -215,6 +287,8 @@ def _matrix(weights: FormatTensor, bias: torch.Tensor | None) -> core.Matrix:
         return core.Matrix(weights.data.data_ptr(), None, None, at)
     if isinstance(weights, layout.PanelMXFP4):
         return core.Matrix(weights.codes.data_ptr(), weights.scale.data_ptr(), None, at)
+    if isinstance(weights, layout.PanelFP8):
+        return core.Matrix(weights.data.data_ptr(), weights.panel_scale.data_ptr(), None, at)
     assert isinstance(weights, layout.PanelNVFP4)
     pieces = (weights.codes, weights.scale, weights.row_scale)
     return core.Matrix(*(piece.data_ptr() for piece in pieces), at)
@@ -226,25 +300,25 @@ def _layer(
     weights: tuple[FormatTensor, FormatTensor],
     biases: tuple[torch.Tensor | None, torch.Tensor | None],
 ) -> core.Layer:
-    act = problem.activation
-    alpha, limit, shift = (
-        (act.alpha, math.inf if act.limit is None else act.limit, act.up_shift)
-        if isinstance(act, SwiGLU)
-        else (1.0, math.inf, 0.0)
-    )
+    form = activations.form_of(problem.activation)
+    assert form is not None  # see why_not
     return core.Layer(
-        core.ISAS.index(isa),
-        core.FORMATS[problem.weight_format],
-        problem.num_local_experts,
-        problem.expert_offset,
-        problem.top_k,
-        problem.hidden_size,
-        problem.intermediate_size,
-        ACTIVATIONS[type(act)],
-        X_TYPES[problem.dtype],
-        alpha,
-        limit,
-        shift,
-        _matrix(weights[0], biases[0]),
-        _matrix(weights[1], biases[1]),
+        isa=core.ISAS.index(isa),
+        format=core.FORMATS[problem.weight_format],
+        experts=problem.num_local_experts,
+        expert_offset=problem.expert_offset,
+        top_k=problem.top_k,
+        hidden=problem.hidden_size,
+        intermediate=problem.intermediate_size,
+        activation=form.code,
+        gated=form.gated,
+        x_type=core.X_TYPES.index(_name(problem.dtype)),
+        input_format=core.INPUT_FORMATS[problem.input_format],
+        batch_invariant=problem.batch_invariant,
+        scale_columns=weights[0].block_columns if isinstance(weights[0], layout.PanelFP8) else 0,
+        alpha=form.alpha,
+        limit=math.inf if form.limit is None else form.limit,
+        up_shift=form.up_shift,
+        gate_up=_matrix(weights[0], biases[0]),
+        down=_matrix(weights[1], biases[1]),
     )

@@ -22,6 +22,7 @@ from moestro.kernels.portable.stages import (
     compute_dtype,
     dense_of,
     expert_of,
+    finish,
     local_ids,
     scatter_add,
     sort_pairs,
@@ -183,8 +184,3 @@ def run_masked(call: Call, workspace: torch.Tensor | None, chunk: int) -> torch.
             weight = torch.where(hit, call.weights[at], 0.0).sum(-1).unsqueeze(-1)  # [C, M, 1]
             acc[at] += y.mul_(weight).masked_fill_(~hit.any(-1).unsqueeze(-1), 0.0).sum(0)
     return finish(call, acc)
-
-
-def finish(call: Call, acc: torch.Tensor) -> torch.Tensor:
-    """Round the float32 sums once, into call.out."""
-    return call.out if acc is call.out else call.out.copy_(acc)

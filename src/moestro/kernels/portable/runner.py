@@ -1,6 +1,6 @@
 """The portable backend: PyTorch only, on any device, every format, activation and mode.
 
-A tactic is (name, knob), e.g. ("grouped", 16): see run.py for what they are.
+A tactic is (name, knob), e.g. ("grouped", 16): see run.py for what they are, and invariant.py for ("blocks", 16).
 `unfit` is the single statement of which tactic runs where.
 """
 
@@ -14,6 +14,8 @@ import torch
 
 from moestro.errors import BackendError, unknown_name
 from moestro.formats import CHECKPOINT, NVFP4
+from moestro.kernels.activations import form_of
+from moestro.kernels.portable import invariant
 from moestro.kernels.portable import run as tactics
 from moestro.kernels.portable.stages import Call, compute_dtype, is_indexable
 from moestro.kernels.problem import MoeProblem, MoeRunner
@@ -21,7 +23,7 @@ from moestro.kernels.scratch import plan_bytes
 
 Tactic = tuple[str, int]
 
-DEFAULT_KNOB = {"pairs": 8, "loop": 1, "grouped": 16, "masked": 4}
+DEFAULT_KNOB = {"pairs": 8, "loop": 1, "grouped": 16, "masked": 4, "blocks": invariant.ROWS}
 LISTED: tuple[Tactic, ...] = (
     ("loop", 1),
     ("pairs", 2),
@@ -32,6 +34,7 @@ LISTED: tuple[Tactic, ...] = (
     ("grouped", 0),  # all experts at once
     ("masked", 4),
 )
+INVARIANT: Tactic = ("blocks", invariant.ROWS)  # the only one of a batch-invariant problem
 MAX_PAIRS = 256  # of the tactic `pairs`, which reads an expert once per pair
 MASKED_WASTE = 16  # products for one needed up to which `masked` is listed in a CUDA graph
 GROUPED_ALIGNMENT = 16  # bytes, of every row, in torch._grouped_mm
@@ -47,6 +50,10 @@ class PortableRunner(MoeRunner):
 
     @classmethod
     def why_not(cls, problem: MoeProblem) -> str | None:
+        if problem.batch_invariant and problem.cuda_graph:
+            return "its batch-invariant tactic waits for the device, which a CUDA graph cannot hold"
+        if problem.batch_invariant and form_of(problem.activation) is None:
+            return f"batch_invariant needs an activation of moestro, got {problem.activation!r}"
         return None
 
     @classmethod
@@ -55,8 +62,8 @@ class PortableRunner(MoeRunner):
 
     @classmethod
     def kernel_sources(cls) -> list[Path]:
-        """What runs on the device: the tactics and their stages."""
-        return [Path(__file__).with_name("run.py"), Path(__file__).with_name("stages.py")]
+        """None: its device code is PyTorch's, whose version is in the environment."""
+        return []
 
     def get_valid_tactics(self, inputs: Sequence[Any], profile: Any) -> list[Tactic]:
         """The listed tactics that fit these inputs and are worth trying.
@@ -64,6 +71,8 @@ class PortableRunner(MoeRunner):
         None on another backend's kernel layout: there this one only stands in, unpacking at every call, 10
         to 200 times slower than the layout's owner; measuring such tactics took all of a minute's tuning.
         """
+        if self.problem.batch_invariant:
+            return [INVARIANT]
         if self.problem.weight_layout != CHECKPOINT:
             return []
         num_tokens = inputs[0].shape[0]
@@ -76,6 +85,10 @@ class PortableRunner(MoeRunner):
     def unfit(self, tactic: Tactic, num_tokens: int) -> str | None:
         """Why a tactic cannot run this many tokens; None if it can."""
         name, knob = tactic
+        if self.problem.batch_invariant and tactic != INVARIANT:
+            return f"its rows depend on the batch; {INVARIANT} alone is batch-invariant"
+        if name == "blocks" and knob != invariant.ROWS:
+            return f"its blocks have {invariant.ROWS} rows"
         if self.problem.cuda_graph and self._waits(tactic):
             return "it waits for the device, which a CUDA graph cannot hold"
         copies = name in {"pairs", "masked"} or not self._used_as_they_are
@@ -102,12 +115,19 @@ class PortableRunner(MoeRunner):
         name, _ = self._resolve(tactic, num_tokens)
         if name == "pairs":
             return 0
-        plan = tactics.loop_plan if name == "loop" else tactics.accumulator_plan
+        plans = {"loop": tactics.loop_plan, "blocks": invariant.blocks_plan}
+        plan = plans.get(name, tactics.accumulator_plan)
         return plan_bytes(plan(self.problem, num_tokens))
 
     @torch.no_grad()
     def forward(
-        self, inputs: Sequence[Any], tactic: Any = -1, do_preparation: bool = False, **kwargs: Any
+        self,
+        inputs: Sequence[Any],
+        tactic: Any = -1,
+        do_preparation: bool = False,
+        *,
+        workspace: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> torch.Tensor:
         """Run a tactic: (name, knob), a name (with its usual knob), or -1. BackendError for any other.
 
@@ -116,14 +136,19 @@ class PortableRunner(MoeRunner):
         call = self._call(inputs)
         if do_preparation or not len(call.x):
             return call.out
+        if not self.problem.num_local_experts:
+            return call.out.zero_()
+        workspace = self._workspace if workspace is None else workspace
         self.check_tactic(inputs, tactic)
         name, knob = self._resolve(tactic, len(call.x))
         if name == "pairs":
             return tactics.run_pairs(call, knob)
         if name == "loop":
-            return tactics.run_loop(call, self._workspace)
+            return tactics.run_loop(call, workspace)
+        if name == "blocks":
+            return invariant.run_blocks(call, workspace)
         run = tactics.run_grouped if name == "grouped" else tactics.run_masked
-        return run(call, self._workspace, knob or self.problem.num_local_experts)
+        return run(call, workspace, knob or self.problem.num_local_experts)
 
     def _call(self, inputs: Sequence[Any]) -> Call:
         x, ids, weights, out, *scales = inputs
@@ -146,9 +171,15 @@ class PortableRunner(MoeRunner):
             f"and a knob that is a count of experts, got {tactic!r}"
         )
 
+    def default_tactic(self, inputs: Sequence[Any]) -> Tactic:
+        """The tactic behind -1."""
+        return self._default(inputs[1].shape[0])
+
     def _default(self, num_tokens: int) -> Tactic:
         """`grouped` for dense weights; else `loop`; else, in a CUDA graph, what never waits."""
         p, pairs = self.problem, num_tokens * self.problem.top_k
+        if p.batch_invariant:
+            return INVARIANT
         few_on_cpu = p.device != "cuda" and pairs <= LOOP_PAIRS
         if self._used_as_they_are and self._no_grouped_mm(0) is None and not few_on_cpu:
             chunks = 1 if p.device == "cuda" else -(-pairs // GROUPED_ROWS)
@@ -175,7 +206,7 @@ class PortableRunner(MoeRunner):
         """Whether the tactic waits for the device."""
         name, knob = tactic
         chunked = 0 < knob < self.problem.num_local_experts
-        return name == "loop" or (name == "grouped" and chunked)
+        return name in {"loop", "blocks"} or (name == "grouped" and chunked)
 
     def _wastes(self, tactic: Tactic, num_tokens: int) -> bool:
         """Whether a tactic that could run cannot win, and would only make tuning slow."""

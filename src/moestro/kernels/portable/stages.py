@@ -1,4 +1,4 @@
-"""The stages that the portable tactics share: sort pairs, quantise rows, dequantise some experts, activate.
+"""The stages that the portable tactics share: sort pairs, dequantise some experts, activate.
 
 Everything here is PyTorch on any device and waits for none, but `Groups.on_host`.
 """
@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from moestro.formats import NVFP4
 from moestro.formats.base import CHECKPOINT, FormatTensor
-from moestro.kernels.activations import SwiGLU
+from moestro.kernels.activations import Formula, SwiGLU
+from moestro.kernels.portable.quantize import through
+from moestro.kernels.portable.steady import steady_sigmoid
 from moestro.kernels.problem import Experts, MoeProblem
 
 
@@ -45,10 +46,10 @@ class Call:
         return self.as_input(torch.index_select(self.x, 0, token, out=buffer), expert)
 
     def as_input(self, rows: torch.Tensor, expert: torch.Tensor | int) -> torch.Tensor:
-        """Rows in the compute dtype, through NVFP4 where the problem says so."""
+        """Rows in the compute dtype, through the input format where the problem has one."""
         if self.problem.input_format is None or self.x_is_quantized:
             return rows.to(self.dtype)
-        return through_nvfp4(rows, pick_scale(self.experts.gate_up_input_scale, expert))
+        return through(self.problem, rows, pick_scale(self.experts.gate_up_input_scale, expert))
 
     def activate(
         self,
@@ -59,27 +60,30 @@ class Call:
     ) -> torch.Tensor:
         """[..., 2I] -> [..., I] as GEMM 2 takes it; written into `out` unless it is quantised."""
         act, quantize = self.problem.activation, self.problem.input_format is not None
-        if bias is None and not quantize and act == SwiGLU():
+        if self.problem.batch_invariant:
+            assert isinstance(act, Formula)  # see PortableRunner.why_not
+            a = act.apply(h.float() if bias is None else h.float() + bias, steady_sigmoid)
+        elif bias is None and not quantize and act == SwiGLU():
             gate, up = h.chunk(2, dim=-1)
             a = F.silu(gate) if out is None else torch.ops.aten.silu.out(gate, out=out)
             return a.mul_(up)  # both compute in float32 and round, where SwiGLU itself would copy h first
-        a = act(h.float() if bias is None else h.float() + bias)  # half types round once, at the end
+        else:
+            a = act(h.float() if bias is None else h.float() + bias)  # half types round once, at the end
         if quantize:
-            return through_nvfp4(a, pick_scale(self.experts.down_input_scale, expert))
+            return through(self.problem, a, pick_scale(self.experts.down_input_scale, expert))
         return a.to(self.dtype) if out is None else out.copy_(a)
 
 
 def compute_dtype(problem: MoeProblem) -> torch.dtype:
     """Of the matrix products: the widest of x and dense weights, which converts neither lossily.
 
-    Quantised weights are computed in x's dtype, but float32 with float16 (whose range they may leave), and
-    with quantised activations (the e2m1 step of an intermediate must not depend on a bf16 rounding).
+    float32 where one of them is float16, whose range the weights, the products or the intermediate may leave, and
+    with quantised activations (the step of an intermediate must not depend on a bf16 rounding).
     """
-    if problem.input_format is not None:
+    held = problem.weight_dtype or problem.dtype
+    if problem.input_format is not None or torch.float16 in (problem.dtype, held):
         return torch.float32
-    if problem.weight_dtype is not None:
-        return torch.promote_types(problem.dtype, problem.weight_dtype)
-    return torch.float32 if problem.dtype == torch.float16 else problem.dtype
+    return torch.promote_types(problem.dtype, held)
 
 
 @dataclass(frozen=True)
@@ -126,16 +130,6 @@ def pick_scale(scale: torch.Tensor | None, expert: torch.Tensor | int) -> torch.
     return scale[expert] if scale is not None and scale.ndim else scale
 
 
-def through_nvfp4(rows: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    """Rows [..., C] quantised to NVFP4 and back, in float32.
-
-    `scale` is the global scale, broadcast over [...]; None: dynamic, per row.
-    """
-    if scale is not None:
-        scale = scale.broadcast_to(rows.shape[:-1]).reshape(-1)
-    return NVFP4.quantize_rows(rows.reshape(-1, rows.shape[-1]), scale).dequantize().view(rows.shape)
-
-
 def is_indexable(tensor: FormatTensor) -> bool:
     """Whether every piece has the experts first, so that some can be taken without the host."""
     if tensor.layout != CHECKPOINT:
@@ -177,3 +171,8 @@ def scatter_add(acc: torch.Tensor, token: torch.Tensor, rows: torch.Tensor, dete
         acc.index_put_((token,), rows, accumulate=True)
     else:
         acc.index_add_(0, token, rows)
+
+
+def finish(call: Call, acc: torch.Tensor) -> torch.Tensor:
+    """Round the float32 sums once, into call.out."""
+    return call.out if acc is call.out else call.out.copy_(acc)

@@ -1,7 +1,8 @@
 """The MoE operator in Triton kernels: sm_90 measured, sm_100 compiled."""
 
-from moestro.kernels.triton.layout import TritonNVFP4
+from moestro.kernels.triton import tactics as _older_names  # noqa: F401 (so that stored decisions can be read)
+from moestro.kernels.triton.layout import PACKED, TritonNVFP4
 from moestro.kernels.triton.runner import TritonRunner
-from moestro.kernels.triton.tactics import Tactic
+from moestro.kernels.triton.tactic import Tactic, Tile
 
-__all__ = ["Tactic", "TritonNVFP4", "TritonRunner"]
+__all__ = ["PACKED", "Tactic", "Tile", "TritonNVFP4", "TritonRunner"]

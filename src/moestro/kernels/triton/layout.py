@@ -1,17 +1,15 @@
-"""The NVFP4 weights as the Triton kernels read them: blocks of 64 rows and 64 columns, in reading order.
+"""Quantised weights as the Triton kernels read them: blocks of 64 rows and 64 columns, in reading order.
 
-One block is 2 KiB of codes and 256 bytes of scales, each contiguous, and the blocks of 64 rows follow each
-other along the columns: a program that walks a strip of rows reads one stream. Within a row of a block,
-16-bit word c holds the four columns c, c + 16, c + 32, c + 48, so that
+A block is 64 rows of 16 *words*, then the scales of its rows, each contiguous; the blocks of 64 rows follow each
+other along the columns: a program that walks a strip of rows reads one stream. Word c of a row holds the codes of the
+four columns c, c + 16, c + 32, c + 48 (16 bits for 4-bit codes, 32 for bytes), so that it is in the thread that feeds
+column c (mod 16) of a wgmma or mma.sync A fragment: no shuffle.
 
-- word c of a row is in the thread that feeds column c (mod 16) of a wgmma or mma.sync A fragment: no shuffle;
-- each of the four is one scale group of 16, so its scale is one number per row;
-- three of the four reach the sign and the exponent of a bfloat16 with one shift and one mask. e2m1's
-  magnitude bits on bits 8..6 and its sign on bit 15 are the value · 2^-126, the subnormal 0.5 included. The
-  fourth takes what is left.
-
-A scale is kept as 5 exponent bits (of scale · 2^10) and 3 of mantissa: e4m3 with its subnormals normalised,
-so that `code << 4` plus a constant is a bfloat16. A block whose scale is zero has zero codes instead.
+What is particular to a format is one class here (`words`, `scales`, `row_scale` and the way back) and one branch of
+`device/decode.py`. In 4-bit words three of the four codes reach the sign and the exponent of a bfloat16 with one shift
+and one mask: e2m1's magnitude bits on bits 8..6 and its sign on bit 15 are the value · 2^-126, the subnormal 0.5
+included. The fourth takes what is left. What a scale cannot hold goes into a float32 per row, which the epilogue
+multiplies.
 
 With a gate, rows are permuted: each 16 rows are 8 of gate and the matching 8 of up, which a thread of the
 tensor core's accumulator holds side by side.
@@ -19,61 +17,95 @@ tensor core's accumulator holds side by side.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass, fields
-from functools import lru_cache
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 
-from moestro.formats import NVFP4
-
-ROWS = 64  # of a block
-COLS = 64  # of a block
-LAYOUT = "triton-r64c64"
-# Where the four codes of a word go: (mask of the code's bits, left shift) of each piece.
-PLACES = (
-    ((0b1000, 12), (0b0111, 6)),  # sign to 15, magnitude to 8..6
-    ((0b1000, 9), (0b0111, 3)),  # 12, 5..3: the first, shifted right by 3
-    ((0b1000, 6), (0b0111, 0)),  # 9, 2..0: shifted right by 6
-    ((0b1000, 11), (0b0100, 11), (0b0011, 10)),  # 14, 13, 11..10
+from moestro.formats import MXFP4, MXFP8, NVFP4, FP8Block
+from moestro.formats.base import FormatTensor
+from moestro.kernels.triton.device import decode
+from moestro.kernels.triton.words import (
+    COLS,
+    ROWS,
+    bits_of,
+    by_block,
+    e4m3_of,
+    fold_signs_and_zeros,
+    from_byte_words,
+    from_words,
+    nan_rows,
+    nibbles,
+    pad,
+    paired,
+    row_order,
+    scale_codes,
+    to_byte_words,
+    to_words,
 )
-# codes give e2m1 · 2^-126, scales give scale · 2^118: what is left to multiply in float32
+
+# NVFP4: codes give e2m1 · 2^-126, scales give scale · 2^118: what is left to multiply in float32
 RESIDUAL = 2.0**8
+BYTES_OFFSET = 120  # e4m3's bits give e4m3 · 2^-120
+NIBBLES_OFFSET = 126  # e2m1's bits give e2m1 · 2^-126
+E8M0_NAN = 255
 
 
 @dataclass(frozen=True, eq=False)
-class TritonNVFP4:
-    """NVFP4 weights [..., R, C] in the kernels' layout. Rows and columns are padded to whole blocks."""
+class Packed:
+    """Weights [..., R, C] in the kernels' layout. Rows and columns are padded to whole blocks."""
 
-    words: torch.Tensor  # int16 [..., Rb, Cb, 64, 16]
-    scales: torch.Tensor  # int32 [..., Rb, Cb, 64], byte p = columns 16p .. 16p+15
-    row_scale: torch.Tensor  # float32 [..., Rb * 64], global scale · RESIDUAL of each kernel row
-    global_scale: torch.Tensor  # float32 [...] or [..., G], as in the checkpoint
+    words: torch.Tensor  # [..., Rb, Cb, 64, 16]
+    scales: torch.Tensor  # [..., Rb, Cb, 64 / SCALE_ROWS]
+    row_scale: torch.Tensor  # float32 [..., Rb * 64], what is left to multiply, of each kernel row
+    kept: torch.Tensor  # what of the checkpoint's scales goes back as it came
     rows: int
     columns: int
     gated: bool
 
-    format: ClassVar[str] = "nvfp4"
-    layout: ClassVar[str] = LAYOUT
+    format: ClassVar[str]
+    layout: ClassVar[str]
+    CODE: ClassVar[int]  # device/decode.py's name of the format
+    WORD: ClassVar[torch.dtype]
+    SCALE: ClassVar[torch.dtype]
+    SCALE_ROWS: ClassVar[int] = 1  # rows of a block that share a scale
+    INSTRUCTIONS: ClassVar[float] = 3.5  # per weight, counted in the SASS of the loop
 
     @classmethod
-    def pack(cls, q: NVFP4, gated: bool) -> Self:
+    def pack(cls, q: Any, gated: bool) -> Self:
         """Repack a checkpoint tensor [E, R, C], one expert at a time (the copies are one expert's)."""
         experts, rows, columns = q.shape
         kernel_rows = row_order(rows, gated, q.device)  # [Rp]
-        padded, blocks = len(kernel_rows), -(-columns // COLS)
-        words = torch.empty((experts, padded // ROWS, blocks, ROWS, 16), dtype=torch.int16, device=q.device)
-        scales = torch.empty((experts, padded // ROWS, blocks, ROWS), dtype=torch.int32, device=q.device)
+        blocks = (experts, len(kernel_rows) // ROWS, -(-columns // COLS))
+        words = torch.empty((*blocks, ROWS, 16), dtype=cls.WORD, device=q.device)
+        scales = torch.empty((*blocks, ROWS // cls.SCALE_ROWS), dtype=cls.SCALE, device=q.device)
+        row_scale = torch.zeros((experts, len(kernel_rows)), dtype=torch.float32, device=q.device)
         for e in range(experts):
-            codes, scale = _codes(q.packed[e]), _scale_codes(q.scale[e])
-            codes, scale = _fold_signs_and_zeros(codes, q.scale[e].view(torch.uint8), scale)
-            words[e] = _to_words(_pad(codes, kernel_rows, blocks * COLS))
-            scales[e] = _to_scale_words(_pad(scale, kernel_rows, blocks * COLS // 16))
-        per_row = q.row_global_scale().squeeze(-1).expand(experts, rows)
-        row_scale = torch.zeros((experts, padded), dtype=torch.float32, device=q.device)
-        there = kernel_rows >= 0
-        row_scale[:, there] = per_row[:, kernel_rows[there]] * RESIDUAL
-        return cls(words, scales, row_scale, q.global_scale, rows, columns, gated)
+            row_scale[e] = cls._expert(q, e, kernel_rows, words[e], scales[e])
+        return cls(words, scales, row_scale, cls._kept(q), rows, columns, gated)
+
+    @classmethod
+    @abstractmethod
+    def _expert(
+        cls, q: Any, e: int, kernel_rows: torch.Tensor, words: torch.Tensor, scales: torch.Tensor
+    ) -> torch.Tensor:
+        """Fill words and scales of expert e; its row scales [Rp]."""
+
+    @classmethod
+    def _kept(cls, q: Any) -> torch.Tensor:
+        return torch.empty(q.shape[0], 0, device=q.device)
+
+    @classmethod
+    def bytes_per_weight(cls) -> float:
+        """Of words and scales, in whole blocks."""
+        scales = ROWS // cls.SCALE_ROWS * cls.SCALE.itemsize
+        return (ROWS * 16 * cls.WORD.itemsize + scales) / (ROWS * COLS)
+
+    @classmethod
+    def row_bytes(cls) -> int:
+        """Of one row of a block in shared memory, where every row has its scale."""
+        return 16 * cls.WORD.itemsize + cls.SCALE.itemsize
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -85,118 +117,190 @@ class TritonNVFP4:
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.words, self.scales, self.row_scale, self.global_scale))
+        return sum(tensor.nbytes for tensor in self._tensors().values())
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {f.name: v for f in fields(self) if torch.is_tensor(v := getattr(self, f.name))}
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The dense values [..., R, C]."""
         return self.to_checkpoint().dequantize(dtype)
 
-    def expert(self, index: int) -> TritonNVFP4:
+    def expert(self, index: int) -> Self:
         """[..., R, C] at `index` of the first dimension, without a copy."""
-        tensors = {f.name: v[index] for f in fields(self) if torch.is_tensor(v := getattr(self, f.name))}
-        return TritonNVFP4(**tensors, rows=self.rows, columns=self.columns, gated=self.gated)
-
-    def to(self, device: torch.device | str) -> Self:
-        tensors = {f.name: v.to(device) for f in fields(self) if torch.is_tensor(v := getattr(self, f.name))}
+        tensors = {name: v[index] for name, v in self._tensors().items()}
         return type(self)(**tensors, rows=self.rows, columns=self.columns, gated=self.gated)
 
-    def to_checkpoint(self) -> NVFP4:
+    def to(self, device: torch.device | str) -> Self:
+        tensors = {name: v.to(device) for name, v in self._tensors().items()}
+        return type(self)(**tensors, rows=self.rows, columns=self.columns, gated=self.gated)
+
+    @abstractmethod
+    def to_checkpoint(self) -> FormatTensor:
         """The same values in the checkpoint layout (bit for bit, but for codes under a zero scale)."""
+
+    def _in_order(self, values: torch.Tensor, per_column: int = 1) -> torch.Tensor:
+        """[..., Rp, Cp / per_column] in kernel order -> [..., R, C / per_column] in the checkpoint's."""
         kernel_rows = row_order(self.rows, self.gated, self.device)
         there = torch.nonzero(kernel_rows >= 0).squeeze(-1)
         place = torch.empty(self.rows, dtype=torch.long, device=self.device)
         place[kernel_rows[there]] = there  # checkpoint row -> kernel row
-        codes = _from_words(self.words).index_select(-2, place)[..., : self.columns]
-        scale = _from_scale_words(self.scales).index_select(-2, place)[..., : self.columns // 16]
-        packed = codes[..., 0::2] | (codes[..., 1::2] << 4)
-        return NVFP4(packed, _e4m3_of(scale).view(torch.float8_e4m3fn), self.global_scale)
+        return values.index_select(-2, place)[..., : self.columns // per_column]
 
 
-def row_order(rows: int, gated: bool, device: torch.device) -> torch.Tensor:
-    """[Rp] int64: the checkpoint row at each kernel row, -1 for padding; Rp is a multiple of 64."""
-    if not gated:
-        order = torch.arange(-(-rows // ROWS) * ROWS, device=device)
-        return torch.where(order < rows, order, -1)
-    half = rows // 2
-    groups = -(-half // (ROWS // 2)) * (ROWS // 2) // 8
-    index = torch.arange(groups * 8, device=device).view(groups, 1, 8)
-    order = torch.cat([torch.where(index < half, index, -1), torch.where(index < half, index + half, -1)], 1)
-    return order.flatten()
+class TritonNVFP4(Packed):
+    """Codes in 16-bit words; scales as 5 exponent bits (of scale · 2^10) and 3 of mantissa: e4m3 with its subnormals
+    normalised, so that `code << 4` plus a constant is a bfloat16. A block whose scale is zero has zero codes instead.
+    """
+
+    format: ClassVar[str] = "nvfp4"
+    layout: ClassVar[str] = "triton-r64c64"
+    CODE: ClassVar[int] = decode.NVFP4.value
+    WORD: ClassVar[torch.dtype] = torch.int16
+    SCALE: ClassVar[torch.dtype] = torch.int32  # byte p = columns 16p .. 16p + 15
+
+    @classmethod
+    def _expert(
+        cls, q: NVFP4, e: int, kernel_rows: torch.Tensor, words: torch.Tensor, scales: torch.Tensor
+    ) -> torch.Tensor:
+        codes, scale = nibbles(q.packed[e]), scale_codes(q.scale[e])
+        codes, scale = fold_signs_and_zeros(codes, q.scale[e].view(torch.uint8), scale)
+        words.copy_(to_words(pad(codes, kernel_rows, words.shape[1] * COLS)))
+        padded = pad(scale, kernel_rows, words.shape[1] * COLS // 16)
+        scales.copy_(by_block(padded.clone(memory_format=torch.contiguous_format).view(torch.int32)))
+        per_row = q.row_global_scale()[e].squeeze(-1).expand(q.shape[1])
+        return pad(per_row.unsqueeze(-1), kernel_rows, 1).squeeze(-1) * RESIDUAL
+
+    @classmethod
+    def _kept(cls, q: NVFP4) -> torch.Tensor:
+        return q.global_scale
+
+    def to_checkpoint(self) -> NVFP4:
+        codes = self._in_order(from_words(self.words))
+        rows = self.scales.transpose(-1, -2).flatten(-3, -2)
+        scale = self._in_order(rows.clone(memory_format=torch.contiguous_format).view(torch.uint8), 16)
+        return NVFP4(paired(codes), e4m3_of(scale).view(torch.float8_e4m3fn), self.kept)
 
 
-def _pad(values: torch.Tensor, kernel_rows: torch.Tensor, columns: int) -> torch.Tensor:
-    """[R, C] -> [Rp, columns] in the kernels' row order, zeros where there is nothing."""
-    out = values.new_zeros((len(kernel_rows), columns))
-    there = kernel_rows >= 0
-    out[there, : values.shape[1]] = values[kernel_rows[there]]
-    return out
+class _PowersOfTwo(Packed):
+    """Scales that are powers of two, one per 32 columns: a word of two bfloat16, of columns 0..31 and 32..63.
+
+    They are relative to the largest of the row, which is the row's scale. OFFSET (of the codes' bits) leaves room for
+    all that are not more than 2^(126 + OFFSET) smaller than that; those become zeros. A NaN makes its row NaN.
+    """
+
+    SCALE: ClassVar[torch.dtype] = torch.int32
+    OFFSET: ClassVar[int]
+
+    @classmethod
+    def _powers(cls, scale: torch.Tensor, kernel_rows: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """Fill the scales from e8m0 [R, C/32]; the row scales [Rp]."""
+        exponent = scale.to(torch.int32) - 127
+        unknown = (scale == E8M0_NAN).any(-1)
+        base = exponent.amax(-1).clamp(-126, 127)
+        field = (exponent - base.unsqueeze(-1) + cls.OFFSET + 127).clamp(0, 254)
+        bits = pad(field << 7, kernel_rows, scales.shape[1] * COLS // 32)  # [Rp, 2 Cb]
+        scales.copy_(by_block(bits[:, 0::2] | bits[:, 1::2] << 16))
+        row = torch.where(unknown, torch.nan, torch.ldexp(torch.ones_like(base, dtype=torch.float32), base))
+        return pad(row.unsqueeze(-1), kernel_rows, 1).squeeze(-1)
+
+    def _exponents(self) -> torch.Tensor:
+        """e8m0 uint8 [..., R, C/32]."""
+        rows = self.scales.transpose(-1, -2).flatten(-3, -2)  # [..., Rp, Cb]
+        field = torch.stack([rows & 0xFFFF, (rows >> 16) & 0xFFFF], -1).flatten(-2) >> 7
+        base = torch.frexp(self.row_scale)[1] - 1
+        e8m0 = (field + base.unsqueeze(-1) - self.OFFSET).clamp(0, 254)
+        e8m0 = torch.where(self.row_scale.isnan().unsqueeze(-1), E8M0_NAN, e8m0)
+        return self._in_order(e8m0.to(torch.uint8), 32)
 
 
-def _codes(packed: torch.Tensor) -> torch.Tensor:
-    """uint8 [R, C/2] -> uint8 [R, C]."""
-    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
+class TritonMXFP4(_PowersOfTwo):
+    """Words as NVFP4's; scales that are powers of two."""
+
+    format: ClassVar[str] = "mxfp4"
+    layout: ClassVar[str] = "triton-mxfp4-r64c64"
+    CODE: ClassVar[int] = decode.MXFP4.value
+    WORD: ClassVar[torch.dtype] = torch.int16
+    OFFSET: ClassVar[int] = NIBBLES_OFFSET
+
+    @classmethod
+    def _expert(
+        cls, q: MXFP4, e: int, kernel_rows: torch.Tensor, words: torch.Tensor, scales: torch.Tensor
+    ) -> torch.Tensor:
+        words.copy_(to_words(pad(nibbles(q.packed[e]), kernel_rows, words.shape[1] * COLS)))
+        return cls._powers(q.scale[e], kernel_rows, scales)
+
+    def to_checkpoint(self) -> MXFP4:
+        return MXFP4(paired(self._in_order(from_words(self.words))), self._exponents())
 
 
-def _fold_signs_and_zeros(
-    codes: torch.Tensor, scale_bytes: torch.Tensor, scale: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Negative scales flip their codes; zero scales zero them."""
-    blocks = codes.unflatten(-1, (-1, 16))
-    flip = ((scale_bytes >> 7) << 3).unsqueeze(-1)
-    zero = (scale_bytes & 127 == 0).unsqueeze(-1)
-    return torch.where(zero, 0, blocks ^ flip).flatten(-2).to(torch.uint8), scale
+class TritonMXFP8(_PowersOfTwo):
+    """A byte each of four columns in a 32-bit word; scales that are powers of two."""
+
+    format: ClassVar[str] = "mxfp8"
+    layout: ClassVar[str] = "triton-mxfp8-r64c64"
+    CODE: ClassVar[int] = decode.MXFP8.value
+    WORD: ClassVar[torch.dtype] = torch.int32
+    OFFSET: ClassVar[int] = BYTES_OFFSET
+    INSTRUCTIONS: ClassVar[float] = 3.5
+
+    @classmethod
+    def _expert(
+        cls, q: MXFP8, e: int, kernel_rows: torch.Tensor, words: torch.Tensor, scales: torch.Tensor
+    ) -> torch.Tensor:
+        data = q.data[e].view(torch.uint8)
+        words.copy_(to_byte_words(pad(data, kernel_rows, words.shape[1] * COLS)))
+        return nan_rows(data, kernel_rows, cls._powers(q.scale[e], kernel_rows, scales))
+
+    def to_checkpoint(self) -> MXFP8:
+        data = self._in_order(from_byte_words(self.words)).view(torch.float8_e4m3fn)
+        return MXFP8(data, self._exponents())
 
 
-def _to_words(codes: torch.Tensor) -> torch.Tensor:
-    """uint8 [Rp, Cp] -> int16 [Rb, Cb, 64, 16]."""
-    planes = codes.to(torch.int32).unflatten(-1, (-1, 4, 16))  # [Rp, Cb, 4, 16]
-    word = torch.zeros_like(planes[..., 0, :])
-    for p, pieces in enumerate(PLACES):
-        for mask, shift in pieces:
-            word |= (planes[..., p, :] & mask) << shift
-    signed: torch.Tensor = torch.where(word >= 1 << 15, word - (1 << 16), word).to(torch.int16)
-    blocks: torch.Tensor = signed.unflatten(0, (-1, ROWS))  # [Rb, 64, Cb, 16]
-    return blocks.transpose(1, 2)
+class TritonFP8Block(Packed):
+    """A byte each of four columns in a 32-bit word; a 64-bit scale for 8 rows (which are in one block of 128 rows,
+    and both of gate or of up): of columns 0..31 and of 32..63, each as two bfloat16 whose sum is scale · 2^120,
+    relative to the power of two above the largest of these rows.
+    """
+
+    format: ClassVar[str] = "fp8_block"
+    layout: ClassVar[str] = "triton-fp8-r64c64"
+    CODE: ClassVar[int] = decode.FP8_BLOCK.value
+    WORD: ClassVar[torch.dtype] = torch.int32
+    SCALE: ClassVar[torch.dtype] = torch.int64
+    SCALE_ROWS: ClassVar[int] = 8
+    INSTRUCTIONS: ClassVar[float] = 4.5
+
+    @classmethod
+    def _expert(
+        cls, q: FP8Block, e: int, kernel_rows: torch.Tensor, words: torch.Tensor, scales: torch.Tensor
+    ) -> torch.Tensor:
+        data = q.data[e].view(torch.uint8)
+        words.copy_(to_byte_words(pad(data, kernel_rows, words.shape[1] * COLS)))
+        block = 128
+        eighth = kernel_rows[:: cls.SCALE_ROWS]  # a padded row's scale is never used
+        columns = (torch.arange(scales.shape[1] * 2, device=q.device) * 32 // block).clamp(
+            max=q.scale_inv.shape[-1] - 1
+        )
+        scale = q.scale_inv[e][eighth.clamp(min=0) // block][:, columns]  # [Rp/8, 2 Cb]
+        power = (torch.frexp(scale.abs().amax(-1))[1]).clamp(-126, 127)  # scale <= 2^power
+        whole = torch.ldexp(scale.double(), (BYTES_OFFSET - power).unsqueeze(-1)).float()
+        high = whole.bfloat16()
+        low = (whole - high.float()).bfloat16()
+        both = bits_of(high) | bits_of(low) << 16
+        scales.copy_((both[:, 0::2] | both[:, 1::2] << 32).view(-1, 8, scales.shape[1]).transpose(1, 2))
+        rows = torch.ldexp(torch.ones_like(power, dtype=torch.float32), power).repeat_interleave(8)
+        return nan_rows(data, kernel_rows, torch.where(kernel_rows >= 0, rows, 0.0))
+
+    @classmethod
+    def _kept(cls, q: FP8Block) -> torch.Tensor:
+        return q.scale_inv
+
+    def to_checkpoint(self) -> FP8Block:
+        data = self._in_order(from_byte_words(self.words)).view(torch.float8_e4m3fn)
+        return FP8Block(data, self.kept)
 
 
-def _from_words(words: torch.Tensor) -> torch.Tensor:
-    """int16 [..., Rb, Cb, 64, 16] -> uint8 [..., Rp, Cp]."""
-    wide = words.to(torch.int32)
-    planes = [sum((wide >> shift) & mask for mask, shift in pieces) for pieces in PLACES]
-    codes = torch.stack(planes, dim=-2).to(torch.uint8)  # type: ignore[arg-type]
-    return codes.transpose(-4, -3).flatten(-5, -4).flatten(-3)  # via [..., Rb, 64, Cb, 4, 16]
-
-
-def _to_scale_words(codes: torch.Tensor) -> torch.Tensor:
-    """uint8 [Rp, Cp/16] -> int32 [Rb, Cb, 64]."""
-    words = codes.clone(memory_format=torch.contiguous_format).view(torch.int32)  # [Rp, Cb], little-endian
-    blocks: torch.Tensor = words.unflatten(0, (-1, ROWS))  # [Rb, 64, Cb]
-    return blocks.transpose(1, 2)
-
-
-def _from_scale_words(words: torch.Tensor) -> torch.Tensor:
-    """int32 [..., Rb, Cb, 64] -> uint8 [..., Rp, Cp/16]."""
-    rows = words.transpose(-1, -2).flatten(-3, -2)
-    return rows.clone(memory_format=torch.contiguous_format).view(torch.uint8)
-
-
-@lru_cache(maxsize=1)
-def _tables() -> tuple[torch.Tensor, torch.Tensor]:
-    """(e4m3 magnitude byte -> scale code, scale code -> e4m3 byte), uint8 [128] and [256]."""
-    to_code, to_byte = torch.zeros(128, dtype=torch.uint8), torch.zeros(256, dtype=torch.uint8)
-    for byte in range(1, 127):  # 127 is NaN
-        value = torch.tensor(byte, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-        mantissa, exponent = torch.frexp(value)  # mantissa in [0.5, 1)
-        code = (int(exponent) - 1 + 10) << 3 | int((float(mantissa) * 2 - 1) * 8)
-        to_code[byte], to_byte[code] = code, byte
-    return to_code, to_byte
-
-
-def _scale_codes(scale: torch.Tensor) -> torch.Tensor:
-    """float8_e4m3fn [R, C/16] -> scale codes."""
-    return _tables()[0].to(scale.device)[(scale.view(torch.uint8) & 127).long()]
-
-
-def _e4m3_of(codes: torch.Tensor) -> torch.Tensor:
-    """Scale codes -> the bytes of float8_e4m3fn."""
-    return _tables()[1].to(codes.device)[codes.long()]
+PACKED: dict[str, type[Packed]] = {
+    cls.format: cls for cls in (TritonNVFP4, TritonMXFP4, TritonMXFP8, TritonFP8Block)
+}

@@ -1,36 +1,41 @@
-"""TritonRunner: the MoE operator in Triton kernels, for NVFP4 and bf16 weights.
+"""TritonRunner: the MoE operator in Triton kernels, for quantised and dense weights.
 
-A tactic is a tactics.Tactic; plan.Planner turns it into launches. NVFP4 weights are run in the layout of
-layout.TritonNVFP4, dense bf16 weights as they are; W4A4 on a chip with FP4 tensor cores (native.py) takes the
-checkpoint's layout.
+A tactic is a tactic.Tactic, chosen by choose.py; its path (paths/) turns a call into launches. Quantised weights are
+run in the layouts of layout.py, dense ones as they are; W4A4 on a chip with FP4 tensor cores takes the checkpoint's
+layout.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
 from moestro.errors import BackendError
-from moestro.formats import NVFP4
 from moestro.formats.base import CHECKPOINT, FormatTensor
-from moestro.kernels.activations import GeGLUTanh, ReLU2, SwiGLU
+from moestro.kernels import activations
 from moestro.kernels.problem import Experts, MoeProblem, MoeRunner
 from moestro.kernels.scratch import carve, plan_bytes
-from moestro.kernels.triton import native, prune, tactics
-from moestro.kernels.triton.device import chain
-from moestro.kernels.triton.device import common as device
-from moestro.kernels.triton.layout import LAYOUT, TritonNVFP4
-from moestro.kernels.triton.plan import Launch, Planner, scratch_plan
-from moestro.kernels.triton.tactics import Tactic
+from moestro.kernels.triton import choose
+from moestro.kernels.triton.call import Call, Launch
+from moestro.kernels.triton.chip import processors
+from moestro.kernels.triton.counters import Counters
+from moestro.kernels.triton.device.common import ACTIVATIONS
+from moestro.kernels.triton.fp8_layout import PACKED_FP8, packed_type
+from moestro.kernels.triton.layout import PACKED
+from moestro.kernels.triton.paths import PATHS
+from moestro.kernels.triton.tactic import Tactic
+
+# x in float16 becomes bfloat16 where weights are decoded to that: an error of up to 2^-9 of each value. Float32 would
+# lose sixteen bits, so it stays with the portable backend.
+X_DTYPES = (torch.bfloat16, torch.float16)
 
 
 class TritonRunner(MoeRunner):
-    """MoE on NVIDIA GPUs of compute capability 9.0 and newer, bf16 activations."""
+    """MoE on NVIDIA GPUs of compute capability 9.0 and newer, bf16 or fp16 activations."""
 
     backend: ClassVar[str] = "triton"
 
@@ -44,12 +49,21 @@ class TritonRunner(MoeRunner):
 
     @staticmethod
     def _unsupported(problem: MoeProblem) -> str | None:
-        if problem.weight_format not in ("nvfp4", "bf16"):
-            return f"it runs nvfp4 and bf16 weights, not {problem.weight_format!r}"
-        if problem.weight_dtype not in (None, torch.bfloat16) or problem.dtype != torch.bfloat16:
-            return f"it computes in bfloat16; x is {problem.dtype}, dense weights {problem.weight_dtype}"
-        if not isinstance(problem.activation, SwiGLU | GeGLUTanh | ReLU2):
-            return f"it has no kernel for the activation {problem.activation!r}"
+        if problem.weight_format != "bf16" and problem.weight_format not in PACKED:
+            return f"it runs bf16, {', '.join(PACKED)} weights, not {problem.weight_format!r}"
+        if problem.dtype not in X_DTYPES:
+            return f"it takes x in {_names(X_DTYPES)}, which {_name(problem.dtype)} would not fit; x is {problem.dtype}"
+        if problem.weight_dtype not in (None, torch.bfloat16, problem.dtype):
+            return f"it computes in the weights' dtype, {problem.weight_dtype}, which x in {problem.dtype} does not fit"
+        if problem.weight_dtype is torch.float16 and problem.input_format is not None:
+            return "it quantises activations for bfloat16 products, dense weights are float16"
+        if reason := choose.unsupported(problem):
+            return reason
+        if reason := activations.why_not(problem.activation, ACTIVATIONS):
+            return reason
+        packs = packed_type(problem)
+        if packs is not None and problem.weight_layout not in (CHECKPOINT, packs.layout):
+            return f"it needs weights in the layout {packs.layout!r} here, they were prepared as {problem.weight_layout!r}"
         if problem.intermediate_size % 8 or problem.hidden_size % 8:
             return "hidden and intermediate size must be multiples of 8"
         if problem.top_k > 64:
@@ -58,12 +72,13 @@ class TritonRunner(MoeRunner):
 
     @classmethod
     def runs_layout(cls, layout: str) -> bool:
-        return layout in (CHECKPOINT, LAYOUT)
+        return layout == CHECKPOINT or layout in {
+            packed.layout for table in (PACKED, PACKED_FP8) for packed in table.values()
+        }
 
     @classmethod
     def needs_prepare(cls, problem: MoeProblem) -> bool:
-        packs = problem.weight_format == "nvfp4" and not native.runs_on(problem, _capability())
-        return packs and problem.weight_layout == CHECKPOINT
+        return packed_type(problem) is not None and problem.weight_layout == CHECKPOINT
 
     @classmethod
     def prepare(
@@ -71,21 +86,18 @@ class TritonRunner(MoeRunner):
     ) -> tuple[FormatTensor, FormatTensor]:
         if not cls.needs_prepare(problem):
             return experts.gate_up, experts.down
-        gate_up, down = experts.gate_up, experts.down
-        assert isinstance(gate_up, NVFP4)
-        assert isinstance(down, NVFP4)
-        return TritonNVFP4.pack(gate_up, problem.activation.gated), TritonNVFP4.pack(down, False)
+        kind = packed_type(problem)
+        assert kind is not None
+        return kind.pack(experts.gate_up, problem.activation.gated), kind.pack(experts.down, False)
 
     def __init__(self, problem: MoeProblem, experts: Experts) -> None:
         super().__init__(problem, experts)
-        self._native = isinstance(experts.gate_up, NVFP4) and native.runs_on(problem, _capability())
-        packed = isinstance(experts.gate_up, TritonNVFP4)
-        if problem.weight_format == "nvfp4" and not (packed or self._native):
-            raise BackendError("backend 'triton' runs NVFP4 weights that TritonRunner.prepare() has repacked")
-        # zero between calls, which a shared workspace is not
-        self._done = torch.zeros(
-            tactics.CHAIN_SLOTS * chain.LINE, dtype=torch.int32, device=experts.gate_up.device
-        )
+        packs = packed_type(problem)
+        if packs is not None and not isinstance(experts.gate_up, packs):
+            raise BackendError(
+                f"backend 'triton' runs {problem.weight_format} weights that TritonRunner.prepare() has repacked"
+            )
+        self._counters = Counters(experts.gate_up.device)
 
     def workspace_bytes(self, num_tokens: int, tactic: Any) -> int:
         if num_tokens == 0:
@@ -96,48 +108,42 @@ class TritonRunner(MoeRunner):
         given = self._experts.gate_up_input_scale
         by_pair = given is not None and given.ndim > 0
         x_rows = num_tokens * (self.problem.top_k if by_pair else 1)
-        plan = native.scratch if self._native else scratch_plan
-        return plan(self.problem, num_tokens, tactic, x_rows)
-
-    @property
-    def _rules(self) -> Any:
-        """The module that says which tactics there are, and which are valid."""
-        return native if self._native else tactics
+        return PATHS[tactic.path].scratch(self.problem, num_tokens, tactic, x_rows)
 
     def _resolve(self, tactic: Any, num_tokens: int) -> Tactic:
         if isinstance(tactic, Tactic):
-            reason: str | None = self._rules.unfit(self.problem, tactic, num_tokens)
+            reason = choose.why_not(self.problem, tactic, num_tokens)
             if reason is not None:
                 raise BackendError(f"tactic {tactic} cannot run {num_tokens} tokens: {reason}")
             return tactic
         if tactic == -1:
-            chosen: Tactic = self._rules.default(self.problem, num_tokens)
-            return chosen
+            return choose.default(self.problem, num_tokens)
         raise BackendError(f"tactic must be -1 or a moestro.kernels.triton.Tactic, got {tactic!r}")
 
     def get_valid_tactics(self, inputs: Sequence[Any], profile: Any) -> list[Tactic]:
-        num_tokens = inputs[1].shape[0]
-        if self._rules is tactics:
-            return prune.worth_measuring(self.problem, num_tokens)
-        found: list[Tactic] = self._rules.candidates(self.problem, num_tokens)
-        return found
+        return choose.worth_measuring(self.problem, inputs[1].shape[0])
+
+    def default_tactic(self, inputs: Sequence[Any]) -> Tactic:
+        """The tactic behind -1."""
+        return self._resolve(-1, inputs[1].shape[0])
 
     def check_tactic(self, inputs: Sequence[Any], tactic: Any) -> None:
         self._resolve(tactic, inputs[1].shape[0])
 
-    def plan(self, inputs: Sequence[Any], tactic: Any = -1) -> list[Launch]:
+    def plan(
+        self, inputs: Sequence[Any], tactic: Any = -1, workspace: torch.Tensor | None = None
+    ) -> list[Launch]:
         """The launches of a call."""
         num_tokens = inputs[1].shape[0]
         if num_tokens == 0:
             return []
         resolved = self._resolve(tactic, num_tokens)
-        scratch = carve(self._scratch(num_tokens, resolved), self._workspace, inputs[0].device)
-        scratch["done"] = self._done
-        pdl = not device.INTERPRETED
-        planner = native.NativePlanner if self._native else Planner
-        return planner(
-            self.problem, self._experts, inputs, resolved, scratch, pdl, _processors(inputs[0].device)
-        ).build()
+        given = self._workspace if workspace is None else workspace
+        scratch = carve(self._scratch(num_tokens, resolved), given, inputs[0].device)
+        scratch["done"] = self._counters.here()
+        call = Call(self.problem, self._experts, inputs, resolved, scratch, processors(inputs[0].device))
+        PATHS[resolved.path].launch(call)
+        return call.launches
 
     def compile(self, inputs: Sequence[Any], tactic: Any) -> None:
         """Compile what a tactic needs for inputs like these, without running anything; its kernels side by
@@ -164,28 +170,29 @@ class TritonRunner(MoeRunner):
 
     @torch.no_grad()
     def forward(
-        self, inputs: Sequence[Any], tactic: Any = -1, do_preparation: bool = False, **kwargs: Any
+        self,
+        inputs: Sequence[Any],
+        tactic: Any = -1,
+        do_preparation: bool = False,
+        *,
+        workspace: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> torch.Tensor:
         out: torch.Tensor = inputs[3]
         if not do_preparation:
-            launches = self.plan(inputs, tactic)
+            launches = self.plan(inputs, tactic, workspace)
             try:
                 for launch in launches:
                     launch.run()
             except BaseException:
-                self._done.zero_()  # the launch that clears the counters of a chain may not have run
+                self._counters.clear()
                 raise
         return out
 
 
-@lru_cache
-def _capability() -> tuple[int, int]:
-    """The compute capability of the chip; that of Hopper where there is none, for interpreting and compiling."""
-    return torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-@lru_cache
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 4
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return " or ".join(map(_name, dtypes))

@@ -8,6 +8,7 @@ torch.compile guards its code with reads them in C++ in 0.6 µs, and is used whe
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
@@ -15,7 +16,14 @@ from typing import Any
 from moestro.tuning.measure.inputs import is_torch
 from moestro.tuning.spec.keys import is_tensor
 from moestro.tuning.spec.plain_json import to_json
-from moestro.tuning.spec.runner import TunableRunner, public_attributes
+from moestro.tuning.spec.runner import (
+    TunableRunner,
+    configuration,
+    kind_of,
+    own_id,
+    public_attributes,
+    runner_objects,
+)
 from moestro.tuning.spec.specs import TuningConfig
 
 __all__ = ["Guard", "make_guard"]
@@ -76,34 +84,69 @@ def _same_kwargs(kwargs: Mapping[str, Any], plain: list[tuple[str, type, Any]]) 
 
 
 def _runner_guard(runner: Any) -> Callable[[Any], bool]:
-    """Whether a runner's public attributes are what they are now; private ones may change but not come or go.
+    """Whether a runner's configuration is what it is now; private attributes may change but not come or go.
 
-    Plain values are compared as such, immutable objects by identity, and where there are others, by their
-    JSON.
+    Plain values are compared as such; immutable ones by identity, else by their JSON; those that have no value
+    by identity, and without being kept alive.
     """
     public = public_attributes(runner)
     attributes = getattr(runner, "__dict__", None)
-    immutable = all(map(_immutable, public.values()))
-    if attributes is None or not immutable or any(name not in attributes for name in public):
-        written = to_json(public)
-        return lambda now: bool(to_json(public_attributes(now)) == written)
-    count = len(attributes)
-    objects = {name: value for name, value in public.items() if type(value) not in PLAIN}
-    atoms = [name for name in public if name not in objects]
+    written, odd = _written(runner)
+    unlike = attributes is None or any(name not in attributes for name in public)
+    mutable = not all(_immutable(value) for name, value in public.items() if name not in odd)
+    if unlike or mutable or own_id(runner) is not None:
+        numbers = runner_objects(runner)
+        return lambda now: bool(_written(now)[0] == written and runner_objects(now) == numbers)
+    count = len(attributes or ())
+    atoms = [name for name in public if type(public[name]) in PLAIN]
     get = itemgetter(*atoms) if atoms else (lambda attributes: None)
     values = get(attributes)
-    checks = list(objects.items())
+    checks = [
+        (name, _reference(value) if name in odd else value, name in odd, written.get(name))
+        for name, value in public.items()
+        if type(value) not in PLAIN
+    ]
 
     def same(now: Any) -> bool:
         found = now.__dict__
         if len(found) != count or get(found) != values:
             return False
-        for name, value in checks:  # noqa: SIM110  (a generator costs 0.2 µs)
-            if found[name] is not value:
+        for name, value, is_odd, text in checks:
+            if is_odd:
+                if value() is not found[name]:
+                    return False
+            elif found[name] is not value and not _same_json(found[name], text):
                 return False
         return True
 
     return same
+
+
+def _reference(value: Any) -> Callable[[], Any]:
+    try:
+        return weakref.ref(value)
+    except TypeError:
+        return lambda: value
+
+
+def _same_json(value: Any, text: Any) -> bool:
+    try:
+        return bool(to_json(value) == text)
+    except (TypeError, RecursionError):
+        return False
+
+
+def _written(runner: Any) -> tuple[dict[str, Any], set[str]]:
+    """(the JSON of a runner's configuration, the attributes of it that have no value)."""
+    written: dict[str, Any] = {}
+    odd = set()
+    for name, value in configuration(runner).items():
+        try:
+            written[name] = to_json(value)
+        except (TypeError, RecursionError):
+            odd.add(name)
+            written[name] = kind_of(value)
+    return written, odd
 
 
 def _immutable(value: Any) -> bool:

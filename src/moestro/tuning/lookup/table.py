@@ -4,7 +4,8 @@ Which measured size answers for a size: the first one in the direction in which 
 points a crossover search has learned between two buckets count as well; where there is none, the nearest. A
 size beyond everything tuned gets the nearest measured one, marked as extrapolated. With one dynamic size the
 answers are intervals, found once by bisection and then looked up with `bisect`: a table has one entry an
-interval, whatever sizes it is asked for.
+interval, whatever sizes it is asked for. A map that scales (TensorRT-LLM's `int(n * 0.25)` under expert
+parallelism) is taken at its word: its answer is looked for among the measured sizes, not the size itself.
 """
 
 from __future__ import annotations
@@ -32,16 +33,42 @@ class Rounding:
     map: Callable[[int], int] | None
     direction: int = 0  # 1 up, -1 down, 0 as the map has it
 
-    def resolve(self, size: int, points: Sequence[int]) -> int:
-        """The point of `points` (ascending, not empty) that answers for a size."""
+    def resolve(self, size: int, points: Sequence[int], scales: bool = False) -> int:
+        """The point of `points` (ascending, not empty) that answers for a size.
+
+        scales: the map does not round but sends sizes to buckets elsewhere (see `scales`).
+        """
         direction = self.direction
-        if not direction:
+        if scales:
+            size, direction = self._mapped(size), 1
+        elif not direction:
             bucket = self._mapped(size)
             direction = (bucket > size) - (bucket < size) or self._leaning(size)
-        if not direction:
-            return min(points, key=lambda p: (abs(p - size), -p))
-        at = bisect_left(points, size) if direction > 0 else bisect_right(points, size) - 1
+        at = bisect_left(points, size) if direction >= 0 else bisect_right(points, size) - 1
+        if not direction and 0 < at < len(points) and size - points[at - 1] < points[at] - size:
+            at -= 1  # the nearest; of two equally near ones the larger
         return points[min(max(at, 0), len(points) - 1)]
+
+    def scales(self, points: Sequence[int]) -> bool:
+        """Whether the map sends sizes to buckets that are not around them, as int(n * 0.25) does for a buffer of
+        which a quarter is filled. A map that rounds leaves its own buckets where they are.
+        """
+        if self.direction:
+            return False
+        around = {size for p in (*points[:64], points[-1]) for size in (p, 2 * p)}
+        return any(self._mapped(bucket := self._mapped(size)) != bucket for size in around)
+
+    def covered(self, points: Sequence[int], most: int, scales: bool) -> int:
+        """The largest size that the points up to `most` answer for."""
+        if not scales:
+            return most
+        low, high = 1, 2 * most
+        while self._mapped(high) <= most and high < 1 << 48:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._mapped(middle) <= most else (low, middle)
+        return low
 
     def _mapped(self, size: int) -> int:
         assert self.map is not None
@@ -70,6 +97,7 @@ class Rounding:
         if self.direction:
             return
         sizes = sorted({size for p in points for size in (p - 1, p, p + 1, p * 3 // 2) if size > 0})
+        sizes = sizes[:: max(1, len(sizes) // 4096)]
         for low, high in itertools.pairwise(sizes):
             if self._mapped(low) > self._mapped(high):
                 raise TuningError(
@@ -119,6 +147,8 @@ class PointTable(Table):
     by_bucket: Mapping[Sizes, Record]
     roundings: tuple[Rounding, ...]
     covered: Sizes
+    grid: list[list[int]]  # the measured sizes, by dimension
+    scales: list[bool]
     _found: dict[Sizes, Record] = field(default_factory=dict)
 
     def find(self, sizes: Sizes) -> tuple[Record, bool]:
@@ -131,10 +161,11 @@ class PointTable(Table):
         return record, within
 
     def _search(self, sizes: Sizes) -> Record:
-        grid = [sorted({bucket[d] for bucket in self.by_bucket}) for d in range(len(sizes))]
         point = tuple(
-            rounding.resolve(max(1, size), points)
-            for rounding, size, points in zip(self.roundings, sizes, grid, strict=True)
+            rounding.resolve(max(1, size), points, scales)
+            for rounding, size, points, scales in zip(
+                self.roundings, sizes, self.grid, self.scales, strict=True
+            )
         )
         if point in self.by_bucket:
             return self.by_bucket[point]
@@ -150,14 +181,16 @@ def make_table(records: Mapping[Sizes, Record], rounds: tuple[Rounding, ...]) ->
     if not records:
         return None
     reach = [tuple(map(max, zip(r.bucket, r.tuned_for or r.bucket, strict=True))) for r in records.values()]
-    covered = tuple(max(sizes) for sizes in zip(*reach, strict=True))
-    for d, rounding in enumerate(rounds):
-        rounding.check_monotone([bucket[d] for bucket in records])
+    most = tuple(max(sizes) for sizes in zip(*reach, strict=True))
+    grid = [sorted({bucket[d] for bucket in records}) for d in range(len(rounds))]
+    for rounding, points in zip(rounds, grid, strict=True):
+        rounding.check_monotone(points)
+    scales = [rounding.scales(points) for rounding, points in zip(rounds, grid, strict=True)]
+    covered = tuple(map(Rounding.covered, rounds, grid, most, scales))
     if len(rounds) != 1:
-        return PointTable(records, rounds, covered)
-    points = sorted(bucket[0] for bucket in records)
-    turns = rounds[0].turns(points, covered[0])
-    bounds, answers = _intervals(lambda size: rounds[0].resolve(size, points), turns)
+        return PointTable(records, rounds, covered, grid, scales)
+    turns = rounds[0].turns(grid[0], covered[0])
+    bounds, answers = _intervals(lambda size: rounds[0].resolve(size, grid[0], scales[0]), turns)
     return IntervalTable(bounds, [records[(point,)] for point in answers], covered)
 
 

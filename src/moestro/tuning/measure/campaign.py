@@ -68,15 +68,20 @@ class Campaign:
         The first may take all, the others half of what is left, or more: cut any finer, a small budget would
         be spent on races that end before they have decided anything.
         """
+        tried: set[Sizes] = set()
         waiting = [bucket for bucket in spread(grid, self.first) if not self._settled(bucket)]
         for final in (False, True):
             for done, bucket in enumerate(waiting):
                 left = self.job.time_left()
                 if left <= 0:
                     return
-                if self._settled(bucket) or (bucket in self.known() and not final):
+                known = self.known().get(bucket)
+                if self._settled(bucket) or (known is not None and not final):
                     continue  # also: another process has decided it meanwhile
+                if known is not None and bucket in tried and not _was_cut_short(known):
+                    continue
                 self.job.progress(f"{self.job.key.op} {done + 1}/{len(waiting)}: bucket {_text(bucket)}")
+                tried.add(bucket)
                 share = 1.0 if final or not done else max(0.5, 1 / (len(waiting) - done))
                 self._measure(bucket, share=share * left)
 
@@ -86,8 +91,15 @@ class Campaign:
         neighbour = _neighbour(bucket, self.known())
         deadline = self.job.budget.spent + share
         try:
-            decide = self.job.decide or measure
-            record = decide(self.job, bucket, preferred=neighbour, only=only, deadline=deadline)
+            known = self.known().get(bucket)
+            record = (self.job.decide or measure)(
+                self.job,
+                bucket,
+                preferred=neighbour,
+                only=only,
+                deadline=deadline,
+                unfinished=known if known is not None and not known.complete else None,
+            )
         except OutOfMemoryError as error:
             self.too_large.add(bucket)
             warnings.warn(
@@ -124,6 +136,12 @@ class Campaign:
         records = self.known()
         if records and self.job.sizes != _reach((), records):
             self.keep(replace(records[max(records)], tuned_for=self.job.sizes))
+
+
+def _was_cut_short(record: Record) -> bool:
+    """Whether it was time that an unfinished decision wanted, and not a default that may run another day."""
+    evidence = record.evidence
+    return evidence.reason == "budget" or any(c.fate == "not measured" for c in evidence.candidates)
 
 
 def _reach(sizes: Sizes, records: Mapping[Sizes, Record]) -> Sizes:

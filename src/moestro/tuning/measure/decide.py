@@ -1,26 +1,33 @@
-"""One decision: every candidate at one bucket, made ready (trial.py), raced (race.py), and written up."""
+"""One decision: every candidate at one bucket, made ready (candidates.py), raced (race.py), and written up.
+
+A race that the budget cuts short leaves an incomplete record with its samples; the next one goes on from there:
+who was checked is not checked again, who was eliminated stays so.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from moestro.errors import TuningError
-from moestro.tuning.measure.candidates import Trial
-from moestro.tuning.measure.request import Candidate, Job, candidate_name, names_out_of_memory, record_name
+from moestro.tuning.measure.candidates import NOTHING_RUNS, Trial
+from moestro.tuning.measure.request import Candidate, Job, candidate_name, evidence_name, record_name
 from moestro.tuning.measure.scope import measured
-from moestro.tuning.race.race import CandidateEvidence as Raced
 from moestro.tuning.race.race import RaceResult, race
-from moestro.tuning.spec.runner import DEFAULT_TACTIC
+from moestro.tuning.race.rounds import ClockError, Combine, Samples
+from moestro.tuning.spec.evidence import CandidateEvidence, Evidence
+from moestro.tuning.spec.runner import DEFAULT_TACTIC, stored_tactic
 from moestro.tuning.spec.specs import Sizes
-from moestro.tuning.store.records import CandidateEvidence, Evidence, Record
+from moestro.tuning.store.records import Record
 
-__all__ = ["conclude", "measure", "samplers_of", "without_choice"]
+__all__ = ["conclude", "measure", "nothing_yet", "race_of", "samplers_of", "without_choice"]
 
 FOR_WARM_UP = 0.5  # of a bucket's time, checks included: the rest is for the race
+WILD = 100.0  # times the smallest reading: more is not taken for time that has passed
 
 
 def measure(
@@ -30,36 +37,66 @@ def measure(
     preferred: Record | None = None,
     only: Sequence[Record] | None = None,
     deadline: float = float("inf"),
+    unfinished: Record | None = None,
 ) -> Record | None:
     """The decision for a bucket; None if the time was over before anything was learned.
 
     preferred: the neighbour's decision, which wins ties. only: race these decisions' candidates and the
-    default. deadline: job.budget.spent at which to stop. Raises OutOfMemoryError if no candidate fits.
+    default. deadline: job.budget.spent at which to stop. unfinished: what an earlier tuning came to. Raises
+    OutOfMemoryError if no candidate fits, TuningError if the clock makes no sense.
     """
-    trial = Trial(job, bucket, deadline)
+    trial = Trial(job, bucket, deadline, unfinished)
+    try:
+        return _measured(trial, preferred, only)
+    finally:
+        if job.statics is not None:
+            job.statics.put_back()
+
+
+def _measured(trial: Trial, preferred: Record | None, only: Sequence[Record] | None) -> Record | None:
     sound = trial.fit(trial.candidates(only))
     if not sound and not trial.late:
         sound = trial.fit(trial.spare)
     fit, samplers = samplers_of(trial, sound)
     if trial.late and len(fit) < 2:
-        return None
+        return nothing_yet(trial)
     if len(fit) < 2:
         return without_choice(trial, fit)
-    wanted = record_name(preferred) if preferred is not None else None
-    names = [candidate.name for candidate in fit]
     try:
-        result = race(
-            samplers,
-            job.policy,
-            default=0,
-            preferred=names.index(wanted) if wanted in names else None,
-            stop=lambda: trial.late,
-            abort=lambda: job.budget.left <= 0,
-        )
+        result = race_of(trial, fit, samplers, preferred)
+    except ClockError as error:
+        raise TuningError(f"the timer {trial.job.timer.name!r} cannot time anything: {error}") from error
     except TuningError as error:  # every candidate failed while it was timed
-        trial.evidence += [job.failed(candidate, error) for candidate in fit]
+        for candidate in fit:
+            trial.fail(candidate, error)
         return without_choice(trial, [])
-    return conclude(trial, fit, result)
+    return conclude(trial, fit, result) if trial.intact(fit) else None
+
+
+def race_of(
+    trial: Trial,
+    fit: list[Candidate],
+    samplers: list[list[Callable[[], float]]],
+    preferred: Record | None,
+    combine: Combine | None = None,
+) -> RaceResult:
+    """The race among `fit`; combine: of a group of ranks, whose races begin anew."""
+    job = trial.job
+    names = [candidate.name for candidate in fit]
+    wanted = record_name(preferred) if preferred is not None else None
+    earlier = trial.samples.table(names, len(trial.inputs)) if trial.samples.rounds and not combine else None
+    return race(
+        samplers,
+        job.policy,
+        default=0,
+        preferred=names.index(wanted) if wanted in names else None,
+        stop=lambda: trial.late,
+        abort=lambda: job.budget.left <= 0,
+        who=[(c.runner, stored_tactic(c.tactic)) for c in fit],
+        probes=job.probe_names or ("default",),
+        earlier=earlier,
+        combine=combine,
+    )
 
 
 def samplers_of(
@@ -70,89 +107,99 @@ def samplers_of(
     samplers: list[list[Callable[[], float]]] = []
     for candidate in sound:
         if trial.late or (len(fit) > 1 and trial.past(FOR_WARM_UP)):
-            trial.skip(candidate)
+            trial.skip(candidate, "checked")
             continue
         try:
-            samplers.append([_sampler(trial.job, candidate, inputs) for inputs in trial.inputs])
+            samplers.append([_sampler(trial, candidate, inputs) for inputs in trial.inputs])
             fit.append(candidate)
         except Exception as error:
-            trial.evidence.append(trial.job.failed(candidate, error))
+            trial.fail(candidate, error)
     return fit, samplers
 
 
-def _sampler(job: Job, candidate: Candidate, inputs: Sequence[Any]) -> Callable[[], float]:
+def _sampler(trial: Trial, candidate: Candidate, inputs: Sequence[Any]) -> Callable[[], float]:
+    job = trial.job
     sample = job.timer.prepare(measured(functools.partial(job.run, candidate, inputs)))
 
     def sampler() -> float:
         seconds = float(sample())
-        job.budget.sampled(seconds)
+        if 0 < seconds < math.inf:  # a wild reading must not eat the budget
+            job.budget.sampled(min(seconds, WILD * trial.shortest))
+            trial.shortest = min(trial.shortest, seconds)
         return seconds
 
     return sampler
 
 
+def nothing_yet(trial: Trial) -> Record | None:
+    """What to keep where time was over before a race: that the default takes longer than there was time."""
+    if not trial.default_outlasts:
+        return None
+    runner = trial.job.key.runners[0]
+    default = Candidate(0, runner, DEFAULT_TACTIC, candidate_name(runner, DEFAULT_TACTIC))
+    evidence = [trial.slow_default(), *(e for e in trial.evidence if evidence_name(e) != default.name)]
+    found = dataclasses.replace(_evidence(trial, "budget"), candidates=tuple(evidence))
+    return _record(trial, default, "default", found, complete=False)
+
+
 def without_choice(trial: Trial, fit: list[Candidate]) -> Record:
     """The decision where there is one candidate, or none: remembered, so that nobody tries again."""
-    job, runner = trial.job, trial.job.key.runners[0]
+    runner = trial.job.key.runners[0]
     winner = fit[0] if fit else Candidate(0, runner, DEFAULT_TACTIC, candidate_name(runner, DEFAULT_TACTIC))
-    why = "the only one left" if fit else "nothing runs; this is the default"
-    fate = CandidateEvidence(winner.runner, winner.tactic, "winner", reason=why)
-    others = [e for e in trial.evidence if (e.runner, e.tactic) != (winner.runner, winner.tactic)]
-    found = Evidence(
-        (fate, *others),
-        seconds=job.budget.spent - trial.started,
-        clock=job.timer.name,
-        policy=dataclasses.asdict(job.policy),
-        reason=why,
+    why = "the only one left" if fit else NOTHING_RUNS
+    fate = CandidateEvidence(winner.runner, stored_tactic(winner.tactic), "winner", reason=why)
+    others = [e for e in trial.evidence if evidence_name(e) != winner.name]
+    bad = any(e.fate == "quarantined" or trial.has_raised(e) for e in others)
+    found = dataclasses.replace(_evidence(trial, why), candidates=(fate, *others))
+    return _record(
+        trial, winner, "quarantined" if bad else "default", found, complete=not trial.default_may_recover
     )
-    return _record(trial, winner, "quarantined" if job.banned else "default", found)
 
 
 def conclude(trial: Trial, fit: list[Candidate], result: RaceResult) -> Record | None:
-    """The decision that a race among `fit` came to; None if it ended before its second round."""
-    if result.rounds < 2 and result.ended != "decided":
+    """The decision that a race among `fit` came to; None if it taught nothing."""
+    if result.rounds < 1 and not result.samples:
         return None
-    job = trial.job
-    for i, (candidate, raced) in enumerate(zip(fit, result.candidates, strict=True)):
-        fate = "finalist" if raced.left_at is None else "eliminated"
-        if i == result.winner:
-            fate = "winner"
-        elif raced.reason.startswith("failed"):
-            fate = "failed" if names_out_of_memory(raced.reason) else "quarantined"
-            if fate == "quarantined":
-                job.ban(candidate, raced.reason)
-        trial.evidence.append(_evidence(job, candidate, fate, raced))
-    found = Evidence(
-        tuple(trial.evidence),
-        result.noise_floor,
-        result.samples,
-        job.budget.spent - trial.started,
-        job.timer.name,
-        dataclasses.asdict(job.policy),
-        result.ended,
+    for found in result.candidates:
+        if found.fate == "failed":
+            trial.evidence.append(trial.job.failed_in_race(found))
+        else:
+            trial.evidence.append(found)
+    winner, ended = fit[result.winner], result.ended
+    raced = result.rounds >= 2 or ended == "decided"
+    if trial.default_outlasts:
+        trial.evidence.append(trial.slow_default())
+        won = result.candidates[result.winner]
+        if won.median is None or won.median * (1 + trial.job.policy.min_gain) > trial.default_seconds:
+            raced = False
+    evidence = dataclasses.replace(
+        _evidence(trial, ended), noise_floor=result.noise_floor, samples=result.samples
     )
-    cut = result.ended == "budget" or any(e.fate == "not measured" for e in trial.evidence)
-    return _record(trial, fit[result.winner], "measured", found, complete=not cut)
+    cut = ended == "budget" or any(e.fate == "not measured" for e in trial.evidence)
+    samples = trial.samples.with_table([c.name for c in fit], result.logs) if cut else Samples()
+    if not raced:
+        runner = trial.job.key.runners[0]
+        winner = Candidate(0, runner, DEFAULT_TACTIC, candidate_name(runner, DEFAULT_TACTIC))
+    record = _record(
+        trial,
+        winner,
+        "measured" if raced else "default",
+        evidence,
+        complete=not cut and not trial.default_may_recover,
+    )
+    return dataclasses.replace(record, samples=dict(samples.rows))
 
 
-def _evidence(job: Job, candidate: Candidate, fate: str, raced: Raced) -> CandidateEvidence:
-    names = job.probe_names or ("default",)
-    probes = {
-        name: {"median": median, "ratio": ratio}
-        for name, median, ratio in zip(names, raced.median, raced.probe_ratios, strict=False)
-    }
-    return CandidateEvidence(
-        candidate.runner,
-        candidate.tactic,
-        fate,
-        raced.samples,
-        max(raced.median, default=None),
-        max((s * m for s, m in zip(raced.spread, raced.median, strict=True)), default=None),
-        raced.ratio,
-        raced.ratio_low,
-        raced.ratio_high,
-        raced.reason,
-        probes,
+def _evidence(trial: Trial, reason: str) -> Evidence:
+    job = trial.job
+    conditions = getattr(job.timer, "conditions", None)
+    return Evidence(
+        tuple(trial.evidence),
+        seconds=job.budget.spent - trial.started + trial.seconds_before,
+        clock=job.timer.name,
+        policy=dataclasses.asdict(job.policy),
+        reason=reason,
+        conditions=conditions() if callable(conditions) else {},
     )
 
 
@@ -162,15 +209,11 @@ def _record(
     return Record(
         bucket=trial.bucket,
         runner=winner.runner,
-        tactic=_tuples(winner.tactic),
+        tactic=stored_tactic(winner.tactic),
         status=status,
         probes=trial.job.probe_names,
         complete=complete,
         created=time.time(),
         evidence=evidence,
+        default=trial.resolved_default,
     )
-
-
-def _tuples(tactic: Any) -> Any:
-    """A tactic as it comes back from the store: lists are tuples."""
-    return tuple(map(_tuples, tactic)) if type(tactic) in {list, tuple} else tactic

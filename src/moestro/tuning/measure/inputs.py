@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moestro.errors import TuningError
+from moestro.tuning.spec.initializers import random_bytes
 from moestro.tuning.spec.keys import is_tensor
 from moestro.tuning.spec.specs import OptimizationProfile, Probe, TuningConfig
 
@@ -66,10 +67,17 @@ def _like(value: Any, shape: tuple[int, ...], index: int, seed: int) -> Any:
     generator = torch.Generator(device=value.device).manual_seed(seed + index)
     if value.dtype.is_floating_point:
         dtype = value.dtype if value.dtype.itemsize > 1 else torch.float32
-        return torch.randn(shape, dtype=dtype, device=value.device, generator=generator).to(value.dtype)
-    if value.numel() == 0:
-        return torch.zeros(shape, dtype=value.dtype, device=value.device)
+        try:
+            return torch.randn(shape, dtype=dtype, device=value.device, generator=generator).to(value.dtype)
+        except (NotImplementedError, RuntimeError):  # packed types, such as two FP4 values a byte
+            return random_bytes(shape, value.dtype, value.device, generator)
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(value.dtype.itemsize)
     again = value.detach()
+    if words is not None and value.numel() and value.dtype is not words:
+        # Some dtypes (uint16, bits8, ...) have no index_select: their values are moved as words of that width.
+        return _like(again.view(words), shape, index, seed).view(value.dtype)
+    if value.numel() == 0:
+        return torch.zeros(shape, dtype=words or value.dtype, device=value.device).view(value.dtype)
     for d, size in enumerate(shape):
         if again.shape[d] != size:
             again = again.index_select(d, torch.arange(size, device=value.device) % again.shape[d])

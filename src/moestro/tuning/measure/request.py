@@ -4,21 +4,51 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moestro.tuning.group import Group
 from moestro.tuning.measure.budget import Budget
+from moestro.tuning.measure.statics import Statics
 from moestro.tuning.measure.timers import Timer
+from moestro.tuning.spec.evidence import CandidateEvidence
 from moestro.tuning.spec.keys import StaticKey
 from moestro.tuning.spec.policy import MeasurementPolicy
-from moestro.tuning.spec.runner import tactic_key
-from moestro.tuning.spec.specs import Probe, Sizes, TuningConfig
-from moestro.tuning.store.records import CandidateEvidence, Record
+from moestro.tuning.spec.runner import DEFAULT_TACTIC, tactic_key
+from moestro.tuning.spec.specs import OptimizationProfile, Probe, Sizes, TuningConfig
+from moestro.tuning.store.records import Record
 
-__all__ = ["Candidate", "Job", "OutOfMemoryError", "UnfitError", "candidate_name", "record_name"]
+__all__ = [
+    "Candidate",
+    "Job",
+    "OutOfMemoryError",
+    "UnfitError",
+    "candidate_name",
+    "evidence_name",
+    "is_out_of_memory",
+    "record_name",
+]
 
 OUT_OF_MEMORY = "out of memory"
+# in lower case, with spaces for underscores
+OUT_OF_MEMORY_SIGNS = (
+    "outofmemory",
+    "out of memory",
+    "memoryerror",
+    "memory error",
+    "alloc cpu",
+    "allocate memory",
+    "unable to allocate",
+    "failed to allocate",
+    "not enough memory",
+    "insufficient memory",
+    "alloc failed",
+    "allocation failed",
+    "bad alloc",
+    "memoryallocation",
+    "enomem",
+    "storage size calculation overflowed",
+)
 
 
 class OutOfMemoryError(Exception):
@@ -38,6 +68,15 @@ class Candidate:
     tactic: Any
     name: str
 
+    @property
+    def is_default(self) -> bool:
+        """Whether it is what runs without a tuner: the first runner's default tactic."""
+        return self.index == 0 and _is_default(self.tactic)
+
+
+def _is_default(tactic: Any) -> bool:
+    return type(tactic) is int and tactic == DEFAULT_TACTIC
+
 
 @dataclass
 class Job:
@@ -56,6 +95,7 @@ class Job:
     ban: Callable[[Candidate, str], None] = lambda candidate, reason: None
     warm: Sequence[Record] = ()  # decisions made elsewhere: tried first
     progress: Callable[[str], None] = lambda text: None
+    statics: Statics | None = None  # what candidates must not write; found when first needed
     # In a group of ranks (together.py): who decides, and the time that all ranks have left.
     group: Group | None = None
     decide: Callable[..., Record | None] | None = None
@@ -73,6 +113,13 @@ class Job:
     def probe_names(self) -> tuple[str, ...]:
         return tuple(probe.name for probe in self.config.probes)
 
+    def watched(self, profile: OptimizationProfile) -> Statics:
+        """The weights and what else is not to be written, as they were before anything ran."""
+        if self.statics is None:
+            static = [i for i in range(len(self.inputs)) if not profile.is_dynamic(i)]
+            self.statics = Statics(self.inputs, static, self.kwargs, self.runners)
+        return self.statics
+
     def run(self, candidate: Candidate, inputs: Sequence[Any], **more: Any) -> Any:
         """One run of a candidate."""
         runner = self.runners[candidate.index]
@@ -80,17 +127,46 @@ class Job:
         return call(inputs, tactic=candidate.tactic, **self.kwargs, **more)
 
     def failed(self, candidate: Candidate, error: Exception) -> CandidateEvidence:
-        """What to note of a candidate that failed. It goes into quarantine unless only memory was short."""
-        text = str(error) if isinstance(error, UnfitError) else f"{type(error).__name__}: {error}"
-        if isinstance(error, MemoryError) or names_out_of_memory(text):
+        """What to note of a candidate that failed.
+
+        One that is wrong, hangs or kills its process goes into quarantine, for all sizes; the default tactic
+        never does. One that raises is out at this bucket: another may suit it.
+        """
+        if is_out_of_memory(error):
             return CandidateEvidence(candidate.runner, candidate.tactic, "failed", reason=OUT_OF_MEMORY)
+        text = str(error) if isinstance(error, UnfitError) else f"{type(error).__name__}: {error}"
+        if not isinstance(error, UnfitError) or candidate.is_default:
+            return CandidateEvidence(candidate.runner, candidate.tactic, "failed", reason=text)
         self.ban(candidate, text)
         return CandidateEvidence(candidate.runner, candidate.tactic, "quarantined", reason=text)
 
+    def failed_in_race(self, found: CandidateEvidence) -> CandidateEvidence:
+        """What to note of a candidate that failed while it was timed."""
+        return replace(found, reason=OUT_OF_MEMORY) if names_out_of_memory(found.reason) else found
+
+
+def evidence_name(evidence: CandidateEvidence) -> str:
+    """The candidate that evidence is of."""
+    return candidate_name(evidence.runner, tactic_key(evidence.tactic, None))
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, says that memory ran out, on a device or on the host."""
+    for _ in range(8):
+        if error is None:
+            return False
+        if isinstance(error, MemoryError) or names_out_of_memory(f"{type(error).__name__}: {error}"):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
 
 def names_out_of_memory(text: str) -> bool:
-    """Whether an error's text says that memory ran out, on a device or on the host."""
-    return any(sign in text for sign in ("OutOfMemoryError", "out of memory", "MemoryError"))
+    """Whether an error's text says that memory ran out: torch's on a GPU and on the CPU, cuBLAS's and cuDNN's,
+    the C++ library's, the driver's, numpy's.
+    """
+    text = text.lower().replace("_", " ")
+    return any(sign in text for sign in OUT_OF_MEMORY_SIGNS)
 
 
 def candidate_name(runner: str, tactic: Any) -> str:

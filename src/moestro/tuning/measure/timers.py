@@ -15,23 +15,19 @@ CUDA: see moestro.tuning.measure.cuda_timer.
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from moestro.machine import last_level_cache_bytes
 from moestro.tuning.measure.scope import is_in_profile_measurement, measurement
 from moestro.tuning.spec.policy import MeasurementPolicy
 
-__all__ = ["CpuTimer", "Timer", "default_timer", "is_in_profile_measurement", "last_level_cache_bytes"]
+__all__ = ["CpuTimer", "Timer", "default_timer", "is_in_profile_measurement"]
 
-CACHE_ROOT = Path("/sys/devices/system/cpu")
-CACHE_GUESS = 64 << 20  # where /sys says nothing
-CACHE_MOST = 1 << 30
 WARM_UP_SECONDS = 0.2  # a call that takes longer has warmed up in its first run
 
 
@@ -90,31 +86,6 @@ class CpuTimer:
             start = time.perf_counter_ns()
             call()
             return (time.perf_counter_ns() - start) * 1e-9
-
-
-def last_level_cache_bytes(root: Path = CACHE_ROOT) -> int:
-    """Bytes of last-level cache that the CPUs of this process can reach, each cache counted once."""
-    caches: dict[str, int] = {}
-    for cpu in sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]:
-        levels = [_cache(index) for index in (root / f"cpu{cpu}" / "cache").glob("index*")]
-        found = max((level for level in levels if level), default=None)
-        if found is not None:
-            level, shared, size = found
-            caches[f"{level}:{shared}"] = size
-    return min(sum(caches.values()) or CACHE_GUESS, CACHE_MOST)
-
-
-def _cache(index: Path) -> tuple[int, str, int] | None:
-    """(level, CPUs that share it, bytes) of one /sys entry; None for an instruction cache or an odd entry."""
-    try:
-        kind, level, shared, size = (
-            (index / name).read_text().strip() for name in ("type", "level", "shared_cpu_list", "size")
-        )
-        unit = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(size[-1:], 0)
-        bytes_ = int(size[:-1]) * unit if unit else int(size)
-        return (int(level), shared, bytes_) if kind != "Instruction" and bytes_ > 0 else None
-    except (OSError, ValueError):
-        return None
 
 
 def _reader(size: int) -> Callable[[], Any]:

@@ -4,7 +4,7 @@ Pure statistics: `race` is given one sampler (or one per probe) for each candida
 and knows nothing of timers or devices. The bounds are in moestro.tuning.race.statistics.
 
 Screening. Every candidate runs once, in shuffled order; who is slower than the best by `screen_ratio`,
-twice, is out.
+twice, is out. The best is run twice more before that: one reading that is far too small must not drop all others.
 
 Rounds. Every live candidate runs once per round, in rotating order. The *incumbent* (who would be the
 answer if nothing else came) runs twice, half a round apart. What is compared is the log-ratio of two
@@ -44,18 +44,38 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from moestro.errors import TuningError
-from moestro.tuning.race.racebook import CandidateEvidence, RaceResult, summarise
-from moestro.tuning.race.rounds import Combine, Rounds, Sampler
+from moestro.tuning.race.rounds import ClockError, Combine, Rounds, Sampler
 from moestro.tuning.race.statistics import Floats, Gaps, gaps, half_width
+from moestro.tuning.spec.evidence import CandidateEvidence
 from moestro.tuning.spec.policy import MeasurementPolicy
 
 __all__ = ["CandidateEvidence", "RaceResult", "Sampler", "race"]
 
 TIE_ERRORS = 2.0  # times 1 - confidence: see the module, "slower"
+
+
+@dataclass(frozen=True)
+class RaceResult:
+    """What a race learned. left_at: the round in which a candidate left; None: it stayed to the end. logs: log
+    seconds [rounds, 2, candidates, probes], for a race that goes on another time.
+    """
+
+    winner: int
+    leader: int  # the smallest ratio at the end; differs from the winner in a tie
+    candidates: tuple[CandidateEvidence, ...]
+    noise_floor: float  # relative
+    rounds: int
+    samples: int
+    seconds: float  # wall time
+    ended: str  # "decided" | "rounds" | "time" | "budget"
+    left_at: tuple[int | None, ...] = ()
+    logs: Floats = field(default_factory=lambda: np.empty((0, 2, 0, 0)), compare=False, repr=False)
 
 
 def race(
@@ -69,6 +89,9 @@ def race(
     abort: Callable[[], bool] | None = None,
     combine: Combine | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    who: Sequence[tuple[str, Any]] | None = None,
+    probes: Sequence[str] = ("default",),
+    earlier: Floats | None = None,
 ) -> RaceResult:
     """Race candidates; index 0, 1, ... is their fixed order.
 
@@ -78,14 +101,19 @@ def race(
         seed: of the order; policy.seed if None. stop: asked after every round; True ends the race.
         abort: asked before every sample; True ends the race and discards the round (a hard budget).
         combine: see the module, "Several ranks".
+        who: (runner, tactic) of each candidate, for the evidence; ("", index) without. probes: their names.
+        earlier: log seconds [rounds, 2, candidates, probes] of an unfinished race among these (nan: did not run).
 
-    Raises TuningError if there is no candidate, an index is out of range, or every candidate failed.
+    Raises TuningError if there is no candidate, an index is out of range, or every candidate failed; ClockError,
+    which is one, if none could be timed because the clock made no sense.
     """
     policy = policy or MeasurementPolicy()
     lanes = [(s,) if callable(s) else tuple(s) for s in samplers]
     _check(lanes, default, preferred)
-    rounds = Rounds(lanes, policy, stop, abort, combine, clock)
-    return _Race(rounds, policy, default, preferred, policy.seed if seed is None else seed).run()
+    rounds = Rounds(lanes, policy, stop, abort, combine, clock, earlier)
+    running = _Race(rounds, policy, default, preferred, policy.seed if seed is None else seed)
+    running.run()
+    return running.result(who or [("", i) for i in range(len(lanes))], probes)
 
 
 class _Race:
@@ -106,18 +134,21 @@ class _Race:
         self.ended = ""
 
     # --- running ---------------------------------------------------------------------------------------
-    def run(self) -> RaceResult:
+    def run(self) -> None:
         self._screen()
         next_look = self.policy.min_rounds
+        if self.rounds.earlier >= next_look and not self.rounds.ended:
+            self._look()
         while not self._finished():
             self._run(self._order())
             if self.rounds.count >= next_look:
                 self._look()
                 next_look = self.rounds.count + max(1, self.rounds.count // 12)
-        return self._result()
 
     def _finished(self) -> bool:
         if not self.live:
+            if self.rounds.senseless == set(self.rounds.failed):
+                raise ClockError("; ".join(dict.fromkeys(self.rounds.failed.values())))
             reasons = "; ".join(f"{i}: {why}" for i, (_, why) in sorted(self.left.items()))
             raise TuningError(f"no candidate is left: {reasons}")
         if len(self.live) == 1:
@@ -133,23 +164,45 @@ class _Race:
         self._drop_failed()
 
     def _screen(self) -> None:
-        self._run(self.start)
+        runs = self._runs()
+        new = [i for i in self.start if not runs[i]]
+        if new:
+            self._run(new)
         if self.rounds.ended or not self.live:
             return
-        limit = self._behind(self.live).min() + math.log(self.policy.screen_ratio)
-        slow = [i for i in self.live if i != self.default and self._behind([i])[0] > limit]
-        if slow:
-            self.rounds.again(slow)
+        slow = self._slow()
+        if not slow:
+            return
+        self.rounds.confirm(min(self.live, key=lambda i: self._behind([i])[0]))
+        slow = self._slow()
+        runs = self._runs()
+        if once := [i for i in slow if runs[i] < 2]:
+            self.rounds.again(once)
             self._drop_failed()
-            for i in set(slow) & set(self.live):
-                if not self.rounds.ended and self._behind([i])[0] > limit:
-                    self._leave(i, "screened")
+        if not self.rounds.ended:
+            for i in set(slow) & set(self._slow()):
+                self._leave(i, "screened")
+
+    def _slow(self) -> list[int]:
+        """Who is behind the best by more than screen_ratio; never the default."""
+        limit = self._behind(self.live).min() + math.log(self.policy.screen_ratio)
+        return [i for i in self.live if i != self.default and self._behind([i])[0] > limit]
+
+    def _best(self) -> Floats:
+        """The smallest log times so far [candidates, probes]; inf for who has not run."""
+        logs = self.rounds.logs[:, 0]
+        return np.asarray(np.min(np.where(np.isfinite(logs), logs, np.inf), axis=0))
+
+    def _runs(self) -> list[int]:
+        """In how many rounds each candidate has run."""
+        return [int(n) for n in np.isfinite(self.rounds.logs[:, 0]).all(axis=-1).sum(axis=0)]
 
     def _behind(self, columns: list[int]) -> Floats:
-        """Screening's worst log-ratio to the default, of the only round so far."""
-        row = self.rounds.logs[0, 0]
-        reference = 0.0 if self.default in self.rounds.failed else row[self.default]
-        return np.asarray((row[columns] - reference).max(axis=-1))
+        """The worst log-ratio to the default by the smallest times so far; inf for who has not run."""
+        best = self._best()
+        absent = self.default in self.rounds.failed or not np.isfinite(best[self.default]).all()
+        reference = 0.0 if absent else best[self.default]
+        return np.asarray((best[columns] - reference).max(axis=-1))
 
     def _order(self) -> list[int]:
         """Who runs next: rotated by one each round, reversed after each full turn, the incumbent again half a
@@ -179,15 +232,40 @@ class _Race:
             self._leave(i, reason)
 
     def _gaps(self, columns: list[int], reference: int) -> Gaps:
-        """Gaps of columns to the reference; 0 to itself, which is no evidence of how noisy the others are."""
+        """Gaps of columns to the reference; 0 to itself, which is no evidence of how noisy the others are.
+
+        Candidates that ran in the same rounds as the reference are looked at together: in most races that is all
+        of them. One that has fewer rounds in common (it came later, or a budget cut a round short) has its own.
+        """
         logs = self.rounds.logs
-        others = [i for i in columns if i != reference]
-        gap = gaps(logs[:, :, others] - logs[:, :, [reference]])
-        if len(others) == len(columns):
-            return gap
-        at = columns.index(reference)
-        location, scale = (np.insert(values, at, 0.0, axis=0) for values in (gap.location, gap.scale))
-        return Gaps(location, scale, gap.rounds)
+        difference = logs[:, :, columns] - logs[:, :, [reference]]
+        common = np.isfinite(difference).all(axis=(1, 3)).T  # [columns, rounds]
+        shape = (len(columns), self.rounds.probes)
+        found = Gaps(np.zeros(shape), np.zeros(shape), np.full(shape, float(max(1, len(logs)))))
+        together: dict[bytes, list[int]] = {}
+        for at, column in enumerate(columns):
+            if column != reference:
+                together.setdefault(common[at].tobytes(), []).append(at)
+        for members in together.values():
+            self._gaps_of(difference[common[members[0]]][:, :, members], members, columns, reference, found)
+        return found
+
+    def _gaps_of(
+        self, table: Floats, members: list[int], columns: list[int], reference: int, found: Gaps
+    ) -> None:
+        """Fill in the gaps of `members`, from the rounds that they share with the reference."""
+        assert isinstance(found.rounds, np.ndarray)
+        found.rounds[members] = max(1, len(table))
+        if len(table) >= 2:
+            gap = gaps(table)
+            found.location[members], found.scale[members] = gap.location, gap.scale
+            return
+        found.scale[members] = np.inf  # one round in common, or none: an estimate, and no proof of anything
+        if len(table):
+            found.location[members] = table[0].mean(axis=0)
+        else:
+            best = self._best()
+            found.location[members] = np.nan_to_num(best[[columns[m] for m in members]] - best[reference])
 
     def _offset(self) -> Floats:
         """Log-ratio of the incumbent to the default, per probe: how the probes weigh in a worst case."""
@@ -244,7 +322,9 @@ class _Race:
         """Who is better than the default (the reference of `gap`) by more than its margin, on every probe."""
         worst_case = (gap.location + self._bound(gap, self.alpha)).max(axis=-1)
         margin = max(self._margin(self.default), math.log1p(self.noise_floor))
-        return {i for i, w in zip(live, worst_case, strict=True) if i != self.default and w < -margin}
+        enough = np.asarray(gap.rounds).min(axis=-1) >= self.policy.min_rounds
+        found = zip(live, worst_case, enough, strict=True)
+        return {i for i, worst, e in found if i != self.default and e and worst < -margin}
 
     def _measure_noise(self) -> None:
         if len(self.rounds.twins) >= 2:
@@ -274,33 +354,27 @@ class _Race:
         tied = [i for i, a in zip(eligible, allowed, strict=True) if i == best or of[i] - of[best] <= a]
         return min(tied, key=self.rank.__getitem__), leader
 
-    def _result(self) -> RaceResult:
+    def result(self, who: Sequence[tuple[str, Any]], probes: Sequence[str]) -> RaceResult:
         winner, leader = self._choose()
         staying = "undecided" if winner == self.default else "tied"
-        evidence = []
-        for i in range(len(self.rounds.samplers)):
-            left_at, reason = self.left.get(i, (None, "won" if i == winner else staying))
-            samples = self.rounds.samples[i]
-            evidence.append(
-                summarise(
-                    self.rounds.logs,
-                    i,
-                    self.default,
-                    self.policy,
-                    samples=samples,
-                    left_at=left_at,
-                    reason=reason,
-                )
-            )
+        evidence, left_at = [], []
+        for i, name in enumerate(who):
+            at, reason = self.left.get(i, (None, "won" if i == winner else staying))
+            fate = "finalist" if at is None else "failed" if i in self.rounds.failed else "eliminated"
+            fate = "winner" if i == winner else fate
+            evidence.append(self.rounds.evidence(i, self.default, name, probes, fate, reason))
+            left_at.append(at)
         return RaceResult(
             winner=winner,
             leader=leader,
             candidates=tuple(evidence),
             noise_floor=self.noise_floor,
-            rounds=self.rounds.count,
+            rounds=self.rounds.complete,
             samples=sum(self.rounds.samples),
             seconds=self.rounds.seconds,
             ended=self.ended,
+            left_at=tuple(left_at),
+            logs=self.rounds.logs,
         )
 
 

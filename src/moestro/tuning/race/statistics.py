@@ -48,7 +48,7 @@ class Gaps:
 
     location: Floats
     scale: Floats  # standard deviation of one round's log-ratio
-    rounds: int
+    rounds: int | Floats  # of which they were made: [candidates, probes] where that differs
 
     @property
     def standard_error(self) -> Floats:
@@ -84,7 +84,8 @@ def gaps(log_ratios: Floats) -> Gaps:
 def half_width(gap: Gaps, alpha: float, resolution: float) -> Floats:
     """Half the width of the bound that holds at every look at once with probability 1 - alpha (one-sided)."""
     steps = resolution * STEPS
-    lines = (gap.scale[..., None] ** 2) * ((LOG_SHARES - np.log(alpha)) / (gap.rounds * steps)) + steps / 2
+    rounds = np.asarray(gap.rounds)[..., None]
+    lines = (gap.scale[..., None] ** 2) * ((LOG_SHARES - np.log(alpha)) / (rounds * steps)) + steps / 2
     return np.asarray(lines.min(axis=-1))
 
 

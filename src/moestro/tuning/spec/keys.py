@@ -8,18 +8,17 @@ tuning may have others. Inputs only need .shape and .dtype (and .device): no tor
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from moestro.errors import TuningError
 from moestro.tuning.spec.plain_json import digest, to_json
-from moestro.tuning.spec.runner import identity_text, runner_identity
-from moestro.tuning.spec.specs import Shape, TuningConfig
+from moestro.tuning.spec.runner import identity_text, kind_of, runner_identity, runner_objects
+from moestro.tuning.spec.specs import NOT_A_TENSOR, Shape, TuningConfig
 
 __all__ = ["StaticKey", "device_of", "is_tensor", "shapes_of", "static_key"]
-
-NOT_A_TENSOR: Shape = (0,)
 
 
 @dataclass(frozen=True)
@@ -28,19 +27,46 @@ class StaticKey:
 
     op: str
     text: str  # digest of the fields
-    runners: tuple[str, ...]  # identities in short, in order; the first one's default tactic is the default
+    # Identities in short, in order; the first one's default tactic is the default. Of two equal ones the second
+    # is "name~2".
+    runners: tuple[str, ...]
     fields: Mapping[str, Any]
+    objects: tuple[tuple[int, ...], ...] = ()  # by runner: what only this process can tell apart
 
     @classmethod
-    def from_fields(cls, fields: Mapping[str, Any]) -> StaticKey:
+    def from_fields(cls, fields: Mapping[str, Any], objects: tuple[tuple[int, ...], ...] = ()) -> StaticKey:
         """The key with these fields, as written in a store. Raises KeyError or TypeError for what is none."""
-        return cls(str(fields["op"]), digest(fields), tuple(map(identity_text, fields["runners"])), fields)
+        names = _different([identity_text(identity) for identity in fields["runners"]])
+        return cls(str(fields["op"]), digest(fields), names, fields, objects)
+
+    @functools.cached_property
+    def family(self) -> str:
+        """A digest of everything but the runners: keys of one family differ in who takes part."""
+        return digest({k: v for k, v in self.fields.items() if k not in {"runners", "extras"}})
+
+    def participants(self) -> dict[str, tuple[Any, tuple[int, ...]]]:
+        """Runner -> (extras, objects): what a decision for it depends on besides the family."""
+        extras = self.fields.get("extras") or [None] * len(self.runners)
+        objects = self.objects or ((),) * len(self.runners)
+        return {name: (e, o) for name, e, o in zip(self.runners, extras, objects, strict=False)}
 
     def __hash__(self) -> int:
-        return hash((self.op, self.text))
+        return hash((self.op, self.text, self.objects))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, StaticKey) and (self.op, self.text) == (other.op, other.text)
+        return isinstance(other, StaticKey) and (self.op, self.text, self.objects) == (
+            other.op,
+            other.text,
+            other.objects,
+        )
+
+
+def _different(names: Sequence[str]) -> tuple[str, ...]:
+    """The names, of which the second equal one gets "~2" and so on."""
+    return tuple(
+        name if not (before := names[:i].count(name)) else f"{name}~{before + 1}"
+        for i, name in enumerate(names)
+    )
 
 
 def is_tensor(value: Any) -> bool:
@@ -68,7 +94,7 @@ def static_key(
     inputs: Sequence[Any],
     kwargs: Mapping[str, Any],
 ) -> StaticKey:
-    """The key for these inputs. Raises TuningError for a runner whose configuration cannot be serialised."""
+    """The key for these inputs."""
     if not isinstance(op, str) or not op:
         raise TuningError(f"op must be a non-empty string, got {op!r}")
     identities = [runner_identity(runner) for runner in runners]
@@ -82,7 +108,8 @@ def static_key(
         "extras": [_extras(runner, inputs) for runner in runners],
         "kwargs": {name: _plain(value) for name, value in sorted(kwargs.items())},
     }
-    return StaticKey.from_fields(fields)
+    objects = tuple(map(runner_objects, runners))
+    return StaticKey.from_fields(fields, objects if any(objects) else ())
 
 
 def _describe(index: int, value: Any, moving: set[tuple[int, int]]) -> Any:
@@ -101,7 +128,7 @@ def _plain(value: Any) -> Any:
     try:
         return to_json(value)
     except TypeError:
-        return {"kind": f"{type(value).__module__}.{type(value).__qualname__}"}
+        return {"kind": kind_of(value)}
 
 
 def _extras(runner: Any, inputs: Sequence[Any]) -> Any:

@@ -1,8 +1,9 @@
 """Decisions in one file: to bake into an image, to send to somebody, to ship with the package.
 
-A bundle holds the files of a store with the facts of their environments. Each key is written once; entries
-name it by its place. A slim bundle has the evidence of winners and defaults only. `loose` names facts of keys
-that a bundle which ships with the package may be laxer about (shipped.py).
+A bundle holds the files of a store with the facts of their environments, as tables (tables.py). A slim one has the
+evidence of winners and defaults only, and of decisions that keep the default no more than their sizes. `loose`
+names facts of keys that a bundle which ships with the package may be laxer about (shipped.py). Bundles of before
+(schema 1: a store's files in a list) are read as well; `moestro cache convert` writes them anew.
 """
 
 from __future__ import annotations
@@ -20,17 +21,20 @@ from moestro.errors import StoreWarning, TuningError
 from moestro.tuning.spec.keys import StaticKey
 from moestro.tuning.store.environment import Environment
 from moestro.tuning.store.records import SCHEMA, Record
-from moestro.tuning.store.store import Entry, Store, created, write_atomically
+from moestro.tuning.store.store import Entry, Store, created, write_text_atomically
+from moestro.tuning.store.tables import TABLE_SCHEMA, entries_of, table_of, text_of
 
 __all__ = [
     "Bundle",
     "Difference",
+    "convert",
     "diff",
     "export_bundle",
     "import_bundle",
     "prune",
     "read_bundle",
     "read_entries",
+    "write_bundle",
 ]
 
 BUNDLE_KINDS = ("decision", "quarantine")
@@ -70,38 +74,48 @@ def export_bundle(
     decisions = sum(entry.kind == "decision" for entry in entries)
     if not decisions:
         raise TuningError(f"{store.root} has no decisions of environments {', '.join(patterns)} and op {op}")
-    keys: list[Any] = []
-    written = [_written(entry, keys, slim) for entry in entries]
     names = sorted({entry.environment for entry in entries})
-    data = {
-        "schema": SCHEMA,
-        "kind": "bundle",
-        "created": time.time(),
-        "loose": list(loose),
-        "environments": {name: store.facts(name) for name in names},
-        "keys": keys,
-        "entries": written,
-    }
-    try:
-        write_atomically(path, data)
-        path.chmod(0o644)  # to be read by whoever gets it, unlike a temporary file
-    except OSError as error:
-        raise TuningError(f"{path} cannot be written: {error}") from error
+    environments_ = {name: store.facts(name) for name in names}
+    write_bundle(path, entries, environments_, slim=slim, loose=loose)
     return decisions
 
 
-def _written(entry: Entry, keys: list[Any], slim: bool) -> dict[str, Any]:
-    """An entry for a bundle, its key among `keys`."""
-    if entry.key not in keys:
-        keys.append(entry.key)
-    data = {**entry.data, "environment": entry.environment, "key": keys.index(entry.key)}
-    if slim and entry.kind == "decision":
-        record = dict(data["record"])
-        evidence = dict(record["evidence"])
-        kept = [c for c in evidence["candidates"] if c["fate"] == "winner" or c["tactic"] == -1]
-        record["evidence"] = {**evidence, "candidates": kept, "policy": {}}
-        data["record"] = record
-    return data
+def write_bundle(
+    path: Path,
+    entries: Iterable[Entry],
+    environments: Mapping[str, Mapping[str, Any]],
+    *,
+    slim: bool = False,
+    loose: Iterable[str] = (),
+    created: float | None = None,
+) -> None:
+    """Write entries to one file. Raises TuningError if that cannot be."""
+    data = {
+        "schema": TABLE_SCHEMA,
+        "kind": "bundle",
+        "created": int(time.time() if created is None else created),
+        "loose": list(loose),
+        "environments": dict(environments),
+        **table_of(entries, slim=slim),
+    }
+    try:
+        write_text_atomically(path.absolute(), text_of(data))
+    except OSError as error:
+        raise TuningError(f"{path} cannot be written: {error}") from error
+
+
+def convert(source: Path, target: Path, *, slim: bool = False) -> int:
+    """Write a bundle of any schema anew; how many decisions. Raises TuningError if it cannot be read or written."""
+    bundle = read_bundle(source)
+    write_bundle(
+        target,
+        bundle.entries,
+        bundle.environments,
+        slim=slim,
+        loose=bundle.loose,
+        created=bundle.created,
+    )
+    return sum(entry.kind == "decision" for entry in bundle.entries)
 
 
 def import_bundle(path: Path, store: Store) -> tuple[int, int]:
@@ -127,16 +141,12 @@ def read_bundle(path: Path) -> Bundle:
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        if data["kind"] != "bundle" or data["schema"] != SCHEMA:
+        if data["kind"] != "bundle" or data["schema"] not in (SCHEMA, TABLE_SCHEMA):
             raise ValueError(f"kind {data['kind']!r}, schema {data['schema']!r}")
-        entries = []
-        for e in data["entries"]:
-            key = data["keys"][e["key"]] if isinstance(e["key"], int) else e["key"]
-            whole = {**e, "key": key}
-            entries.append(Entry(path, str(e["environment"]), e["kind"], str(e["op"]), key, whole))
+        entries = _listed(data, path) if data["schema"] == SCHEMA else entries_of(data, path)
         for entry in entries:
             if entry.kind == "decision":
-                Record.from_json({**entry.data["record"], "tactic": None})
+                Record.unmade(entry.data["record"])
         return Bundle(
             path,
             float(data["created"]),
@@ -144,8 +154,19 @@ def read_bundle(path: Path) -> Bundle:
             tuple(entries),
             tuple(map(str, data.get("loose", ()))),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, TuningError) as error:
-        raise TuningError(f"{path} is not a bundle that this version reads: {error}") from error
+    except Exception as error:  # whatever a file's content does
+        raise TuningError(
+            f"{path} is not a bundle that this version reads: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _listed(data: Mapping[str, Any], path: Path) -> list[Entry]:
+    """The entries of a bundle of schema 1."""
+    entries = []
+    for e in data["entries"]:
+        key = data["keys"][e["key"]] if isinstance(e["key"], int) else e["key"]
+        entries.append(Entry(path, str(e["environment"]), e["kind"], str(e["op"]), key, {**e, "key": key}))
+    return entries
 
 
 def read_entries(source: Path, kinds: Iterable[str] = ("decision",)) -> list[Entry]:
@@ -193,14 +214,13 @@ def diff(one: Path, other: Path, op: str = "*") -> tuple[list[Difference], int]:
 
 def _winners(entries: Iterable[Entry], op: str) -> dict[tuple[Any, ...], Record]:
     found: dict[tuple[Any, ...], Record] = {}
-    for entry in sorted(entries, key=lambda e: float(e.data["record"]["created"])):
+    for entry in sorted(entries, key=lambda e: e.created):
         if fnmatch.fnmatchcase(entry.op, op):
             try:
-                record = entry.record
-            except TuningError as error:
+                record, key = entry.record, StaticKey.from_fields(entry.key).text
+            except Exception as error:  # whatever a file's content does
                 warnings.warn(f"{entry.path}: {error}; not compared", StoreWarning, stacklevel=3)
                 continue
-            key = StaticKey.from_fields(entry.key).text
             found[entry.environment, entry.op, key, record.bucket, record.probes] = record
     return found
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.metadata
-import os
-import platform
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moestro import machine
 from moestro.tuning.spec.plain_json import digest, to_json
 from moestro.tuning.spec.policy import MeasurementPolicy
 from moestro.tuning.store.sources import source_digest
@@ -44,8 +42,8 @@ def environment_for(
     return Environment(
         {
             **_machine(device),
-            "torch": _version("torch"),
-            "triton": _version("triton"),
+            "torch": machine.version("torch") or "none",
+            "triton": machine.version("triton") or "none",
             "sources": source_digest(runners),
             "clock": clock,
             "policy": {name: to_json(value) for name, value in dataclasses.asdict(policy).items()},
@@ -58,8 +56,7 @@ def _machine(device: str) -> dict[str, Any]:
     torch = sys.modules.get("torch")
     if kind == "cuda" and torch is not None and torch.cuda.is_available():
         return _cuda(device)
-    threads = torch.get_num_threads() if torch is not None and kind == "cpu" else os.cpu_count()
-    return {"device": _cpu_name() if kind == "cpu" else kind, "threads": threads}
+    return {"device": machine.cpu_name() if kind == "cpu" else kind, "threads": machine.threads()}
 
 
 @functools.cache
@@ -70,35 +67,6 @@ def _cuda(device: str) -> dict[str, Any]:
     return {
         "device": properties.name,
         "capability": f"{properties.major}.{properties.minor}",
-        "driver": _driver(),
+        "driver": machine.driver() or "unknown",
         "cuda": torch.version.cuda,
     }
-
-
-def _driver() -> str:
-    try:
-        with open("/proc/driver/nvidia/version") as file:
-            found = re.search(r"\b(\d+\.\d+(?:\.\d+)?)\b", file.readline())
-    except OSError:
-        return "unknown"
-    return found.group(1) if found else "unknown"
-
-
-@functools.cache
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine() or "cpu"
-
-
-@functools.cache
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"

@@ -1,8 +1,9 @@
 """FlashInfer's tuning files as hints: their winners are tried first here, and still have to win.
 
-A FlashInfer file (autotune(cache=...)) maps the text of (op, runner class, profile) to [runner class,
-tactic], with a `_metadata` entry beside. Its shapes are bucketed by another scheme and its times were taken
-by another clock, so nothing of it is served; but a tactic that won there is a good first candidate.
+A FlashInfer file (autotune(cache=...)) maps the text of (op, runner class, profile) or, today, (op, runner
+class, profile, extras) to [runner class, tactic]; entries whose names begin with `_` (metadata, generation,
+records of products) stand beside. Its shapes are bucketed by another scheme and its times were taken by another
+clock, so nothing of it is served; but a tactic that won there is a good first candidate.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 
 from moestro.errors import TuningError
 from moestro.tuning.spec.keys import StaticKey
+from moestro.tuning.spec.runner import tactic_key
+from moestro.tuning.spec.tactic_list import class_name
 from moestro.tuning.store.records import SCHEMA, Record
 from moestro.tuning.store.store import Store, write_atomically
 
@@ -30,8 +33,8 @@ def import_flashinfer(path: Path, store: Store) -> int:
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        hints = [_hint(key, value) for key, value in data.items() if key != "_metadata"]
-    except (OSError, ValueError, SyntaxError, TypeError, AttributeError) as error:
+        hints = [_hint(key, value) for key, value in data.items() if not key.startswith("_")]
+    except (OSError, ValueError, SyntaxError, TypeError, AttributeError, RecursionError) as error:
         raise TuningError(f"{path} is not a file of FlashInfer's autotuner: {error}") from error
     if not hints:
         raise TuningError(f"{path} holds no tactics")
@@ -44,32 +47,41 @@ def import_flashinfer(path: Path, store: Store) -> int:
 
 
 def _hint(key: str, value: Any) -> Mapping[str, Any]:
-    op, runner, profile = ast.literal_eval(key)
-    if (
-        not isinstance(op, str)
-        or not isinstance(runner, str)
-        or not isinstance(value, list)
-        or len(value) != 2
-    ):
+    """An entry: its extras hold dtypes and the like, which are no literals, and are not needed here."""
+    parts = ast.parse(key, mode="eval").body
+    if not isinstance(parts, ast.Tuple) or len(parts.elts) not in (3, 4):
+        raise ValueError(f"entry {key!r} must be of 3 or 4 parts")
+    op, runner, profile = (ast.literal_eval(part) for part in parts.elts[:3])
+    if not isinstance(op, str) or not isinstance(runner, str) or not isinstance(value, list | tuple):
         raise ValueError(f"entry {key!r}")
-    return {"op": op, "runner": str(value[0]), "tactic": value[1], "profile": [list(s) for s in profile]}
+    if len(value) != 2 or not isinstance(value[0], str):
+        raise ValueError(f"entry {key!r} must be [runner, tactic], got {value!r}")
+    return {"op": op, "runner": value[0], "tactic": value[1], "profile": [list(s) for s in profile]}
 
 
 def hints_for(root: Path, key: StaticKey) -> list[Record]:
     """The hints of a store for a key, as records that only name a candidate of the same op and class."""
-    wanted = {name.partition("#")[0].rpartition(".")[2]: name for name in key.runners}
+    wanted = {class_name(name): name for name in key.runners}
     found: dict[str, Record] = {}
-    for path in sorted((root / FOLDER).glob("*.json")):
+    for path in sorted(_files(root / FOLDER)):
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
             for hint in data["hints"]:
                 if hint["op"] == key.op and hint["runner"] in wanted:
                     tactic = _tuples(hint["tactic"])
+                    tactic_key(tactic, None)
                     record = Record((), wanted[hint["runner"]], tactic, "default")
                     found.setdefault(json.dumps([hint["runner"], hint["tactic"]]), record)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, TuningError):
             continue  # hints are worth no warning
     return list(found.values())
+
+
+def _files(folder: Path) -> list[Path]:
+    try:
+        return [path for path in folder.iterdir() if path.suffix == ".json"]
+    except (OSError, ValueError):
+        return []
 
 
 def _tuples(value: Any) -> Any:

@@ -7,56 +7,19 @@ call: with the live runner, and a status that says how the size relates to what 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from moestro.tuning.spec.evidence import CandidateEvidence, Evidence
 from moestro.tuning.spec.plain_json import to_json
-from moestro.tuning.spec.runner import tactic_from_json
+from moestro.tuning.spec.runner import stored_tactic, tactic_from_json
 from moestro.tuning.spec.specs import Sizes
 
 __all__ = ["CandidateEvidence", "Decision", "Evidence", "Record"]
 
 SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class CandidateEvidence:
-    """What is known of one candidate at one bucket.
-
-    Times are in seconds. ratio is time over the default's time, with its confidence interval [low, high];
-    over several probes it is the worst one, and `probes` has each.
-    """
-
-    runner: str
-    tactic: Any
-    fate: str  # "winner" | "finalist" | "eliminated" | "quarantined" | "failed" | "not measured"
-    samples: int = 0
-    median: float | None = None
-    spread: float | None = None  # median absolute deviation, seconds
-    ratio: float | None = None
-    low: float | None = None
-    high: float | None = None
-    reason: str = ""
-    probes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """Why a decision is as it is."""
-
-    candidates: tuple[CandidateEvidence, ...] = ()
-    noise_floor: float = 0.0  # ratio difference of the default to itself
-    samples: int = 0
-    seconds: float = 0.0
-    clock: str = ""
-    policy: Mapping[str, Any] = field(default_factory=dict)
-    reason: str = ""
-
-    def of(self, runner: str, tactic: Any) -> CandidateEvidence | None:
-        """The evidence for one candidate, if it was one."""
-        wanted = to_json(tactic)
-        return next((c for c in self.candidates if c.runner == runner and to_json(c.tactic) == wanted), None)
 
 
 @dataclass(frozen=True)
@@ -73,35 +36,106 @@ class Record:
     complete: bool = True  # False: the budget ended before the race did
     created: float = 0.0  # seconds since 1970
     environment: str = ""  # where it was measured (environment.Environment.name)
-    evidence: Evidence = Evidence()
+    evidence: Evidence = field(default_factory=Evidence)
+    default: Any = None  # what the default tactic stood for, as JSON, where its runner tells
+    samples: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # of a race to be continued (race.rounds.Samples)
+    source: str = field(default="memory", compare=False)  # "memory" | a folder | a bundle; not written
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether it answers calls: an unfinished one does as soon as something has been raced."""
+        return self.complete or self.status == "measured"
 
     def to_json(self) -> dict[str, Any]:
         """As JSON; from_json reads it back."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        fields["tactic"] = to_json(self.tactic)
+        fields = {name: getattr(self, name) for name in WRITTEN}
+        fields["tactic"] = to_json(stored_tactic(self.tactic))
         fields["evidence"] = dataclasses.asdict(self.evidence)
         for written, candidate in zip(
             fields["evidence"]["candidates"], self.evidence.candidates, strict=True
         ):
-            written["tactic"] = to_json(candidate.tactic)
+            written["tactic"] = to_json(stored_tactic(candidate.tactic))
         return fields
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Record:
         """From JSON. Raises KeyError, TypeError, ValueError or TuningError for what is not a record."""
+        return cls.unmade(data)._with_tactic(data["tactic"])
+
+    @classmethod
+    def unmade(cls, data: Mapping[str, Any]) -> Record:
+        """As from_json, but without making the tactic, whose class may not be loaded."""
         evidence = dict(data["evidence"])
         evidence["candidates"] = tuple(
             CandidateEvidence(**{**c, "tactic": _lenient(c["tactic"])}) for c in evidence["candidates"]
         )
-        fields = {f.name: data[f.name] for f in dataclasses.fields(cls)}
+        fields = {name: data[name] for name in WRITTEN if name in data or name in REQUIRED}
+        fields = {**DEFAULTS, **fields}
         for name in ("bucket", "tuned_for"):
-            fields[name] = tuple(int(size) for size in fields[name])
-        if not isinstance(fields["runner"], str) or not isinstance(fields["created"], int | float):
-            raise TypeError("not a record")
-        fields["probes"] = tuple(fields["probes"])
-        fields["tactic"] = tactic_from_json(fields["tactic"])
-        fields["evidence"] = Evidence(**evidence)
+            fields[name] = _sizes(name, fields[name])
+        if fields["tuned_for"] and len(fields["tuned_for"]) != len(fields["bucket"]):
+            raise ValueError(f"tuned_for {fields['tuned_for']} of bucket {fields['bucket']}")
+        for name, kind in KINDS_OF.items():
+            if type(fields[name]) is not kind and not (kind is float and type(fields[name]) is int):
+                raise TypeError(f"{name} must be a {kind.__name__}, got {fields[name]!r}")
+        if not math.isfinite(fields["created"]):
+            raise ValueError(f"created must be a time, got {fields['created']!r}")
+        if fields["status"] not in STATUSES:
+            raise ValueError(f"status must be one of {', '.join(STATUSES)}, got {fields['status']!r}")
+        probes = fields["probes"]
+        if not isinstance(probes, list | tuple) or not all(isinstance(name, str) for name in probes):
+            raise TypeError(f"probes must be names, got {probes!r}")
+        fields["probes"] = tuple(probes)
+        if not isinstance(fields["samples"], Mapping):
+            raise TypeError(f"samples must be an object, got {fields['samples']!r}")
+        fields["tactic"] = None
+        fields["evidence"] = _checked(Evidence(**evidence))
         return cls(**fields)
+
+    def _with_tactic(self, written: Any) -> Record:
+        return dataclasses.replace(self, tactic=tactic_from_json(written))
+
+
+WRITTEN = tuple(f.name for f in dataclasses.fields(Record) if f.name != "source")
+DEFAULTS = {f.name: f.default for f in dataclasses.fields(Record) if f.default is not dataclasses.MISSING}
+DEFAULTS |= {"samples": {}}
+REQUIRED = {"bucket", "runner", "tactic", "status", "created", "evidence"}
+KINDS_OF = {
+    "runner": str,
+    "status": str,
+    "environment": str,
+    "learned": bool,
+    "complete": bool,
+    "created": float,
+}
+STATUSES = ("measured", "default", "quarantined")
+NUMBERS = ("median", "spread", "ratio", "low", "high")
+LARGEST = 1 << 62
+
+
+def _sizes(name: str, value: Any) -> Sizes:
+    """Sizes as they may be: positive integers."""
+    if not isinstance(value, list | tuple) or not all(type(n) is int and 0 < n <= LARGEST for n in value):
+        raise ValueError(f"{name} must be positive integers, got {value!r}")
+    return tuple(value)
+
+
+def _checked(evidence: Evidence) -> Evidence:
+    """Evidence whose numbers are numbers. Raises TypeError or ValueError."""
+    for c in evidence.candidates:
+        for name in NUMBERS:
+            value = getattr(c, name)
+            if value is not None and (type(value) not in (int, float) or not value >= 0):
+                raise ValueError(f"{name} of a candidate must be a positive number, got {value!r}")
+        if not isinstance(c.runner, str) or not isinstance(c.fate, str) or not isinstance(c.probes, Mapping):
+            raise TypeError(f"not a candidate: {c!r}")
+    if not isinstance(evidence.policy, Mapping) or not isinstance(evidence.reason, str):
+        raise TypeError("not evidence")
+    if any(type(n) not in (int, float) for n in (evidence.noise_floor, evidence.samples, evidence.seconds)):
+        raise TypeError("not evidence")
+    return evidence
 
 
 def _lenient(tactic: Any) -> Any:

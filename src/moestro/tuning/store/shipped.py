@@ -88,7 +88,7 @@ def _strict(fields: Mapping[str, Any], loose: Iterable[str]) -> str:
     return digest(less(fields))
 
 
-def _found(key: StaticKey) -> Iterator[tuple[Bundle, Entry, Record]]:
+def _found(key: StaticKey, arity: int) -> Iterator[tuple[Bundle, Entry, Record]]:
     """Decisions for a key, with its own names of the runners. What cannot be made here is left out."""
     for known in _indexed():
         if not known.entries:
@@ -100,14 +100,16 @@ def _found(key: StaticKey) -> Iterator[tuple[Bundle, Entry, Record]]:
                 runner = key.runners[theirs.index(record.runner)]
             except (TuningError, TypeError, KeyError, ValueError, IndexError):
                 continue  # a tactic or runner of other kernels
+            if len(record.bucket) != arity:
+                continue
             yield known.bundle, entry, replace(record, runner=runner, environment=entry.environment)
 
 
-def serving(key: StaticKey, environment: Environment) -> Iterator[tuple[str, Record]]:
+def serving(key: StaticKey, environment: Environment, arity: int = 1) -> Iterator[tuple[str, Record]]:
     """(where from, decision) for what may serve a key in an environment; one that a tuning should measure
     again is not `complete`.
     """
-    for bundle, entry, record in _found(key):
+    for bundle, entry, record in _found(key, arity):
         name = f"bundle {bundle.path.stem}"
         if entry.environment == environment.name and digest(entry.key) == key.text:
             yield name, record
@@ -120,6 +122,6 @@ def serving(key: StaticKey, environment: Environment) -> Iterator[tuple[str, Rec
             yield f"{name}, of {', '.join(other)}", replace(record, complete=False)
 
 
-def hints(key: StaticKey) -> list[Record]:
+def hints(key: StaticKey, arity: int = 1) -> list[Record]:
     """Winners for a key anywhere: worth trying first."""
-    return [record for _, _, record in _found(key)]
+    return [record for _, _, record in _found(key, arity)]

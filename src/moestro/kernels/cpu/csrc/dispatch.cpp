@@ -42,10 +42,12 @@ int detect() {
   if ((saved & 0x6) != 0x6 || !__get_cpuid(1, &a, &b, &c, &d)) return found;
   const bool fma = bit(c, 12), f16c = bit(c, 29);
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return found;
-  if (bit(b, 5) && fma && f16c) found |= 1 << MOESTRO_AVX2;
-  const bool avx512 = bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31);  // F, DQ, BW, VL
+  const bool avx2 = bit(b, 5) && fma && f16c;
+  if (avx2) found |= 1 << MOESTRO_AVX2;
+  const bool avx512 = bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31) && bit(c, 11);  // F, DQ, BW, VL, VNNI
   const bool tiles = bit(d, 22) && bit(d, 24);                               // AMX-BF16, AMX-TILE
   if (!__get_cpuid_count(7, 1, &a1, &unused, &unused, &unused)) return found;
+  if (avx2 && bit(a1, 4)) found |= 1 << MOESTRO_AVX_VNNI;
   if (avx512 && bit(a1, 5) && (saved & 0xE6) == 0xE6) {
     found |= 1 << MOESTRO_AVX512;
     if (tiles && (saved & 0x60000) == 0x60000 && may_use_tiles()) found |= 1 << MOESTRO_AMX;
@@ -58,23 +60,30 @@ int detect() { return kAlways; }
 
 }  // namespace
 
-const Kernels* kernels_of(int isa) {
+bool has_isa(int isa) {
   static const int found = detect();
-  if (isa < 0 || !(found >> isa & 1)) return nullptr;
+  return isa >= 0 && isa < MOESTRO_ISAS && (found >> isa & 1);
+}
+
+const Kernels* kernels_of(const MoestroLayer& layer) {
+  if (!has_isa(layer.isa)) return nullptr;
 #if defined(__x86_64__)
-  if (isa == MOESTRO_AMX) return kernels_amx();
-  if (isa == MOESTRO_AVX512) return kernels_avx512();
-  if (isa == MOESTRO_AVX2) return kernels_avx2();
+  if (layer.isa == MOESTRO_AMX) return kernels_amx(layer);
+  if (layer.isa == MOESTRO_AVX512) return kernels_avx512(layer);
+  if (layer.isa == MOESTRO_AVX_VNNI) return kernels_avx_vnni(layer);
+  if (layer.isa == MOESTRO_AVX2) return kernels_avx2(layer);
 #endif
-  if (isa == MOESTRO_AMX_EMULATED) return kernels_amx_emulated();
-  return kernels_generic();
+  if (layer.isa == MOESTRO_AMX_EMULATED) return kernels_amx_emulated(layer);
+  return kernels_generic(layer);
 }
 
 }  // namespace moestro
 
+using namespace moestro;
+
 int32_t moestro_cpu_isas(void) {
   int32_t found = 0;
-  for (int isa = MOESTRO_GENERIC; isa <= MOESTRO_AMX_EMULATED; ++isa)
-    if (moestro::kernels_of(isa)) found |= 1 << isa;
+  for (int isa = 0; isa < MOESTRO_ISAS; ++isa)
+    if (has_isa(isa)) found |= 1 << isa;
   return found;
 }

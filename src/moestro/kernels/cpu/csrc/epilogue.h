@@ -1,5 +1,6 @@
 // The element-wise ends of both products, in plain loops over 16 lanes that the compiler vectorises for the instruction
-// set of the file which includes this. Everything is static: each file has its own copy.
+// set of the file which includes this. Everything is static: each file has its own copy. `Line` is a form of numbers.h or
+// quantize.h: how many elements a token's line has, and how 16 values are put into one of its halves.
 #pragma once
 #include "numbers.h"
 
@@ -58,29 +59,31 @@ inline void geglu_tanh(const float* gate, const float* up, float* a) {  // (1 + 
   }
 }
 
-void activate_gated(const Epilogue& end, const float* sums, int tokens, uint16_t* out) {
+template <class Line>
+void activate_gated(const Epilogue& end, const float* sums, int tokens, int half, uint16_t* lines) {
   const Affine affine(end, kTileRows);
   alignas(64) float gate[kPanel], up[kPanel], a[kPanel];
-  for (int t = 0; t < tokens; ++t, sums += kTileRows, out += parts_of(end.x_type) * kChunk) {
+  for (int t = 0; t < tokens; ++t, sums += kTileRows, lines += Line::size(end.x_type)) {
     affine.apply(0, sums, gate);
     affine.apply(kPanel, sums, up);
     if (end.activation == MOESTRO_SWIGLU)
       swiglu(end, gate, up, a);
     else
       geglu_tanh(gate, up, a);
-    store_parts(end.x_type, a, out);
+    Line::put(end.x_type, a, half, lines);
   }
 }
 
-void activate(const Epilogue& end, const float* sums, int tokens, int panels, uint16_t* out) {
+template <class Line>
+void activate(const Epilogue& end, const float* sums, int tokens, int panels, uint16_t* lines) {
   const Affine affine(end, panels * kPanel);
   alignas(64) float h[kPanel];
-  for (int t = 0; t < tokens; ++t, sums += kTileRows, out += parts_of(end.x_type) * kChunk)
+  for (int t = 0; t < tokens; ++t, sums += kTileRows, lines += Line::size(end.x_type))
     for (int p = 0; p < panels; ++p) {
       affine.apply(p * kPanel, sums, h);
       for (int i = 0; i < kPanel; ++i) h[i] = h[i] < 0.f ? 0.f : h[i];
       for (int i = 0; i < kPanel; ++i) h[i] *= h[i];
-      store_parts(end.x_type, h, out + p * kPanel);
+      Line::put(end.x_type, h, p, lines);
     }
 }
 

@@ -1,7 +1,7 @@
 // What an instruction set provides: a table of functions on tiles of one or two panels (16 or 32 rows).
 //
-// Tokens come in "token panels": bf16 [C/32, T, 32], zero-padded columns, so a kernel walks them with one pointer.
-// Sums are float32 [T, 32]: 16 per panel.
+// Tokens come in "token panels" [C/32, T, line], zero-padded columns, so a kernel walks them with one pointer. A line is
+// 32 columns of a token in the form in which a table multiplies (see Form). Sums are float32 [T, 32]: 16 per panel.
 #pragma once
 #include <cstdint>
 
@@ -15,13 +15,25 @@ constexpr int kChunk = 32;      // columns of a token panel's lines (64 bytes)
 constexpr int kCodeBytes = 128; // of 16 rows x 16 columns of fp4
 constexpr int kTileRows = 2 * kPanel;
 
+enum class Form {  // of a line
+  kBf16,   // 32 bf16; a float16 x takes two lines and a float32 x three, added up (numbers.h)
+  kFloat,  // 32 float32
+  kInt16,  // 32 int16, then two float32: what a unit of each half is worth, times 2^-9 (weights are 512 times too large)
+  kInt8,   // 32 int8 in the order of fp4 codes, then float32: half of what a unit is worth, and 12 times the sum of each
+           // half in it (weights are kept as 12 + 2 e2m1, never negative); 4 bytes are left over
+};
+
+constexpr int line_of(Form form) {  // in uint16
+  return form == Form::kBf16 ? 32 : form == Form::kFloat ? 64 : form == Form::kInt16 ? 36 : 24;
+}
+
 struct Tokens {
-  const uint16_t* data;  // [C/32, stride/32, 32]
+  const uint16_t* data;  // [C/32, T, line]
   int64_t stride;        // elements from a chunk of 32 columns to the next
   int count;             // T
 };
 
-struct Codes {  // NVFP4 or MXFP4 panels, from some block on (an even one for MXFP4)
+struct Codes {  // NVFP4, MXFP4 or FP8 panels, from some block on (an even one for MXFP4)
   const uint8_t* codes;
   const uint8_t* scales;
   int64_t code_stride;   // bytes from a panel to the next
@@ -35,7 +47,7 @@ struct Codes {  // NVFP4 or MXFP4 panels, from some block on (an even one for MX
   }
 };
 
-struct Dense {  // bf16 panels, from some pair of columns on
+struct Dense {  // panels of bf16 or of what decode() made, from some pair of columns on
   const uint16_t* data;
   int64_t stride;  // elements from a panel to the next
   int panels;
@@ -75,38 +87,58 @@ struct Epilogue {            // of the first product, for one tile
   int x_type;
 };
 
-inline int parts_of(int x_type) { return 1 + x_type; }  // lines of a token: bf16 1, fp16 2, fp32 3
+inline int parts_of(int x_type) { return 1 + x_type; }  // lines of a token in bf16: bf16 1, fp16 2, fp32 3
 
 struct Kernels {
+  Form form = Form::kBf16;
+  int decoded_block = kBlock * kPanel;  // uint16 of a block of a panel that decode() made
   // sums += codes * tokens over `blocks` blocks of 16 columns, decoding in registers; null: decode and multiply instead
-  void (*direct)(const Codes&, int blocks, const Tokens&, float* sums);
-  // e2m1 * scale, exactly, to bf16 panels [panels, blocks * 8, 16, 2]
-  void (*decode)(const Codes&, int blocks, uint16_t* dense);
-  // sums += dense * tokens over `blocks` blocks of 16 columns; meanwhile asks for all of `ahead`, and may decode its codes
-  void (*multiply)(const Dense&, int blocks, const Tokens&, float* sums, Ahead& ahead);
-  // activation(sums * row_scale + bias) in parts: gate panel and up panel to 16 columns of a token panel ...
-  void (*activate_gated)(const Epilogue&, const float* sums, int tokens, uint16_t* out);
-  // ... or, without a gate, one or two panels to 16 or 32 columns
-  void (*activate)(const Epilogue&, const float* sums, int tokens, int panels, uint16_t* out);
+  void (*direct)(const Codes&, int blocks, const Tokens&, float* sums) = nullptr;
+  // e2m1 * scale exactly, to bf16 panels [panels, blocks * 8, 16, 2]; integer forms: integers and scales, see there
+  void (*decode)(const Codes&, int blocks, uint16_t* dense) = nullptr;
+  // e4m3 * 2^-8 to bf16 panels
+  void (*decode_fp8)(const Codes&, int blocks, uint16_t* dense) = nullptr;
+  // sums += dense * tokens over `blocks` blocks of 16 columns; meanwhile asks for all of `ahead`, may decode its codes
+  void (*multiply)(const Dense&, int blocks, const Tokens&, float* sums, Ahead& ahead) = nullptr;
+  // activation(sums * row_scale + bias) of gate panel and up panel, as half 0 or 1 of lines [T, line] ...
+  void (*activate_gated)(const Epilogue&, const float* sums, int tokens, int half, uint16_t* lines) = nullptr;
+  // ... or, without a gate, of one or two panels; in float32 lines if there is a quantize()
+  void (*activate)(const Epilogue&, const float* sums, int tokens, int panels, uint16_t* lines) = nullptr;
+  // float32 lines to this form's
+  void (*quantize)(const uint16_t* lines, int tokens, uint16_t* to) = nullptr;
   // result[token[t]] += weight[t] * (sums * row_scale + bias), on `columns` columns
   void (*combine)(const Epilogue&, const float* sums, int tokens, int columns, const int32_t* token,
-                  const float* weight, float* result, int64_t result_stride);
-  // a row of x to its lines (numbers.h); and float32 to x's type, count a multiple of 16
-  void (*gather)(int x_type, const void* row, int64_t columns, uint16_t* to, int64_t stride);
-  void (*store_result)(int x_type, const float* from, void* to, int64_t count);
+                  const float* weight, float* result, int64_t result_stride) = nullptr;
+  // a row of x to its lines; and float32 to x's type, count a multiple of 16
+  void (*gather)(int x_type, const void* row, int64_t columns, uint16_t* to, int64_t stride) = nullptr;
+  void (*store_result)(int x_type, const float* from, void* to, int64_t count) = nullptr;
   // on each thread before its first and after its last product of a region; may be null
-  void (*enter)();
-  void (*leave)();
+  void (*enter)() = nullptr;
+  void (*leave)() = nullptr;
+
+  int parts(int x_type) const { return form == Form::kBf16 ? parts_of(x_type) : 1; }
 };
 
-const Kernels* kernels_generic();
-const Kernels* kernels_amx_emulated();
+// Multiplications and additions in `rounds` rounds of an arithmetic; 0: there is none.
+using Spin = int64_t (*)(int arithmetic, int64_t rounds);
+
+inline bool is_fp4(int format) { return format == MOESTRO_NVFP4 || format == MOESTRO_MXFP4; }
+
+const Kernels* kernels_generic(const MoestroLayer& layer);
+const Kernels* kernels_amx_emulated(const MoestroLayer& layer);
 #if defined(__x86_64__)
-const Kernels* kernels_avx2();
-const Kernels* kernels_avx512();
-const Kernels* kernels_amx();
+const Kernels* kernels_avx2(const MoestroLayer& layer);
+const Kernels* kernels_avx_vnni(const MoestroLayer& layer);
+const Kernels* kernels_avx512(const MoestroLayer& layer);
+const Kernels* kernels_amx(const MoestroLayer& layer);
+int64_t spin_avx2(int arithmetic, int64_t rounds);
+int64_t spin_avx_vnni(int arithmetic, int64_t rounds);
+int64_t spin_avx512(int arithmetic, int64_t rounds);
+int64_t spin_amx(int arithmetic, int64_t rounds);
 #endif
-const Kernels* kernels_of(int isa);  // null if this machine lacks it
+int64_t spin_generic(int arithmetic, int64_t rounds);
+bool has_isa(int isa);                                // this build and this machine
+const Kernels* kernels_of(const MoestroLayer& layer);  // null if this machine lacks them
 
 // Call work(context, worker) once on each of at most `threads` threads, workers numbered from 0; returns when all have.
 void parallel(int threads, void (*work)(void*, int), void* context);

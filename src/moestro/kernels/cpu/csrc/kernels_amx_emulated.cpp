@@ -7,11 +7,21 @@
 namespace moestro {
 namespace {
 
-constexpr Kernels kKernels{nullptr, decode, multiply_tiles<multiply>, activate_gated,
-                           activate, combine, gather, store_result, configure_tiles, release_tiles};
+constexpr Kernels kTiles{.decode = decode,
+                         .decode_fp8 = decode_fp8,
+                         .multiply = multiply_tiles<multiply>,
+                         .activate_gated = activate_gated<Bf16Line>,
+                         .activate = activate<Bf16Line>,
+                         .combine = combine,
+                         .gather = gather,
+                         .store_result = store_result,
+                         .enter = configure_tiles,
+                         .leave = release_tiles};
 
 }  // namespace
 
-const Kernels* kernels_amx_emulated() { return &kKernels; }
+const Kernels* kernels_amx_emulated(const MoestroLayer& layer) {
+  return layer.input_format == MOESTRO_INPUT_INT8 || layer.batch_invariant ? kernels_generic(layer) : &kTiles;
+}
 
 }  // namespace moestro

@@ -1,111 +1,18 @@
-// AVX2 with FMA and F16C: bf16 widened to float32 by shifts, eight rows a register.
-#include <immintrin.h>
-
-#include "epilogue.h"
+// AVX2 with FMA and F16C (Haswell and Zen, and newer).
+#include "kernels_avx2_tables.h"
+#include "spin.h"
 
 namespace moestro {
-namespace {
 
-inline __m256i load(const void* at) { return _mm256_loadu_si256(static_cast<const __m256i*>(at)); }
-inline __m256 even_of(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
-inline __m256 odd_of(__m256i pairs) {
-  return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int32_t>(0xFFFF0000u))));
-}
+const Kernels* kernels_avx2(const MoestroLayer& layer) { return choose(layer); }
 
-// Of 8 rows: e4m3 * 2^-8 (the 2^8 is in the row scale), or e8m0, whose bits are a float's exponent.
-inline __m256 block_scales(const uint8_t* scales, bool mx) {
-  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales));
-  if (mx) return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(bytes), 23));
-  return _mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(bytes), 7));
-}
-
-// The low nibble of each 16-bit lane to bf16: its two bytes from two tables, blended.
-inline __m256i e2m1_to_bf16(__m256i lanes) {
-  const __m256i low = _mm256_broadcastsi128_si256(
-      _mm_setr_epi8(0, 0, -128, -64, 0, 64, -128, -64, 0, 0, -128, -64, 0, 64, -128, -64));
-  const __m256i high = _mm256_broadcastsi128_si256(_mm_setr_epi8(
-      0x00, 0x3F, 0x3F, 0x3F, 0x40, 0x40, 0x40, 0x40, -128, -65, -65, -65, -64, -64, -64, -64));
-  const __m256i nibble = _mm256_and_si256(lanes, _mm256_set1_epi16(15));
-  const __m256i both = _mm256_or_si256(nibble, _mm256_slli_epi16(nibble, 8));
-  return _mm256_blendv_epi8(_mm256_shuffle_epi8(low, both), _mm256_shuffle_epi8(high, both),
-                            _mm256_set1_epi16(static_cast<int16_t>(0xFF00u)));
-}
-
-// The product has 6 significant bits, so cutting float32 is exact.
-inline __m256i times_scale(__m256i pairs, __m256 scale) {
-  const __m256i even = _mm256_castps_si256(_mm256_mul_ps(even_of(pairs), scale));
-  const __m256i odd = _mm256_castps_si256(_mm256_mul_ps(odd_of(pairs), scale));
-  return _mm256_or_si256(_mm256_srli_epi32(even, 16), odd);
-}
-
-void decode(const Codes& from, int blocks, uint16_t* dense) {
-  for (int p = 0; p < from.panels; ++p) {
-    const uint8_t* codes = from.codes + p * from.code_stride;
-    for (int b = 0; b < blocks; ++b, codes += kCodeBytes)
-      for (int half = 0; half < 2; ++half, dense += 4 * kTileRows)
-        for (int rows = 0; rows < 2; ++rows) {  // eight at a time
-          const __m256 scale = block_scales(from.scale(p, b) + 8 * rows, from.mx);
-          const __m256i line = load(codes + 64 * half + 32 * rows);
-          __m256i* to = reinterpret_cast<__m256i*>(dense) + rows;
-          _mm256_storeu_si256(to, times_scale(e2m1_to_bf16(line), scale));
-          _mm256_storeu_si256(to + 2, times_scale(e2m1_to_bf16(_mm256_srli_epi16(line, 4)), scale));
-          _mm256_storeu_si256(to + 4, times_scale(e2m1_to_bf16(_mm256_srli_epi16(line, 8)), scale));
-          _mm256_storeu_si256(to + 6, times_scale(e2m1_to_bf16(_mm256_srli_epi16(line, 12)), scale));
-        }
+int64_t spin_avx2(int arithmetic, int64_t rounds) {
+  switch (arithmetic) {
+    case MOESTRO_FLOAT32: return spin<Float256>(rounds);
+    case MOESTRO_DOT_INT16: return spin<Words256>(rounds);
+    case MOESTRO_DOT_INT8: return spin<Bytes256>(rounds);
+    default: return 0;
   }
 }
-
-// One panel by T tokens: 2 T sums, 4 registers of weights, 2 of a token; T = 4 fills the 16 registers.
-template <int T>
-inline void multiply_tile(const uint16_t* line, int blocks, const Tokens& x, float* sums) {
-  __m256 c[T][2];
-#pragma GCC unroll 4
-  for (int t = 0; t < T; ++t) {
-    c[t][0] = _mm256_loadu_ps(sums + t * kTileRows);
-    c[t][1] = _mm256_loadu_ps(sums + t * kTileRows + 8);
-  }
-  const uint16_t* chunk = x.data;
-  for (int left = blocks * 8; left > 0; left -= 16, chunk += x.stride) {
-    const int pairs = left < 16 ? left : 16;
-    for (int j = 0; j < pairs; ++j, line += kTileRows) {
-      const __m256i first = load(line), second = load(line + 16);
-      const __m256 even0 = even_of(first), odd0 = odd_of(first), even1 = even_of(second), odd1 = odd_of(second);
-#pragma GCC unroll 4
-      for (int t = 0; t < T; ++t) {
-        int32_t pair;
-        std::memcpy(&pair, chunk + t * kChunk + 2 * j, 4);
-        const __m256i both = _mm256_set1_epi32(pair);
-        const __m256 even = even_of(both), odd = odd_of(both);
-        c[t][0] = _mm256_fmadd_ps(odd0, odd, _mm256_fmadd_ps(even0, even, c[t][0]));
-        c[t][1] = _mm256_fmadd_ps(odd1, odd, _mm256_fmadd_ps(even1, even, c[t][1]));
-      }
-    }
-  }
-#pragma GCC unroll 4
-  for (int t = 0; t < T; ++t) {
-    _mm256_storeu_ps(sums + t * kTileRows, c[t][0]);
-    _mm256_storeu_ps(sums + t * kTileRows + 8, c[t][1]);
-  }
-}
-
-void multiply(const Dense& w, int blocks, const Tokens& x, float* sums, Ahead& ahead) {
-  ahead.ask(ahead.lines);
-  for (int p = 0; p < w.panels; ++p) {
-    const uint16_t* line = w.data + p * w.stride;
-    float* to = sums + p * kPanel;
-    int t = 0;
-    for (; t + 4 <= x.count; t += 4)
-      multiply_tile<4>(line, blocks, Tokens{x.data + t * kChunk, x.stride, 4}, to + t * kTileRows);
-    for (; t < x.count; ++t)
-      multiply_tile<1>(line, blocks, Tokens{x.data + t * kChunk, x.stride, 1}, to + t * kTileRows);
-  }
-}
-
-constexpr Kernels kKernels{nullptr, decode, multiply, activate_gated,
-                           activate, combine, gather, store_result, nullptr, nullptr};
-
-}  // namespace
-
-const Kernels* kernels_avx2() { return &kKernels; }
 
 }  // namespace moestro

@@ -59,22 +59,47 @@ void unpack_half(uint8_t* packed, const uint8_t* line, int64_t row_bytes) {
 
 using namespace moestro;
 
+namespace {
+
+// [R, C] of T, row-major, to or from panels [R/16, C/2, 16, 2].
+template <class T>
+void pack_pairs(T* panels, const T* dense, int64_t rows, int64_t columns, bool gated, int threads) {
+  each_panel(rows, gated, threads, [=](int64_t panel, int64_t row) {
+    T* to = panels + panel * kPanel * columns;
+    for (int64_t c = 0; c < columns; c += 2, to += kTileRows)
+      for (int r = 0; r < kPanel; ++r) std::memcpy(to + 2 * r, dense + (row + r) * columns + c, 2 * sizeof(T));
+  });
+}
+
+template <class T>
+void unpack_pairs(T* dense, const T* panels, int64_t rows, int64_t columns, bool gated, int threads) {
+  each_panel(rows, gated, threads, [=](int64_t panel, int64_t row) {
+    const T* from = panels + panel * kPanel * columns;
+    for (int64_t c = 0; c < columns; c += 2, from += kTileRows)
+      for (int r = 0; r < kPanel; ++r) std::memcpy(dense + (row + r) * columns + c, from + 2 * r, 2 * sizeof(T));
+  });
+}
+
+}  // namespace
+
 void moestro_cpu_pack_bf16(uint16_t* panels, const uint16_t* dense, int64_t rows, int64_t columns, int32_t gated,
                            int32_t threads) {
-  each_panel(rows, gated != 0, threads, [=](int64_t panel, int64_t row) {
-    uint16_t* to = panels + panel * kPanel * columns;
-    for (int64_t c = 0; c < columns; c += 2, to += kTileRows)
-      for (int r = 0; r < kPanel; ++r) std::memcpy(to + 2 * r, dense + (row + r) * columns + c, 4);
-  });
+  pack_pairs(panels, dense, rows, columns, gated != 0, threads);
 }
 
 void moestro_cpu_unpack_bf16(uint16_t* dense, const uint16_t* panels, int64_t rows, int64_t columns, int32_t gated,
                              int32_t threads) {
-  each_panel(rows, gated != 0, threads, [=](int64_t panel, int64_t row) {
-    const uint16_t* from = panels + panel * kPanel * columns;
-    for (int64_t c = 0; c < columns; c += 2, from += kTileRows)
-      for (int r = 0; r < kPanel; ++r) std::memcpy(dense + (row + r) * columns + c, from + 2 * r, 4);
-  });
+  unpack_pairs(dense, panels, rows, columns, gated != 0, threads);
+}
+
+void moestro_cpu_pack_fp8(uint8_t* panels, const uint8_t* dense, int64_t rows, int64_t columns, int32_t gated,
+                          int32_t threads) {
+  pack_pairs(panels, dense, rows, columns, gated != 0, threads);
+}
+
+void moestro_cpu_unpack_fp8(uint8_t* dense, const uint8_t* panels, int64_t rows, int64_t columns, int32_t gated,
+                            int32_t threads) {
+  unpack_pairs(dense, panels, rows, columns, gated != 0, threads);
 }
 
 void moestro_cpu_pack_fp4(uint8_t* codes, uint8_t* scales, const uint8_t* packed, const uint8_t* scale, int64_t rows,

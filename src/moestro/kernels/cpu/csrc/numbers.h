@@ -89,19 +89,23 @@ inline void split(const float* from, int parts, uint16_t* to) {
     }
 }
 
-// 16 values of the intermediate, rounded as x is, to their lines.
-inline void store_parts(int type, const float* a, uint16_t* to) {
-  if (type == MOESTRO_X_BF16) return store_bf16(a, to);
-  if (type == MOESTRO_X_FP32) return split(a, parts_of(type), to);
-  alignas(64) uint16_t halves[kPanel];
-  alignas(64) float rounded[kPanel];
-  store_half(a, halves);
-  load_half(halves, rounded);
-  split(rounded, parts_of(type), to);
-}
+// 16 values of the intermediate, rounded as x is, to a half of their lines.
+struct Bf16Line {
+  static int size(int type) { return parts_of(type) * kChunk; }
+  static void put(int type, const float* a, int half, uint16_t* to) {
+    to += half * kPanel;
+    if (type == MOESTRO_X_BF16) return store_bf16(a, to);
+    if (type == MOESTRO_X_FP32) return split(a, parts_of(type), to);
+    alignas(64) uint16_t halves[kPanel];
+    alignas(64) float rounded[kPanel];
+    store_half(a, halves);
+    load_half(halves, rounded);
+    split(rounded, parts_of(type), to);
+  }
+};
 
-// A row of x, [columns], to its lines; chunks are `stride` elements apart, and a half chunk at the end is padded with 0.
-void gather(int type, const void* row, int64_t columns, uint16_t* to, int64_t stride) {
+// A row of x, [columns], to its bf16 lines; chunks are `stride` elements apart, and a half chunk at the end is padded with 0.
+inline void gather(int type, const void* row, int64_t columns, uint16_t* to, int64_t stride) {
   const int parts = parts_of(type);
   const auto* halves = static_cast<const uint16_t*>(row);
   alignas(64) float values[kPanel];

@@ -1,6 +1,7 @@
 // Decoding and products in plain C++: for any machine, and the definition of what the fast kernels compute.
 #pragma once
 #include "epilogue.h"
+#include "quantize.h"
 
 namespace moestro {
 namespace {
@@ -32,6 +33,57 @@ void decode(const Codes& from, int blocks, uint16_t* dense) {
                 static_cast<uint16_t>(bits_of(kE2m1[word >> 4 * j & 15] * scale) >> 16);
         }
   }
+}
+
+void decode_fp8(const Codes& from, int blocks, uint16_t* dense) {
+  for (int p = 0; p < from.panels; ++p)
+    for (int i = 0; i < blocks * kBlock * kPanel; ++i) {
+      const uint8_t code = from.codes[p * from.code_stride + i];
+      const uint32_t sign = static_cast<uint32_t>(code & 0x80) << 24;
+      *dense++ = static_cast<uint16_t>((sign | bits_of(e4m3_shifted(code & 0x7F))) >> 16);
+    }
+}
+
+// int8: blocks of [4 groups of columns, 16 rows, 4 columns] of 12 + 2 e2m1, then the scales of 16 rows in float32.
+constexpr int kDecodedInt8 = kBlock * kPanel / 2 + 2 * kPanel;
+
+inline void decode_int8(const Codes& from, int blocks, uint16_t* dense) {
+  for (int p = 0; p < from.panels; ++p)
+    for (int b = 0; b < blocks; ++b, dense += kDecodedInt8) {
+      const uint8_t* codes = from.codes + p * from.code_stride + b * kCodeBytes;
+      auto* to = reinterpret_cast<uint8_t*>(dense);
+      for (int i = 0; i < 2 * kCodeBytes; ++i) {
+        const int group = i / 64, code = codes[group / 2 * 64 + i % 64] >> group % 2 * 4 & 15;
+        to[i] = static_cast<uint8_t>(12 + static_cast<int>(2 * kE2m1[code]));
+      }
+      auto* scales = reinterpret_cast<float*>(dense + kDecodedInt8) - kPanel;
+      for (int r = 0; r < kPanel; ++r) {
+        const uint8_t code = from.scale(p, b)[r];
+        scales[r] = from.mx ? float_of(static_cast<uint32_t>(code) << 23) : e4m3_shifted(code);
+      }
+    }
+}
+
+inline void multiply_int8(const Dense& w, int blocks, const Tokens& x, float* sums, Ahead& ahead) {
+  ahead.ask(ahead.lines);
+  for (int t = 0; t < x.count; ++t)
+    for (int p = 0; p < w.panels; ++p) {
+      float* to = sums + t * kTileRows + p * kPanel;
+      const uint16_t* dense = w.data + p * w.stride;
+      for (int b = 0; b < blocks; ++b, dense += kDecodedInt8) {
+        const uint16_t* line = x.data + b / 2 * x.stride + t * kInt8Line;
+        const auto* bytes = reinterpret_cast<const int8_t*>(line) + b % 2 * kBlock;
+        const auto* weights = reinterpret_cast<const uint8_t*>(dense);
+        const auto* scales = reinterpret_cast<const float*>(dense + kDecodedInt8) - kPanel;
+        float facts[3];
+        std::memcpy(facts, line + kChunk / 2, sizeof facts);
+        for (int r = 0; r < kPanel; ++r) {
+          int32_t sum = 0;
+          for (int i = 0; i < kBlock; ++i) sum += weights[i / 4 * 64 + 4 * r + i % 4] * bytes[i];
+          to[r] += (static_cast<float>(sum) * facts[0] - facts[1 + b % 2]) * scales[r];
+        }
+      }
+    }
 }
 
 void multiply(const Dense& w, int blocks, const Tokens& x, float* sums, Ahead& ahead) {

@@ -27,21 +27,24 @@ class Bump {
 }  // namespace
 
 Sizes::Sizes(const MoestroLayer& layer, const MoestroTactic& tactic, int64_t tokens) {
-  const bool gated = layer.activation != MOESTRO_RELU2;
+  const Kernels& kernels = *kernels_of(layer);
   x_columns = round_up(layer.hidden, kChunk);
   a_columns = round_up(layer.intermediate, kChunk);
-  tiles1 = gated ? layer.intermediate / kPanel : a_columns / kTileRows;
+  tiles1 = layer.gated ? layer.intermediate / kPanel : a_columns / kTileRows;
   tiles2 = x_columns / kTileRows;
   const int64_t waves = std::max<int64_t>(1, (tokens + tactic.wave - 1) / tactic.wave);
   wave = (tokens + waves - 1) / waves;
-  const int64_t tile_rows = static_cast<int64_t>(tactic.row_tile) * kTileRows;
+  const int64_t tile_rows = (static_cast<int64_t>(tactic.row_tile) + (kernels.quantize ? 1 : 0)) * kTileRows;
   // of a unit: a token comes as often as it names the expert
   const int64_t most = std::min<int64_t>(tactic.token_tile, std::max<int64_t>(wave * layer.top_k, 1));
-  parts = parts_of(layer.x_type);
+  parts = kernels.parts(layer.x_type);
+  line = line_of(kernels.form);
   x_bytes = layer.x_type == MOESTRO_X_FP32 ? 4 : 2;
-  x_scratch = round_up(most * parts * x_columns * 2, 64);
+  x_scratch = round_up(most * parts * x_columns / kChunk * line * 2, 64);
+  partial = most * parts * kTileRows;  // of some columns; or activations to quantise
   scratch = x_scratch
             + round_up(most * parts * tile_rows * 4, 64)  // sums of one unit
+            + partial * 4
             + round_up(wave * tile_rows * 4, 64)        // result rows of all tokens
             + 2 * kPieceElements * 2 + 4096;  // decoded weights; a page between threads
 }
@@ -55,7 +58,7 @@ int64_t Plan::place(uint8_t* workspace, const MoestroLayer& layer, const Moestro
   units = bump.take<Unit>(most_units);
   taken = bump.take<std::atomic<int32_t>>(most_units);
   cursor = bump.take<int64_t>(layer.experts + 1);
-  a = bump.take<uint16_t>(most * sizes.parts * sizes.a_columns);
+  a = bump.take<uint16_t>(most * sizes.parts * sizes.line * (sizes.a_columns / kChunk));
   scratch = bump.take<uint8_t>(sizes.scratch * tactic.threads);
   return bump.used();
 }

@@ -18,8 +18,10 @@ struct Sizes {         // of a layer and a tactic; everything that follows from 
   int64_t tiles1, tiles2;  // tiles of two panels of gate_up and of down
   int64_t wave;            // most tokens in a wave
   int64_t x_scratch;       // bytes of a unit's x
+  int64_t partial;         // float32 of a unit's partial sums
   int64_t scratch;         // bytes per thread, beginning with it
   int64_t parts;           // lines of a token
+  int64_t line;            // elements (of two bytes) of a line
   int64_t x_bytes;         // of an element of x
 
   Sizes(const MoestroLayer& layer, const MoestroTactic& tactic, int64_t tokens);
@@ -41,9 +43,9 @@ struct Plan {
             int64_t tokens);
 };
 
-// Columns of a tile that are multiplied at once. FP4: 2 panels x 512 columns are 32 KiB of bf16, of which there are two:
-// one is multiplied while the other is decoded. 256 columns were slower, 384 no faster.
+// Columns of a tile that are multiplied at once. FP4: 2 panels x 512 columns are 32 KiB of bf16 (36 of integers with their
+// scales), of which there are two: one is multiplied while the other is decoded. 256 columns were slower, 384 no faster.
 constexpr int kPieceColumns = 512;
-constexpr int64_t kPieceElements = 2 * kPieceColumns * kPanel;
+constexpr int64_t kPieceElements = 2 * kPieceColumns / kBlock * (kBlock * kPanel + 2 * kPanel);
 
 }  // namespace moestro

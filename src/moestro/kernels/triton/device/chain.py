@@ -11,13 +11,28 @@ experts that are complete; one that must wait asks L2 for its weights first.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
+from moestro.kernels.triton.device.arguments import Product, Rows, Schedule, Signal, Size, Spot
 from moestro.kernels.triton.device.common import launch_next, wait_for_previous
-from moestro.kernels.triton.device.fused import PARTIAL, find, tiles
+from moestro.kernels.triton.device.fused import find, tiles
 
 LINE = 32  # int32 from counter to counter: each has a line of its own, so that they lie all over L2
+
+
+class Chain(NamedTuple):
+    """Constants of a chain: both products, and the tiles of a slot in each (those of the second times split_k)."""
+
+    first: Product
+    second: Product
+    tile1: Schedule
+    tile2: Schedule
+    strips1: int
+    strips2: int
+    line: int
 
 
 @triton.jit
@@ -26,44 +41,36 @@ def _place(at, per_group, GROUP: tl.constexpr):
     return at // per_group * GROUP + at % GROUP, at % per_group // GROUP
 
 
-@triton.jit(do_not_specialize=["stride", "P", "slots", "OFFSET", "L", "K"])
-def moe_chain(
-    x, ids, pair_weights, sorted_pairs, table, stride, done,
-    w1, w1_scales, row_scale1, bias1, act, w2, w2_scales, row_scale2, bias2, partial,
-    P, slots, rows1, hidden, inter, OFFSET, L, K,
-    ROUTE: tl.constexpr, FORMAT: tl.constexpr,
-    GATED: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr,
-    BIAS1: tl.constexpr, BIAS2: tl.constexpr, EVEN1: tl.constexpr, EVEN2: tl.constexpr,
-    PB: tl.constexpr, BN: tl.constexpr, LADDER: tl.constexpr,
-    BM1: tl.constexpr, UNROLL1: tl.constexpr, STAGES1: tl.constexpr,
-    BM2: tl.constexpr, UNROLL2: tl.constexpr, STAGES2: tl.constexpr,
-    STRIPS1: tl.constexpr, STRIPS2: tl.constexpr,
-    SPLIT: tl.constexpr, TOGETHER: tl.constexpr, GROUP: tl.constexpr, AHEAD: tl.constexpr, LINE: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    """The arguments are gemm.moe_gemm's for its two stages; done int32 [slots, LINE], zero.
+@triton.jit(do_not_specialize=["stride", "num_pairs", "slots"])
+def moe_chain(x, routing, stride, num_pairs, slots, w, out, done, size, HOW: tl.constexpr,
+              PDL: tl.constexpr):  # fmt: skip
+    """The arguments are fused.moe_gemm's; w, out: Both; size: of the first product; done int32 [slots, LINE], zero.
 
-    STRIPS1, STRIPS2: tiles of a slot in each product (those of the second times SPLIT).
+    HOW: Chain.
     """
     wait_for_previous(PDL)
     launch_next(PDL)
+    FIRST: tl.constexpr = HOW.first
+    SECOND: tl.constexpr = HOW.second
+    TILE1: tl.constexpr = HOW.tile1
+    TILE2: tl.constexpr = HOW.tile2
+    STRIPS1: tl.constexpr = HOW.strips1
+    GROUP: tl.constexpr = TILE1.group
+    SPLIT: tl.constexpr = SECOND.split_k
     pid = tl.program_id(0)
     if pid < slots * STRIPS1:
         slot, m = _place(pid, GROUP * STRIPS1, GROUP)
-        e, place, count = find(ids, table, stride, slot, P, OFFSET, L, ROUTE, BN)
+        e, place, count = find(routing, stride, num_pairs, slot, size, TILE1)
         if e >= 0:
-            args = (x, x, ids, pair_weights, sorted_pairs, w1, w1_scales, row_scale1, bias1, act, P, rows1,
-                    hidden, inter, OFFSET, K, e, m, 0, place, count, done + slot * LINE, STRIPS1)  # fmt: skip
-            tiles(args, count, 1, ROUTE, PARTIAL, FORMAT, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS1, False,
-                  False, EVEN1, PB, BM1, BN, LADDER, UNROLL1, STAGES1, 1, TOGETHER, False, True,
-                  0)  # fmt: skip
+            at = Spot(e, m, 0, place, count)
+            signal = Signal(done + slot * HOW.line, STRIPS1)
+            tiles(x, routing, num_pairs, w.first, out.first, size, at, signal, FIRST, TILE1, False)
     else:
-        slot, m = _place(pid - slots * STRIPS1, GROUP * STRIPS2, GROUP)
-        e, place, count = find(ids, table, stride, slot, P, OFFSET, L, ROUTE, BN)
+        slot, m = _place(pid - slots * STRIPS1, GROUP * HOW.strips2, GROUP)
+        e, place, count = find(routing, stride, num_pairs, slot, size, TILE2)
         if e >= 0:
-            args = (act, act, ids, pair_weights, sorted_pairs, w2, w2_scales, row_scale2, bias2, partial, P,
-                    hidden, inter, hidden, OFFSET, K, e, m // SPLIT, m % SPLIT, place, count,
-                    done + slot * LINE, STRIPS1)  # fmt: skip
-            tiles(args, count, 2, ROUTE, PARTIAL, FORMAT, False, ACT, ALPHA, LIMIT, SHIFT, BIAS2, False,
-                  False, EVEN2, PB, BM2, BN, LADDER, UNROLL2, STAGES2, SPLIT, TOGETHER, False, True,
-                  AHEAD)  # fmt: skip
+            at = Spot(e, m // SPLIT, m % SPLIT, place, count)
+            signal = Signal(done + slot * HOW.line, STRIPS1)
+            act = Rows(out.first, None)
+            size2 = Size(size.columns, size.out_stride, size.columns, size.offset, size.experts, size.top_k)
+            tiles(act, routing, num_pairs, w.second, out.second, size2, at, signal, SECOND, TILE2, False)

@@ -1,24 +1,37 @@
 """Many tokens: dequantise the weights once, then a bf16 grouped matrix product over tiles of tokens.
 
-`expand` writes e2m1 · scale · 2^-8 (exact in bfloat16) in the kernels' row order; the rest of the value, one
-number per row, goes into the epilogue. `dense_gemm` has tokens as A and weights as B, both in shared memory
-through the tensor memory accelerator, but x in the first product, whose rows are gathered. Tiles are walked
-in groups of GROUP token tiles, row tile after row tile, so that both operands come from L2.
+`expand` writes what `decode.py` gives in the kernels' row order; the rest of the value, one number per row, goes into
+the epilogue. `dense_gemm` has tokens as A and weights as B, both in shared memory through the tensor memory
+accelerator, but x in the first product, whose rows are gathered. Tiles are walked in groups of token tiles, row tile
+after row tile, so that both operands come from L2. Dense weights take the same product as they are.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from moestro.kernels.triton.device.common import activate, decode_block, dot, launch_next, wait_for_previous
-from moestro.kernels.triton.device.fused import ATOMIC
+from moestro.kernels.triton.device.common import activate, dense_rows, dot, launch_next, wait_for_previous
+from moestro.kernels.triton.device.decode import BF16, decode_block
+from moestro.kernels.triton.device.fused import rows_of
+
+
+class Grid(NamedTuple):
+    """Constants of a tile of the product."""
+
+    pairs: int
+    rows: int  # of weights
+    columns: int  # a step
+    stages: int
+    group: int  # tiles of pairs that walk the rows together
+    gather: bool  # rows of x are read by their numbers, not as one piece
 
 
 @triton.jit
-def expand(
-    words, scales, dense, num_blocks, columns, EVEN: tl.constexpr, COLS: tl.constexpr, PDL: tl.constexpr
-):
+def expand(words, scales, dense, num_blocks, columns, FORMAT: tl.constexpr, SCALE_ROWS: tl.constexpr,
+           EVEN: tl.constexpr, COLS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """dense bfloat16 [strips * 64, columns]; a program does COLS blocks of one strip of 64 rows."""
     wait_for_previous(PDL)
     launch_next(PDL)
@@ -29,7 +42,7 @@ def expand(
         if b < num_blocks:
             at = strip * num_blocks + b
             w = tl.load(words + at * 1024 + r[:, None] * 16 + word[None, :])
-            a = decode_block(w, tl.load(scales + at * 64 + r))
+            a = decode_block(w, tl.load(scales + at * (64 // SCALE_ROWS) + r // SCALE_ROWS), FORMAT)
             to = dense + (strip * 64 + r)[:, None] * columns + b * 64 + k[None, :]
             if EVEN:
                 tl.store(to, a)
@@ -37,122 +50,110 @@ def expand(
                 tl.store(to, a, (b * 64 + k < columns)[None, :])
 
 
-@triton.jit(do_not_specialize=["stride", "num_zeros"])
-def dense_gemm(
-    x, x_desc, w_desc, x_scale, pair_weights, sorted_pairs, table, stride,
-    row_scale, bias, out, zeros,
-    rows, padded, columns, out_stride, num_zeros,
-    STAGE: tl.constexpr, COMBINE: tl.constexpr, ROW_SCALE: tl.constexpr, INTERLEAVED: tl.constexpr,
-    GATED: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr,
-    BIAS: tl.constexpr, X_SCALE: tl.constexpr, X_BY_PAIR: tl.constexpr, GATHER: tl.constexpr, K: tl.constexpr,
-    BT: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr,
-    PERSISTENT: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Tiles of BT pairs and BR rows of weights [L * padded, columns] (`rows` of each expert's `padded` are
-    real).
+@triton.jit(do_not_specialize=["stride"])
+def dense_gemm(x, x_desc, w_desc, routing, stride, w, padded, out, size, HOW: tl.constexpr, TILE: tl.constexpr,
+               PDL: tl.constexpr):  # fmt: skip
+    """A tile of pairs and rows of weights [L * padded, columns] (`size.rows` of each expert's `padded` are real).
 
-    GATED (in STAGE 1 only): INTERLEAVED weights are in kernel row order, else gate and up are two halves. x
-    by token, or pair (X_BY_PAIR), if GATHER; by place otherwise. The rest is as in gemm.moe_gemm.
+    x: Rows; w: Weights, of which w_desc holds the values. Gated rows (in stage 1 only) of a quantised format are in
+    kernel row order, dense ones in two halves. TILE: Grid. The rest is as in fused.moe_gemm.
     """
     wait_for_previous(PDL)
     launch_next(PDL)
     pid = tl.program_id(0)
-    if STAGE == 1 and COMBINE == ATOMIC:
-        for first in range(pid * 1024, num_zeros, tl.num_programs(0) * 1024):
-            i = first + tl.arange(0, 1024)
-            tl.store(zeros + i, tl.zeros((1024,), tl.float32), i < num_zeros)
-    row_tiles = tl.cdiv(rows, BR)
-    token_tiles = tl.load(table + 3 * stride)
-    total = tl.cdiv(token_tiles, GROUP) * GROUP * row_tiles
-    step = tl.num_programs(0) if PERSISTENT else total + 1
-    for tile in tl.range(pid, total, step):
-        group = tile // (GROUP * row_tiles)
-        t = group * GROUP + tile % GROUP
-        j = (tile % (GROUP * row_tiles)) // GROUP
-        if t < token_tiles:
-            _tile(x, x_desc, w_desc, x_scale, pair_weights, sorted_pairs, table, stride,
-                  row_scale, bias, out, rows, padded, columns, out_stride, t, j, STAGE, COMBINE, ROW_SCALE,
-                  INTERLEAVED, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS, X_SCALE, X_BY_PAIR, GATHER, K, BT, BR,
-                  BK, STAGES)  # fmt: skip
+    GROUP: tl.constexpr = TILE.group
+    row_tiles = tl.cdiv(size.rows, TILE.rows)
+    token_tiles = tl.load(routing.table + 3 * stride)
+    t = pid // (GROUP * row_tiles) * GROUP + pid % GROUP
+    if t < token_tiles:
+        _tile(x, x_desc, w_desc, routing, stride, w, padded, out, size, t, pid % (GROUP * row_tiles) // GROUP, HOW,
+              TILE)  # fmt: skip
 
 
 @triton.jit
-def _tile(
-    x, x_desc, w_desc, x_scale, pair_weights, sorted_pairs, table, stride,
-    row_scale, bias, out, rows, padded, columns, out_stride, t, j,
-    STAGE: tl.constexpr, COMBINE: tl.constexpr, ROW_SCALE: tl.constexpr, INTERLEAVED: tl.constexpr,
-    GATED: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr,
-    BIAS: tl.constexpr, X_SCALE: tl.constexpr, X_BY_PAIR: tl.constexpr, GATHER: tl.constexpr, K: tl.constexpr,
-    BT: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    e = tl.load(table + t)
-    start = tl.load(table + stride + t)
+def _tile(x, x_desc, w_desc, routing, stride, w, padded, out, size, t, j, HOW: tl.constexpr,
+          TILE: tl.constexpr):  # fmt: skip
+    """The t-th tile of pairs, the j-th of rows."""
+    BT: tl.constexpr = TILE.pairs
+    HALF: tl.constexpr = TILE.rows // 2
+    HALVES: tl.constexpr = HOW.gated and HOW.format == BF16
+    BK: tl.constexpr = TILE.columns
+    WIDTH: tl.constexpr = HALF if HALVES else TILE.rows
+    e = tl.load(routing.table + t)
+    start = tl.load(routing.table + stride + t)
     places = start + tl.arange(0, BT)
-    there = places < tl.load(table + 2 * stride + t)
-    pairs = tl.load(sorted_pairs + places, there, other=0)
-    if not GATHER:
-        x_rows = places
-    elif X_BY_PAIR:
-        x_rows = pairs
-    else:
-        x_rows = pairs // K
-    HALF: tl.constexpr = BR // 2
+    there = places < tl.load(routing.table + 2 * stride + t)
+    pairs = tl.load(routing.sorted_pairs + places, there, other=0)
+    x_rows = rows_of(pairs, places, size.top_k, HOW)
     k = tl.arange(0, BK)
-    xp = x + x_rows.to(tl.int64)[:, None] * columns + k[None, :]
-    SPLIT: tl.constexpr = GATED and not INTERLEAVED
-    w_row = e * padded + j * (HALF if SPLIT else BR)
-    acc = tl.zeros((BT, HALF if SPLIT else BR), tl.float32)
-    acc_up = tl.zeros((BT, HALF if SPLIT else 16), tl.float32)
-    for c in tl.range(0, columns, BK, num_stages=STAGES):
-        if GATHER:
-            a = tl.load(xp, (k < columns - c)[None, :], other=0.0)
+    xp = x.data + x_rows.to(tl.int64)[:, None] * size.columns + k[None, :]
+    w_row = e * padded + j * WIDTH
+    acc = tl.zeros((BT, WIDTH), tl.float32)
+    acc_up = tl.zeros((BT, HALF if HALVES else 16), tl.float32)
+    for c in tl.range(0, size.columns, BK, num_stages=TILE.stages):
+        if TILE.gather:
+            a = tl.load(xp, (k < size.columns - c)[None, :], other=0.0)
             xp += BK
         else:
             a = x_desc.load([start, c])
         acc = dot(a, w_desc.load([w_row, c]).T, acc)
-        if SPLIT:
-            acc_up = dot(a, w_desc.load([w_row + rows // 2, c]).T, acc_up)
-    if X_SCALE:
-        scale = tl.load(x_scale + x_rows, there, other=0.0)[:, None]
+        if HALVES:
+            acc_up = dot(a, w_desc.load([w_row + size.rows // 2, c]).T, acc_up)
+    if x.scale is not None:
+        scale = tl.load(x.scale + x_rows, there, other=0.0)[:, None]
         acc *= scale
         acc_up *= scale
-    if SPLIT:
-        i = j * HALF + tl.arange(0, HALF)
-        if BIAS:
-            acc += tl.load(bias + e * rows + i, i < rows // 2, other=0.0).to(tl.float32)[None, :]
-            acc_up += tl.load(bias + e * rows + rows // 2 + i, i < rows // 2, other=0.0).to(tl.float32)[
-                None, :
-            ]
-        v = activate(acc, acc_up, ACT, ALPHA, LIMIT, SHIFT)
-        real = i < rows // 2
-    else:
-        r = j * BR + tl.arange(0, BR)
-        if ROW_SCALE:
-            acc *= tl.load(row_scale + e * padded + r, r < padded, other=0.0)[None, :]
-        if GATED:
+    if HALVES:
+        if w.bias is not None:
             i = j * HALF + tl.arange(0, HALF)
-            real = i < rows // 2
-            gate, up = acc.reshape(BT, BR // 16, 2, 8).permute(0, 1, 3, 2).split()
-            gate = gate.reshape(BT, HALF)
-            up = up.reshape(BT, HALF)
-            if BIAS:
-                gate += tl.load(bias + e * rows + i, real, other=0.0).to(tl.float32)[None, :]
-                up += tl.load(bias + e * rows + rows // 2 + i, real, other=0.0).to(tl.float32)[None, :]
-            v = activate(gate, up, ACT, ALPHA, LIMIT, SHIFT)
+            bias = w.bias + e * size.rows + i
+            acc += tl.load(bias, i < size.rows // 2, other=0.0).to(tl.float32)[None, :]
+            acc_up += tl.load(bias + size.rows // 2, i < size.rows // 2, other=0.0).to(tl.float32)[None, :]
+        _store_activated(acc, acc_up, places, there, j, out, size, HOW, HALF)
+    else:
+        r = j * TILE.rows + tl.arange(0, TILE.rows)
+        acc = _scaled(acc, w, e, r, padded, x.scale is None, size, HOW)
+        if HOW.gated:
+            gate, up = acc.reshape(BT, TILE.rows // 16, 2, 8).permute(0, 1, 3, 2).split()
+            _store_activated(
+                gate.reshape(BT, HALF), up.reshape(BT, HALF), places, there, j, out, size, HOW, HALF
+            )
         else:
-            i = r
-            real = r < rows
-            if BIAS:
-                acc += tl.load(bias + e * rows + r, real, other=0.0).to(tl.float32)[None, :]
-            v = activate(acc, acc, ACT, ALPHA, LIMIT, SHIFT) if STAGE == 1 else acc
-    mask = there[:, None] & real[None, :]
-    if STAGE == 1:
-        to = places
-    else:
-        to = pairs // K if COMBINE == ATOMIC else pairs
-        v *= tl.load(pair_weights + pairs, there, other=0.0)[:, None]
-    at = out + to.to(tl.int64)[:, None] * out_stride + i[None, :]
-    if STAGE == 2 and COMBINE == ATOMIC:
-        tl.atomic_add(at, v, mask=mask, sem="relaxed")
-    else:
-        tl.store(at, v.to(out.dtype.element_ty), mask=mask)
+            if HOW.stage == 1:
+                acc = activate(acc, acc, HOW)
+                to = places
+            else:
+                to = pairs
+                if HOW.weighted:
+                    acc *= tl.load(routing.weights + pairs, there, other=0.0)[:, None]
+            at = out + to.to(tl.int64)[:, None] * size.out_stride + r[None, :]
+            tl.store(at, acc.to(out.dtype.element_ty), mask=there[:, None] & (r < size.rows)[None, :])
+
+
+@triton.jit
+def _scaled(acc, w, e, r, padded, ONE_FMA: tl.constexpr, size, HOW: tl.constexpr):
+    """Scales and biases of kernel rows r, rounded as fused.epilogue does."""
+    dense_r, real = dense_rows(r, size.rows, HOW.gated)
+    if HOW.format != BF16:
+        scale = tl.load(w.row_scale + e * padded + r, r < padded, other=0.0)[None, :]
+        if w.bias is None:
+            acc *= scale
+        else:
+            shift = tl.load(w.bias + e * size.rows + dense_r, real, other=0.0).to(tl.float32)[None, :]
+            if ONE_FMA:
+                acc = tl.fma(acc, scale, shift)
+            else:
+                acc *= scale
+                acc += shift
+    elif w.bias is not None:
+        acc += tl.load(w.bias + e * size.rows + dense_r, real, other=0.0).to(tl.float32)[None, :]
+    return acc
+
+
+@triton.jit
+def _store_activated(gate, up, places, there, j, out, size, HOW: tl.constexpr, HALF: tl.constexpr):
+    """The activation of gate and up [pairs, HALF], and out."""
+    i = j * HALF + tl.arange(0, HALF)
+    v = activate(gate, up, HOW)
+    at = out + places.to(tl.int64)[:, None] * size.out_stride + i[None, :]
+    tl.store(at, v.to(out.dtype.element_ty), mask=there[:, None] & (i < size.rows // 2)[None, :])

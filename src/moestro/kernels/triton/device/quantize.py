@@ -7,6 +7,8 @@ The recipe is that of formats.NVFP4.quantize_rows, division for division.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -71,23 +73,37 @@ def _store_codes(q, negative, packed, first, columns, B: tl.constexpr):
     tl.store(packed + byte, (low | (high << 4)).to(tl.uint8), byte < columns // 2)
 
 
+class Recipe(NamedTuple):
+    """Constants of quantize_rows."""
+
+    top_k: int
+    offset: int
+    experts: int
+    scale: int  # where the global scale is from
+    by_pair: bool
+    sorted: bool
+    packed: bool
+    columns: int  # at a time
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def quantize_rows(x, pairs_of, ids, given, values, block_scale, row_scale, num_rows, columns,
-                  K: tl.constexpr, OFFSET: tl.constexpr, L: tl.constexpr, SCALE: tl.constexpr,
-                  BY_PAIR: tl.constexpr, SORTED: tl.constexpr, PACKED: tl.constexpr, B: tl.constexpr,
-                  PDL: tl.constexpr):  # fmt: skip
+                  HOW: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """x rows through NVFP4, one program per row r of `values`; row_scale[r] is the row's global scale.
 
-    values [num_rows, columns] bfloat16 = e2m1 · block scale; or (PACKED) [num_rows, columns / 2] uint8 codes
+    values [num_rows, columns] bfloat16 = e2m1 · block scale; or (packed) [num_rows, columns / 2] uint8 codes
     and block_scale [num_rows, columns / 16] e4m3.
-    BY_PAIR: row r is of pair r and reads x[r // K]; otherwise it reads x[r]. Under a PER_EXPERT global scale
-    the expert is that of pair r, or of pairs_of[r] if SORTED.
+    by_pair: row r is of pair r and reads x[r // top_k]; otherwise it reads x[r]. Under a PER_EXPERT global scale
+    the expert is that of pair r, or of pairs_of[r] if sorted.
     """
+    SCALE: tl.constexpr = HOW.scale
+    B: tl.constexpr = HOW.columns
+    L: tl.constexpr = HOW.experts
     wait_for_previous(PDL)
     launch_next(PDL)
     r = tl.program_id(0)
-    source = x + (r // K if BY_PAIR else r).to(tl.int64) * columns
-    e = tl.load(ids + (tl.load(pairs_of + r) if SORTED else r)) - OFFSET if SCALE == PER_EXPERT else 0
+    source = x + (r // HOW.top_k if HOW.by_pair else r).to(tl.int64) * columns
+    e = tl.load(ids + (tl.load(pairs_of + r) if HOW.sorted else r)) - HOW.offset if SCALE == PER_EXPERT else 0
     scale = _global_scale(source, columns, given, e, SCALE, L, B)
     tl.store(row_scale + r, scale)
     row = r.to(tl.int64)
@@ -97,7 +113,7 @@ def quantize_rows(x, pairs_of, ids, given, values, block_scale, row_scale, num_r
             tl.load(source + first + c, first + c < columns, other=0.0).to(tl.float32).reshape(B // 16, 16)
         )
         q, block = _through_e2m1(blocks, scale)
-        if PACKED:
+        if HOW.packed:
             _store_codes(q, blocks < 0, values + row * (columns // 2), first, columns, B)
             g = first // 16 + tl.arange(0, B // 16)
             at = block_scale + row * (columns // 16) + g
@@ -105,7 +121,7 @@ def quantize_rows(x, pairs_of, ids, given, values, block_scale, row_scale, num_r
         else:
             v = q * block[:, None]
             v = tl.where(blocks < 0, -v, v).reshape(B)
-            tl.store(values + row * columns + first + c, v.to(tl.bfloat16), first + c < columns)
+            tl.store(values + row * columns + first + c, v.to(values.dtype.element_ty), first + c < columns)
 
 
 @triton.jit
@@ -125,3 +141,12 @@ def unpack_rows(packed, scale, values, columns, B: tl.constexpr, PDL: tl.constex
         v = tl.where(code >= 8, -v, v)
         s = tl.load(scale + r * (columns // 16) + at // 16, at < columns, other=0.0).to(tl.float32)
         tl.store(values + r * columns + at, (v * s).to(tl.bfloat16), at < columns)
+
+
+@triton.jit(do_not_specialize=["size"])
+def round_values(x, values, size, B: tl.constexpr, PDL: tl.constexpr):
+    """values = x, rounded to the dtype of values."""
+    wait_for_previous(PDL)
+    launch_next(PDL)
+    i = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
+    tl.store(values + i, tl.load(x + i, i < size, other=0.0).to(values.dtype.element_ty), i < size)

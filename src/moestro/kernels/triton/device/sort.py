@@ -10,12 +10,22 @@ Pairs of experts that are not local count as one more expert, L, which gets no t
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from moestro.kernels.triton.device.common import launch_next, wait_for_previous
 
 CHUNK = 2048  # pairs of one program
+
+
+class Local(NamedTuple):
+    """Constants: the experts of this rank, and bins of a histogram for them and one more."""
+
+    offset: int
+    experts: int
+    bins: int
 
 
 @triton.jit
@@ -27,14 +37,14 @@ def _local(ids, p, P, OFFSET: tl.constexpr, L: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["P"])
-def count(ids, counts, P, OFFSET: tl.constexpr, L: tl.constexpr, LB: tl.constexpr, CHUNK: tl.constexpr,
-          PDL: tl.constexpr):  # fmt: skip
-    """counts [chunks, LB] int32: pairs of each local expert in each chunk."""
+def count(ids, counts, P, LOCAL: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr):
+    """counts [chunks, bins] int32: pairs of each local expert in each chunk."""
+    LB: tl.constexpr = LOCAL.bins
     wait_for_previous(PDL)
     launch_next(PDL)
     c = tl.program_id(0)
     p = c * CHUNK + tl.arange(0, CHUNK)
-    e = _local(ids, p, P, OFFSET, L)
+    e = _local(ids, p, P, LOCAL.offset, LOCAL.experts)
     tl.store(counts + c * LB + tl.arange(0, LB), tl.histogram(e, LB))
 
 
@@ -53,9 +63,8 @@ def _cut(table, stride, totals, starts, bins, BN, L: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["P", "num_chunks", "stride1", "stride2", "BN1", "BN2"])
-def place(ids, counts, cursors, sorted_pairs, table1, stride1, table2, stride2, P, num_chunks,
-          BN1, BN2, OFFSET: tl.constexpr, L: tl.constexpr, LB: tl.constexpr, CHUNK: tl.constexpr,
-          PDL: tl.constexpr):  # fmt: skip
+def place(ids, counts, cursors, sorted_pairs, tables, stride1, stride2, P, num_chunks, BN1, BN2,
+          LOCAL: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """sorted_pairs [P] (pairs by expert; those of no local expert last), and two tables of tiles of them.
 
     A table is int32 [3 * stride + 1]; tile t is of expert table[t] and covers sorted_pairs from
@@ -63,11 +72,12 @@ def place(ids, counts, cursors, sorted_pairs, table1, stride1, table2, stride2, 
     many there are. counts is read if there is more than one chunk. BN1 and BN2 are not constants of the kernel:
     tuning would compile one for each pair of widths.
     """
+    LB: tl.constexpr = LOCAL.bins
     wait_for_previous(PDL)
     launch_next(PDL)
     c = tl.program_id(0)
     p = c * CHUNK + tl.arange(0, CHUNK)
-    e = _local(ids, p, P, OFFSET, L)
+    e = _local(ids, p, P, LOCAL.offset, LOCAL.experts)
     bins = tl.arange(0, LB)
     if num_chunks == 1:
         total = tl.histogram(e, LB)
@@ -88,6 +98,6 @@ def place(ids, counts, cursors, sorted_pairs, table1, stride1, table2, stride2, 
     at = tl.atomic_add(cursors + c * LB + e, 1, mask=p < P, sem="relaxed")
     tl.store(sorted_pairs + at, p, p < P)
     if c == 0:
-        _cut(table1, stride1, total, starts, bins, BN1, L)
+        _cut(tables.first, stride1, total, starts, bins, BN1, LOCAL.experts)
         if BN2 != BN1:
-            _cut(table2, stride2, total, starts, bins, BN2, L)
+            _cut(tables.second, stride2, total, starts, bins, BN2, LOCAL.experts)

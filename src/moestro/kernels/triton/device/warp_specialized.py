@@ -1,6 +1,6 @@
 """The product for many pairs of an expert on Hopper: weights are decoded while the tensor cores multiply.
 
-In `gemm.py` each step loads, decodes, multiplies and waits. Here (Gluon, Triton's language of explicit layouts)
+In `fused.py` each step loads, decodes, multiplies and waits. Here (Gluon, Triton's language of explicit layouts)
 groups of four warps share the work and meet at barriers in shared memory:
 
 - a producer copies codes, scales and rows of x into a ring of STAGES buffers, and never waits for a copy;
@@ -9,8 +9,8 @@ groups of four warps share the work and meet at barriers in shared memory:
 
 Programs are persistent: the producer is in the next tile while the consumers write the last one. A tile has up to
 BN + EXTRA pairs, EXTRA with a ring of their own (operands are powers of two wide): where each expert has about 256,
-a tile of 288 saves half of them a second one. As in `gemm.py`, a tile of few pairs is narrower (LADDER 1: by quarters
-of BN, 2: by half; and by half of EXTRA beside 64).
+a tile of 288 saves half of them a second one. As in `fused.py`, a tile of few pairs is narrower (by quarters of BN, or
+by half; and by half of EXTRA beside 64).
 
 A partition ends with `exit`. Falling out of it would lead back to Triton's dispatch loop, and then ptxas no
 longer sees which registers setmaxnreg gives, and serialises every wgmma (C7512).
@@ -18,78 +18,116 @@ longer sees which registers setmaxnreg gives, and serialises every wgmma (C7512)
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 
-from moestro.kernels.triton.device import common as device
-from moestro.kernels.triton.device.loops import alone, following, one, two
+from moestro.kernels.triton.device import common
+from moestro.kernels.triton.device.loops import Ring, following, mma_64, mma_64_pingpong, mma_128
 
 async_copy, mbarrier, fence_async_shared = hopper.async_copy, hopper.mbarrier, hopper.fence_async_shared
 copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # 3.9, 3.6
-activate = gluon.jit(device.activate.fn)
-wait_for_previous = gluon.jit(device.wait_for_previous.fn)
-launch_next = gluon.jit(device.launch_next.fn)
+activate = gluon.jit(common.activate.fn)
+wait_for_previous = gluon.jit(common.wait_for_previous.fn)
+launch_next = gluon.jit(common.launch_next.fn)
 
 TURNED = gl.constexpr(gl.BlockedLayout([8, 1], [4, 8], [1, 4], [0, 1]))  # 8 rows of weights a thread
+WHOLE, HALVES, QUARTERS = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)  # what a tile of few pairs runs
+
+
+class Grid(NamedTuple):
+    """Constants of a tile."""
+
+    rows: int  # of weights
+    pairs: int  # a power of two
+    extra: int  # pairs beyond that
+    consumers: int
+    turn: int  # stages that the producer fills in one go
+    stages: int
+    group: int  # tiles of pairs that walk the strips of rows together
+    narrow: int
+    odd: bool  # the number of 64-column blocks is
+    registers: int  # of a consumer's thread
+    producer_registers: int
+
+
+class Call(NamedTuple):
+    """What all partitions know."""
+
+    x: Any
+    routing: Any
+    stride: Any
+    w: Any
+    out: Any
+    size: Any
+    tiles: Any  # of pairs
+    strips: Any  # of rows
+    blocks: Any  # of 64 kernel rows of an expert
+
+
+class Spot(NamedTuple):
+    """A tile of one consumer."""
+
+    row: Any  # its first kernel row
+    expert: Any
+    start: Any  # its first place
+    count: Any  # pairs from there to the end of the expert
+    zero: Any
 
 
 @gluon.jit(do_not_specialize=["stride"])
-def wide_gemm(
-    x, sorted_pairs, table, stride, w, w_scales, row_scale, bias, out,
-    rows, columns, out_stride, K,
-    STAGE: gl.constexpr, GATED: gl.constexpr, ACT: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr,
-    SHIFT: gl.constexpr, BIAS: gl.constexpr, EVEN: gl.constexpr, ODD: gl.constexpr, BM: gl.constexpr,
-    BN: gl.constexpr, EXTRA: gl.constexpr, GROUPS: gl.constexpr, TURN: gl.constexpr, STAGES: gl.constexpr,
-    GROUP: gl.constexpr, LADDER: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, PDL: gl.constexpr,
-):  # fmt: skip
-    """As gemm.moe_gemm with sorted pairs and NVFP4 weights; out by place (STAGE 1) or by pair, not weighted.
+def wide_gemm(x, routing, stride, w, out, size, HOW: gl.constexpr, TILE: gl.constexpr, PDL: gl.constexpr):
+    """As fused.moe_gemm with sorted pairs and quantised weights; out by place (stage 1) or by pair, not weighted.
 
-    ODD: the number of 64-column blocks is. GROUP tiles of pairs walk the strips of BM rows together.
+    TILE: Grid.
     """
-    xs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BN, 64], gl.NVMMASharedLayout(128, 16, 2))
-    ws = gl.allocate_shared_memory(gl.int16, [STAGES, BM, 16], gl.SwizzledSharedLayout(8, 4, 2, [1, 0]))
-    ss = gl.allocate_shared_memory(gl.int32, [STAGES, BM], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    STAGES: gl.constexpr = TILE.stages
+    ROWS: gl.constexpr = TILE.rows
+    PAIRS: gl.constexpr = TILE.pairs
+    EXTRA: gl.constexpr = TILE.extra
+    # 16 words of a row are 32 or 64 bytes: no two rows of a load meet in a bank
+    WS: gl.constexpr = gl.SwizzledSharedLayout(8, 64 // HOW.word_bits, 2, [1, 0])
+    xs = gl.allocate_shared_memory(x.dtype.element_ty, [STAGES, PAIRS, 64], gl.NVMMASharedLayout(128, 16, 2))
+    ws = gl.allocate_shared_memory(w.data.dtype.element_ty, [STAGES, ROWS, 16], WS)
+    ss = gl.allocate_shared_memory(
+        w.scales.dtype.element_ty, [STAGES, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
     if EXTRA > 0:
-        xe = gl.allocate_shared_memory(gl.bfloat16, [STAGES, EXTRA, 64], gl.NVMMASharedLayout(128, 16, 2))
+        xe = gl.allocate_shared_memory(
+            x.dtype.element_ty, [STAGES, EXTRA, 64], gl.NVMMASharedLayout(128, 16, 2)
+        )
     else:
         xe = xs
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=128)
-        mbarrier.init(empty.index(i), count=GROUPS)
+        mbarrier.init(empty.index(i), count=TILE.consumers)
     fence_async_shared()
     wait_for_previous(PDL)
     launch_next(PDL)
-    ring = (xs, ws, ss, full, empty, xe)
-    row_blocks = gl.cdiv(rows // 2, 32) if GATED else gl.cdiv(rows, 64)
-    shape = (table, stride, gl.load(table + 3 * stride), gl.cdiv(row_blocks * 64, BM), row_blocks, rows,
-             columns, K)  # fmt: skip
-    source = (x, w, w_scales, sorted_pairs)
-    to = (sorted_pairs, row_scale, bias, out, out_stride)
-    if GROUPS == 1:
+    ring = Ring(xs, ws, ss, full, empty, xe)
+    row_blocks = gl.cdiv(size.rows // 2, 32) if HOW.gated else gl.cdiv(size.rows, 64)
+    call = Call(x, routing, stride, w, out, size, gl.load(routing.table + 3 * stride),
+                gl.cdiv(row_blocks * 64, TILE.rows), row_blocks)  # fmt: skip
+    REGISTERS: gl.constexpr = TILE.registers
+    PRODUCER: gl.constexpr = TILE.producer_registers
+    if TILE.consumers == 1:
         gl.warp_specialize(
-            [
-                (_consume, (ring, shape, to, (STAGE, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS), 0, ODD, BM, BN,
-                            EXTRA, GROUPS, STAGES, GROUP, LADDER)),
-                (_produce, (ring, shape, source, STAGE, EVEN, BM, BN, EXTRA, TURN, STAGES, GROUP)),
-            ],
-            [4],
-            [PRODUCER_REGISTERS],
-        )  # fmt: skip
+            [(_consume, (ring, call, 0, HOW, TILE)), (_produce, (ring, call, HOW, TILE))], [4], [PRODUCER]
+        )
     else:
         gl.warp_specialize(
             [
-                (_consume, (ring, shape, to, (STAGE, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS), 0, ODD, BM, BN,
-                            EXTRA, GROUPS, STAGES, GROUP, LADDER)),
-                (_consume, (ring, shape, to, (STAGE, GATED, ACT, ALPHA, LIMIT, SHIFT, BIAS), 1, ODD, BM, BN,
-                            EXTRA, GROUPS, STAGES, GROUP, LADDER)),
-                (_produce, (ring, shape, source, STAGE, EVEN, BM, BN, EXTRA, TURN, STAGES, GROUP)),
+                (_consume, (ring, call, 0, HOW, TILE)),
+                (_consume, (ring, call, 1, HOW, TILE)),
+                (_produce, (ring, call, HOW, TILE)),
             ],
             [4, 4],
-            [REGISTERS, PRODUCER_REGISTERS],
-        )  # fmt: skip
+            [REGISTERS, PRODUCER],
+        )
 
 
 @gluon.jit
@@ -106,185 +144,186 @@ def _zero(x):
 
 
 @gluon.jit
-def _total(shape, GROUP: gl.constexpr):
-    return gl.cdiv(shape[2], GROUP) * GROUP * shape[3]
+def _total(call, GROUP: gl.constexpr):
+    return gl.cdiv(call.tiles, GROUP) * GROUP * call.strips
 
 
 @gluon.jit
-def _tile(shape, tile, GROUP: gl.constexpr):
+def _tile(call, tile, GROUP: gl.constexpr):
     """(strip of rows, expert, first place, pairs up to the end of the expert; 0 where there is no tile)."""
-    table, stride, tiles, strips = shape[0], shape[1], shape[2], shape[3]
-    walk = GROUP * strips
+    table, stride = call.routing.table, call.stride
+    walk = GROUP * call.strips
     t = tile // walk * GROUP + tile % GROUP
-    works = t < tiles
+    works = t < call.tiles
     start = gl.load(table + stride + t, works, other=0)
     end = gl.load(table + 2 * stride + t, works, other=0)
     return tile % walk // GROUP, gl.load(table + t, works, other=0), start, end - start
 
 
 @gluon.jit
-def _produce(ring, shape, source, STAGE: gl.constexpr, EVEN: gl.constexpr,
-             BM: gl.constexpr, BN: gl.constexpr, EXTRA: gl.constexpr, TURN: gl.constexpr,
-             STAGES: gl.constexpr, GROUP: gl.constexpr):  # fmt: skip
+def _produce(ring, call, HOW: gl.constexpr, TILE: gl.constexpr):
     """Fill the ring, tile after tile."""
+    BN: gl.constexpr = TILE.pairs
+    EXTRA: gl.constexpr = TILE.extra
     stage = 0
     phase = 1
-    for tile in range(gl.program_id(0), _total(shape, GROUP), gl.num_programs(0)):
-        m, e, start, count = _tile(shape, tile, GROUP)
-        if TURN > 1 and count > 0 and count <= BN // 2:
-            stage, phase = _fill(ring, shape, source, m, e, start, count, stage, phase, STAGE,
-                                 EVEN, BM, BN // 2, 0, TURN, STAGES)  # fmt: skip
+    for tile in range(gl.program_id(0), _total(call, TILE.group), gl.num_programs(0)):
+        m, e, start, count = _tile(call, tile, TILE.group)
+        if TILE.turn > 1 and count > 0 and count <= BN // 2:
+            stage, phase = _fill(ring, call, m, e, start, count, stage, phase, HOW, TILE, BN // 2, 0)
         elif EXTRA > 16 and BN < 128 and count > BN and count <= BN + EXTRA // 2:
-            stage, phase = _fill(ring, shape, source, m, e, start, count, stage, phase, STAGE,
-                                 EVEN, BM, BN, EXTRA // 2, TURN, STAGES)  # fmt: skip
+            stage, phase = _fill(ring, call, m, e, start, count, stage, phase, HOW, TILE, BN, EXTRA // 2)
         elif EXTRA > 0 and count > BN:
-            stage, phase = _fill(ring, shape, source, m, e, start, count, stage, phase, STAGE,
-                                 EVEN, BM, BN, EXTRA, TURN, STAGES)  # fmt: skip
+            stage, phase = _fill(ring, call, m, e, start, count, stage, phase, HOW, TILE, BN, EXTRA)
         elif count > 0:
-            stage, phase = _fill(ring, shape, source, m, e, start, count, stage, phase, STAGE,
-                                 EVEN, BM, BN, 0, TURN, STAGES)  # fmt: skip
+            stage, phase = _fill(ring, call, m, e, start, count, stage, phase, HOW, TILE, BN, 0)
     _exit(stage)
 
 
 @gluon.jit
-def _fill(ring, shape, source, m, e, start, count, stage, phase, STAGE: gl.constexpr,
-          EVEN: gl.constexpr, BM: gl.constexpr, W: gl.constexpr, W2: gl.constexpr, TURN: gl.constexpr,
-          STAGES: gl.constexpr):  # fmt: skip
+def _fill(ring, call, m, e, start, count, stage, phase, HOW: gl.constexpr, TILE: gl.constexpr, W: gl.constexpr,
+          W2: gl.constexpr):  # fmt: skip
     """One tile, 64 columns a stage.
 
-    Several stages a TURN share the arithmetic of addresses; then rows that are not there are not masked out
+    Several stages a turn share the arithmetic of addresses; then rows that are not there are not masked out
     either: the last one is copied again.
     """
-    xs, ws, ss, full, empty, xe = ring
-    x, w, w_scales = source[0], source[1], source[2]
-    row_blocks, columns = shape[4], shape[6]
+    BM: gl.constexpr = TILE.rows
+    TURN: gl.constexpr = TILE.turn
+    STAGES: gl.constexpr = TILE.stages
+    EVEN: gl.constexpr = HOW.even
+    S_STEP: gl.constexpr = 64 // HOW.scale_rows
+    columns = call.size.columns
     XL: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    WL: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0])
+    PIECE: gl.constexpr = 128 // HOW.word_bits  # words of 16 bytes
+    WL: gl.constexpr = gl.BlockedLayout([1, PIECE], [2 * PIECE, 16 // PIECE], [4, 1], [1, 0])
     i = gl.arange(0, W, gl.SliceLayout(1, XL))
     k = gl.arange(0, 64, gl.SliceLayout(0, XL))
     r = gl.arange(0, BM, gl.SliceLayout(1, WL))
     c = gl.arange(0, 16, gl.SliceLayout(0, WL))
-    s = gl.arange(0, BM, gl.BlockedLayout([4], [32], [4], [0]))
+    s = gl.arange(0, BM, gl.BlockedLayout([4 if HOW.scale_rows == 1 else 1], [32], [4], [0]))
     blocks = gl.cdiv(columns, 64)
-    strip = e.to(gl.int64) * row_blocks
-    strip_w = strip + gl.minimum(m * (BM // 64) + r // 64, row_blocks - 1)
-    strip_s = strip + gl.minimum(m * (BM // 64) + s // 64, row_blocks - 1)
-    xp = x + _rows(source, shape, start, count, i, STAGE)[:, None] * columns + k[None, :]
+    strip = e.to(gl.int64) * call.blocks
+    strip_w = strip + gl.minimum(m * (BM // 64) + r // 64, call.blocks - 1)
+    strip_s = strip + gl.minimum(m * (BM // 64) + s // 64, call.blocks - 1)
+    xp = call.x + _rows(call, start, count, i, HOW)[:, None] * columns + k[None, :]
     if W2 > 0:
         i2 = W + gl.arange(0, W2, gl.SliceLayout(1, XL))
-        xp2 = x + _rows(source, shape, start, count, i2, STAGE)[:, None] * columns + k[None, :]
-    wp = w + (strip_w * (blocks * 1024) + r % 64 * 16)[:, None] + c[None, :]
-    sp = w_scales + strip_s * (blocks * 64) + s % 64
+        xp2 = call.x + _rows(call, start, count, i2, HOW)[:, None] * columns + k[None, :]
+    wp = call.w.data + (strip_w * (blocks * 1024) + r % 64 * 16)[:, None] + c[None, :]
+    sp = call.w.scales + strip_s * (blocks * S_STEP) + s % 64 // HOW.scale_rows
     for first in range(0, blocks, TURN):
         for u in gl.static_range(TURN):
             if TURN == 1 or first + u < blocks:
                 ahead = first if TURN == 1 else u
-                mbarrier.wait(empty.index(stage), phase)
+                mbarrier.wait(ring.empty.index(stage), phase)
                 if EVEN and TURN > 1:
-                    copy_async(xs.index(stage).slice(0, W), xp + ahead * 64)
+                    copy_async(ring.x.index(stage).slice(0, W), xp + ahead * 64)
                     if W2 > 0:
-                        copy_async(xe.index(stage).slice(0, W2), xp2 + ahead * 64)
+                        copy_async(ring.more_x.index(stage).slice(0, W2), xp2 + ahead * 64)
                 else:
                     mask = (i < count)[:, None]
                     if not EVEN:
                         mask = mask & (k[None, :] < columns - (first + u) * 64)
-                    copy_async(xs.index(stage).slice(0, W), xp + ahead * 64, mask)
+                    copy_async(ring.x.index(stage).slice(0, W), xp + ahead * 64, mask)
                     if W2 > 0:
                         mask2 = (i2 < count)[:, None]
                         if not EVEN:
                             mask2 = mask2 & (k[None, :] < columns - (first + u) * 64)
-                        copy_async(xe.index(stage).slice(0, W2), xp2 + ahead * 64, mask2)
-                copy_async(ws.index(stage), wp + ahead * 1024)
-                copy_async(ss.index(stage), sp + ahead * 64)
-                async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
+                        copy_async(ring.more_x.index(stage).slice(0, W2), xp2 + ahead * 64, mask2)
+                copy_async(ring.w.index(stage), wp + ahead * 1024)
+                copy_async(ring.scales.index(stage), sp + ahead * S_STEP)
+                async_copy.mbarrier_arrive(ring.full.index(stage), increment_count=False)
                 stage, phase = following(stage, phase, STAGES)
         if TURN > 1:
             xp += TURN * 64
             if W2 > 0:
                 xp2 += TURN * 64
             wp += TURN * 1024
-            sp += TURN * 64
+            sp += TURN * S_STEP
     return stage, phase
 
 
 @gluon.jit
-def _rows(source, shape, start, count, i, STAGE: gl.constexpr):
+def _rows(call, start, count, i, HOW: gl.constexpr):
     """Rows of x (int64) of a tile's columns i; beyond the last, the last again."""
     row = start + gl.minimum(i, count - 1)
-    if STAGE == 1:
-        row = gl.load(source[3] + row)
-        row = row // shape[7]  # top_k
+    if HOW.stage == 1:
+        row = gl.load(call.routing.sorted_pairs + row)
+        row = row // call.size.top_k
     return row.to(gl.int64)
 
 
 @gluon.jit
-def _consume(ring, shape, to, how, WG: gl.constexpr, ODD: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-             EXTRA: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
-             LADDER: gl.constexpr):  # fmt: skip
+def _consume(ring, call, WG: gl.constexpr, HOW: gl.constexpr, TILE: gl.constexpr):
     """Multiply and write the rows of this group, tile after tile."""
+    BN: gl.constexpr = TILE.pairs
+    EXTRA: gl.constexpr = TILE.extra
     Q: gl.constexpr = BN // 4
-    PARTS: gl.constexpr = BM // GROUPS // 64
+    PARTS: gl.constexpr = TILE.rows // TILE.consumers // 64
     ROW: gl.constexpr = WG * PARTS * 64
     stage = 0
     phase = 0
-    m, e, start, count = _tile(shape, gl.program_id(0), GROUP)
-    for tile in range(gl.program_id(0), _total(shape, GROUP), gl.num_programs(0)):
-        later = _tile(shape, tile + gl.num_programs(0), GROUP)
-        at = (m * BM + ROW, e, start, count, _zero(count))
+    m, e, start, count = _tile(call, gl.program_id(0), TILE.group)
+    for tile in range(gl.program_id(0), _total(call, TILE.group), gl.num_programs(0)):
+        later = _tile(call, tile + gl.num_programs(0), TILE.group)
+        at = Spot(m * TILE.rows + ROW, e, start, count, _zero(count))
         if count > 0:
-            if LADDER == 1 and count <= Q:
-                stage, phase = _run(ring, shape, to, how, at, stage, phase, ROW, ODD, PARTS, Q, 0, STAGES)
-            elif LADDER > 0 and count <= 2 * Q:
-                stage, phase = _run(ring, shape, to, how, at, stage, phase, ROW, ODD, PARTS, 2 * Q, 0, STAGES)
-            elif LADDER == 1 and count <= 3 * Q:
-                stage, phase = _run(ring, shape, to, how, at, stage, phase, ROW, ODD, PARTS, 2 * Q, Q, STAGES)
+            if TILE.narrow == QUARTERS and count <= Q:
+                stage, phase = _run(ring, call, at, stage, phase, HOW, TILE, ROW, Q, 0)
+            elif TILE.narrow != WHOLE and count <= 2 * Q:
+                stage, phase = _run(ring, call, at, stage, phase, HOW, TILE, ROW, 2 * Q, 0)
+            elif TILE.narrow == QUARTERS and count <= 3 * Q:
+                stage, phase = _run(ring, call, at, stage, phase, HOW, TILE, ROW, 2 * Q, Q)
             elif EXTRA > 16 and BN < 128 and count > BN and count <= BN + EXTRA // 2:
-                stage, phase = _run(
-                    ring, shape, to, how, at, stage, phase, ROW, ODD, PARTS, BN, EXTRA // 2, STAGES
-                )
+                stage, phase = _run(ring, call, at, stage, phase, HOW, TILE, ROW, BN, EXTRA // 2)
             elif EXTRA > 0 and count > BN:
-                stage, phase = _run(
-                    ring, shape, to, how, at, stage, phase, ROW, ODD, PARTS, BN, EXTRA, STAGES
-                )
+                stage, phase = _run(ring, call, at, stage, phase, HOW, TILE, ROW, BN, EXTRA)
             else:
-                stage, phase = _run(ring, shape, to, how, at, stage, phase, ROW, ODD, PARTS, BN, 0, STAGES)
+                stage, phase = _run(ring, call, at, stage, phase, HOW, TILE, ROW, BN, 0)
         m, e, start, count = later
     _exit(stage)
 
 
 @gluon.jit
-def _run(ring, shape, to, how, at, stage, phase, ROW: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr,
-         W: gl.constexpr, W2: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+def _run(ring, call, at, stage, phase, HOW: gl.constexpr, TILE: gl.constexpr, ROW: gl.constexpr,
+         W: gl.constexpr, W2: gl.constexpr):  # fmt: skip
     """One tile: W columns, and W2 more where that is not 0 (operands are powers of two wide)."""
+    PARTS: gl.constexpr = TILE.rows // TILE.consumers // 64
+    STAGES: gl.constexpr = TILE.stages
+    FORMAT: gl.constexpr = HOW.format
     HAS2: gl.constexpr = W2 > 0
     V2: gl.constexpr = W2 if HAS2 else 16
     M: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, W, 16])
     M2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V2, 16])
-    r = at[0] + (gl.arange(0, 64, gl.SliceLayout(1, M)) + at[4])
-    upper = _of_rows(to, how, at[1], r, shape[5])
-    pairs = _pairs(to, how, at, 0, W)
-    pairs2 = _pairs(to, how, at, W, V2)
-    blocks = gl.cdiv(shape[6], 64)
+    r = at.row + (gl.arange(0, 64, gl.SliceLayout(1, M)) + at.zero)
+    upper = _of_rows(call, at.expert, r, HOW)
+    pairs = _pairs(call, at, HOW, 0, W)
+    pairs2 = _pairs(call, at, HOW, W, V2)
+    blocks = gl.cdiv(call.size.columns, 64)
     if PARTS == 1 and W + W2 > 256:
-        acc, acc2, stage, phase = alone(ring, stage, phase, blocks, ROW, M, M2, W, W2, V2, STAGES)
+        acc, acc2, stage, phase = mma_64(ring, stage, phase, blocks, FORMAT, ROW, M, M2, W, W2, V2, STAGES)
     elif PARTS == 1:
-        acc, acc2, stage, phase = one(ring, stage, phase, blocks, ROW, ODD, M, M2, W, W2, V2, STAGES)
+        acc, acc2, stage, phase = mma_64_pingpong(ring, stage, phase, blocks, FORMAT, ROW, TILE.odd, M, M2, W,
+                                                  W2, V2, STAGES)  # fmt: skip
     else:
-        lower = _of_rows(to, how, at[1], r + 64, shape[5])
-        acc, acc2, accb, accb2, stage, phase = two(ring, stage, phase, blocks, ROW, M, M2, W, W2, V2, STAGES)
-        _finish(accb, lower, to, how, at[0] + 64, at, pairs, shape, W, M)
+        lower = _of_rows(call, at.expert, r + 64, HOW)
+        acc, acc2, accb, accb2, stage, phase = mma_128(ring, stage, phase, blocks, FORMAT, ROW, M, M2, W, W2,
+                                                       V2, STAGES)  # fmt: skip
+        _epilogue(accb, lower, call, at, at.row + 64, pairs, HOW, W, M)
         if HAS2:
-            _finish(accb2, lower, to, how, at[0] + 64, at, pairs2, shape, W2, M2)
-    _finish(acc, upper, to, how, at[0], at, pairs, shape, W, M)
+            _epilogue(accb2, lower, call, at, at.row + 64, pairs2, HOW, W2, M2)
+    _epilogue(acc, upper, call, at, at.row, pairs, HOW, W, M)
     if HAS2:
-        _finish(acc2, upper, to, how, at[0], at, pairs2, shape, W2, M2)
+        _epilogue(acc2, upper, call, at, at.row, pairs2, HOW, W2, M2)
     return stage, phase
 
 
 @gluon.jit
-def _of_rows(to, how, e, r, rows):
+def _of_rows(call, e, r, HOW: gl.constexpr):
     """(scale, bias) of kernel rows r: asked for before the loop, which hides their way from memory."""
-    if how[1]:  # gated
+    rows = call.size.rows
+    if HOW.gated:
         j = r // 16 * 8 + r % 8
         real = j < rows // 2
         j = gl.where(r % 16 < 8, j, rows // 2 + j)
@@ -293,44 +332,43 @@ def _of_rows(to, how, e, r, rows):
         j = r
         real = r < rows
         padded = gl.cdiv(rows, 64) * 64
-    scale = gl.load(to[1] + e.to(gl.int64) * padded + r, real, other=0.0)
-    if how[6]:  # with biases
-        return scale, gl.load(to[2] + e * rows + j, real, other=0.0).to(gl.float32)
+    scale = gl.load(call.w.row_scale + e.to(gl.int64) * padded + r, real, other=0.0)
+    if call.w.bias is not None:
+        return scale, gl.load(call.w.bias + e * rows + j, real, other=0.0).to(gl.float32)
     else:
         return scale, scale
 
 
 @gluon.jit
-def _pairs(to, how, at, FIRST: gl.constexpr, W: gl.constexpr):
+def _pairs(call, at, HOW: gl.constexpr, FIRST: gl.constexpr, W: gl.constexpr):
     """Rows of out of W columns from FIRST, as threads will write them; -1 where there is none."""
-    i = gl.arange(0, W, gl.SliceLayout(0, TURNED)) + at[4] + FIRST
-    if how[0] == 1:  # the first product writes by place
-        return gl.where(i < at[3], at[2] + i, -1)
+    i = gl.arange(0, W, gl.SliceLayout(0, TURNED)) + at.zero + FIRST
+    if HOW.stage == 1:  # writes by place
+        return gl.where(i < at.count, at.start + i, -1)
     else:
-        return gl.load(to[0] + at[2] + i, i < at[3], other=-1)
+        return gl.load(call.routing.sorted_pairs + at.start + i, i < at.count, other=-1)
 
 
 @gluon.jit
-def _finish(acc, of_rows, to, how, row, at, pairs, shape, W: gl.constexpr, M: gl.constexpr):
+def _epilogue(acc, of_rows, call, at, row, pairs, HOW: gl.constexpr, W: gl.constexpr, M: gl.constexpr):
     """Scales, bias, the activation of the first product, and out."""
-    out, out_stride = to[3], to[4]
-    STAGE: gl.constexpr = how[0]
-    GATED: gl.constexpr = how[1]
-    BIAS: gl.constexpr = how[6]
+    out = call.out
     scale, shift = of_rows
-    acc *= gl.expand_dims(gl.convert_layout(scale, gl.SliceLayout(1, M)), 1)
-    if BIAS:
-        acc += gl.expand_dims(gl.convert_layout(shift, gl.SliceLayout(1, M)), 1)
-    if GATED:
-        gate, up = gl.split(gl.permute(gl.reshape(acc, [4, 2, 8, W]), (0, 2, 3, 1)))
-        acc = gl.reshape(activate(gate, up, how[2], how[3], how[4], how[5]), [32, W])
-        j = row // 2 + (gl.arange(0, 32, gl.SliceLayout(1, TURNED)) + at[4])
-        real = j < shape[5] // 2
+    scale = gl.expand_dims(gl.convert_layout(scale, gl.SliceLayout(1, M)), 1)
+    if call.w.bias is not None:  # rounded as fused.epilogue does
+        acc = gl.fma(acc, scale, gl.expand_dims(gl.convert_layout(shift, gl.SliceLayout(1, M)), 1))
     else:
-        if STAGE == 1:
-            acc = activate(acc, acc, how[2], how[3], how[4], how[5])
-        j = row + (gl.arange(0, 64, gl.SliceLayout(1, TURNED)) + at[4])
-        real = j < shape[5]
+        acc *= scale
+    if HOW.gated:
+        gate, up = gl.split(gl.permute(gl.reshape(acc, [4, 2, 8, W]), (0, 2, 3, 1)))
+        acc = gl.reshape(activate(gate, up, HOW), [32, W])
+        j = row // 2 + (gl.arange(0, 32, gl.SliceLayout(1, TURNED)) + at.zero)
+        real = j < call.size.rows // 2
+    else:
+        if HOW.stage == 1:
+            acc = activate(acc, acc, HOW)
+        j = row + (gl.arange(0, 64, gl.SliceLayout(1, TURNED)) + at.zero)
+        real = j < call.size.rows
     v = gl.convert_layout(acc.to(out.dtype.element_ty), TURNED)
-    to_row = pairs.to(gl.int64) * out_stride
+    to_row = pairs.to(gl.int64) * call.size.out_stride
     gl.store(out + to_row[None, :] + j[:, None], v, (pairs >= 0)[None, :] & real[:, None])

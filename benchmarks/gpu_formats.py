@@ -1,0 +1,208 @@
+"""Every weight format on a CUDA device: numbers against the float32 reference, one order of sums, whole layers' times.
+
+    python benchmarks/gpu_formats.py check mxfp4            every tactic on odd sizes, poisoned outputs, run twice
+    python benchmarks/gpu_formats.py invariant nvfp4        which tactics give a row the same bits whatever its batch
+    python benchmarks/gpu_formats.py layers --json out.json times, the default and what is worth measuring
+
+Protocol and helpers are gpu_kernels.py's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+import torch
+from gpu_kernels import (
+    WIDE,
+    Clock,
+    bytes_of,
+    compile_all,
+    error,
+    flops_of,
+    inputs_of,
+    make,
+    short,
+    truth_of,
+)
+
+from moestro.kernels.activations import GeGLUTanh, ReLU2, SwiGLU
+from moestro.kernels.triton import Tactic, TritonRunner, choose
+
+GPT_OSS = SwiGLU(1.702, 7.0, 1.0)
+LAYERS: dict[str, tuple[tuple[int, int, int, int], str, dict[str, Any]]] = {  # L, K, H, I; format; what else
+    "gpt-oss-20b": ((32, 4, 2880, 2880), "mxfp4", {"act": GPT_OSS, "bias": True}),
+    "gpt-oss-120b": ((128, 4, 2880, 2880), "mxfp4", {"act": GPT_OSS, "bias": True}),
+    "qwen3-mxfp4": ((128, 8, 2048, 768), "mxfp4", {}),
+    "mixtral-mxfp4": ((8, 2, 4096, 14336), "mxfp4", {}),
+    "deepseek-mxfp4": ((32, 8, 7168, 2048), "mxfp4", {}),
+    "deepseek-fp8": ((32, 8, 7168, 2048), "fp8_block", {}),
+    "mixtral-fp8": ((8, 2, 4096, 14336), "fp8_block", {}),
+    "qwen3-fp8": ((128, 8, 2048, 768), "fp8_block", {}),
+    "nemotron-mxfp4": ((128, 6, 2688, 1856), "mxfp4", {"act": ReLU2()}),
+    "qwen3-next-fp8": ((512, 10, 2048, 512), "fp8_block", {}),
+}
+
+
+def tactics_of(runner: TritonRunner, n: int) -> list[Tactic]:
+    """The table's, and for NVFP4 other tiles of the warp-specialized path."""
+    p = runner.problem
+    more = WIDE if p.weight_format == "nvfp4" and n * p.top_k >= 64 else ()
+    found = [*choose.candidates(p, n), *(choose.fitted(p, t) for t in more)]
+    return [t for t in dict.fromkeys(found) if choose.why_not(p, t, n) is None]
+
+
+def check(fmt: str) -> int:
+    """Biases, experts of other ranks, invalid ids, all activations, float16; every tactic twice, bit for bit."""
+    bad, worst, count = 0, 0.0, 0
+    wide = fmt.startswith("mx")
+    small = (8, 2, 288, 160) if wide else (8, 2, 272, 176)
+    cases: list[tuple[Any, ...]] = [
+        (small, SwiGLU(), True, torch.bfloat16, (1, 3, 33, 257)),
+        ((4, 2, 512, 320), GPT_OSS, False, torch.bfloat16, (700,)),
+        (small, GeGLUTanh(), True, torch.float16, (5, 70)),
+        (small, ReLU2(), False, torch.bfloat16, (5, 190)),
+    ]
+    for i, (sizes, act, bias, dtype, tokens) in enumerate(cases):
+        runner, plain = make(*sizes, fmt, act, bias, E=sizes[0] + 4, offset=2, seed=i, dtype=dtype)
+        for n in tokens:
+            inputs = inputs_of(runner, n, i)
+            inputs[1][0, 0] = (-7, 1 << 30, 10**6)[i % 3]
+            tried = tactics_of(runner, n)
+            tried = tried if i < 2 else tried[:2] + tried[-2:]
+            runner.use_workspace(None)
+            for j, why in compile_all(runner, [(inputs, t) for t in tried]).items():
+                print("FAILED", fmt, n, tried[j], why)
+                bad += 1
+            truth = truth_of(runner, plain, inputs)
+            for tactic in tried:
+                e = error(runner, plain, inputs, tactic, truth)
+                first = inputs[3].clone()
+                runner.forward(inputs, tactic)
+                worst, count = max(worst, e), count + 1
+                if not e < 1e-2 or not torch.equal(first, inputs[3]):
+                    bad += 1
+                    print(
+                        "BAD", fmt, sizes, type(act).__name__, dtype, n, short(tactic), f"{e:.2e}", flush=True
+                    )
+    print(f"check {fmt}: {count} runs, worst error {worst:.2e}, {bad} bad", flush=True)
+    return bad
+
+
+def invariant(fmt: str, sizes: tuple[int, int, int, int] = (16, 4, 512, 384)) -> dict[str, int]:
+    """Tactic -> rows, of those of several batches, that differ from one reference tactic's at N=512."""
+    runner, _ = make(*sizes, fmt, bias=True, invariant=True)
+    whole = inputs_of(runner, 512)
+    runner.forward(whole, choose.fitted(runner.problem, choose.INVARIANT))
+    truth, found = whole[3].clone(), {}
+    for n in (1, 3, 8, 64, 255, 512):
+        at = torch.randperm(512, generator=torch.Generator().manual_seed(n))[:n].cuda()
+        inputs = [t[at].contiguous() for t in whole[:3]] + [torch.empty_like(whole[3][:n])]
+        tried = tactics_of(runner, n)
+        runner.use_workspace(None)
+        compile_all(runner, [(inputs, t) for t in tried])
+        for tactic in tried:
+            runner.use_workspace(None)
+            runner.forward(inputs, tactic)
+            name = f"{tactic.path} {short(tactic)}"
+            found[name] = found.get(name, 0) + int((inputs[3] != truth[at]).any(-1).sum())
+    paths: dict[str, list[int]] = {}
+    for name, rows in found.items():
+        paths.setdefault(name.split()[0], []).append(rows)
+    print("invariant", fmt, paths, {k: v for k, v in found.items() if v}, flush=True)
+    return found
+
+
+def single_blocks(tactic: Tactic) -> Tactic:
+    """The tactic with steps of one block where it has three: both are worth a look."""
+    tiles = [tile._replace(k_blocks=1) if tile.k_blocks == 3 else tile for tile in tactic.tiles]
+    return replace(tactic, gemm1=tiles[0], gemm2=tiles[1])
+
+
+def layers(
+    names: list[str], tokens: list[int], rounds: int, every: bool, until: float, compile_only: bool = False
+) -> list[dict[str, Any]]:
+    """Times of the default, and of all that is worth measuring where `every`; the error of the fastest."""
+    clock, rows = Clock(), []
+    for name in names:
+        sizes, fmt, rest = LAYERS[name]
+        runner, plain = make(*sizes, fmt, **rest)
+        for n in tokens:
+            if time.time() > until or (compile_only and n > 4096):
+                print("out of time before", name, n)
+                return rows
+            inputs, default = inputs_of(runner, n), choose.default(runner.problem, n)
+            others = choose.worth_measuring(runner.problem, n) if every else []
+            tried = list(dict.fromkeys([default, *others, *(single_blocks(t) for t in [default, *others])]))
+            runner.use_workspace(None)
+            failed = compile_all(runner, [(inputs, t) for t in tried])
+            if compile_only:
+                continue
+            runs, keep = {}, []
+            for i, tactic in enumerate(tried):
+                if i in failed:
+                    print("FAILED", name, n, tactic, failed[i])
+                    continue
+                runner.use_workspace(
+                    torch.empty(runner.workspace_bytes(n, tactic), dtype=torch.uint8, device="cuda")
+                )
+                keep.append((clock.graph(partial(runner.forward, inputs, tactic)), runner._workspace))
+                runs[str(i)] = keep[-1][0].replay
+            times = clock.medians(runs, rounds)
+            best = min(times, key=lambda i: times[i])
+            moved, flops = sum(bytes_of(runner, inputs)), sum(flops_of(runner, n))
+            checked = error(runner, plain, inputs, tried[int(best)]) if n <= 256 else None
+            for i, us in times.items():
+                rows.append({"layer": name, "format": fmt, "tokens": n, "us": round(us, 2),
+                             "default": i == "0", "tactic": asdict(tried[int(i)]), "error": checked if i == best else None,
+                             "tb_per_s": round(moved / us / 1e6, 3), "tflops": round(flops / us / 1e6, 1)})  # fmt: skip
+            wrong = "" if checked is None else f" error {checked:.1e}"
+            us = times[best]
+            print(f"{name} N={n}: default {times['0']:.1f}, best {us:.1f} us ({short(tried[int(best)])}) "
+                  f"{moved / us / 1e6:.2f} TB/s {flops / us / 1e6:.0f} TFLOP/s{wrong}", flush=True)  # fmt: skip
+        del runner, plain
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("command", choices=("check", "invariant", "layers"))
+    parser.add_argument("names", nargs="*", help="formats, or layers")
+    parser.add_argument("--tokens", default="1,16,64,256,1024,4096,16384")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument(
+        "--all", action="store_true", help="everything worth measuring, not the default alone"
+    )
+    parser.add_argument("--compile", action="store_true", help="into Triton's cache, without running")
+    parser.add_argument("--seconds", type=float, default=1e9)
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    if args.command == "check":
+        return int(sum(map(check, args.names)) > 0)
+    rows: Any
+    if args.command == "invariant":
+        rows = {fmt: invariant(fmt) for fmt in args.names}
+    else:
+        tokens = [int(t) for t in args.tokens.split(",")]
+        rows = layers(
+            args.names or list(LAYERS),
+            tokens,
+            args.rounds,
+            args.all,
+            time.time() + args.seconds,
+            args.compile,
+        )
+    if args.json:
+        with open(args.json, "w") as f:
+            about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "argv": sys.argv[1:]}
+            json.dump({**about, "rows": rows}, f)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""`moestro record`: which experts the tokens of a text go to, into a file that tuning and replay read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moestro.cli.console import output
+
+__all__ = ["record"]
+
+
+def record(
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="The folder of a checkpoint, with its tokenizer.")
+    ],
+    text: Annotated[Path, typer.Option("--text", metavar="FILE", help="What to run.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="FILE", help="A .safetensors, .pt or .npy file.")
+    ] = Path("routing.safetensors"),
+    length: Annotated[int, typer.Option("--length", help="Tokens a call.")] = 512,
+    calls: Annotated[int, typer.Option("--calls", help="At most so many calls.")] = 64,
+) -> None:
+    """Run a text through a model and record the experts of every token and layer: [sequence, layers, K]."""
+    import torch
+    import transformers
+
+    from moestro import load, routing
+    from moestro.integrations.transformers.calibrate import text_batches
+
+    if not text.is_file():
+        raise typer.BadParameter(f"must be a file, got {text}", param_hint="--text")
+    ready = load(model, report=False)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    with routing.record(ready) as recording, torch.no_grad():
+        for batch in text_batches(tokenizer, text.read_text(), length, calls):
+            ready(batch.to(ready.device))
+    recording.save(out)
+    ids = recording.ids
+    output.print(f"{out}: {list(ids.shape)} [sequence, layers, K], experts 0 to {int(ids.max())}")

@@ -1,0 +1,138 @@
+"""The experts of a checkpoint into a model's modules, layer by layer: read, checked, repacked, and nothing else held."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from moestro import formats
+from moestro.checkpoints.experts import Experts
+from moestro.errors import FormatError
+from moestro.formats import FormatTensor
+from moestro.integrations.transformers.bound import (
+    NAME_IN_MODEL,
+    Bound,
+    backend_for,
+    for_backend,
+    module_activation,
+    named_errors,
+)
+from moestro.integrations.transformers.modules import up_name
+from moestro.integrations.transformers.packed import hold
+from moestro.integrations.transformers.settings import Settings
+from moestro.moe.weights import ExpertWeights
+
+log = logging.getLogger("moestro")
+
+
+@dataclass(frozen=True)
+class Report:
+    """A line of what runs where."""
+
+    name: str
+    layout: str  # on disk
+    format: str  # in memory
+    backend: str
+    nbytes: int
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.layout} -> {self.format} on {self.backend}, {self.nbytes / 2**20:.1f} MiB"
+
+
+def load_experts(
+    model: Any, names: list[str], tensors: Mapping[str, torch.Tensor], settings: Settings
+) -> list[Report]:
+    """Fill the experts modules `names` of a model; a progress bar and a report of each."""
+    made = []
+    for name in transformers_logging.tqdm(names, desc="Packing experts", disable=len(names) < 2):
+        module = model.get_submodule(name)
+        module.__dict__[NAME_IN_MODEL] = name
+        with named_errors(module):
+            made.append(load_module(module, name, tensors, settings, device_of(model, name), dtype_of(model)))
+    return made
+
+
+def load_module(
+    module: Any,
+    name: str,
+    tensors: Mapping[str, torch.Tensor],
+    settings: Settings,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Report:
+    """One module's experts from the tensors under `name`."""
+    experts = Experts(tensors, name, num_experts=module.num_experts)
+    _check(module, name, experts)
+    side = experts.side_tensors()
+    for suffix in experts.not_used():
+        log.warning("%s: %s is not used, activations stay in their own dtype", name, suffix)
+    activation = module_activation(module)
+    source = _On(experts, device, settings)
+    first = next(iter(source))
+    one = ExpertWeights(*(type(t).stack([t]) for t in first))
+    backend = backend_for(one, activation, settings)
+    w = ExpertWeights.from_experts(
+        source, backend, dtype=settings.options.get("dtype") or dtype, **_moved(side, device)
+    )
+    found = Bound(for_backend(w, activation, settings), activation, settings, None)
+    hold(module, found)
+    return Report(name, experts.layout, w.format, backend, w.nbytes)
+
+
+class _On:
+    """Experts on their device, quantised where that was asked for."""
+
+    def __init__(self, experts: Experts, device: torch.device, settings: Settings) -> None:
+        self._experts, self._device, self._settings = experts, device, settings
+
+    def __len__(self) -> int:
+        return len(self._experts)
+
+    def __iter__(self) -> Any:
+        for gate_up, down in self._experts:
+            yield self._put(gate_up), self._put(down)
+
+    def _put(self, tensor: FormatTensor) -> FormatTensor:
+        here = tensor.to(self._device)
+        if self._settings.quantises and here.format == "bf16":
+            return formats.get(str(self._settings.format)).quantize(here.dequantize(here.data.dtype))  # type: ignore[attr-defined]
+        return here
+
+
+def _moved(side: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in side.items()}
+
+
+def _check(module: Any, name: str, experts: Experts) -> None:
+    """What the module's config and the checkpoint must agree in."""
+    if experts.gated != module.has_gate:
+        words = "a gate" if experts.gated else "no gate"
+        raise FormatError(
+            f"{name} must have {up_name(module)}, but its experts in the checkpoint have {words}"
+        )
+    biased = "gate_up_bias" in experts.side_tensors() if module.has_bias else True
+    if not biased:
+        raise FormatError(f"{name} must have biases, but its experts in the checkpoint have none")
+
+
+def device_of(model: Any, name: str) -> torch.device:
+    """Where the neighbours of a module are: its parent's parameters, or those above."""
+    parts = name.split(".")
+    for n in range(len(parts) - 1, -1, -1):
+        parent = model.get_submodule(".".join(parts[:n]))
+        for parameter in parent.parameters():
+            device: torch.device = parameter.device
+            if device.type != "meta":
+                return device
+    return torch.device("cpu")
+
+
+def dtype_of(model: Any) -> torch.dtype:
+    """The dtype that the model computes in."""
+    dtype = getattr(model, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.bfloat16

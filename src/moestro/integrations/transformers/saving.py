@@ -1,0 +1,74 @@
+"""What save_pretrained writes for packed experts: the layout that the model came in, or that its format has.
+
+Linear layers that were dequantised when they were loaded are saved as they are, and named in the config's list of
+modules without quantisation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from moestro.checkpoints.writers import Writer, config_for, expert_tensors, writer_for
+from moestro.errors import FormatError
+from moestro.formats import FormatTensor
+from moestro.integrations.transformers.bound import SIDE, bound_to
+from moestro.integrations.transformers.modules import experts_modules
+from moestro.integrations.transformers.packed import PREFIX
+from moestro.moe.weights import ExpertWeights
+
+
+def checkpoint_state(model: Any, raw: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """(state dict with the experts in a checkpoint's layout, the quantisation config that says so)."""
+    packed = {name: module for name, module in experts_modules(model) if _is_quantised(module)}
+    state = {key: value for key, value in _plain_state(model).items() if not _below(key, packed)}
+    written: set[str] = set()
+    writer: Writer | None = None
+    activations = False
+    for name, module in packed.items():
+        found = bound_to(module)
+        assert found is not None
+        w = found.weights.unpacked()
+        writer = writer_for(_layout(raw, w.format), w.format)
+        activations = activations or w.gate_up_input_scale is not None
+        side = {part: getattr(w, part) for part in SIDE}
+        side["up_has_down_pre_scale"] = w.up_has_down_pre_scale
+        state.update(expert_tensors(writer, name, each(w), side, gated=w.gated))
+        written.add(w.format)
+    if len(written) > 1:
+        raise FormatError(
+            f"experts of one checkpoint must have one format to be written, got {', '.join(written)}"
+        )
+    excluded = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    config = config_for(writer, excluded, activations=activations) if writer is not None else None
+    return state, config or raw
+
+
+def each(w: ExpertWeights) -> Any:
+    """(gate_up, down) of one expert after the other."""
+    parts: list[FormatTensor] = [w.gate_up, w.down]
+    for e in range(w.num_experts):
+        yield tuple(part.expert(e) for part in parts)
+
+
+def _is_quantised(module: Any) -> bool:
+    found = bound_to(module)
+    return found is not None and found.packed and found.weights.format != "bf16"
+
+
+def _plain_state(model: Any) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = model.state_dict()
+    return state
+
+
+def _below(key: str, names: Any) -> bool:
+    return f".{PREFIX}" in key and any(key.startswith(f"{name}.{PREFIX}") for name in names)
+
+
+def _layout(raw: dict[str, Any], format: str) -> str | None:
+    """The layout that a config stands for, where it can hold the format."""
+    method = raw.get("quant_method")
+    if method in ("modelopt", "compressed-tensors"):
+        return str(method)
+    return None

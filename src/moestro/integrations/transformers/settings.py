@@ -1,0 +1,82 @@
+"""What was registered under a name: the format of weights, and keywords of the layers."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+from moestro import formats
+from moestro.errors import FormatError, ShapeError, unknown_name
+from moestro.moe.layer import FusedMoE
+
+NAME = "moestro"
+# Keywords of FusedMoE that are the module's own business here.
+OURS = {
+    "self",
+    "w",
+    "top_k",
+    "max_num_tokens",
+    "activation",
+    "workspace",
+    "expert_offset",
+    "num_experts",
+    "donate",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """format: of the weights, None: as the module or the checkpoint has them. options: keywords of FusedMoE."""
+
+    format: str | None = None
+    max_num_tokens: int = 8192
+    release: bool = True  # let go of a loaded model's own parameters once they are packed
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.format is not None:
+            formats.get(self.format)
+        if self.format == "bf16":  # what dense weights are anyway
+            object.__setattr__(self, "format", None)
+        size = self.max_num_tokens
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ShapeError(f"max_num_tokens must be a positive integer, got {size!r}")
+        known = set(inspect.signature(FusedMoE.__init__).parameters) - OURS
+        for name in self.options:
+            if name not in known:
+                raise TypeError(
+                    unknown_name("keyword of register", name, known | {"format", "max_num_tokens"})
+                )
+
+    @property
+    def quantises(self) -> bool:
+        """Whether dense weights are to become another format."""
+        return self.format is not None
+
+    @property
+    def backend(self) -> str:
+        return str(self.options.get("backend", "auto"))
+
+
+REGISTERED: dict[str, Settings] = {}
+
+
+def of_model(model: Any) -> tuple[str, Settings] | None:
+    """(name, settings) of the implementation that a model's experts have, if it is one of ours."""
+    configs = [getattr(module, "config", None) for module in (model, *model.modules())]
+    for config in configs:
+        name = getattr(config, "_experts_implementation", None)
+        if name in REGISTERED:
+            return name, REGISTERED[name]
+    return None
+
+
+def need_quantised(format: str) -> str:
+    """The name of a format to quantise to. Raises FormatError for "bf16" and unknown ones."""
+    if format == "bf16":
+        raise FormatError(
+            "format must be a quantised one ('nvfp4', 'mxfp4', 'mxfp8', 'fp8_block'), got 'bf16'"
+        )
+    formats.get(format)
+    return format

@@ -1,0 +1,136 @@
+// Tokens in the forms of AVX2 and of int8: lines of float32, and integers with a scale per 16 or 32 columns.
+//
+// int16: the scale is a power of two that brings the largest of 16 columns into [2^14, 2^15), so every bf16 value within
+// 2^-7 of the largest is exact and smaller ones lose at most 2^-16 of the largest. int8: symmetric, amax / 127 per 32
+// columns, to nearest, ties to even. A block that holds infinity or NaN has the scale NaN: nothing vanishes.
+// Plain loops that the compiler vectorises for the instruction set of the file which includes this.
+#pragma once
+#include "numbers.h"
+
+namespace moestro {
+namespace {
+
+constexpr int kFloatLine = line_of(Form::kFloat), kInt16Line = line_of(Form::kInt16), kInt8Line = line_of(Form::kInt8);
+
+template <int Count>
+inline uint32_t largest_bits(const float* values) {  // of the magnitudes; at least 0x7F800000 if one is not finite
+  int32_t most = 0;
+  for (int i = 0; i < Count; ++i) {
+    const auto size = static_cast<int32_t>(bits_of(values[i]) & 0x7FFFFFFFu);
+    most = most > size ? most : size;
+  }
+  return static_cast<uint32_t>(most);
+}
+
+constexpr uint32_t kNotFinite = 0x7F800000u;
+constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+
+inline void put_int16(const float* values, int half, uint16_t* line) {  // 16 values, which bf16 holds
+  const uint32_t most = largest_bits<kPanel>(values);
+  const uint32_t exponent = most >> 23 < 24 ? 24 : most >> 23;  // below 2^-103: as if it were that large
+  const float unit = most >= kNotFinite ? float_of(0x7FC00000u) : float_of((exponent - 14 - 9) << 23);
+  const float to_integer = most >= kNotFinite ? 0.f : float_of((127 + 127 + 14 - exponent) << 23);
+  for (int i = 0; i < kPanel; ++i) {
+    const float value = most >= kNotFinite ? 0.f : values[i];
+    line[half * kPanel + i] = static_cast<uint16_t>(bits_of(value * to_integer + kRound) - bits_of(kRound));
+  }
+  std::memcpy(line + kChunk + 2 * half, &unit, 4);
+}
+
+// The order of fp4 codes' bytes (see moestro_cpu.h): of 8 columns 0 4 1 5, 2 6 3 7.
+constexpr int kByteColumn[8] = {0, 4, 1, 5, 2, 6, 3, 7};
+
+inline void put_int8(const float* values, uint16_t* line) {  // 32 values
+  const uint32_t most = largest_bits<kChunk>(values);
+  const bool finite = most < kNotFinite;
+  const float least = 0x1p-126f, share = float_of(finite ? most : 0u) / 127.f;
+  const float scale = !finite ? float_of(0x7FC00000u) : most == 0 ? 1.f : share < least ? least : share;
+  alignas(64) int32_t q[kChunk];
+  for (int i = 0; i < kChunk; ++i) {
+    const float value = finite ? values[i] / scale : 0.f;
+    q[i] = static_cast<int32_t>(bits_of(value + kRound) - bits_of(kRound));
+  }
+  auto* bytes = reinterpret_cast<int8_t*>(line);
+  for (int i = 0; i < kChunk; ++i) bytes[i] = static_cast<int8_t>(q[i / 8 * 8 + kByteColumn[i % 8]]);
+  float facts[4] = {scale * .5f, 0.f, 0.f, 0.f};
+  for (int half = 0; half < 2; ++half) {
+    int32_t sum = 0;
+    for (int i = 0; i < kPanel; ++i) sum += q[half * kPanel + i];
+    facts[1 + half] = 12.f * static_cast<float>(sum) * facts[0];
+  }
+  std::memcpy(line + kChunk / 2, facts, sizeof facts);
+}
+
+inline void round_to(int type, const float* from, float* to) {  // 16 values, as x's type holds them
+  alignas(64) uint16_t halves[kPanel];
+  if (type == MOESTRO_X_FP32) {
+    for (int i = 0; i < kPanel; ++i) to[i] = from[i];
+  } else if (type == MOESTRO_X_FP16) {
+    store_half(from, halves);
+    load_half(halves, to);
+  } else {
+    for (int i = 0; i < kPanel; ++i) to[i] = float_of(static_cast<uint32_t>(round_bf16(from[i])) << 16);
+  }
+}
+
+struct FloatLine {
+  static int size(int) { return kFloatLine; }
+  static void put(int type, const float* a, int half, uint16_t* to) {
+    round_to(type, a, reinterpret_cast<float*>(to) + half * kPanel);
+  }
+};
+
+struct ExactFloatLine {  // what is quantised next is not rounded first
+  static int size(int) { return kFloatLine; }
+  static void put(int, const float* a, int half, uint16_t* to) {
+    std::memcpy(reinterpret_cast<float*>(to) + half * kPanel, a, sizeof(float) * kPanel);
+  }
+};
+
+struct Int16Line {
+  static int size(int) { return kInt16Line; }
+  static void put(int type, const float* a, int half, uint16_t* to) {
+    alignas(64) float rounded[kPanel];
+    round_to(type, a, rounded);
+    put_int16(rounded, half, to);
+  }
+};
+
+inline void load_values(int type, const void* row, int64_t column, float* to) {  // 16 of x
+  const auto* halves = static_cast<const uint16_t*>(row) + column;
+  if (type == MOESTRO_X_FP32) {
+    std::memcpy(to, static_cast<const float*>(row) + column, sizeof(float) * kPanel);
+  } else if (type == MOESTRO_X_FP16) {
+    load_half(halves, to);
+  } else {
+    for (int i = 0; i < kPanel; ++i) to[i] = float_of(static_cast<uint32_t>(halves[i]) << 16);
+  }
+}
+
+// A row of x, [columns], to its lines: put(values of 32 columns, line); chunks are `stride` elements apart.
+template <void (*Put)(const float*, uint16_t*)>
+void gather_lines(int type, const void* row, int64_t columns, uint16_t* to, int64_t stride) {
+  alignas(64) float values[kChunk];
+  for (int64_t c = 0; c < columns; c += kChunk, to += stride) {
+    load_values(type, row, c, values);
+    if (c + kPanel < columns)
+      load_values(type, row, c + kPanel, values + kPanel);
+    else
+      std::memset(values + kPanel, 0, sizeof(float) * kPanel);
+    Put(values, to);
+  }
+}
+
+inline void float_chunk(const float* values, uint16_t* line) { std::memcpy(line, values, sizeof(float) * kChunk); }
+inline void int16_chunk(const float* values, uint16_t* line) {
+  put_int16(values, 0, line);
+  put_int16(values + kPanel, 1, line);
+}
+
+inline void quantize_int8(const uint16_t* lines, int tokens, uint16_t* to) {
+  for (int t = 0; t < tokens; ++t, lines += kFloatLine, to += kInt8Line)
+    put_int8(reinterpret_cast<const float*>(lines), to);
+}
+
+}  // namespace
+}  // namespace moestro

@@ -1,0 +1,251 @@
+"""Which tactics there are for a problem, which of them are valid, the default, and which are worth measuring.
+
+Everything that is particular to a way to multiply is in its path; here is a loop over PATHS, and the default by pairs
+per expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from moestro.kernels.problem import MoeProblem
+from moestro.kernels.triton.chip import multiplies_fp4
+from moestro.kernels.triton.paths import (
+    PATHS,
+    Path,
+    chain,
+    dequantized,
+    fp4,
+    fp8,
+    fp8_once,
+    fused,
+    kind_of,
+    warp_specialized,
+)
+from moestro.kernels.triton.paths.path import weight_bytes
+from moestro.kernels.triton.tactic import DIRECT_PAIRS, MAX_PAIRS, NARROW, Tactic, Tile
+
+# Which tactics are worth measuring: those whose estimate is within FACTOR of the smallest. The estimate is a roofline,
+# and wrong by up to 1.32 in favour of a slower tactic: of 120 sizes of eight models that were tuned without pruning,
+# from 1 to 16384 tokens, a factor of 1.32 keeps the best one of all but one, where the default is as fast
+# (benchmarks/results/h200-tuning.json; `moestro bench recall` computes it, tests/bench/test_recall.py fails if a
+# measured best would be dropped). The rest is margin for sizes and kernels that were not measured; each kernel costs
+# tuning about 0.2 s. What is left out can still be run, by name.
+FACTOR = 1.4
+
+
+def path_of(tactic: Tactic) -> Path | None:
+    return PATHS.get(tactic.path)
+
+
+def why_not(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> str | None:
+    """Why a tactic cannot run this many tokens of a problem; None if it can."""
+    path, pairs = path_of(tactic), num_tokens * problem.top_k
+    if path is None:
+        return f"no path is called {tactic.path!r}; there are {', '.join(PATHS)}"
+    if kind_of(problem) not in path.TABLE:
+        return f"path {path.NAME!r} has no kernels for {_words(problem)}" + _hint(path, problem)
+    if tactic.route == "direct" and pairs > DIRECT_PAIRS:
+        return f"direct routing takes at most {DIRECT_PAIRS} pairs"
+    if tactic.narrow not in NARROW:
+        return f"narrow must be one of {NARROW}, got {tactic.narrow!r}"
+    if tactic.narrow and (tactic.route != "sorted" or min(tactic.widths) < 64):
+        return "narrower tiles need sorted pairs, and 16 tokens at least in the narrowest"
+    if pairs > MAX_PAIRS:
+        return f"more than {MAX_PAIRS} pairs"
+    return path.why_not(problem, tactic, num_tokens)
+
+
+def _words(problem: MoeProblem) -> str:
+    inputs = (
+        "activations as they are" if problem.input_format is None else f"{problem.input_format} activations"
+    )
+    return f"{problem.weight_format} weights with {inputs}"
+
+
+def _hint(path: Path, problem: MoeProblem) -> str:
+    """Why, where the path itself says more."""
+    own = path.why_not(problem, next(iter(path.TABLE.values()))[0], 1)
+    return "" if own is None else f": {own}"
+
+
+def unsupported(problem: MoeProblem) -> str | None:
+    """Why no path has kernels for a problem's formats; None if one has."""
+    kind = kind_of(problem)
+    rows = [(path, t) for path in PATHS.values() for t in path.TABLE.get(kind, ())]
+    if any(path.why_not(problem, path.fitted(problem, t), 1) is None for path, t in rows):
+        return None
+    if rows:
+        path, first = rows[0]
+        return path.why_not(problem, path.fitted(problem, first), 1)
+    return f"it has no kernels for {_words(problem)}"
+
+
+def candidates(problem: MoeProblem, num_tokens: int) -> list[Tactic]:
+    """The tactics that can run this many tokens, those estimated to be fast first."""
+    kind = kind_of(problem)
+    rows = [path.fitted(problem, t) for path in PATHS.values() for t in path.TABLE.get(kind, ())]
+    if problem.batch_invariant:
+        rows += [fitted(problem, t) for t in INVARIANT_ROWS]
+    found = [t for t in dict.fromkeys(rows) if why_not(problem, t, num_tokens) is None]
+    found.sort(key=lambda t: cost(problem, t, num_tokens))
+    if multiplies_fp4(problem):  # nobody has measured whether the estimate is right there
+        first = fp4.default(problem, num_tokens)
+        found.sort(key=lambda t: t != first)
+    return found
+
+
+def worth_measuring(problem: MoeProblem, num_tokens: int) -> list[Tactic]:
+    """The candidates within FACTOR of the smallest estimate, that one first."""
+    found = candidates(problem, num_tokens)
+    if multiplies_fp4(problem):
+        return found
+    estimates = [cost(problem, tactic, num_tokens) for tactic in found]
+    limit = FACTOR * min(estimates, default=0.0)
+    return [tactic for tactic, estimate in zip(found, estimates, strict=True) if estimate <= limit]
+
+
+def cost(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> float:
+    """Estimated seconds; infinite for a path that is not here."""
+    path = path_of(tactic)
+    return float("inf") if path is None else path.cost(problem, tactic, num_tokens)
+
+
+def fitted(problem: MoeProblem, tactic: Tactic) -> Tactic:
+    """The tactic with steps and stages that suit a problem."""
+    path = path_of(tactic)
+    return tactic if path is None else path.fitted(problem, tactic)
+
+
+# The default of quantised weights, by pairs per hit expert: the first limit that is not exceeded. (limit, tactic)
+_CHAIN32 = chain.tactic(32, Tile(128, 2, 4, 3))
+FULL = fused.tactic(64, Tile(128, 2, 4, 3), Tile(128, 2, 4, 3), narrow="quarters")  # runs everywhere
+_WS128 = warp_specialized.tactic(128, Tile(256, 4, 8, 7))
+_WS144 = warp_specialized.tactic(144, Tile(256, 4, 8, 7), "halves")
+_MANY = (
+    (50.0, FULL),
+    (75.0, warp_specialized.tactic(96, Tile(256, 4, 8, 9), "halves")),
+    (115.0, _WS128),
+    (136.0, _WS144),
+    (176.0, warp_specialized.tactic(192, Tile(128, 4, 8, 7), "halves")),
+    (220.0, _WS128),
+)
+_MOST = (
+    (512.0, _WS128),
+    (2000.0, warp_specialized.tactic(256, Tile(128, 4, 8, 5), "halves")),
+    (float("inf"), warp_specialized.tactic(256, Tile(128, 4, 8, 5), "")),
+)
+_LARGE = (*_MANY, (275.0, warp_specialized.tactic(288, Tile(128, 4, 8, 5), "halves")), *_MOST)
+PACKED_DEFAULTS = (
+    (5.0, chain.tactic(8, Tile(128, 2, 4, 3))),
+    (24.0, _CHAIN32),
+    *_MANY,
+    (275.0, _WS144),
+    *_MOST,
+)
+DEEP = 6144  # columns of a first product whose tiles last long enough for more stages
+DEEP_DEFAULTS = ((5.0, chain.tactic(8, Tile(128, 2, 4, 5))), (24.0, _CHAIN32), *_LARGE)
+# of an odd number of 64-column blocks, gpt-oss's 45: steps of three blocks make tiles of 32 pairs too large
+ODD_DEFAULTS = (
+    (5.0, chain.tactic(8, Tile(128, 2, 4, 3))),
+    (12.0, chain.tactic(16, Tile(128, 2, 4, 3))),
+    *PACKED_DEFAULTS[1:],
+)
+BYTES_LIMIT = 1500.0  # pairs per expert from which codes of a byte are dequantised once
+LONG = 8192  # columns of a second product that few rows of tiles are shared out over
+LONG_DEFAULTS = (
+    (5.0, chain.tactic(8, Tile(32, 4, 2, 4), split_k=2)),
+    (24.0, chain.tactic(32, Tile(128, 2, 4, 3), split_k=2)),
+    *_LARGE,
+)
+# where the warp-specialized path cannot run
+WITHOUT_WGMMA = (
+    (2000.0, fused.tactic(128, Tile(128, 1, 8, 4), Tile(128, 2, 4, 3), narrow="quarters", pairs2=64)),
+    (float("inf"), dequantized.LARGE),
+)
+DENSE_DEFAULTS = (
+    (10.0, fused.tactic(16, Tile(64, 2, 4, 4), Tile(64, 2, 4, 4), overlap_steps=False)),
+    (24.0, fused.tactic(32, Tile(64, 2, 4, 4), Tile(64, 2, 4, 4))),
+    (float("inf"), dequantized.LARGE),
+)
+# Of batch-invariant problems, beside those of the table that give a row the same bits whatever its batch: the fused,
+# warp-specialized and dequantized paths agree bit for bit (benchmarks/results/h200-formats.json), but for tiles of
+# mma.sync and split columns.
+INVARIANT = fused.tactic(16, Tile(128, 2, 4, 3), Tile(128, 2, 4, 3))
+INVARIANT_ROWS = (
+    fused.tactic(16, Tile(64, 2, 4, 4), Tile(64, 2, 4, 4), "direct"),
+    chain.tactic(16, Tile(64, 2, 4, 4), "direct"),
+    chain.tactic(16, Tile(64, 2, 4, 6)),
+    chain.tactic(16, Tile(128, 2, 4, 3)),
+    INVARIANT,
+)
+
+
+def default(problem: MoeProblem, num_tokens: int) -> Tactic:
+    """What runs before anything is tuned: by pairs per expert, as measured."""
+    p = problem
+    if multiplies_fp4(p):
+        return fp4.default(p, num_tokens)
+    if p.input_format == "fp8":
+        return _fp8_default(p, num_tokens)
+    chosen = _dense_default(p, num_tokens) if p.weight_format == "bf16" else _packed_default(p, num_tokens)
+    if p.input_format is not None and chosen.path == "chain":
+        chosen = replace(chosen, path="fused", prefetch_kib=0)
+    few = INVARIANT_ROWS if p.batch_invariant and num_tokens * p.top_k <= 5 * p.num_experts else ()
+    for tactic in (chosen, replace(chosen, split_k=1), *few, FULL, INVARIANT):
+        tactic = fitted(p, tactic)
+        if why_not(p, tactic, num_tokens) is None:
+            return tactic
+    return fitted(p, FULL)
+
+
+def _packed_default(p: MoeProblem, num_tokens: int) -> Tactic:
+    pairs = num_tokens * p.top_k
+    long, deep = p.intermediate_size >= LONG, p.hidden_size >= DEEP
+    odd = -(-p.hidden_size // 64) % 2 == 1
+    if num_tokens == 1:
+        if long:
+            return chain.tactic(8, Tile(32, 4, 2, 4), "direct", split_k=4, prefetch_kib=16)
+        tiles = (Tile(64, 2, 4, 4), Tile(128, 2, 4, 3)) if deep else (Tile(32, 4, 2, 4), Tile(32, 4, 2, 4))
+        return fused.tactic(8, *tiles, "direct")
+    if long and pairs <= 16:
+        return chain.tactic(8, Tile(64, 2, 4, 4), "direct", split_k=8)
+    if pairs <= 16 or (pairs <= DIRECT_PAIRS and 4 * pairs <= p.num_experts):
+        return chain.tactic(8, Tile(64, 2, 4, 4 if pairs <= 16 and not deep else 6), "direct")
+    if pairs <= min(64, p.num_experts):
+        return chain.tactic(8, Tile(128, 2, 4, 3) if odd else Tile(64, 2, 4, 4))
+    per_expert = pairs / min(p.num_experts, pairs)
+    table = LONG_DEFAULTS if long else DEEP_DEFAULTS if deep else ODD_DEFAULTS if odd else PACKED_DEFAULTS
+    chosen = next(t for most, t in table if per_expert <= most)
+    if per_expert > BYTES_LIMIT and weight_bytes(p) > 1.0 and p.input_format is None:
+        return dequantized.LARGE
+    if chosen.path == "warp_specialized" and why_not(p, fitted(p, chosen), num_tokens) is not None:
+        chosen = next(t for most, t in WITHOUT_WGMMA if per_expert <= most)
+    return chosen
+
+
+def _dense_default(p: MoeProblem, num_tokens: int) -> Tactic:
+    pairs = num_tokens * p.top_k
+    if pairs <= 16 or (pairs <= DIRECT_PAIRS and 4 * pairs <= p.num_experts):
+        return fused.tactic(16, Tile(64, 2, 4, 4), Tile(64, 2, 4, 4), "direct")
+    per_expert = pairs / min(p.num_experts, pairs)
+    return next(t for most, t in DENSE_DEFAULTS if per_expert <= most)
+
+
+# Of e4m3 activations, by pairs per hit expert, as measured on an H200 (benchmarks/results/h200-fp8.json): decoding once
+# costs 0.7 ms for DeepSeek-V3's 1.4 G weights, and multiplies at 1.0 to 1.1 PFLOP/s where decoding beside does at 0.7.
+FP8_DEFAULTS = (
+    (64.0, fp8.tactic(64, Tile(256, 4, 4, 3))),
+    (400.0, fp8.tactic(128, Tile(256, 3, 8, 3))),
+    (float("inf"), fp8_once.LARGE),
+)
+
+
+def _fp8_default(p: MoeProblem, num_tokens: int) -> Tactic:
+    pairs = num_tokens * p.top_k
+    per_expert = pairs / min(p.num_experts, pairs)
+    if p.weight_format == "fp8_block":
+        return (
+            fp8_once.LARGE
+        )  # of 16 and of 64 tokens, too: half of its tile is empty there, and it reads faster
+    return next(t for most, t in FP8_DEFAULTS if per_expert <= most)

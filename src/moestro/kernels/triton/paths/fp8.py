@@ -1,0 +1,163 @@
+"""4-bit weights and e4m3 activations, decoded beside the products (device/fp8_decode.py): one tactic is one tile.
+
+x is quantised once per pair, in the order of its expert's pairs, so that the tensor memory accelerator can fetch it; the
+intermediate once it is whole, since its scale is its row's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import triton
+
+from moestro.kernels.problem import MoeProblem
+from moestro.kernels.scratch import Plan
+from moestro.kernels.triton import call as calls
+from moestro.kernels.triton.call import Call
+from moestro.kernels.triton.chip import has_wgmma
+from moestro.kernels.triton.device.arguments import Rows
+from moestro.kernels.triton.device.fp8 import PLACES, Grid, Recipe, quantize_fp8
+from moestro.kernels.triton.fp8_layout import TritonFP4, descriptor
+from moestro.kernels.triton.paths import path
+from moestro.kernels.triton.tactic import SHARED_BYTES, Tactic, Tile, gated, sizes
+from moestro.kernels.triton.words import kernel_rows_of
+
+NAME = "fp8"
+REGISTER_FILE, THREADS = 65536, 128
+BESIDE = 20_480  # shared bytes beside the rings: barriers, and what turns results
+# (pairs, rows, warps that multiply) -> (blocks of 64 pairs a group, groups that decode, their registers, a multiplier's)
+SHAPES = {
+    (64, 256, 4): (1, 2, 144, 0),
+    (128, 128, 8): (1, 2, 96, 160),
+    (128, 256, 8): (1, 1, 88, 208),
+    (256, 128, 8): (2, 1, 88, 208),
+}
+
+
+def tactic(pairs: int, tile: Tile, raster_group: int = 8) -> Tactic:
+    """A tactic of this path, with one tile for both products; tile.k_blocks is the buffers of codes."""
+    return Tactic(NAME, "sorted", pairs, tile, tile, raster_group=raster_group)
+
+
+TABLE: Mapping[str, tuple[Tactic, ...]] = {
+    "fp8": (
+        tactic(64, Tile(256, 4, 4, 3)),
+        tactic(128, Tile(128, 4, 8, 4)),
+        tactic(128, Tile(256, 3, 8, 3)),
+        tactic(256, Tile(128, 4, 8, 3)),
+    ),
+}
+
+
+def fitted(problem: MoeProblem, tactic: Tactic) -> Tactic:
+    return tactic
+
+
+def why_not(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> str | None:
+    """Why a tactic of this path cannot run a problem."""
+    reason = needs_hopper(problem)
+    if reason is not None:
+        return reason
+    if problem.weight_format not in ("nvfp4", "mxfp4"):
+        return f"path 'fp8' decodes nvfp4 and mxfp4 weights, not {problem.weight_format!r}"
+    if (
+        tactic.route != "sorted"
+        or tactic.split_k != 1
+        or tactic.narrow
+        or tactic.pairs2 not in (0, tactic.pairs1)
+    ):
+        return "path 'fp8' takes sorted pairs, whole columns, and tiles of one width"
+    for stage in (1, 2):
+        tile, pairs = tactic.of_stage(stage)
+        if (pairs, tile.rows, tile.warps) not in SHAPES or not 2 <= tile.k_blocks <= 6 or tile.stages < 2:
+            return f"(pairs, rows, warps) of a tile must be one of {', '.join(map(str, SHAPES))}, with 2 stages at least"
+        if shared_bytes(problem, tactic, stage) > SHARED_BYTES:
+            return "its tiles exceed shared memory"
+    return None
+
+
+def needs_hopper(problem: MoeProblem) -> str | None:
+    """What both FP8 paths need of chip and problem."""
+    if not has_wgmma():
+        return "FP8 products need the tensor cores of compute capability 9.0, and no interpreter"
+    if problem.input_format != "fp8":
+        return f"FP8 products take e4m3 activations (input_format='fp8'), not {problem.input_format!r}"
+    if problem.hidden_size % 16 or problem.intermediate_size % 16:
+        return "the tensor memory accelerator needs rows of a multiple of 16 bytes"
+    return None
+
+
+def shared_bytes(problem: MoeProblem, tactic: Tactic, stage: int) -> int:
+    """Of both rings, and what is beside them."""
+    tile, pairs = tactic.of_stage(stage)
+    return (pairs + tile.rows) * 128 * tile.stages + tile.rows * 72 * tile.k_blocks + BESIDE
+
+
+def cost(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> float:
+    """Estimated seconds: products at 1.5 times bf16's rate, or decoding at 4.7 (two groups) or 2.6 T weights/s."""
+    total = path.launches(tactic) + path.LAUNCH * 2
+    for stage, e in enumerate(path.estimates(problem, tactic, num_tokens), 1):
+        tile, width = tactic.of_stage(stage)
+        each = num_tokens * problem.top_k / problem.num_experts
+        rounds = path.expected(max(1.0, each), width, "")[0]
+        rate = 4.7e12 if SHAPES[width, tile.rows, tile.warps][1] == 2 else 2.6e12
+        total += max(e.memory, e.products / 1.5, e.weights * rounds / rate)
+    return total
+
+
+def scratch(problem: MoeProblem, num_tokens: int, tactic: Tactic, x_rows: int) -> Plan:
+    return fp8_scratch(problem, num_tokens, tactic, num_tokens * problem.top_k)
+
+
+def fp8_scratch(
+    problem: MoeProblem, num_tokens: int, tactic: Tactic, x_rows: int, blocks: bool = False
+) -> Plan:
+    """The workspace of a call whose x and intermediate are e4m3; blocks: with a scale for each 128 columns."""
+    p, pairs = problem, num_tokens * problem.top_k
+    plan = dict(calls.scratch(problem, num_tokens, tactic, x_rows, half=True))
+    plan["act"] = ((pairs, p.intermediate_size), torch.float8_e4m3fn if blocks else torch.bfloat16)
+    for name, rows, columns in (("x", x_rows, p.hidden_size), ("act", pairs, p.intermediate_size)):
+        plan[f"{name}_values"] = ((rows, columns), torch.float8_e4m3fn)
+        plan[f"{name}_scale"] = ((rows, -(-columns // 128)) if blocks else (rows,), torch.float32)
+    return plan
+
+
+def quantized(call: Call, rows: torch.Tensor, name: str, gather: bool = False, blocks: bool = False) -> Rows:
+    """Rows as e4m3; gather: of x, by place."""
+    data, scale = call.s[f"{name}_values"], call.s[f"{name}_scale"]
+    columns = rows.shape[1]
+    at_once = min(2048, max(128, triton.next_power_of_2(columns)))
+    how = Recipe(blocks, gather, call.p.top_k, call.p.expert_offset, call.p.num_local_experts, at_once)
+    pairs = call.s["sorted_pairs"] if gather else call.ids
+    call.add(
+        quantize_fp8, (data.shape[0],), rows, call.ids, pairs, data, scale, columns, HOW=how, num_warps=4
+    )
+    return Rows(data, scale)
+
+
+def launch(call: Call) -> None:
+    call.weighted = False  # the sum does it
+    call.sort()
+    _product(call, 1, quantized(call, call.x, "x", gather=True), call.s["act"])
+    _product(call, 2, quantized(call, call.s["act"], "act"), call.s["partial"])
+    call.sum_pairs()
+
+
+def _product(call: Call, stage: int, x: Rows, out: torch.Tensor) -> None:
+    tile, pairs = call.tactic.of_stage(stage)
+    parts, decoders, producer, consumer = SHAPES[pairs, tile.rows, tile.warps]
+    groups = tile.warps // 4
+    rows, columns = sizes(call.p, stage)
+    weights = call.experts.gate_up if stage == 1 else call.experts.down
+    assert isinstance(weights, TritonFP4)
+    routing, stride = call.routing(stage)
+    grid = Grid(tile.rows, groups, parts, decoders, tile.stages, tile.k_blocks, call.tactic.raster_group, PLACES.value,
+                columns % 128 == 0, consumer, producer)  # fmt: skip
+    from moestro.kernels.triton.device import fp8_decode as kernels
+
+    call.add(
+        kernels.fp4_fp8_gemm, (call.processors,), x, descriptor(x.data, pairs), routing, stride, call.weights_of(stage),
+        kernel_rows_of(rows, gated(call.p, stage)), Rows(out, None), call.size(stage), HOW=call.product(stage), TILE=grid,
+        num_warps=4, maxnreg=REGISTER_FILE // (THREADS * (groups + decoders)) // 8 * 8,
+    )  # fmt: skip

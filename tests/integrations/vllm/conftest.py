@@ -1,0 +1,59 @@
+"""Models, made once, and what vLLM says of them, asked once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm_runs import Run, Said, run_vllm
+
+
+@pytest.fixture(scope="session")
+def run() -> Run:
+    """run(model, plugin=True, environ={...}, **options of LLM) -> Said; the same run is made once."""
+    made: dict[str, Said] = {}
+
+    def once(model: Path, plugin: bool = True, environ: dict[str, str] | None = None, **options: Any) -> Said:
+        key = json.dumps([str(model), plugin, environ, options])
+        if key not in made:
+            done = run_vllm(model, {"MOESTRO_VLLM": str(int(plugin)), **(environ or {})}, options)
+            log = done.stdout + done.stderr
+            line = next((row for row in done.stdout.splitlines() if row.startswith("RESULT ")), None)
+            assert done.returncode == 0 and line is not None, log[-4000:]  # noqa: PT018
+            said = json.loads(line[7:])
+            outputs = said["outputs"]
+            best = [[[tuple(pair) for pair in step] for step in o["best"]] for o in outputs]
+            made[key] = Said([o["tokens"] for o in outputs], best, said["rss_kib"], log)
+        return made[key]
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """models("qwen3"), ("qwen3-modelopt"), ("gptoss-mxfp4") ...: a folder, made when first asked for."""
+    import tiny_models
+
+    root = tmp_path_factory.mktemp("models")
+
+    def folder(name: str) -> Path:
+        at = root / name
+        if at.exists():
+            return at
+        family, _, kind = name.partition("-")
+        if not kind:
+            return tiny_models.bf16(at, family)
+        source, dense = folder(family), root / f"{family}-dense"
+        if kind == "mxfp4" or (kind == "dense" and family == "gptoss"):
+            tiny_models.mxfp4(source, root / f"{family}-mxfp4", dense)
+        elif kind in ("modelopt", "dense"):
+            tiny_models.nvfp4(source, root / f"{family}-modelopt", dense)
+        else:  # "compressed", "compressed_w4a4", "modelopt_w4a4"
+            layout, _, w4a4 = kind.partition("_")
+            tiny_models.nvfp4(source, at, None, layout, "NVFP4" if w4a4 else "W4A16_NVFP4")
+        return at
+
+    return folder

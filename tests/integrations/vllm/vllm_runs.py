@@ -1,0 +1,43 @@
+"""Runs of vLLM in processes of their own."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+GENERATE = Path(__file__).with_name("generate.py")
+LIMIT_S = 280
+NO_VLLM = "vLLM is not installed here: `make test-vllm` runs these tests in an environment of its own"
+
+
+def vllm_is_there() -> bool:
+    return importlib.util.find_spec("vllm") is not None
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a run of vLLM said: tokens of each prompt, (logprob, token) of the best two at each step, its log."""
+
+    tokens: list[list[int]]
+    best: list[list[list[tuple[float, int]]]]
+    rss_kib: int
+    log: str
+
+
+Run = Callable[..., Said]
+
+
+def run_vllm(
+    model: Path, environ: dict[str, str], options: dict[str, Any]
+) -> subprocess.CompletedProcess[str]:
+    """One run of generate.py. environ: beside this process' own."""
+    code = [sys.executable, str(GENERATE), str(model), json.dumps(options)]
+    env = {**os.environ, "OMP_NUM_THREADS": "2", **environ}
+    return subprocess.run(code, capture_output=True, text=True, check=False, timeout=LIMIT_S, env=env)

@@ -1,0 +1,75 @@
+"""batch_invariant=True: a token's row has the same bits whatever else is in the batch, for every tactic."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cpu_cases import TACTICS, Case, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_correct import GPT_OSS, ISAS
+
+from moestro.kernels.cpu import CpuRunner, CpuTactic, core
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv(core.ISA_VARIABLE, request.param)
+    return str(request.param)
+
+
+def rows_alone(runner: CpuRunner, call: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return torch.cat([run(runner, tuple(t[i : i + 1] for t in call)) for i in range(len(call[0]))])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("fmt", "input_format"),
+    [("nvfp4", None), ("mxfp4", None), ("bf16", None), ("fp8_block", None), ("nvfp4", "int8")],
+)
+def test_rows_do_not_depend_on_the_batch(
+    isa: str, fmt: str, input_format: str | None, dtype: torch.dtype
+) -> None:
+    case = Case(
+        fmt,
+        544,
+        160,
+        activation=GPT_OSS,
+        dtype=dtype,
+        input_format=input_format,
+        batch_invariant=True,
+        biases=True,
+    )
+    runner, call = CpuRunner(case.problem, case.weights()), case.call(53)
+    alone = rows_alone(runner, call)
+    tactics = [*TACTICS, *runner.get_valid_tactics([*call, None], None)]
+    for tactic in tactics:
+        assert torch.equal(alone, run(runner, call, tactic)), tactic
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    isa=st.sampled_from(ISAS or ("generic",)),
+    fmt=st.sampled_from(["nvfp4", "bf16"]),
+    num_tokens=st.integers(2, 60),
+    seed=st.integers(0, 10**6),
+    token_tile=st.integers(1, 40),
+    row_tile=st.integers(1, 5),
+    dequant_from=st.integers(1, 40),
+    wave=st.integers(0, 60),
+)
+def test_order_chunks_and_neighbours_change_no_bit(
+    isa: str, fmt: str, num_tokens: int, seed: int, **cut: int
+) -> None:
+    case = Case(fmt, 80, 48, experts=3, top_k=2, batch_invariant=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(core.ISA_VARIABLE, isa)
+        runner = CpuRunner(case.problem, case.weights())
+    call = case.call(num_tokens, seed)
+    whole = run(runner, call)
+    order = torch.randperm(num_tokens, generator=torch.Generator().manual_seed(seed))
+    shuffled = run(runner, tuple(t[order].contiguous() for t in call), CpuTactic(**cut))
+    assert torch.equal(whole[order], shuffled)
+    at = seed % num_tokens
+    parts = [tuple(t[piece] for t in call) for piece in (slice(0, at), slice(at, None))]
+    assert torch.equal(whole, torch.cat([run(runner, part) for part in parts]))
