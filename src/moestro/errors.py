@@ -119,7 +119,7 @@ def as_count(name: str, value: object, error: type[MoestroError], least: int | N
         except TypeError:
             pass
         else:
-            if count >= least:
+            if least is None or count >= least:
                 return count
     wanted = {0: "an integer of at least 0", 1: "a positive integer"}.get(
         least, f"an integer of at least {least}"

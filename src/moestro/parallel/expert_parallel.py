@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from moestro.errors import BackendError, GroupError, ShapeError, unknown_name
-from moestro.moe.checks import Limits, check_call, check_id_range, unchecked
+from moestro.moe.checks import Limits, check_call, check_id_range, debugging, unchecked
 from moestro.moe.layer import FusedMoE
 from moestro.parallel.dispatch import Compact, Slots
 from moestro.parallel.gather import Gather
@@ -175,7 +175,8 @@ class ExpertParallel(torch.nn.Module):
         if self.peers.link.broken:
             raise GroupError(self.peers.link.broken)
         check_call(self._limits, x, ids, weights, out)
-        check_id_range(ids, self._limits.num_experts)
+        if debugging():
+            check_id_range(ids, self._limits.num_experts)
         if bound is not None and not x.shape[0] <= bound <= self.max_num_tokens:
             raise ShapeError(
                 f"bound must be at least this rank's {x.shape[0]} tokens and at most max_num_tokens="

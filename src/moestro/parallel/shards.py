@@ -20,6 +20,8 @@ from moestro.parallel.placement import Placement
 
 __all__ = ["local_layer", "take_experts"]
 
+PER_EXPERT = ("gate_up_bias", "down_bias", "gate_up_input_scale", "down_input_scale")
+
 
 def local_layer(
     layer: FusedMoE, peers: Peers, placement: Any, facts: dict[str, Any]
@@ -65,8 +67,10 @@ def take_experts(w: ExpertWeights, experts: tuple[int, ...]) -> ExpertWeights:
     parts = [type(t).stack([t.expert(e) for e in experts]) for t in (w.gate_up, w.down)]  # type: ignore[attr-defined]
     index = torch.tensor(experts, device=w.device)
     side = {name: getattr(w, name) for name in SIDE_TENSORS}
-    chosen = {name: t if t is None or t.ndim == 0 else t[index] for name, t in side.items()}
-    return ExpertWeights(*parts, **chosen)
+    for name in PER_EXPERT:
+        if side[name] is not None and side[name].ndim:  # an input scale may be one for all
+            side[name] = side[name][index]
+    return ExpertWeights(*parts, **side)
 
 
 def _facts(layer: FusedMoE, placement: Any, facts: dict[str, Any]) -> dict[str, Any]:
