@@ -123,7 +123,8 @@ class _Pulse:
         stop = threading.Event()
         thread = threading.Thread(target=_beat, args=(link, stop), daemon=True, name="moestro-pulse")
         thread.start()
-        weakref.finalize(self, stop.set)
+        # Also at the process's end: a thread that is inside the store when Python goes away aborts the process.
+        weakref.finalize(self, _end, stop, thread)
 
     def diagnosis(self) -> str:
         """Which ranks are gone."""
@@ -142,6 +143,12 @@ class _Pulse:
             return f"all {self._link.size} ranks are alive: one is stuck, or in another call"
         who = f"rank{'s' * (len(gone) > 1)} {', '.join(map(str, gone))} of {self._link.size}"
         return f"{who} gave no sign of life for {LISTEN_S:g} s"
+
+
+def _end(stop: threading.Event, thread: threading.Thread) -> None:
+    stop.set()
+    if thread is not threading.current_thread():
+        thread.join(1.0)
 
 
 def _beat(link: StoreLink, stop: threading.Event) -> None:

@@ -173,8 +173,10 @@ class _Worker:
 
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        threading.Thread(target=_work, args=(self._jobs,), daemon=True, name="moestro-link").start()
-        weakref.finalize(self, self._jobs.put, None)
+        thread = threading.Thread(target=_work, args=(self._jobs,), daemon=True, name="moestro-link")
+        thread.start()
+        # Also at the process's end: a thread that is inside the store when Python goes away aborts the process.
+        weakref.finalize(self, _end, self._jobs, thread)
 
     def run(self, job: Callable[[], Any], seconds: float) -> Any:
         """What the job gives or raises; TimeoutError after so many seconds."""
@@ -187,6 +189,12 @@ class _Worker:
         if not fine:
             raise value
         return value
+
+
+def _end(jobs: queue.SimpleQueue[Any], thread: threading.Thread) -> None:
+    jobs.put(None)
+    if thread is not threading.current_thread():
+        thread.join(1.0)
 
 
 def _work(jobs: queue.SimpleQueue[Any]) -> None:
