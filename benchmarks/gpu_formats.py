@@ -1,10 +1,12 @@
 """Every weight format on a CUDA device: numbers against the float32 reference, one order of sums, whole layers' times.
 
     python benchmarks/gpu_formats.py check mxfp4            every tactic on odd sizes, poisoned outputs, run twice
+    python benchmarks/gpu_formats.py w4a4                   NVFP4 activations, under each kind of global scale
+    python benchmarks/gpu_formats.py quick                  a few tactics of each kind, for compute-sanitizer
     python benchmarks/gpu_formats.py invariant nvfp4        which tactics give a row the same bits whatever its batch
     python benchmarks/gpu_formats.py layers --json out.json times, the default and what is worth measuring
 
-Protocol and helpers are gpu_kernels.py's.
+Protocol and helpers are gpu_helpers.py's.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from gpu_kernels import (
+from gpu_helpers import (
     WIDE,
     Clock,
     bytes_of,
@@ -91,6 +93,45 @@ def check(fmt: str) -> int:
                         "BAD", fmt, sizes, type(act).__name__, dtype, n, short(tactic), f"{e:.2e}", flush=True
                     )
     print(f"check {fmt}: {count} runs, worst error {worst:.2e}, {bad} bad", flush=True)
+    return bad
+
+
+def check_w4a4() -> int:
+    """NVFP4 activations, under dynamic and calibrated global scales."""
+    bad = 0
+    for n, dynamic in ((n, d) for n in (1, 17, 64) for d in (True, False)):
+        runner, plain = make(8, 2, 272, 176, "nvfp4", inf="nvfp4", seed=n)
+        if not dynamic:
+            for e in (plain, runner._experts):
+                e.gate_up_input_scale = torch.rand(8, device="cuda") * 0 + 0.002
+                e.down_input_scale = torch.tensor(0.004, device="cuda")
+        inputs = inputs_of(runner, n, n)
+        truth = truth_of(runner, plain, inputs)
+        tried = tactics_of(runner, n)
+        compile_all(runner, [(inputs, t) for t in tried])
+        for tactic in tried:
+            e = error(runner, plain, inputs, tactic, truth)
+            print("w4a4", n, dynamic, tactic.path, tactic.route, f"{e:.2e}")
+            bad += not e < 1e-2
+    torch.cuda.synchronize()
+    print("w4a4:", "FAILED" if bad else "ok", bad)
+    return bad
+
+
+def quick() -> int:
+    """A few tactics of each kind on small sizes, for compute-sanitizer."""
+    bad = 0
+    for n in (3, 257):
+        runner, plain = make(8, 2, 272, 176, "nvfp4", bias=True, E=12, offset=2)
+        inputs = inputs_of(runner, n)
+        inputs[1][0, 0] = 1 << 30
+        kinds = {(t.path, t.route, t.narrow): t for t in choose.candidates(runner.problem, n)}
+        tried = list(kinds.values())
+        compile_all(runner, [(inputs, t) for t in tried])
+        for tactic in tried:
+            bad += not error(runner, plain, inputs, tactic) < 1e-2
+    torch.cuda.synchronize()
+    print("quick:", "FAILED" if bad else "ok", bad)
     return bad
 
 
@@ -171,7 +212,7 @@ def layers(
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("command", choices=("check", "invariant", "layers"))
+    parser.add_argument("command", choices=("check", "w4a4", "quick", "invariant", "layers"))
     parser.add_argument("names", nargs="*", help="formats, or layers")
     parser.add_argument("--tokens", default="1,16,64,256,1024,4096,16384")
     parser.add_argument("--rounds", type=int, default=15)
@@ -184,6 +225,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.command == "check":
         return int(sum(map(check, args.names)) > 0)
+    if args.command in ("w4a4", "quick"):
+        return int((check_w4a4() if args.command == "w4a4" else quick()) > 0)
     rows: Any
     if args.command == "invariant":
         rows = {fmt: invariant(fmt) for fmt in args.names}

@@ -3,8 +3,8 @@
     PYTHONPATH=src python benchmarks/h100_record.py OUT --seconds 240
 
 In this order, until the time is over: tune the three models of docs/kernels.md, bench them beside the peers
-with those decisions, then tune the other models. After each step these three files are written anew, so that
-whatever ends it loses nothing:
+with those decisions, then tune models in the formats that they are published in, then the other models. After each
+step these three files are written anew, so that whatever ends it loses nothing:
     OUT/bundle.json   slim: copy it to src/moestro/tuning/bundles/h100.json to ship it
     OUT/tuning.json   with all evidence: benchmarks/results/h100-tuning.json, which `moestro bench recall` and
                       tests/bench/test_recall.py read
@@ -43,6 +43,11 @@ OTHERS = (  # the models of bench/models.py whose formats the kernels run, as pe
     ("glm-4.5", "--ep 8"),
     ("deepseek-v3", "--ep 16"),
 )
+AS_PUBLISHED = (  # model, ranks, the format that its checkpoint has
+    ("gpt-oss-20b", "", "mxfp4"),
+    ("gpt-oss-120b", "", "mxfp4"),
+    ("deepseek-v3", "--ep 8 --local-pairs", "fp8_block"),
+)
 LOOSE = "--loose mode --loose cuda_graph --loose expert_offset"
 
 
@@ -80,13 +85,13 @@ def main() -> int:
     args = parser.parse_args()
     record, end = Recorder(args.out), time.monotonic() + args.seconds
 
-    def tune(model: str, ranks: str) -> None:
+    def tune(model: str, ranks: str, fmt: str = "nvfp4") -> None:
         left = end - time.monotonic()
         if left < args.each / 2:
-            print(f"no time left for {model} {ranks}")
+            print(f"no time left for {model} {ranks} {fmt}")
             return
         budget = min(args.each, left * 0.7)
-        record(f"tune -m {model} {ranks} -d cuda -f nvfp4 -n {TOKENS} --budget {budget:.0f}")
+        record(f"tune -m {model} {ranks} -d cuda -f {fmt} -n {TOKENS} --budget {budget:.0f}")
         record.export()
 
     for model, ranks in FIRST.items():
@@ -96,6 +101,8 @@ def main() -> int:
             f"bench -m {model} {ranks} -d cuda -f nvfp4 -n 1,4,16,64,256,1024,4096,16384 "
             f"--peers {args.peers} --seconds 0.15 --rounds 15"
         )
+    for model, ranks, fmt in AS_PUBLISHED:
+        tune(model, ranks, fmt)
     for model, ranks in OTHERS:
         tune(model, ranks)
     record.failed += not run(f"bench recall {args.out}/tuning.json")

@@ -121,7 +121,6 @@ def as_count(name: str, value: object, error: type[MoestroError], least: int | N
         else:
             if least is None or count >= least:
                 return count
-    wanted = {0: "an integer of at least 0", 1: "a positive integer"}.get(
-        least, f"an integer of at least {least}"
-    )
+    words: dict[int | None, str] = {None: "an integer", 1: "a positive integer"}
+    wanted = words.get(least, f"an integer of at least {least}")
     raise error(f"{name} must be {wanted}, got {value!r}")

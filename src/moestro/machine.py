@@ -125,8 +125,8 @@ def last_level_cache_bytes(root: Path | None = None) -> int:
         folder = (root or CPU_ROOT) / f"cpu{number}" / "cache"
         found = max((level for index in folder.glob("index*") if (level := _cache(index))), default=None)
         if found is not None:
-            level, shared, size = found
-            caches[f"{level}:{shared}"] = size
+            rank, shared, size = found
+            caches[f"{rank}:{shared}"] = size
     return min(sum(caches.values()) or CACHE_GUESS, CACHE_MOST)
 
 

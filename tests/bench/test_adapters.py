@@ -25,12 +25,12 @@ from moestro.bench.layers import LayerSource, make_case
 from moestro.bench.measure import Plan
 from moestro.bench.models import MoeShape, from_sizes
 from moestro.bench.peers import peer_names
-from moestro.bench.progress import Listener
 from moestro.bench.run import BenchSpec, build
 from moestro.bench.truth import References
 from moestro.errors import BackendError
 from moestro.formats import NVFP4
 from moestro.routing import Uniform
+from moestro.tuning.progress import Listener
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted here")
 SHAPE = from_sizes("8,2,64,32")

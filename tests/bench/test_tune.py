@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from moestro.bench import tune
 from moestro.bench.models import MoeShape
 from moestro.kernels.portable.runner import PortableRunner
+from moestro.tuning import AutoTuner
 
 
 def spec(shape: MoeShape, store: Path, **more: Any) -> tune.TuneSpec:
@@ -93,15 +95,29 @@ def test_without_a_budget_left_nothing_is_compiled(
     assert [what for what, _, _ in events if what == "run"] == []
 
 
-def test_what_compiling_leaves_of_a_short_budget_is_not_cut_into_even_shares(
-    monkeypatch: pytest.MonkeyPatch,
+def test_compiling_takes_two_thirds_of_a_budget_at_most(
+    tiny: MoeShape, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now = 0.0
-    monkeypatch.setattr(tune.time, "monotonic", lambda: now)
-    for compiling, expected in ((19.0, 11.0 / 16), (20.0, 5.0)):
-        budget = tune._Budget(30.0, 16)
-        with budget.before() as late:
-            now += compiling
-            assert late() == (compiling == 20.0)
-        with budget.share() as seconds:
-            assert seconds == pytest.approx(expected)
+    """What is not compiled by then is when its size is tuned; what was, is not again."""
+    now = [0.0]
+    compiled: list[Any] = []
+    before: list[int] = []
+    forward = PortableRunner.forward
+
+    def compile(self: PortableRunner, inputs: Any, tactic: Any) -> None:
+        compiled.append((inputs[0].shape[0], tactic))
+        now[0] += 1.0
+        time.sleep(0.06)  # longer than between two looks at the budget
+
+    def run(self: PortableRunner, inputs: Any, tactic: Any = -1, **more: Any) -> Any:
+        before.append(len(compiled))
+        return forward(self, inputs, tactic, **more)
+
+    monkeypatch.setattr(PortableRunner, "compile", compile, raising=False)
+    monkeypatch.setattr(PortableRunner, "forward", run)
+    monkeypatch.setattr("moestro.tuning.measure.compile.os.cpu_count", lambda: 1)
+    monkeypatch.setattr(tune, "AutoTuner", lambda store: AutoTuner(store, clock=lambda: now[0]))
+    result = tune.run(spec(tiny, tmp_path, budget_s=18.0), "moestro tune")
+    assert len(compiled) - len(set(compiled)) <= 1  # the one under way when the two thirds were over
+    assert before[0] <= 12 + 1 + 4  # at most four more of the first size
+    assert {row.tokens for row in result.rows} >= {16}

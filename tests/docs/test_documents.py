@@ -42,7 +42,9 @@ def names_of_formats() -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/quickstart.md", "docs/numerics.md", "docs/formats.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/quickstart.md", "docs/numerics.md", "docs/formats.md", "docs/migrate.md"]
+)
 def test_the_code_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MOESTRO_STORE", str(tmp_path / "store"))

@@ -64,7 +64,9 @@ def test_list_counts_decisions_quarantine_and_misses(store: Path) -> None:
 
 def test_list_and_show_of_nothing(store: Path) -> None:
     assert "holds no decisions" in run("cache", "list", "--store", store)
-    assert "no decisions match" in run("cache", "show", "--store", store, status=1)
+    said = run("cache", "show", "--store", store, status=1)
+    assert "no decisions match" in said
+    assert f"{store} is no store of decisions" in said
 
 
 def test_show_has_a_line_for_each_decision(store: Path) -> None:
@@ -92,6 +94,8 @@ def test_a_bundle_carries_decisions_and_quarantine_to_another_store(store: Path,
     assert "8 left out" in unwrapped(run("cache", "import", bundle, "--store", other))
     assert "0 differ, 7 agree" in run("cache", "diff", store, other)
     assert "0 differ, 7 agree" in run("cache", "diff", store, bundle)
+    assert "Kernel" in run("cache", "show", "--store", bundle)
+    assert "moe" in run("cache", "list", "--store", bundle)
     clock = quiet_clock()
     runner = Kernel(clock, FAST)
     t = tuner(clock, other)
@@ -105,10 +109,11 @@ def test_import_keeps_what_is_newer(store: Path, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle.json"
     run("cache", "export", bundle, "--store", store)
     data = json.loads(bundle.read_text())
-    for entry in data["entries"]:
-        if entry["kind"] == "decision":
-            entry["record"]["created"] -= 100
-            entry["record"]["tactic"] = -1
+    created = 1 + data["columns"]["decision"].index("created")
+    for row in data["rows"]:
+        if row[0] == "decision":
+            row[created] -= 100
+    data["tactics"] = [-1] * len(data["tactics"])
     bundle.write_text(json.dumps(data))
     run("cache", "import", bundle, "--store", store)
     assert winner(store) == "a"
@@ -253,8 +258,9 @@ def with_facts(**facts: Any) -> Callable[[dict[str, Any]], None]:
     """An edit: the bundle comes from an environment that differs in these facts."""
 
     def edit(data: dict[str, Any]) -> None:
-        for entry in data["entries"]:
-            entry["environment"] = "elsewhere"
+        for row in data["rows"]:
+            if row[0] != "candidate":
+                row[1] = "elsewhere"
         (known,) = data["environments"].values()
         data["environments"] = {"elsewhere": {**known, **facts}}
 
@@ -314,8 +320,7 @@ def test_tactics_that_this_version_does_not_have_are_left_out(
     store: Path, bundle_of: Callable[..., Path]
 ) -> None:
     def edit(data: dict[str, Any]) -> None:
-        for entry in (e for e in data["entries"] if e["kind"] == "decision"):
-            entry["record"]["tactic"] = {"object": "moestro.gone:Tactic", "fields": {}}
+        data["tactics"] = [{"object": "moestro.gone:Tactic", "fields": {}}] * len(data["tactics"])
 
     tune(store)
     bundle_of(store, edit)

@@ -81,7 +81,7 @@ def test_capturing_a_graph_looks_up_and_never_tunes(monkeypatch: pytest.MonkeyPa
     with t.autotune(True):
         pick(inputs(64))
         runs = len(runner._runs)
-        monkeypatch.setattr("moestro.tuning.tuner._capturing", lambda: True)
+        monkeypatch.setattr("moestro.tuning.tuner.capturing", lambda: True)
         assert pick(inputs(64)) == (runner, 1)
         with pytest.raises(TuningError, match="capture"):
             pick(inputs(64, width=32))

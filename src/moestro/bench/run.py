@@ -25,13 +25,13 @@ from moestro.bench.layers import Case, LayerSource, make_case
 from moestro.bench.measure import Measured, Outcome, Plan, Timer, Truth, measure_case, quartiles
 from moestro.bench.models import MoeShape
 from moestro.bench.peers import IMPLEMENTATIONS, transformers_missing, transformers_peers
-from moestro.bench.progress import Listener
 from moestro.bench.results import BenchResult, Row
 from moestro.bench.truth import References
 from moestro.errors import BackendError, MoestroError
 from moestro.kernels import backends
 from moestro.routing import Distribution
 from moestro.tuning import AutoTuner
+from moestro.tuning.progress import Listener
 from moestro.tuning.store.store import default_root
 
 __all__ = ["BenchSpec", "build", "run"]

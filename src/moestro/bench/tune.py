@@ -1,18 +1,13 @@
-"""Tuning a layer ahead of serving: behind `moestro tune`.
+"""The table of decisions behind `moestro tune`, which is layer.tune() for each format and backend.
 
-One layer per format is made and tuned bucket by bucket, so that progress can be shown and an interruption
-loses no finished bucket; the crossover search between buckets comes last. Decisions depend on shapes, not
-on weights: all layers of a model find those of the one that was tuned.
+One layer per format is made; decisions depend on shapes, not on weights, so all layers of a model find those of
+the one that was tuned. The tuner's campaign says how it goes (progress.Listener); what its steps take is kept.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,15 +18,13 @@ from moestro.bench import results
 from moestro.bench.contenders import make_layer, tactic_words
 from moestro.bench.layers import LayerSource
 from moestro.bench.models import MoeShape
-from moestro.bench.progress import Listener
 from moestro.errors import BackendError
 from moestro.moe.call import as_inputs
 from moestro.moe.layer import FusedMoE
-from moestro.moe.tuning_config import OP, as_probes
+from moestro.moe.tuning_config import OP
 from moestro.routing import Distribution
 from moestro.tuning import AutoTuner, Decision, Store
-from moestro.tuning.measure.campaign import spread
-from moestro.tuning.measure.compile import precompile
+from moestro.tuning.progress import Listener
 from moestro.tuning.spec.keys import static_key
 from moestro.tuning.store.store import Entry, default_root, folder_of
 
@@ -99,39 +92,45 @@ class TuneResult:
         return {"schema": SCHEMA, **asdict(self)}
 
 
-class _Budget:
-    """Seconds of tuning, compiling included, shared out evenly over the steps that are left; making layers is
-    not counted.
+class _Phases(Listener):
+    """Passes on what it hears, and keeps the seconds of each part in the result."""
 
-    Compiling may take two thirds: of 60 s, half was not enough for 107 kernels in a process that had compiled
-    nothing before (H100, 16 processors), and what was left took longer size by size than together. Where it used
-    them up, a step may have half of what is left: it has its own candidates to compile, and even shares of 20 s
-    decided nothing at any of 15 sizes of a layer.
-    """
+    def __init__(self, result: TuneResult, listener: Listener) -> None:
+        self._result, self._listener = result, listener
+        self._format, self._phase, self._since = "", "", 0.0
 
-    def __init__(self, seconds: float | None, steps: int) -> None:
-        self._left, self._steps, self._least = seconds, steps, 0.0
+    def begin(self, format: str) -> None:
+        """What follows is about a format's layer."""
+        self._format = format
 
-    @contextlib.contextmanager
-    def share(self) -> Iterator[float | None]:
-        """The seconds that the next step may take; what it does not use is for the others."""
-        start = time.monotonic()
-        part = max(self._least, 1 / max(1, self._steps))
-        yield None if self._left is None else max(0.0, self._left * part)
-        self._steps -= 1
-        if self._left is not None:
-            self._left -= time.monotonic() - start
+    def stage(self, text: str, total: int) -> None:
+        what = text.split(" ")[0]
+        self._listener.stage(f"{what} {self._format}", total)
+        self.end()
+        if what in ("compiling", "making"):
+            self._start("compiling" if what == "compiling" else "making the layer")
 
-    @contextlib.contextmanager
-    def before(self) -> Iterator[Callable[[], bool]]:
-        """What precedes all steps, in two thirds of the seconds at most: whether they are over."""
-        start, most = time.monotonic(), math.inf if self._left is None else self._left * 2 / 3
-        yield lambda: time.monotonic() - start >= most
-        took = time.monotonic() - start
-        if took >= most:
-            self._least = 0.5
-        if self._left is not None:
-            self._left -= took
+    def step(self, text: str) -> None:
+        if text.startswith("bucket ") and ":" not in text:
+            text = f"N = {text.removeprefix('bucket ')}"
+        self._listener.step(text)
+        if text.startswith(("N = ", "where ")):
+            self.end()
+            self._start(text)
+
+    def done(self) -> None:
+        self._listener.done()
+        self.end()
+
+    def end(self) -> None:
+        """The part that was going on is over."""
+        if self._phase:
+            phases, name = self._result.phases, f"{self._format}: {self._phase}"
+            phases[name] = phases.get(name, 0.0) + time.monotonic() - self._since
+        self._phase = ""
+
+    def _start(self, phase: str) -> None:
+        self._phase, self._since = phase, time.monotonic()
 
 
 def run(spec: TuneSpec, command: str, listener: Listener | None = None) -> TuneResult:
@@ -139,7 +138,6 @@ def run(spec: TuneSpec, command: str, listener: Listener | None = None) -> TuneR
 
     KeyboardInterrupt ends it; the result and the store hold what is decided by then.
     """
-    listener = listener or Listener()
     start = time.monotonic()
     result = TuneResult(
         command=command,
@@ -150,44 +148,50 @@ def run(spec: TuneSpec, command: str, listener: Listener | None = None) -> TuneR
         store=str(spec.store_root),
         rows=[],
     )
+    phases = _Phases(result, listener or Listener())
     tuner = AutoTuner(store=Store(spec.store_root))
     pairs = [(format, backend) for format in spec.formats for backend in spec.backends]
-    budget = _Budget(spec.budget_s, len(pairs) * (len(spec.tokens) + 1))
-    interrupted = False
+    left, interrupted = spec.budget_s, False
     try:
-        for format, backend in pairs:
-            listener.stage(f"making the {format} layer", 1)
+        for done, (format, backend) in enumerate(pairs):
+            phases.begin(format)
+            phases.stage("making", 1)
             source = LayerSource(spec.shape, seed=spec.seed, device=spec.device)
             try:
-                with _timed(result, f"{format}: making the layer"):
-                    layer = make_layer(source, format, backend, _most(spec), tuner)
+                layer = make_layer(source, format, backend, _most(spec), tuner)
             except BackendError as error:
                 result.skipped.append({"format": format, "backend": backend, "reason": str(error)})
                 continue
-            _tune_format(spec, layer, format, backend, budget, result, listener)
+            finally:
+                phases.end()
+            began = time.monotonic()
+            budget = None if left is None else max(0.0, left / (len(pairs) - done))
+            _tune_layer(spec, layer, format, backend, budget, result, phases)
+            left = None if left is None else left - (time.monotonic() - began)
     except KeyboardInterrupt:
         interrupted = True
     return dataclasses.replace(result, interrupted=interrupted, seconds=time.monotonic() - start)
 
 
-def _tune_format(
+def _tune_layer(
     spec: TuneSpec,
     layer: FusedMoE,
     format: str,
     backend: str,
-    budget: _Budget,
+    budget: float | None,
     result: TuneResult,
-    listener: Listener,
+    phases: _Phases,
 ) -> None:
     misses = _misses(spec, layer) if spec.from_misses else {}
-    tokens = sorted(misses) if spec.from_misses else list(spec.tokens)
+    tokens = sorted(misses) if spec.from_misses else sorted(spec.tokens)
     if not tokens:
         reason = f"the store {spec.store_root} has no misses of this layer"
         result.skipped.append({"format": format, "backend": backend, "reason": reason})
         return
     try:
-        _tune_layer(spec, layer, tokens, budget, result, listener, format)
+        layer.tune(tokens[-1], budget, spec.routings or None, phases, buckets=tokens)
     finally:  # whatever happens, what is decided is in the result
+        phases.end()
         for size in tokens:
             decision = layer.decision(size)
             if decision is None or decision.status == "extrapolated":
@@ -206,76 +210,6 @@ def _most(spec: TuneSpec) -> int:
         size for entry in Store(spec.store_root).entries(("miss",)) for size in entry.data.get("sizes", [])
     ]
     return max([1, *map(int, sizes)])
-
-
-def _tune_layer(
-    spec: TuneSpec,
-    layer: FusedMoE,
-    tokens: Sequence[int],
-    budget: _Budget,
-    result: TuneResult,
-    listener: Listener,
-    format: str,
-) -> None:
-    """Bucket by bucket, the largest first (it covers the smaller ones), then the middles of ever smaller gaps, so
-    that a size which the budget leaves open is served by a near one; then the crossovers between them.
-    """
-    probes = as_probes(layer.runners[0].problem, spec.routings) if spec.routings else None
-
-    def tune(size: int, buckets: Sequence[int], crossover: bool) -> None:
-        with (
-            budget.share() as seconds,
-            layer.tuner.autotune(
-                True,
-                budget_s=seconds,
-                tuning_buckets=buckets,
-                round_up=True,
-                probes=probes,
-                crossover=crossover,
-            ) as tuner,
-        ):
-            tuner.choose_one(OP, layer.runners, layer.tuning_config, _inputs(spec, size))
-        listener.done()
-
-    order = spread(tokens, tokens[-1])
-    listener.stage(f"compiling {format}", 1)
-    with _timed(result, f"{format}: compiling"), budget.before() as late:
-        _compile(spec, layer, order, late)
-    listener.stage(f"tuning {format}", len(tokens) + 1)
-    for size in order:
-        listener.step(f"N = {size}")
-        with _timed(result, f"{format}: N = {size}"):
-            tune(size, (size,), crossover=False)
-    listener.step("where winners change")
-    with _timed(result, f"{format}: where winners change"):
-        tune(tokens[-1], tokens, crossover=True)
-
-
-def _compile(spec: TuneSpec, layer: FusedMoE, tokens: Sequence[int], late: Callable[[], bool]) -> None:
-    """All sizes' candidates together, each kernel once: a size alone would leave most processors idle at its
-    end. What fails is found, and noted, when its size is tuned.
-    """
-    jobs: dict[Any, Callable[[], object]] = {}
-    for size in tokens:
-        inputs = _inputs(spec, size)
-        for runner in layer.runners:
-            for tactic in (-1, *runner.get_valid_tactics(inputs, None)):
-                if callable(split := getattr(runner, "compile_jobs", None)):
-                    for kernel, job in split(inputs, tactic).items():
-                        jobs.setdefault(kernel, job)
-                elif callable(hook := getattr(runner, "compile", None)):
-                    jobs[runner.backend, size, tactic] = functools.partial(hook, inputs, tactic)
-    precompile(jobs, late)
-
-
-@contextlib.contextmanager
-def _timed(result: TuneResult, phase: str) -> Iterator[None]:
-    """Add the seconds of a part to the result."""
-    start = time.monotonic()
-    try:
-        yield
-    finally:
-        result.phases[phase] = result.phases.get(phase, 0.0) + time.monotonic() - start
 
 
 def _inputs(spec: TuneSpec, num_tokens: int) -> list[torch.Tensor]:

@@ -98,9 +98,12 @@ def show(store: StoreOption = None, op: OpOption = "*", environment: Environment
     from moestro.tuning.show.families import families
 
     load_tactics()
-    found = families(_entries(_store(store), store), op, environment or ())
+    source = _store(store)
+    entries = _entries(source, store)
+    found = families(entries, op, environment or ())
     if not found:
-        output.print("no decisions match")
+        here = "" if entries else f" {source.root} is no store of decisions, or an empty one."
+        output.print(f"no decisions match.{here}", markup=False, soft_wrap=True)
         raise typer.Exit(1)
     for family in found:
         table = Table(box=box.SIMPLE_HEAD, title=family.title, title_justify="left", title_style="bold")

@@ -16,8 +16,8 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from moestro.bench.progress import Listener
 from moestro.errors import TuningWarning
+from moestro.tuning.progress import Listener
 
 __all__ = ["ProgressListener", "bytes_text", "errors", "output", "progress", "quiet", "seconds_text"]
 

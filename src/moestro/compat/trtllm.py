@@ -32,7 +32,7 @@ from moestro.tuning import (
     next_positive_power_of_2,
 )
 from moestro.tuning import TunableRunner as _Runner
-from moestro.tuning.show.stats import Statistics as AutoTunerStatistics
+from moestro.tuning.lookup.stats import Statistics as AutoTunerStatistics
 from moestro.tuning.spec.profiles import Dim
 from moestro.tuning.store.store import Store, write_text_atomically
 

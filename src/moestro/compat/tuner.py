@@ -77,7 +77,7 @@ class PeerTuner(AutoTuner):
                 hit = self._seeded_hit(custom_op, runners, shapes_of(inputs), config, inputs)
                 if hit is not None:
                     return runners[hit[1]], hit[2]
-        given = {
+        given: dict[str, Any] = {
             name: value
             for name, value in (
                 ("custom_op", custom_op),
@@ -212,7 +212,7 @@ class _ReplacedClock:
         self._tuner = tuner
 
     def prepare(self, call: Callable[[], Any]) -> Callable[[], float]:
-        run = getattr(call, "__wrapped__", call)
+        run: Any = getattr(call, "__wrapped__", call)
         job, (candidate, inputs) = run.func.__self__, run.args
 
         def sample() -> float:

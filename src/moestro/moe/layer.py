@@ -28,6 +28,7 @@ from moestro.moe.weights import ExpertWeights
 from moestro.moe.workspace import Workspace, shared
 from moestro.routing import Distribution
 from moestro.tuning import AutoTuner, Decision, Probe, TuningConfig
+from moestro.tuning.progress import Progress
 
 Kind = torch.dtype | str  # of x: its dtype, or "nvfp4"
 OF_PROCESS = {"tuner", "workspace", "_calls", "_outputs", "_text"}  # what no copy and no pickle has
@@ -267,8 +268,9 @@ class FusedMoE(torch.nn.Module):
         max_num_tokens: int | None = None,
         budget_s: float | None = None,
         probes: Sequence[Probe | Distribution] | None = None,
-        progress: bool = True,
+        progress: Progress = True,
         *,
+        buckets: Sequence[int] | None = None,
         group: Any = None,
         strategy: str | None = None,
         timeout_s: float | None = None,
@@ -276,10 +278,11 @@ class FusedMoE(torch.nn.Module):
         """Decide runner and tactic for every bucket up to `max_num_tokens` (the layer's by default).
 
         budget_s: seconds to spend; what is decided by then holds. probes: how inputs are synthesised, as
-        routing distributions or tuning.Probe; by default i.i.d. uniform and Zipf(1.0). Decisions go to the
-        tuner's store. group=, strategy=, timeout_s=: the ranks that tune their layers together, all of them by this
-        call, as in autotune(). Raises BackendError for a layer with a fixed tactic, ShapeError for more tokens than
-        the layer takes.
+        routing distributions or tuning.Probe; by default those of `tuning_config`. progress: True draws a line, a
+        function gets lines, a tuning.progress.Listener stages and steps. buckets: these numbers of tokens instead
+        of the scheme's, each serving up to itself. group, strategy, timeout_s: the ranks that tune
+        their layers together, all by this call, as in autotune(). Decisions go to the tuner's store. Raises BackendError for a
+        layer with a fixed tactic, ShapeError for more tokens than the layer takes.
         """
         size = self.max_num_tokens
         if max_num_tokens is not None:
@@ -294,10 +297,19 @@ class FusedMoE(torch.nn.Module):
         chosen = None if probes is None else as_probes(bound.problem, probes)
         if not self.weights.num_experts:
             return  # a rank without experts has nothing to choose
-        together = {"group": group, "strategy": strategy, "timeout_s": timeout_s}
         with (
             devices.current(self.weights.device),
-            self.tuner.autotune(True, budget_s=budget_s, probes=chosen, progress=progress, **together),
+            self.tuner.autotune(
+                True,
+                budget_s=budget_s,
+                probes=chosen,
+                progress=progress,
+                tuning_buckets=buckets,
+                round_up=None if buckets is None else True,
+                group=group,
+                strategy=strategy,
+                timeout_s=timeout_s,
+            ),
         ):
             self.tuner.choose_one(OP, bound.runners, bound.tuning_config, self._example(size))
         bound.release()

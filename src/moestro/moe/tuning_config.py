@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from moestro.errors import TuningError
 from moestro.kernels.problem import MoeProblem
-from moestro.routing import Distribution, Uniform, Zipf
+from moestro.routing import Distribution, Recorded, Uniform, Zipf
 from moestro.tuning import (
     DynamicTensorSpec,
     OptimizationProfile,
@@ -21,6 +22,16 @@ from moestro.tuning import (
 
 OP = "moestro.fused_moe"
 DEFAULT_ROUTING: tuple[Distribution, ...] = (Uniform(), Zipf(1.0))
+# Routing of a trained model, as `moestro record` writes it: a third probe for layers of as many experts and choices.
+RECORDINGS = Path(__file__).parents[1] / "routing" / "recordings"
+
+
+def default_routing(problem: MoeProblem) -> tuple[Distribution, ...]:
+    """What a layer is tuned on: uniform, Zipf(1.0), and the recording that ships for its experts and top_k, if one
+    does (recordings/e<experts>-k<top_k>-<name>.npy, the first by name).
+    """
+    found = sorted(RECORDINGS.glob(f"e{problem.num_experts}-k{problem.top_k}-*.npy"))
+    return (*DEFAULT_ROUTING, *(Recorded(path) for path in found[:1]))
 
 
 def tuning_config(
@@ -28,7 +39,7 @@ def tuning_config(
 ) -> TuningConfig:
     """The configuration for inputs [x, ids, weights, out] (and x's scales): hybrid buckets over N.
 
-    Probes: i.i.d. uniform and Zipf(1.0) routing by default, for real loads are somewhere between.
+    Probes: `default_routing` if none are given, for real loads are somewhere between; a choice is by its worst ratio.
     """
     linked = (0, 1, 2, 3, 4, 5) if quantized_input else (0, 1, 2, 3)
     spec = DynamicTensorSpec(
@@ -38,7 +49,7 @@ def tuning_config(
         map_to_tuning_buckets=map_to_hybrid_bucket_uncapped,
     )
     if probes is None:
-        probes = [routing_probe(problem, distribution) for distribution in DEFAULT_ROUTING]
+        probes = [routing_probe(problem, distribution) for distribution in default_routing(problem)]
     return TuningConfig(dynamic_tensor_specs=(spec,), use_cuda_graph=problem.cuda_graph, probes=tuple(probes))
 
 

@@ -114,14 +114,9 @@ def replay(model: torch.nn.Module, recording: Recording | str | Path) -> Iterato
     recording: a Recording, or a file of one. Raises RoutingError for a recording of other layers or another top_k,
     one without weights (.npy), and for more tokens than were recorded.
     """
-    if not isinstance(recording, Recording):
-        recording = Recording.load(recording)
-    layers, ids = moe_layers(model), recording.ids
-    if ids.shape[1] != len(layers):
-        raise RoutingError(f"recording must have the model's {len(layers)} layers, got {ids.shape[1]}")
-    if not recording._weights:
-        raise RoutingError("recording must have routing weights to be replayed; .npy files hold ids alone")
-    weights, at = recording.weights, dict.fromkeys(range(len(layers)), 0)
+    layers = moe_layers(model)
+    ids, weights = _to_replay(recording, len(layers))
+    at = dict.fromkeys(range(len(layers)), 0)
     handles = []
     for i, (name, module) in enumerate(layers):
 
@@ -147,6 +142,18 @@ def replay(model: torch.nn.Module, recording: Recording | str | Path) -> Iterato
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _to_replay(recording: Recording | str | Path, layers: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, weights) [sequence, layers, K] of a recording that fits a model of so many layers."""
+    if not isinstance(recording, Recording):
+        recording = Recording.load(recording)
+    ids = recording.ids
+    if ids.shape[1] != layers:
+        raise RoutingError(f"recording must have the model's {layers} layers, got {ids.shape[1]}")
+    if not recording._weights:
+        raise RoutingError("recording must have routing weights to be replayed; .npy files hold ids alone")
+    return ids, recording.weights
 
 
 def _argument(args: Any, kwargs: Any, place: int) -> torch.Tensor:

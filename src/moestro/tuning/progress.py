@@ -1,5 +1,5 @@
-"""What tuning says while it works: nothing, lines to a function, or one line that is drawn anew in the
-terminal.
+"""What tuning and benchmarks say while they work: nothing, lines to a function, one line that is drawn anew in the
+terminal, or stages and steps to a Listener.
 """
 
 from __future__ import annotations
@@ -7,20 +7,53 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["Progress", "showing"]
+__all__ = ["Listener", "Progress", "showing"]
 
-Progress = bool | Callable[[str], None]
+
+class Listener:
+    """Hears how a run goes and says nothing; the command line draws it."""
+
+    def stage(self, text: str, total: int) -> None:
+        """A stage begins, of `total` steps."""
+
+    def step(self, text: str) -> None:
+        """Something within the stage goes on."""
+
+    def done(self) -> None:
+        """One step of the stage is done."""
+
+
+class _Lines(Listener):
+    """Says each stage and step as a line."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say, self._stage, self._done, self._total = say, "", 0, 0
+
+    def stage(self, text: str, total: int) -> None:
+        self._stage, self._done, self._total = text, 0, total
+        self._say(text)
+
+    def step(self, text: str) -> None:
+        self._say(f"{self._stage} {min(self._done + 1, self._total)}/{self._total}: {text}")
+
+    def done(self) -> None:
+        self._done += 1
+
+
+Progress = bool | Callable[[str], None] | Listener
 
 
 @contextmanager
-def showing(progress: Progress) -> Iterator[Callable[[str], None]]:
-    """A function that takes lines of progress, while the context lasts."""
-    if callable(progress):
+def showing(progress: Progress) -> Iterator[Listener]:
+    """Who hears of the progress, while the context lasts."""
+    if isinstance(progress, Listener):
         yield progress
+    elif callable(progress):
+        yield _Lines(progress)
     elif not progress:
-        yield lambda text: None
+        yield Listener()
     else:
         from rich.console import Console
 
         with Console(stderr=True).status("tuning", spinner="dots") as status:
-            yield lambda text: status.update(text)
+            yield _Lines(status.update)

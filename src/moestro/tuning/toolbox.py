@@ -1,6 +1,6 @@
-"""What an AutoTuner can do besides choosing: reading again, statistics, rankings, single timings, captures.
+"""What an AutoTuner can do besides choosing: say why, read again, count, rank, time a tactic, capture and replay.
 
-The names are FlashInfer's and TensorRT-LLM's. AutoTuner (tuner.py) inherits them.
+Most names are FlashInfer's and TensorRT-LLM's. AutoTuner (tuner.py) inherits them.
 """
 
 from __future__ import annotations
@@ -9,25 +9,30 @@ import contextlib
 import functools
 import statistics
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from moestro.errors import TuningError
 from moestro.tuning.contexts import Contexts, Options
 from moestro.tuning.lookup.known import KnownDecisions
-from moestro.tuning.lookup.sites import CallSites
+from moestro.tuning.lookup.sites import CallSite, CallSites, Lookup
+from moestro.tuning.lookup.stats import Statistics
 from moestro.tuning.measure.scope import measured
-from moestro.tuning.show.stats import Statistics
+from moestro.tuning.measure.timers import Timer, default_timer
+from moestro.tuning.show.explain import Case, explain, explain_miss
 from moestro.tuning.spec.buckets import round_to_nearest_bucket
 from moestro.tuning.spec.keys import device_of
 from moestro.tuning.spec.policy import MeasurementPolicy
-from moestro.tuning.spec.runner import DEFAULT_TACTIC
-from moestro.tuning.spec.specs import TuningConfig
+from moestro.tuning.spec.runner import DEFAULT_TACTIC, check_runners
+from moestro.tuning.spec.specs import Sizes, TuningConfig
 from moestro.tuning.store.records import Decision
-from moestro.tuning.testing import Replay, TacticsCapture
+from moestro.tuning.testing import Replay
+from moestro.tuning.testing import TacticsCapture as _Capture
 
 __all__ = ["Toolbox"]
+
+Choice = tuple[Any, Any]  # (runner, tactic)
 
 SAMPLES = 10  # of profile_tactic
 
@@ -35,12 +40,14 @@ SAMPLES = 10  # of profile_tactic
 class Toolbox:
     """See the module."""
 
-    TacticsCapture = TacticsCapture
+    TacticsCapture: ClassVar[type[_Capture]] = _Capture
     _contexts: Contexts
     _known: KnownDecisions
     _sites: CallSites
     _measuring: threading.RLock
-    _last_capture: TacticsCapture | None = None
+    _timer: Timer | None
+    _timers: dict[Any, Timer]
+    _last_capture: _Capture | None = None
     policy: MeasurementPolicy
 
     # --- what is known -------------------------------------------------------------------------------
@@ -86,6 +93,51 @@ class Toolbox:
         if options is None or options.buckets is not None or not options.round_up:
             return spec.map_to_tuning_buckets
         return lambda size: round_to_nearest_bucket(size, spec.buckets(max(1, size)), round_up=True)
+
+    # --- a decision and its reasons ------------------------------------------------------------------
+    def decision(
+        self, op: str, runners: Sequence[Any], config: TuningConfig, inputs: Sequence[Any], **kwargs: Any
+    ) -> Decision | None:
+        """What choose_one would answer, with its evidence, without tuning; None where nothing is known."""
+        options = self._contexts.current
+        check_runners(runners)
+        site, view, sizes = self._locate(op, runners, config, inputs, kwargs, options)
+        record, within = view.find(sizes)
+        if record is None:
+            return None
+        index, tactic = view.pick(record, site.config, runners, inputs, kwargs, sizes)
+        return Decision(
+            runner=runners[index],
+            tactic=tactic,
+            bucket=record.bucket[0] if len(record.bucket) == 1 else record.bucket,
+            status=record.status if within else "extrapolated",
+            evidence=record.evidence,
+            record=record,
+            source=record.source,
+        )
+
+    def explain(
+        self, op: str, runners: Sequence[Any], config: TuningConfig, inputs: Sequence[Any], **kwargs: Any
+    ) -> str:
+        """What choose_one would answer and why, who came second, and what would change it, as text."""
+        check_runners(runners)
+        options = self._contexts.current
+        _, view, sizes = self._locate(op, runners, config, inputs, kwargs, options)
+        record, within = view.find(sizes)
+        book = view.book
+        if record is None:
+            return explain_miss(book.key, [b.key for b in self._known.books() if b.everything()])
+        store = self._known.target(options)
+        case = Case(
+            key=book.key,
+            record=record,
+            records=book.serving(record.probes, view.environment),
+            sizes=sizes,
+            within=within,
+            source=record.source,
+            facts=store.facts(record.environment) if store is not None else None,
+        )
+        return explain(case)
 
     # --- rankings and timings ------------------------------------------------------------------------
     def rank_tactics(
@@ -154,9 +206,9 @@ class Toolbox:
 
     # --- every tactic of an operation ----------------------------------------------------------------
     @contextlib.contextmanager
-    def capture(self) -> Iterator[TacticsCapture]:
+    def capture(self) -> Iterator[_Capture]:
         """Note each choice that is made inside; iterate over what this gives for all combinations of tactics."""
-        capture = TacticsCapture()
+        capture = _Capture()
         self._last_capture = capture
         with self._answering(capture):
             yield capture
@@ -171,7 +223,7 @@ class Toolbox:
             yield
 
     @contextlib.contextmanager
-    def _answering(self, answers: TacticsCapture | Replay) -> Iterator[None]:
+    def _answering(self, answers: _Capture | Replay) -> Iterator[None]:
         outer = self._contexts.current or Options(tune=False)
         entered = self._contexts.push(replace(outer, answers=answers))
         try:
@@ -180,16 +232,31 @@ class Toolbox:
             self._contexts.pop(entered)
 
     # --- of AutoTuner --------------------------------------------------------------------------------
-    def choose_one(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    def choose_one(self, *args: Any, **kwargs: Any) -> Choice:
         """See AutoTuner."""
         raise NotImplementedError
 
-    def decision(self, *args: Any, **kwargs: Any) -> Decision | None:
-        """See AutoTuner."""
+    def _locate(
+        self,
+        op: str,
+        runners: Sequence[Any],
+        config: TuningConfig,
+        inputs: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        options: Options | None,
+    ) -> tuple[CallSite, Lookup, Sizes]:
         raise NotImplementedError
 
     def _policy_of(self, config: TuningConfig, options: Options | None) -> MeasurementPolicy:
-        raise NotImplementedError
+        """The context's policy, else the tuner's, with the operation's wish for a cold or warm cache."""
+        policy = (options and options.policy) or self.policy
+        cold = config.cold
+        return policy if cold is None or cold == policy.cold_cache else replace(policy, cold_cache=cold)
 
-    def _timer_for(self, device: str, policy: MeasurementPolicy, graph: bool) -> Any:
-        raise NotImplementedError
+    def _timer_for(self, device: str, policy: MeasurementPolicy, graph: bool) -> Timer:
+        if self._timer is not None:
+            return self._timer
+        known = self._timers.get((device, policy, graph))
+        if known is None:
+            known = self._timers[device, policy, graph] = default_timer(device, policy, graph=graph)
+        return known

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import sys
 import threading
 import time
 import warnings
@@ -28,16 +27,16 @@ from moestro.tuning.lookup.sites import CallSite, CallSites, Lookup
 from moestro.tuning.measure.budget import Budget
 from moestro.tuning.measure.campaign import Campaign
 from moestro.tuning.measure.request import Job
-from moestro.tuning.measure.timers import Timer, default_timer
+from moestro.tuning.measure.scope import capturing
+from moestro.tuning.measure.timers import Timer
 from moestro.tuning.progress import Progress, showing
-from moestro.tuning.show.explain import Case, explain, explain_miss
 from moestro.tuning.spec.keys import StaticKey, device_of, shapes_of, static_key
 from moestro.tuning.spec.policy import MeasurementPolicy
 from moestro.tuning.spec.runner import DEFAULT_TACTIC, check_runners
 from moestro.tuning.spec.specs import Probe, Sizes, TuningConfig
 from moestro.tuning.spec.tactic_list import TacticList, from_environment
 from moestro.tuning.store.environment import Environment, environment_for
-from moestro.tuning.store.records import Decision, Record
+from moestro.tuning.store.records import Record
 from moestro.tuning.store.store import Store, default_store
 from moestro.tuning.together import run_campaign
 from moestro.tuning.toolbox import Toolbox
@@ -71,7 +70,7 @@ class AutoTuner(Toolbox):
         self.store = _as_store(store)
         self.policy = policy or MeasurementPolicy()
         self._timer = timer
-        self._timers: dict[Any, Timer] = {}
+        self._timers = {}
         self._clock = clock
         self._contexts = Contexts()
         self._sites = CallSites()
@@ -156,7 +155,7 @@ class AutoTuner(Toolbox):
             self._contexts.pop(entered)
 
     # --- choosing ------------------------------------------------------------------------------------
-    def choose_one(  # type: ignore[override]
+    def choose_one(
         self,
         custom_op: str = _MISSING,
         runners: Sequence[Any] = _MISSING,
@@ -231,50 +230,6 @@ class AutoTuner(Toolbox):
 
         return pick
 
-    def decision(  # type: ignore[override]
-        self, op: str, runners: Sequence[Any], config: TuningConfig, inputs: Sequence[Any], **kwargs: Any
-    ) -> Decision | None:
-        """What choose_one would answer, with its evidence, without tuning; None where nothing is known."""
-        options = self._contexts.current
-        check_runners(runners)
-        site, view, sizes = self._locate(op, runners, config, inputs, kwargs, options)
-        record, within = view.find(sizes)
-        if record is None:
-            return None
-        index, tactic = view.pick(record, site.config, runners, inputs, kwargs, sizes)
-        return Decision(
-            runner=runners[index],
-            tactic=tactic,
-            bucket=record.bucket[0] if len(record.bucket) == 1 else record.bucket,
-            status=record.status if within else "extrapolated",
-            evidence=record.evidence,
-            record=record,
-            source=record.source,
-        )
-
-    def explain(
-        self, op: str, runners: Sequence[Any], config: TuningConfig, inputs: Sequence[Any], **kwargs: Any
-    ) -> str:
-        """What choose_one would answer and why, who came second, and what would change it, as text."""
-        check_runners(runners)
-        options = self._contexts.current
-        _, view, sizes = self._locate(op, runners, config, inputs, kwargs, options)
-        record, within = view.find(sizes)
-        book = view.book
-        if record is None:
-            return explain_miss(book.key, [b.key for b in self._known.books() if b.everything()])
-        store = self._known.target(options)
-        case = Case(
-            key=book.key,
-            record=record,
-            records=book.serving(record.probes, view.environment),
-            sizes=sizes,
-            within=within,
-            source=record.source,
-            facts=store.facts(record.environment) if store is not None else None,
-        )
-        return explain(case)
-
     # --- inside --------------------------------------------------------------------------------------
     def _choose(
         self,
@@ -344,20 +299,6 @@ class AutoTuner(Toolbox):
         clock = self._timer_for(device, policy, site.config.use_cuda_graph).name
         return environment_for(device, runners, policy, clock)
 
-    def _policy_of(self, config: TuningConfig, options: Options | None) -> MeasurementPolicy:
-        """The context's policy, else the tuner's, with the operation's wish for a cold or warm cache."""
-        policy = (options and options.policy) or self.policy
-        cold = config.cold
-        return policy if cold is None or cold == policy.cold_cache else replace(policy, cold_cache=cold)
-
-    def _timer_for(self, device: str, policy: MeasurementPolicy, graph: bool) -> Timer:
-        if self._timer is not None:
-            return self._timer
-        known = self._timers.get((device, policy, graph))
-        if known is None:
-            known = self._timers[device, policy, graph] = default_timer(device, policy, graph=graph)
-        return known
-
     def _tune(
         self,
         site: CallSite,
@@ -371,7 +312,7 @@ class AutoTuner(Toolbox):
         group = options.group
         if group.broken if group is not None else options.budget.left <= 0:
             return
-        if _capturing():
+        if capturing():
             if sizes in view.done:
                 return
             raise TuningError(
@@ -384,7 +325,7 @@ class AutoTuner(Toolbox):
         environment = self._environment(site, runners, inputs, options)
         decisions, store, book = self._known, self._known.target(options), view.book
         shown = options.progress if group is None or group.rank == 0 else False
-        with self._measuring, decisions.measuring(), showing(shown) as progress:
+        with self._measuring, decisions.measuring(), showing(shown) as listener:
             decisions.refresh(book, store, environment)
             job = Job(
                 key=book.key,
@@ -399,7 +340,7 @@ class AutoTuner(Toolbox):
                 banned=decisions.tactics.over(book.banned, site.op),
                 ban=lambda candidate, reason: decisions.ban(book, store, environment, candidate.name, reason),
                 warm=decisions.warm(book, store, environment),
-                progress=progress,
+                listener=listener,
                 group=group,
             )
             first = tuple(
@@ -437,14 +378,6 @@ class AutoTuner(Toolbox):
 
 def _as_store(store: str | os.PathLike[str] | Store | None) -> Store | None:
     return store if store is None or isinstance(store, Store) else Store(store)
-
-
-def _capturing() -> bool:
-    torch = sys.modules.get("torch")
-    try:
-        return torch is not None and bool(torch.cuda.is_current_stream_capturing())
-    except RuntimeError:  # a torch without CUDA
-        return False
 
 
 def autotune(

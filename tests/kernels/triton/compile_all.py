@@ -107,7 +107,7 @@ def gluon_sm_90() -> list[str]:
     bad = []
     for runner, wanted in (
         *((even, tactic) for tactic in table),
-        *((runner, tactic) for runner in others for tactic in (table[1], table[-3])),
+        *zip(others, (table[1], table[-3]), strict=True),
         (odd, one_consumer),  # ragged columns
     ):
         tactic = choose.fitted(runner.problem, wanted)

@@ -95,7 +95,7 @@ def core_kinds(root: Path = Path("/")) -> tuple[tuple[float, int], ...]:
     for cpu in sorted((root / "sys/devices/system/cpu").glob("cpu[0-9]*")):
         text = _read(cpu / "cpu_capacity") or _read(cpu / "cpufreq/cpuinfo_max_freq")
         if text.strip().isdigit():
-            value = int(text)
+            value = float(text)
             found.append(value / 1000 if value > 10_000 else value)
     kinds: list[tuple[float, int]] = []
     for value in sorted(found, reverse=True):

@@ -230,7 +230,8 @@ def _from_words(words: torch.Tensor) -> torch.Tensor:
 
 def _blocks(rows: torch.Tensor, width: int) -> torch.Tensor:
     """[Rp, Cb * width] -> [Rb, Cb, 64, width]."""
-    return rows.unflatten(0, (-1, ROWS)).unflatten(-1, (-1, width)).transpose(1, 2)
+    blocks: torch.Tensor = rows.unflatten(0, (-1, ROWS)).unflatten(-1, (-1, width))
+    return blocks.transpose(1, 2)
 
 
 def _rows_of(blocks: torch.Tensor) -> torch.Tensor:

@@ -183,9 +183,10 @@ class DecisionsOfKey:
         found = []
         for (root, name), noted in list(self._folders.items()):
             store, environment = self.read.get(root), self.environments.get(name)
-            if store is not None and environment is not None:
-                if _time_of(store.folder(environment, self.key)) != noted:
-                    found.append((store, environment))
+            if store is None or environment is None:
+                continue
+            if _time_of(store.folder(environment, self.key)) != noted:
+                found.append((store, environment))
         return found
 
 

@@ -100,7 +100,7 @@ def _runner_guard(runner: Any) -> Callable[[Any], bool]:
     count = len(attributes or ())
     atoms = [name for name in public if type(public[name]) in PLAIN]
     get = itemgetter(*atoms) if atoms else (lambda attributes: None)
-    values = get(attributes)
+    values = get(vars(runner))
     checks = [
         (name, _reference(value) if name in odd else value, name in odd, written.get(name))
         for name, value in public.items()

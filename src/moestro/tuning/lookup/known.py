@@ -17,9 +17,9 @@ from typing import Any
 
 from moestro.tuning.contexts import Options
 from moestro.tuning.lookup.decisions import DecisionsOfKey, Listener
+from moestro.tuning.lookup.stats import Statistics
 from moestro.tuning.lookup.table import label_of
 from moestro.tuning.lookup.watch import awake, watch
-from moestro.tuning.show.stats import Statistics
 from moestro.tuning.spec.keys import StaticKey
 from moestro.tuning.spec.specs import Sizes
 from moestro.tuning.spec.tactic_list import TacticList

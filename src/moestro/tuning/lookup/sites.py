@@ -135,18 +135,20 @@ class Lookup:
         low, high = validity.range_of(record)
         if known is not None or (len(sizes) == 1 and low <= sizes[0] <= high):
             return known or validity.pick_of(record)
-        chosen = validity.ask(record, config, runners, inputs, kwargs, sizes, self._ends(sizes))
+        chosen = validity.ask(record, config, runners, inputs, kwargs, sizes, self._alike(record))
         self._publish()
         return chosen
 
-    def _ends(self, sizes: Sizes) -> tuple[int, int] | None:
-        """The first and last size of the interval that these are in, with one dynamic size."""
-        table = self._table
-        if not isinstance(table, IntervalTable) or len(sizes) != 1:
-            return None
-        at = bisect_left(table.bounds, sizes[0])
-        low = table.bounds[at - 1] + 1 if at else 1
-        return low, table.bounds[at] if at < len(table.bounds) else max(low, sizes[0])
+    def _alike(self, record: Record) -> list[tuple[Sizes, int, int]]:
+        """(bucket, first, last size) of the intervals that this record's pick serves, with one dynamic size."""
+        table, before, found = self._table, 0, []
+        if isinstance(table, IntervalTable):
+            pick = self.validity.pick_of(record)
+            for bound, other in zip(table.bounds, table.records, strict=True):
+                if self.validity.pick_of(other) == pick:
+                    found.append((other.bucket, before + 1, bound))
+                before = bound
+        return found
 
     def accept(self, sizes: Sizes) -> None:
         """Answer for sizes beyond what was tuned without asking again."""

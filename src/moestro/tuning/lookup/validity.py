@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from moestro.errors import TuningError, TuningWarning
-from moestro.tuning.measure.inputs import is_torch
-from moestro.tuning.spec.keys import StaticKey, is_tensor, shapes_of
+from moestro.tuning.measure.inputs import inputs_like
+from moestro.tuning.spec.keys import StaticKey, shapes_of
 from moestro.tuning.spec.runner import DEFAULT_TACTIC, tactic_key, valid_tactics
 from moestro.tuning.spec.specs import Sizes, TuningConfig
 from moestro.tuning.store.records import Record
@@ -59,16 +59,17 @@ class Validity:
         inputs: Sequence[Any],
         kwargs: Mapping[str, Any],
         sizes: Sizes,
-        ends: tuple[int, int] | None,
+        alike: Sequence[tuple[Sizes, int, int]],
     ) -> Pick:
-        """What serves these inputs. ends: the first and last size that the record answers for."""
+        """What serves these inputs. alike: (bucket, first, last size) of all intervals with the record's pick."""
         wanted = self.pick_of(record)
         if _is_default(wanted[1]):
             return wanted
         question = _Question(config, runners, kwargs)
         if question.valid(wanted, inputs, sizes):
-            if ends is not None and question.holds_between(wanted[0]):
-                self._extend(record, sizes[0], wanted, question, inputs, ends)
+            if len(sizes) == 1 and alike and question.holds_between(wanted[0]):
+                for bucket, first, last in alike:
+                    self._extend(bucket, sizes[0], wanted, question, inputs, (first, last))
             else:
                 self._remember(sizes, wanted)
             return wanted
@@ -80,20 +81,22 @@ class Validity:
 
     def _extend(
         self,
-        record: Record,
+        bucket: Sizes,
         size: int,
         wanted: Pick,
         question: _Question,
         inputs: Sequence[Any],
         ends: tuple[int, int],
     ) -> None:
-        """Note that a size is valid, and the ends of its interval where that can be told by shapes alone."""
-        low, high = self.range_of(record)
-        low, high = (size, size) if low > high else (min(low, size), max(high, size))
+        """Note between which sizes a pick that is valid at one is so, with the ends of an interval where shapes
+        alone tell: between two of them the same tactic is valid, whatever buckets lie there.
+        """
+        low, high = self._ranges.get(bucket, (size, size))
+        low, high = min(low, size), max(high, size)
         for end in ends:
             if not low <= end <= high and question.valid_by_shape(wanted, inputs, (end,)):
                 low, high = min(low, end), max(high, end)
-        self._ranges[record.bucket] = low, high
+        self._ranges[bucket] = low, high
 
     def _remember(self, sizes: Sizes, pick: Pick) -> None:
         if len(self.by_size) >= SIZES_KEPT:
@@ -162,23 +165,12 @@ class _Question:
         """The same for inputs of other sizes, without values; False if that cannot be told."""
         error = self.error
         try:
-            shapes = self.config.profile(shapes_of(inputs), sizes).get_opt_shapes()
-            like = [_like(value, shape) for value, shape in zip(inputs, shapes, strict=True)]
+            like = inputs_like(self.config.profile(shapes_of(inputs), sizes), inputs)
             return self.valid(pick, like, sizes)
         except Exception:
             return False
         finally:
             self.error = error
-
-
-def _like(value: Any, shape: tuple[int, ...]) -> Any:
-    if not is_tensor(value) or tuple(value.shape) == shape:
-        return value
-    if is_torch(value):
-        import torch
-
-        return torch.empty(shape, dtype=value.dtype, device="meta")
-    return value.new_empty(shape)
 
 
 def _is_default(tactic: Any) -> bool:

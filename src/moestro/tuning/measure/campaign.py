@@ -10,20 +10,29 @@ nothing is measured.
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from moestro.errors import TuningWarning
+from moestro.tuning.measure.candidates import Trial, resolved_default
+from moestro.tuning.measure.compile import precompile
 from moestro.tuning.measure.decide import measure
+from moestro.tuning.measure.inputs import inputs_like
 from moestro.tuning.measure.request import Job, OutOfMemoryError, record_name
+from moestro.tuning.spec.keys import shapes_of
 from moestro.tuning.spec.specs import Sizes
 from moestro.tuning.store.records import Record
 
 __all__ = ["Campaign", "spread"]
 
 Bucket = TypeVar("Bucket", int, Sizes)
+# Of the budget, for compiling all sizes' kernels before the first is measured: of 60 s, half was not enough for 107
+# kernels in a process that had compiled nothing before (H100, 16 processors), and what was left took longer size by
+# size than together.
+COMPILING = 2 / 3
 RESOLUTION = 32  # a boundary is searched to 3 % of the size, where both winners are nearly equal
 
 
@@ -49,6 +58,7 @@ class Campaign:
         self.job.budget.start()
         try:
             self._decide(grid)
+            self.job.listener.step("where winners change")
             searched = self._search_crossovers()
             done = all(self._settled(bucket) for bucket in grid)
             if done:
@@ -59,7 +69,21 @@ class Campaign:
 
     def _settled(self, bucket: Sizes) -> bool:
         record = self.known().get(bucket)
-        return bucket in self.too_large or (record is not None and record.complete)
+        if bucket in self.too_large:
+            return True
+        return record is not None and record.complete and not self._default_changed(record)
+
+    def _default_changed(self, record: Record) -> bool:
+        """Whether the default tactic stands for something else than when the decision was made against it."""
+        if record.default is None:
+            return False
+        try:
+            like = inputs_like(
+                self.job.config.profile(shapes_of(self.job.inputs), record.bucket), self.job.inputs
+            )
+            return resolved_default(self.job, like) not in (None, record.default)
+        except (TypeError, NotImplementedError):
+            return False  # it wants to see values
 
     def _decide(self, grid: Sequence[Sizes]) -> None:
         """Every bucket that has no decision with a share of the budget; then what the shares cut short, in
@@ -70,6 +94,13 @@ class Campaign:
         """
         tried: set[Sizes] = set()
         waiting = [bucket for bucket in spread(grid, self.first) if not self._settled(bucket)]
+        if not waiting:
+            return
+        op, listener = self.job.key.op, self.job.listener
+        if len(waiting) > 1 and self.job.budget.left > 0:
+            listener.stage(f"compiling {op}", 1)
+            self._compile(waiting)
+        listener.stage(f"tuning {op}", len(waiting) + 1)
         for final in (False, True):
             for done, bucket in enumerate(waiting):
                 left = self.job.time_left()
@@ -80,10 +111,40 @@ class Campaign:
                     continue  # also: another process has decided it meanwhile
                 if known is not None and bucket in tried and not _was_cut_short(known):
                     continue
-                self.job.progress(f"{self.job.key.op} {done + 1}/{len(waiting)}: bucket {_text(bucket)}")
+                listener.step(f"bucket {_text(bucket)}")
                 tried.add(bucket)
                 share = 1.0 if final or not done else max(0.5, 1 / (len(waiting) - done))
                 self._measure(bucket, share=share * left)
+                listener.done()
+
+    def _compile(self, waiting: Sequence[Sizes]) -> None:
+        """All buckets' candidates together, each kernel once, in COMPILING of the budget at most: a bucket alone
+        would leave most processors idle at its end. What fails is found, and noted, when its bucket is tuned.
+        """
+        job, start = self.job, self.job.budget.spent
+        most = COMPILING * job.budget.left
+        jobs: dict[Any, Callable[[], object]] = {}
+        needs: dict[tuple[Sizes, str], set[Any]] = {}
+        if not any(hasattr(runner, hook) for runner in job.runners for hook in ("compile", "compile_jobs")):
+            return
+        for bucket in waiting:
+            try:
+                found = Trial(job, bucket, math.inf).compile_jobs()
+            except OutOfMemoryError:
+                continue  # said when its turn comes
+            for name, mine in found.items():
+                needs[bucket, name] = set(mine)
+                for key, one in mine.items():
+                    jobs.setdefault(key, one)
+        ended: set[Any] = set()
+        failed = precompile(
+            jobs,
+            lambda: job.budget.spent - start >= most,
+            lambda done, of: job.listener.step(f"{done}/{of} kernels"),
+            ended.add,
+        )
+        well = ended - failed.keys()
+        job.compiled.update(candidate for candidate, keys in needs.items() if keys and keys <= well)
 
     def _measure(
         self, bucket: Sizes, *, only: Sequence[Record] | None = None, share: float = float("inf")
@@ -126,7 +187,7 @@ class Campaign:
         if self.job.time_left() <= 0:
             return False
         middle = (low + high) // 2
-        self.job.progress(f"{self.job.key.op}: between {low} and {high} the winner changes, trying {middle}")
+        self.job.listener.step(f"between {low} and {high} the winner changes, trying {middle}")
         if self._measure((middle,), only=(at_low, at_high)) is None:
             return (middle,) in self.too_large
         return self._bisect(low, middle) and self._bisect(middle, high)

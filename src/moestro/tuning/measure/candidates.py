@@ -7,16 +7,15 @@ crash or hang; one run each, compared with the default's output.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from moestro.errors import TuningWarning
 from moestro.tuning.measure.bits import overwrite
-from moestro.tuning.measure.compile import precompile
+from moestro.tuning.measure.compile import jobs_of, precompile
 from moestro.tuning.measure.inputs import is_torch, synthesise
 from moestro.tuning.measure.request import (
     OUT_OF_MEMORY,
@@ -232,20 +231,34 @@ class Trial:
             watched.accept()
 
     def _compiled(self, candidates: list[Candidate]) -> list[Candidate]:
-        """Those that can be compiled, where their runner has a `compile` hook."""
-        hooks = {c.name: getattr(self.job.runners[c.index], "compile", None) for c in candidates}
-        jobs = {
-            c.name: functools.partial(hook, self.inputs[0], c.tactic)
-            for c in candidates
-            if callable(hook := hooks[c.name])
-        }
+        """Those that can be compiled, where their runner has a hook for it; equal jobs once."""
+        jobs: dict[Any, Callable[[], object]] = {}
+        needs: dict[str, list[Any]] = {}
+        for c in candidates:
+            if (self.bucket, c.name) not in self.job.compiled:
+                found = jobs_of(self.job.runners[c.index], self.inputs[0], c.tactic, c.name)
+                jobs.update({key: job for key, job in found.items() if key not in jobs})
+                needs[c.name] = list(found)
         failed = precompile(
             jobs,
             lambda: self.late,
-            lambda done, of: self.job.progress(f"bucket {self.bucket}: compiled {done}/{of}"),
+            lambda done, of: self.job.listener.step(f"bucket {self.bucket}: compiled {done}/{of}"),
         )
-        self.evidence += [self.job.failed(c, failed[c.name]) for c in candidates if c.name in failed]
-        return [c for c in candidates if c.name not in failed]
+        left = []
+        for c in candidates:
+            error = next((failed[key] for key in needs.get(c.name, ()) if key in failed), None)
+            if error is None:
+                left.append(c)
+            else:
+                self.fail(c, error)
+        return left
+
+    def compile_jobs(self) -> dict[str, dict[Any, Callable[[], object]]]:
+        """What must be compiled for each candidate here, by key."""
+        return {
+            c.name: jobs_of(self.job.runners[c.index], self.inputs[0], c.tactic, (self.bucket, c.name))
+            for c in self.candidates(None)
+        }
 
     def _surviving(self, candidates: list[Candidate]) -> list[Candidate]:
         """Those that run once in a child process, with the last probe's inputs."""

@@ -79,6 +79,12 @@ class Reference:
         self.restore()
 
     @property
+    def written(self) -> list[Any]:
+        """The tensors that outlive a run and that the default writes."""
+        places = [p.place for p in self._places if p.path in self._changed]
+        return [*places, *(o.place for o in self._outputs if o.place is not None and o.written is None)]
+
+    @property
     def outputs_changed(self) -> bool:
         """Whether the default writes an input or argument that it may write."""
         return bool(self._changed)
@@ -292,11 +298,11 @@ class Reference:
 def _is_memory(value: Any) -> bool:
     """Whether a value is a tensor that holds something."""
     strided = is_torch(value) and str(value.layout) == "torch.strided"
-    return strided and value.numel() > 0 and not value.is_meta
+    return bool(strided and value.numel() > 0 and not value.is_meta)
 
 
 def _alike(one: Any, other: Any) -> bool:
-    return one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
+    return bool(one.shape == other.shape and one.dtype == other.dtype and one.device == other.device)
 
 
 def _poison(place: Any, expected: Any, where: Any, alternative: bool) -> None:

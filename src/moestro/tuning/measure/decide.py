@@ -124,7 +124,8 @@ def _sampler(trial: Trial, candidate: Candidate, inputs: Sequence[Any]) -> Calla
     def sampler() -> float:
         seconds = float(sample())
         if 0 < seconds < math.inf:  # a wild reading must not eat the budget
-            job.budget.sampled(min(seconds, WILD * trial.shortest))
+            if trial.shortest < math.inf:
+                job.budget.sampled(min(seconds, WILD * trial.shortest))
             trial.shortest = min(trial.shortest, seconds)
         return seconds
 

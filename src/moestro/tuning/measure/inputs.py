@@ -16,7 +16,7 @@ from moestro.tuning.spec.initializers import random_bytes
 from moestro.tuning.spec.keys import is_tensor
 from moestro.tuning.spec.specs import OptimizationProfile, Probe, TuningConfig
 
-__all__ = ["is_torch", "synthesise"]
+__all__ = ["inputs_like", "is_torch", "synthesise"]
 
 
 def is_torch(value: Any) -> bool:
@@ -82,6 +82,25 @@ def _like(value: Any, shape: tuple[int, ...], index: int, seed: int) -> Any:
         if again.shape[d] != size:
             again = again.index_select(d, torch.arange(size, device=value.device) % again.shape[d])
     return again.clone()
+
+
+def inputs_like(profile: OptimizationProfile, inputs: Sequence[Any]) -> list[Any]:
+    """Inputs of the profile's shapes without values, for what looks at shapes alone. Raises TypeError for an input
+    of which that cannot be made.
+    """
+    like = []
+    for value, shape in zip(inputs, profile.get_opt_shapes(), strict=True):
+        if not is_tensor(value) or tuple(value.shape) == tuple(shape):
+            like.append(value)
+        elif is_torch(value):
+            import torch
+
+            like.append(torch.empty(shape, dtype=value.dtype, device="meta"))
+        elif hasattr(value, "new_empty"):
+            like.append(value.new_empty(shape))
+        else:
+            raise TypeError(f"no {type(value).__name__} of shape {shape} can be made")
+    return like
 
 
 def _check(made: list[Any], inputs: Sequence[Any], shapes: Sequence[Any], probe: Probe | None) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moestro.tuning.group import Group
 from moestro.tuning.measure.budget import Budget
 from moestro.tuning.measure.statics import Statics
 from moestro.tuning.measure.timers import Timer
+from moestro.tuning.progress import Listener
 from moestro.tuning.spec.evidence import CandidateEvidence
 from moestro.tuning.spec.keys import StaticKey
 from moestro.tuning.spec.policy import MeasurementPolicy
@@ -94,7 +95,8 @@ class Job:
     banned: Mapping[str, str]  # candidates in quarantine, with the reason
     ban: Callable[[Candidate, str], None] = lambda candidate, reason: None
     warm: Sequence[Record] = ()  # decisions made elsewhere: tried first
-    progress: Callable[[str], None] = lambda text: None
+    listener: Listener = field(default_factory=Listener)
+    compiled: set[Any] = field(default_factory=set)  # (bucket, candidate) whose kernels are there
     statics: Statics | None = None  # what candidates must not write; found when first needed
     # In a group of ranks (together.py): who decides, and the time that all ranks have left.
     group: Group | None = None

@@ -7,12 +7,13 @@ preparation, the run after the choice, or other threads."""
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["is_in_profile_measurement", "measured", "measurement"]
+__all__ = ["capturing", "is_in_profile_measurement", "measured", "measurement"]
 
 _here = threading.local()
 
@@ -54,3 +55,12 @@ def measured(call: Callable[[], Any]) -> Callable[[], Any]:
 
     run.__wrapped__ = call  # type: ignore[attr-defined]  # what is measured, for a timer that asks
     return run
+
+
+def capturing() -> bool:
+    """Whether this thread's stream is being captured into a CUDA graph, where nothing may be measured."""
+    torch = sys.modules.get("torch")
+    try:
+        return torch is not None and bool(torch.cuda.is_current_stream_capturing())
+    except RuntimeError:  # a torch without CUDA
+        return False

@@ -106,6 +106,11 @@ class Statics:
         self._released += [one for one in self.watched if id(one) in gone and one.from_caller]
         self.watched = [one for one in self.watched if id(one) not in gone]
 
+    def release_places(self, tensors: Iterable[Any]) -> None:
+        """The memory of these tensors is meant to be written: the operation's outputs."""
+        places = {place_of(t) for t in tensors}
+        self.release([one for one in self.watched if place_of(one.tensor) in places])
+
     def put_back(self) -> None:
         """The caller's tensors that the operation writes, as they were before it was tuned."""
         for one in self._released:
@@ -117,7 +122,7 @@ class Statics:
         found = [one for one in self.changed() if one.input is not None and not one.may_be_scratch]
         for one in found:
             one.restore()
-            self.outputs.add(one.input)
+        self.outputs |= {one.input for one in found if one.input is not None}
         self.release(found)
         return self.outputs
 

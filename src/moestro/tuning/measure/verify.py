@@ -105,6 +105,7 @@ class Verification:
                 for inputs, before in zip(self.inputs, self.before, strict=True)
             ]
             self.reference = candidate
+            self.statics.release_places(t for r in self._references for t in r.written)
             self.statics.release(self.statics.changed())
             return
         for inputs, reference in zip(self.inputs, self._references, strict=True):

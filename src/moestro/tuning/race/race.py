@@ -239,7 +239,7 @@ class _Race:
         """
         logs = self.rounds.logs
         difference = logs[:, :, columns] - logs[:, :, [reference]]
-        common = np.isfinite(difference).all(axis=(1, 3)).T  # [columns, rounds]
+        common = np.asarray(np.isfinite(difference).all(axis=(1, 3))).T  # [columns, rounds]
         shape = (len(columns), self.rounds.probes)
         found = Gaps(np.zeros(shape), np.zeros(shape), np.full(shape, float(max(1, len(logs)))))
         together: dict[bytes, list[int]] = {}

@@ -63,7 +63,7 @@ class Samples:
         count = len(logs)
         rows = {name: [*seen, *[None] * (count - len(seen))] for name, seen in self.rows.items()}
         for i, name in enumerate(names):
-            there = np.isfinite(logs[:, :, i]).all(axis=(1, 2))
+            there = np.asarray(np.isfinite(logs[:, :, i]).all(axis=(1, 2)))
             seconds = np.exp(logs[:, :, i])
             rows[name] = [
                 [[float(f"{s:.6g}") for s in run] for run in seconds[row]] if there[row] else None
@@ -170,7 +170,7 @@ class Rounds:
     def _last_row(self, i: int) -> Floats:
         """The last row in which i ran."""
         rows = np.flatnonzero(np.isfinite(self.logs[:, 0, i]).all(axis=-1))
-        return self._logs[rows[-1] if len(rows) else self.count - 1]
+        return np.asarray(self._logs[rows[-1] if len(rows) else self.count - 1])
 
     def _measure(self, order: Sequence[int]) -> Floats | None:
         """Log seconds [order, probes], nan for who had no time; None if nothing of it is to be kept.

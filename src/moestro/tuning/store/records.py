@@ -46,7 +46,7 @@ class Record:
     @property
     def is_decided(self) -> bool:
         """Whether it answers calls: an unfinished one does as soon as something has been raced."""
-        return self.complete or self.status == "measured"
+        return self.complete or self.status != "default" or self.evidence.reason not in ("budget", "time")
 
     def to_json(self) -> dict[str, Any]:
         """As JSON; from_json reads it back."""

@@ -278,9 +278,8 @@ class Store:
             data = self._read(path, quiet) if path.suffix == ".json" else None
             if data is None:
                 continue
-            entry = Entry(
-                path, folder.parent.name, str(data.get("kind")), str(data.get("op")), data.get("key"), data
-            )  # type: ignore[arg-type]
+            key: Any = data.get("key")
+            entry = Entry(path, folder.parent.name, str(data.get("kind")), str(data.get("op")), key, data)
             why = entry.why_foreign(keys)
             if why is None:
                 yield entry

@@ -38,7 +38,7 @@ from moestro.tuning import (
     next_positive_power_of_2,
     round_to_nearest_bucket,
 )
-from moestro.tuning.show.stats import Statistics as AutoTunerStatistics
+from moestro.tuning.lookup.stats import Statistics as AutoTunerStatistics
 from moestro.tuning.spec.profiles import Dim
 
 __all__ = [

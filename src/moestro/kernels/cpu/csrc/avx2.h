@@ -63,8 +63,8 @@ void decode(const Codes& from, int blocks, uint16_t* dense) {
 // e4m3 has the bits of a half of 2^-8 times its value; bf16 holds that exactly.
 inline __m256i e4m3_to_bf16(__m128i bytes) {  // 16 of them
   const __m256i wide = _mm256_cvtepu8_epi16(bytes);
-  const __m256i sign = _mm256_and_si256(wide, _mm256_set1_epi16(0x80));
-  const __m256i half = _mm256_add_epi16(_mm256_slli_epi16(wide, 7), _mm256_slli_epi16(sign, 7));  // 80 << 7 twice: the sign
+  const __m256i sign = _mm256_and_si256(wide, _mm256_set1_epi16(0x80));  // 0x80 << 7 twice is a half's sign
+  const __m256i half = _mm256_add_epi16(_mm256_slli_epi16(wide, 7), _mm256_slli_epi16(sign, 7));
   const __m256 low = _mm256_cvtph_ps(_mm256_castsi256_si128(half));
   const __m256 high = _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1));
   const __m256i packed = _mm256_packus_epi32(_mm256_srli_epi32(_mm256_castps_si256(low), 16),

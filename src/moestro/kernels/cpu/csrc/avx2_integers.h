@@ -77,7 +77,8 @@ struct Int8 {
 template <class Int>
 MOESTRO_INLINE void add_block(const __m256i* sum, const typename Int::Facts& of, const __m256* scale, __m256* total) {
 #pragma GCC unroll 2
-  for (int rows = 0; rows < 2; ++rows) total[rows] = _mm256_fmadd_ps(Int::value(sum[rows], of), scale[rows], total[rows]);
+  for (int rows = 0; rows < 2; ++rows)
+    total[rows] = _mm256_fmadd_ps(Int::value(sum[rows], of), scale[rows], total[rows]);
 }
 
 // The sums of T tokens are kept here, mostly in memory: GCC stored those it was given a second time in each block.
@@ -87,7 +88,10 @@ struct Totals {
 
   explicit Totals(const float* sums) {
 #pragma GCC unroll 6
-    for (int t = 0; t < T; ++t) of[t][0] = _mm256_loadu_ps(sums + t * kTileRows), of[t][1] = _mm256_loadu_ps(sums + t * kTileRows + 8);
+    for (int t = 0; t < T; ++t) {
+      of[t][0] = _mm256_loadu_ps(sums + t * kTileRows);
+      of[t][1] = _mm256_loadu_ps(sums + t * kTileRows + 8);
+    }
   }
   void store(float* sums) const {
 #pragma GCC unroll 6
@@ -109,7 +113,8 @@ MOESTRO_INLINE void direct_block(const uint8_t* codes, const uint8_t* scales, co
     const int half = group / 2, plane = group % 2;
     __m256i w[2][2];
 #pragma GCC unroll 2
-    for (int rows = 0; rows < 2; ++rows) Int::words(look_up(table, load(codes + 64 * half + 32 * rows), plane), w[rows]);
+    for (int rows = 0; rows < 2; ++rows)
+      Int::words(look_up(table, load(codes + 64 * half + 32 * rows), plane), w[rows]);
 #pragma GCC unroll 2
     for (int word = 0; word < Int::kWords; ++word)
 #pragma GCC unroll 4
@@ -145,7 +150,8 @@ inline void direct_panel(const Codes& from, int panel, int blocks, const Tokens&
     for (int i = 0; i < 4; ++i) _mm_prefetch(reinterpret_cast<const char*>(ask + 64 * i), _MM_HINT_T0);
     _mm_prefetch(reinterpret_cast<const char*>(ask_scales), _MM_HINT_T0);
     direct_block<Int, T, kMx>(codes, scales, line, 0, total.of);
-    if (b + 1 < blocks) direct_block<Int, T, kMx>(codes + kCodeBytes, kMx ? scales : scales + kPanel, line, 1, total.of);
+    if (b + 1 < blocks)
+      direct_block<Int, T, kMx>(codes + kCodeBytes, kMx ? scales : scales + kPanel, line, 1, total.of);
     codes += 2 * kCodeBytes, ask += 2 * kCodeBytes;
     scales += kPairScales, ask_scales += kPairScales;
   }

@@ -192,7 +192,8 @@ class Wave {
       }
     }
     for (int64_t n = 0; n < tokens_; ++n)
-      kernels_.store_result(layer_.x_type, result + n * stride, out_ + (n * layer_.hidden + column) * sizes_.x_bytes, columns);
+      kernels_.store_result(layer_.x_type, result + n * stride,
+                            out_ + (n * layer_.hidden + column) * sizes_.x_bytes, columns);
   }
 
   const MoestroLayer& layer_;

@@ -104,7 +104,8 @@ class Product {
       Ahead ahead = ask(piece_of(i + 2));
       std::memset(room.partial, 0, sizeof(float) * tokens.count * kTileRows);
       kernels_.decode_fp8(codes_of(piece), static_cast<int>(piece.count), room.decoded);
-      kernels_.multiply(dense(piece, room.decoded), static_cast<int>(piece.count), from(tokens, piece), room.partial, ahead);
+      kernels_.multiply(dense(piece, room.decoded), static_cast<int>(piece.count), from(tokens, piece), room.partial,
+                        ahead);
       const auto* scale = reinterpret_cast<const float*>(matrix_.scales) +
                           (piece.at.expert * panels_ + 2 * piece.at.tile) * per_panel + i % per_panel;
       const float scale0 = scale[0], scale1 = panels(piece.at) == 2 ? scale[per_panel] : 0.f;

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+import types
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +23,7 @@ from stand_ins import (
 
 import moestro
 from moestro.errors import BackendError, FormatError, RoutingError
-from moestro.formats import NVFP4
+from moestro.formats import NVFP4, FP8Block
 from moestro.integrations.vllm import execute, hooks, kinds, log
 from moestro.integrations.vllm.settings import Settings
 from moestro.kernels.activations import SwiGLU
@@ -154,6 +157,38 @@ def test_bf16_experts() -> None:
     layer = make_layer(moe, "bf16", {"w13_weight": gate_up, "w2_weight": down})
     x, weights, ids = inputs(moe, 12)
     assert_near(truth((gate_up.float(), down.float()), x, weights, ids), call(layer, x, weights, ids))
+
+
+def test_fp8_experts_in_blocks() -> None:
+    moe = Config(hidden_dim=256, intermediate_size_per_partition=128)
+    dense = Dense.random(moe)
+    gate_up, down = FP8Block.quantize(torch.cat([dense.gate, dense.up], 1)), FP8Block.quantize(dense.down)
+    cls = method_classes().fp8_block
+    hooks.install(cls, kinds.KINDS[cls.__name__], Settings())
+    config = SimpleNamespace(
+        is_checkpoint_fp8_serialized=True, weight_block_size=[128, 128], activation_scheme="dynamic"
+    )
+    method = cls(config, SimpleNamespace(moe_config=moe))
+    if type(method) is cls:
+        pytest.skip("no kernel of ours runs FP8 blocks on this CPU")
+    layer = RoutedExperts(method)
+    load(layer, w13_weight=gate_up.data, w13_weight_scale_inv=gate_up.scale_inv)
+    load(layer, w2_weight=down.data, w2_weight_scale_inv=down.scale_inv)
+    method.process_weights_after_loading(layer)
+    x, weights, ids = inputs(moe, 9)
+    values = (gate_up.dequantize(torch.float32), down.dequantize(torch.float32))
+    assert_near(truth(values, x, weights, ids), call(layer, x, weights, ids))
+
+
+def test_batch_invariant_rows_where_vllm_asks_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm.envs", types.SimpleNamespace(VLLM_BATCH_INVARIANT=True))  # type: ignore[arg-type]
+    moe = Config()
+    layer = make_layer(moe, "nvfp4", Dense.random(moe).nvfp4())
+    assert layer.quant_method.experts.options.batch_invariant
+    x, weights, ids = inputs(moe, 40)
+    together = call(layer, x, weights, ids)
+    alone = [call(layer, x[n : n + 1], weights[n : n + 1], ids[n : n + 1]) for n in range(40)]
+    assert torch.equal(together, torch.cat(alone))
 
 
 def test_ranks_of_any_placement_sum_to_the_whole() -> None:

@@ -18,7 +18,8 @@ NO_VLLM = "vLLM is not installed here: `make test-vllm` runs these tests in an e
 
 
 def vllm_is_there() -> bool:
-    return importlib.util.find_spec("vllm") is not None
+    spec = importlib.util.find_spec("vllm")
+    return spec is not None and spec.origin is not None  # a folder of that name is no vLLM
 
 
 @dataclass(frozen=True)

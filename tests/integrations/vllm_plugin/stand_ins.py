@@ -118,8 +118,25 @@ def method_classes() -> SimpleNamespace:
             _add(layer, "w13_weight", (experts, shards * inter, hidden), dtype)
             _add(layer, "w2_weight", (experts, hidden, inter), dtype)
 
+    class Fp8MoEMethod(FusedMoEMethodBase):
+        def __init__(self, quant_config: Any, layer: Any) -> None:
+            super().__init__(layer.moe_config)
+
+        def create_weights(
+            self, layer: Any, experts: int, hidden: int, inter: int, dtype: Any, **extra: Any
+        ) -> None:
+            assert self.weight_scale_name == "weight_scale_inv"  # type: ignore[attr-defined]
+            assert self.weight_block_size == self.moe_block_shape == [128, 128]  # type: ignore[attr-defined]
+            for name, rows, columns in (("w13", 2 * inter, hidden), ("w2", hidden, inter)):
+                _add(layer, f"{name}_weight", (experts, rows, columns), torch.float8_e4m3fn)
+                blocks = (experts, rows // 128, columns // 128)
+                _add(layer, f"{name}_weight_scale_inv", blocks, torch.float32)
+
     return SimpleNamespace(
-        nvfp4=ModelOptNvFp4FusedMoE, mxfp4=GptOssMxfp4MoEMethod, bf16=UnquantizedFusedMoEMethod
+        fp8_block=Fp8MoEMethod,
+        nvfp4=ModelOptNvFp4FusedMoE,
+        mxfp4=GptOssMxfp4MoEMethod,
+        bf16=UnquantizedFusedMoEMethod,
     )
 
 
