@@ -281,7 +281,7 @@ class FusedMoE(torch.nn.Module):
         routing distributions or tuning.Probe; by default those of `tuning_config`. progress: True draws a line, a
         function gets lines, a tuning.progress.Listener stages and steps. buckets: these numbers of tokens instead
         of the scheme's, each serving up to itself. group, strategy, timeout_s: the ranks that tune
-        their layers together, all by this call, as in autotune(). Decisions go to the tuner's store. Raises BackendError for a
+        their layers together, all by this call, as in autotune(). Decisions go to the store. Raises BackendError for a
         layer with a fixed tactic, ShapeError for more tokens than the layer takes.
         """
         size = self.max_num_tokens
