@@ -10,6 +10,7 @@ from cpu_cases import TACTICS, Case, relative_error, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import moestro
 from moestro import ExpertWeights
 from moestro.formats import MXFP4, NVFP4, FP8Block
 from moestro.kernels.activations import GeGLUTanh, ReLU2, SwiGLU
@@ -105,6 +106,19 @@ def test_float16_and_float32_lose_nothing_to_bf16(
     runner, expected = CpuRunner(case.problem, w), case.expected(call, w)
     errors = {tactic: relative_error(run(runner, call, tactic), expected) for tactic in TACTICS}
     assert max(errors.values()) < tolerance, errors
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_a_float16_intermediate_beyond_its_range_is_kept(isa: str, tokens: int) -> None:
+    """300 · 300 is more than float16 holds, the result is not."""
+    gate_up, down = torch.zeros(2, 64, 64), torch.zeros(2, 64, 32)
+    gate_up[:, :, 0], down[:, :, 0] = 300.0, 2.0**-10
+    w = moestro.ExpertWeights.from_dense(gate_up.bfloat16(), down.bfloat16(), format="bf16")
+    x = torch.zeros(tokens, 64, dtype=torch.float16)
+    x[:, 0] = 1.0
+    call = x, torch.zeros(tokens, 1, dtype=torch.int32), torch.ones(tokens, 1), w
+    y = moestro.fused_moe(*call, backend="cpu")
+    torch.testing.assert_close(y.float(), moestro.reference.fused_moe(*call), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

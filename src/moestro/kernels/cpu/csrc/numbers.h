@@ -89,18 +89,14 @@ inline void split(const float* from, int parts, uint16_t* to) {
     }
 }
 
-// 16 values of the intermediate, rounded as x is, to a half of their lines.
+// 16 values of the intermediate to a half of their lines: rounded to bf16 where x is bf16; else as many bits as x has, with
+// the range of float32, since a float16 x may have an intermediate beyond 65504 whose result is not.
 struct Bf16Line {
   static int size(int type) { return parts_of(type) * kChunk; }
   static void put(int type, const float* a, int half, uint16_t* to) {
     to += half * kPanel;
     if (type == MOESTRO_X_BF16) return store_bf16(a, to);
-    if (type == MOESTRO_X_FP32) return split(a, parts_of(type), to);
-    alignas(64) uint16_t halves[kPanel];
-    alignas(64) float rounded[kPanel];
-    store_half(a, halves);
-    load_half(halves, rounded);
-    split(rounded, parts_of(type), to);
+    split(a, parts_of(type), to);
   }
 };
 

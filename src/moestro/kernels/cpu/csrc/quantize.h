@@ -61,13 +61,10 @@ inline void put_int8(const float* values, uint16_t* line) {  // 32 values
   std::memcpy(line + kChunk / 2, facts, sizeof facts);
 }
 
-inline void round_to(int type, const float* from, float* to) {  // 16 values, as x's type holds them
-  alignas(64) uint16_t halves[kPanel];
-  if (type == MOESTRO_X_FP32) {
+// 16 values of the intermediate, rounded to bf16 where x is: a float16's range would lose those beyond 65504.
+inline void round_to(int type, const float* from, float* to) {
+  if (type != MOESTRO_X_BF16) {
     for (int i = 0; i < kPanel; ++i) to[i] = from[i];
-  } else if (type == MOESTRO_X_FP16) {
-    store_half(from, halves);
-    load_half(halves, to);
   } else {
     for (int i = 0; i < kPanel; ++i) to[i] = float_of(static_cast<uint32_t>(round_bf16(from[i])) << 16);
   }
