@@ -33,9 +33,9 @@ def test_convert_then_inspect(run: Run, tmp_path: Path) -> None:
     found = json.loads(run("inspect", str(dst), "--json").output)
     assert found["layers"][0]["format"] == "nvfp4"
     assert found["layers"][0]["num_experts"] == 4
-    shown = run("inspect", str(dst)).output
+    shown = "".join(run("inspect", str(dst)).output.split())  # wherever the width breaks it
     assert "model.layers.0.mlp.experts" in shown
-    assert "known fault" in shown
+    assert "knownfault" in shown
 
 
 def test_what_is_wrong_is_one_message(run: Run, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from moestro.bench.models import from_sizes
 from moestro.errors import TuningWarning
 from moestro.routing import Uniform
 from moestro.tuning import AutoTuner, Store
+from moestro.tuning.measure.campaign import Campaign
 
 TUNE = ["tune", *TINY, "--store", "s"]
 
@@ -52,14 +53,14 @@ def test_formats_are_repeatable(run: Run) -> None:
 
 
 def test_ctrl_c_keeps_finished_buckets(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = AutoTuner.choose_one
+    real = Campaign._measure
 
-    def interrupted(self, op, runners, config, inputs, **kwargs):  # type: ignore[no-untyped-def]
-        if inputs[0].shape[0] == 2:
+    def interrupted(self, bucket, **kwargs):  # type: ignore[no-untyped-def]
+        if bucket == (2,):
             raise KeyboardInterrupt
-        return real(self, op, runners, config, inputs, **kwargs)
+        return real(self, bucket, **kwargs)
 
-    monkeypatch.setattr(AutoTuner, "choose_one", interrupted)
+    monkeypatch.setattr(Campaign, "_measure", interrupted)
     done = run(*TUNE, "--tokens", "1,2,8", "--json", "t.json")
     assert done.exit_code == 130
     data = json.loads(Path("t.json").read_text())

@@ -73,8 +73,8 @@ def test_what_does_not_fit_is_an_error() -> None:
     gate_up, down = dense()
     with pytest.raises(ShapeError, match="4 experts"):
         moestro.ExpertWeights.from_dense(gate_up, down[:3], backend="auto")
-    with pytest.raises(BackendError, match="fp8_block"):
-        moestro.ExpertWeights.from_dense(gate_up, down, "fp8_block", backend="cpu")
+    with pytest.raises(BackendError, match="mxfp8"):
+        moestro.ExpertWeights.from_dense(gate_up, down, "mxfp8", backend="cpu")
     with pytest.raises(TypeError, match="bias"):
         moestro.ExpertWeights.from_experts([], "cpu", bias=down)
 

@@ -7,28 +7,31 @@ from pathlib import Path
 
 import pytest
 
+import moestro.kernels.triton.tactics  # noqa: F401  # tactics as older evidence spells them
 from moestro.errors import ModelError
 from moestro.parallel import planner
 from moestro.parallel.planner import PlannedLayer, plan
 from moestro.routing import Balanced, Uniform, Zipf
+from moestro.tuning.store.bundle import read_bundle
 
 DEEPSEEK = PlannedLayer(256, 8, 7168, 2048)
-BUNDLES = Path(planner.__file__).parents[1] / "tuning" / "bundles"
+RECORDS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 @pytest.mark.parametrize("gpu", ["h100", "h200"])
 def test_products_are_within_a_fifth_of_the_measured_decisions(gpu: str) -> None:
-    data = json.loads((BUNDLES / f"{gpu}.json").read_text())
     errors = []
-    for entry in data["entries"]:
-        record = entry["record"]
-        fields = data["keys"][entry["key"]]["runners"][0]["config"]["problem"]["fields"]
-        (winner,) = [c for c in record["evidence"]["candidates"] if c["fate"] == "winner"]
-        median = winner["probes"].get("uniform", {}).get("median") or winner["median"]
+    for entry in read_bundle(RECORDS / f"{gpu}-tuning.json").entries:
+        if entry.kind != "decision":
+            continue
+        record = entry.record
+        fields = entry.key["runners"][0]["config"]["problem"]["fields"]
+        (winner,) = [c for c in record.evidence.candidates if c.fate == "winner"]
+        median = winner.probes.get("uniform", {}).get("median") or winner.median
         if median is None:
             continue
         experts, held, top_k = (fields[name] for name in ("num_experts", "num_local_experts", "top_k"))
-        tokens = record["bucket"][0]
+        tokens = record.bucket[0]
         layer = PlannedLayer(experts, top_k, fields["hidden_size"], fields["intermediate_size"])
         hit = held * (1 - (1 - top_k / experts) ** tokens)
         expected = planner.product_seconds(

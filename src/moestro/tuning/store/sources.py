@@ -14,6 +14,7 @@ import functools
 import hashlib
 import inspect
 import io
+import threading
 import tokenize
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ __all__ = ["code_of", "file_digests", "source_digest"]
 
 BETWEEN = {tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING}
 SILENT = {tokenize.COMMENT, tokenize.NL}
+# CPython 3.11 counts the depth of a tree for all threads together, and ends with SystemError where two parse at once
+PARSING = threading.Lock()
 
 
 def source_digest(runners: Sequence[Any]) -> str:
@@ -65,7 +68,9 @@ def file_digests(path: str) -> frozenset[str]:
 def _pieces(text: str) -> Iterator[str]:
     """The code of each top-level statement of Python source, but imports, docstrings and `__all__`."""
     lines = text.splitlines()
-    for node in ast.parse(text).body:
+    with PARSING:
+        body = ast.parse(text).body
+    for node in body:
         if isinstance(node, ast.Import | ast.ImportFrom | ast.Expr):
             continue
         if isinstance(node, ast.Assign) and [getattr(t, "id", "") for t in node.targets] == ["__all__"]:
