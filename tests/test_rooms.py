@@ -15,12 +15,13 @@ ROOMS: Mapping[str, Mapping[str, set[str]]] = {
     "tuning": {
         "spec": set(),
         "progress": set(),
+        "forks": set(),
         "race": {"spec"},
-        "store": {"spec", "race"},
-        "lookup": {"spec", "race", "store", "contexts"},
+        "store": {"spec"},
         "measure": {"spec", "race", "store", "progress"},
-        "show": {"spec", "race", "store", "lookup"},
         "contexts": {"spec", "store", "measure", "progress"},
+        "lookup": {"spec", "store", "contexts"},
+        "show": {"spec", "store", "lookup"},
     },
     "kernels/triton": {
         "device": set(),

@@ -16,7 +16,7 @@ from typing import Any
 from moestro.errors import TuningWarning
 from moestro.tuning.measure.bits import overwrite
 from moestro.tuning.measure.compile import jobs_of, precompile
-from moestro.tuning.measure.inputs import is_torch, synthesise
+from moestro.tuning.measure.inputs import synthesise
 from moestro.tuning.measure.request import (
     OUT_OF_MEMORY,
     Candidate,
@@ -32,7 +32,7 @@ from moestro.tuning.measure.sandbox import Sandbox
 from moestro.tuning.measure.verify import Verification
 from moestro.tuning.race.rounds import Samples
 from moestro.tuning.spec.evidence import CandidateEvidence
-from moestro.tuning.spec.keys import shapes_of
+from moestro.tuning.spec.keys import is_torch, shapes_of
 from moestro.tuning.spec.runner import DEFAULT_TACTIC, tactic_key, valid_tactics
 from moestro.tuning.spec.specs import Sizes
 from moestro.tuning.store.records import Record

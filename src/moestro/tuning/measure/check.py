@@ -24,8 +24,8 @@ from typing import Any
 
 from moestro.tuning.measure.bits import bits, overwritable, overwrite, place_of, same_bits
 from moestro.tuning.measure.compare import differing, is_exact, why_different
-from moestro.tuning.measure.inputs import is_torch
 from moestro.tuning.measure.leaves import Leaf, Opaque, leaves, tensors_in
+from moestro.tuning.spec.keys import is_torch
 
 __all__ = ["Reference"]
 
