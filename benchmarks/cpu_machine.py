@@ -25,8 +25,8 @@ from typing import Any
 import torch
 
 import moestro
-from moestro import ExpertWeights, reference
-from moestro.bench import machine, roofline
+from moestro import ExpertWeights, machine, reference
+from moestro.bench import roofline
 from moestro.bench.models import find
 from moestro.kernels.cpu import CpuRunner, CpuTactic, core
 from moestro.kernels.problem import MoeProblem

@@ -24,7 +24,7 @@ from moestro.errors import (
 )
 
 if TYPE_CHECKING:
-    from moestro import checkpoints, formats, routing, tuning
+    from moestro import checkpoints, formats, parallel, routing, tuning
     from moestro.integrations.transformers.loading import load
     from moestro.kernels.activations import Activation, GeGLUTanh, ReLU2, SwiGLU
     from moestro.moe import reference
@@ -56,7 +56,7 @@ _NAMES = {
 }
 _MODULES = {"reference": "moestro.moe.reference"} | {
     name: f"moestro.{name}"
-    for name in ("checkpoints", "errors", "formats", "kernels", "moe", "routing", "tuning")
+    for name in ("checkpoints", "errors", "formats", "kernels", "moe", "parallel", "routing", "tuning")
 }
 
 __all__ = [
@@ -86,6 +86,7 @@ __all__ = [
     "formats",
     "fused_moe",
     "load",
+    "parallel",
     "reference",
     "route",
     "routing",

@@ -9,6 +9,7 @@ MoestroError
 ├── BackendError    an unknown backend, or one that cannot run this call (also a ValueError)
 ├── ModelError      an unknown model name                          (also a ValueError)
 └── TuningError     a tuner that was set up wrongly, or a miss where tuning is not allowed (also a RuntimeError)
+    └── GroupError  ranks that work together have lost one, or one did not come in time; it names the rank
 
 StoreWarning        the store could not be read or written; work goes on without it (a UserWarning)
 TuningWarning       a decision is used outside what was measured    (a UserWarning)
@@ -29,6 +30,7 @@ __all__ = [
     "DTypeError",
     "DeviceError",
     "FormatError",
+    "GroupError",
     "ModelError",
     "MoestroError",
     "RoutingError",
@@ -75,6 +77,10 @@ class ModelError(MoestroError, ValueError):
 
 class TuningError(MoestroError, RuntimeError):
     """A tuner that was set up wrongly, or a miss where tuning is not allowed."""
+
+
+class GroupError(TuningError):
+    """Ranks that work together have lost one, or one did not come in time."""
 
 
 class StoreWarning(UserWarning):

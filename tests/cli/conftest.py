@@ -33,7 +33,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setenv("MOESTRO_STORE", str(tmp_path / "store"))
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("NO_COLOR", "1")
-    for user in ("moestro.tuning.tuner", "moestro.bench.timing"):
+    for user in ("moestro.tuning.toolbox", "moestro.bench.timing"):
         monkeypatch.setattr(f"{user}.default_timer", lambda *_, **__: SteadyClock())
 
     def invoke(*arguments: str) -> Result:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from moestro.cli import bench, cache, convert, doctor, explain, inspect, record, report, tune
+from moestro.cli import bench, cache, convert, doctor, explain, inspect, plan, record, report, tune
 from moestro.cli.console import errors
 from moestro.errors import MoestroError
 
@@ -27,6 +27,7 @@ ORDER = (
     "explain",
     "cache",
     "report",
+    "plan",
 )  # as --help lists them: the order of use
 
 
@@ -69,6 +70,7 @@ app.add_typer(cache.app, name="cache")
 app.command("doctor")(doctor.doctor)
 app.command("report")(report.report)
 app.command("inspect")(inspect.inspect)
+app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
 app.command("convert", epilog=convert.EXAMPLES)(convert.convert)
 app.command("record")(record.record)
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from moestro.cli import ep as expert_parallel
 from moestro.cli import options as opt
 from moestro.cli import recall, regret
 from moestro.cli.console import ProgressListener, errors, output, progress, quiet
@@ -216,3 +217,4 @@ def _nothing_to_compare(against: str | None) -> Exception:
 
 app.command("regret")(regret.regret)
 app.command("recall")(recall.recall)
+app.command("ep", epilog=expert_parallel.EXAMPLES)(expert_parallel.bench_ep)

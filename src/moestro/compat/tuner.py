@@ -149,6 +149,8 @@ class PeerTuner(AutoTuner):
             records = {r.bucket: r for r in book.everything() if r.runner in names}
             table = make_table(records, roundings(config)) if records else None
             record, within = table.find(sizes) if table is not None else (None, False)
+            mapped = tuple(s.bucket_of(n) for s, n in zip(config.dynamic_tensor_specs, sizes, strict=True))
+            within = within or mapped in records
             if record is not None and within:
                 return True, names.index(record.runner), record.tactic, None
         return None

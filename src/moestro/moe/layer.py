@@ -271,13 +271,17 @@ class FusedMoE(torch.nn.Module):
         progress: Progress = True,
         *,
         buckets: Sequence[int] | None = None,
+        group: Any = None,
+        strategy: str | None = None,
+        timeout_s: float | None = None,
     ) -> None:
         """Decide runner and tactic for every bucket up to `max_num_tokens` (the layer's by default).
 
         budget_s: seconds to spend; what is decided by then holds. probes: how inputs are synthesised, as
         routing distributions or tuning.Probe; by default those of `tuning_config`. progress: True draws a line, a
         function gets lines, a tuning.progress.Listener stages and steps. buckets: these numbers of tokens instead
-        of the scheme's, each serving up to itself. Decisions go to the tuner's store. Raises BackendError for a
+        of the scheme's, each serving up to itself. group, strategy, timeout_s: the ranks that tune
+        their layers together, all by this call, as in autotune(). Decisions go to the store. Raises BackendError for a
         layer with a fixed tactic, ShapeError for more tokens than the layer takes.
         """
         size = self.max_num_tokens
@@ -302,6 +306,9 @@ class FusedMoE(torch.nn.Module):
                 progress=progress,
                 tuning_buckets=buckets,
                 round_up=None if buckets is None else True,
+                group=group,
+                strategy=strategy,
+                timeout_s=timeout_s,
             ),
         ):
             self.tuner.choose_one(OP, bound.runners, bound.tuning_config, self._example(size))

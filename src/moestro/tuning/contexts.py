@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from moestro.tuning.group import Group
 from moestro.tuning.measure.budget import Budget
 from moestro.tuning.progress import Progress
 from moestro.tuning.spec.buckets import checked_buckets, make_bucket_mapper
@@ -39,6 +40,7 @@ class Options:
     probes: tuple[Probe, ...] | None = None
     progress: Progress = False
     crossover: bool = True
+    group: Group | None = None  # ranks that decide together
     only_sizes_seen: bool = False  # no buckets besides the sizes of calls
     answers: Any = None  # testing.TacticsCapture or Replay: who notes or answers the choices made inside
 

@@ -15,11 +15,13 @@ import time
 import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from moestro.errors import TuningError, TuningWarning
 from moestro.tuning.contexts import Contexts, Options
 from moestro.tuning.forks import survive
+from moestro.tuning.group import group_of, leaving
 from moestro.tuning.lookup.known import DecisionsOfKey, KnownDecisions
 from moestro.tuning.lookup.sites import CallSite, CallSites, Lookup
 from moestro.tuning.measure.budget import Budget
@@ -36,6 +38,7 @@ from moestro.tuning.spec.tactic_list import TacticList, from_environment
 from moestro.tuning.store.environment import Environment, environment_for
 from moestro.tuning.store.records import Record
 from moestro.tuning.store.store import Store, default_store
+from moestro.tuning.together import run_campaign
 from moestro.tuning.toolbox import Toolbox
 
 __all__ = ["AutoTuner", "autotune"]
@@ -107,6 +110,9 @@ class AutoTuner(Toolbox):
         progress: Progress | None = None,
         crossover: bool | None = None,
         only_sizes_seen: bool | None = None,
+        group: Any = None,
+        strategy: str | None = None,
+        timeout_s: float | None = None,
     ) -> Iterator[AutoTuner]:
         """Tune what is not known, in this thread, until the context is left.
 
@@ -116,6 +122,11 @@ class AutoTuner(Toolbox):
         change. only_sizes_seen: the sizes of calls are the buckets, and none besides. progress: True draws a
         line in the terminal; a function gets the lines. What is not given is inherited from the context
         outside. Raises TuningError for settings that make no sense.
+
+        group: a torch.distributed.ProcessGroup whose ranks all make the same calls in this context and come to
+        one decision, by the slowest rank's time. strategy: of group.STRATEGIES, "parallel" by default.
+        timeout_s: how long ranks wait for each other, the group's own time-out by default; then all get the
+        default tactic, with a TuningWarning that names who was missing.
         """
         outer = self._contexts.current or Options()
         inner = outer.inner(
@@ -130,12 +141,16 @@ class AutoTuner(Toolbox):
             progress=progress,
             crossover=crossover,
             only_sizes_seen=only_sizes_seen,
+            group=group_of(group, strategy, timeout_s),
         )
+        if strategy == "independent":
+            inner = replace(inner, group=None)  # also inside a context with a group
         if inner.store is not None:
             self._known.attach(inner.store)
         entered = self._contexts.push(inner)
         try:
-            yield self
+            with leaving(inner.group if inner.group is not outer.group else None):
+                yield self
         finally:
             self._contexts.pop(entered)
 
@@ -239,8 +254,10 @@ class AutoTuner(Toolbox):
         if options is not None and op in options.skip_ops:
             return (runners[0], DEFAULT_TACTIC), None
         site, view, sizes = self._locate(op, runners, config, inputs, kwargs, options)
-        if options is not None and options.tune and sizes not in view.done:
+        if options is not None and options.tune and (options.group is not None or sizes not in view.done):
             self._tune(site, view, runners, inputs, kwargs, sizes, options)
+            if options.group is not None and options.group.broken:
+                return (runners[0], DEFAULT_TACTIC), None
         record, within = view.find(sizes)
         if record is not None and not within:
             self._missing(site, view, runners, inputs, sizes, record)
@@ -295,9 +312,13 @@ class AutoTuner(Toolbox):
         sizes: Sizes,
         options: Options,
     ) -> None:
-        if options.budget.left <= 0:
+        group = options.group
+        if group.broken if group is not None else options.budget.left <= 0:
             return
         if capturing():
+            record, within = view.find(sizes)
+            if record is not None and within:
+                return  # it may not be finished, but it serves
             raise TuningError(
                 f"{site.op}: nothing is known for sizes {sizes}, and tuning inside CUDA graph capture is not "
                 "possible (active outer CUDA Graph capture): run the operation once under autotune() before capturing it"
@@ -307,7 +328,8 @@ class AutoTuner(Toolbox):
         timer = self._timer_for(device, policy, site.config.use_cuda_graph)
         environment = self._environment(site, runners, inputs, options)
         decisions, store, book = self._known, self._known.target(options), view.book
-        with self._measuring, decisions.measuring(), showing(options.progress) as listener:
+        shown = options.progress if group is None or group.rank == 0 else False
+        with self._measuring, decisions.measuring(), showing(shown) as listener:
             decisions.refresh(book, store, environment)
             job = Job(
                 key=book.key,
@@ -323,6 +345,7 @@ class AutoTuner(Toolbox):
                 ban=lambda candidate, reason: decisions.ban(book, store, environment, candidate.name, reason),
                 warm=decisions.warm(book, store, environment),
                 listener=listener,
+                group=group,
             )
             first = tuple(
                 spec.bucket_of(size)
@@ -330,7 +353,8 @@ class AutoTuner(Toolbox):
             )
             known = functools.partial(book.records, view.probes, environment.name)
             keep = functools.partial(decisions.keep, book, store, environment)
-            if Campaign(job, known, keep, first, book.too_large, options.crossover).run():
+            campaign = Campaign(job, known, keep, first, book.too_large, options.crossover)
+            if run_campaign(campaign, environment.name, {"tuning_buckets": options.buckets}):
                 view.finished(sizes)
 
     def _missing(

@@ -103,7 +103,8 @@ class Campaign:
         listener.stage(f"tuning {op}", len(waiting) + 1)
         for final in (False, True):
             for done, bucket in enumerate(waiting):
-                if self.job.budget.left <= 0:
+                left = self.job.time_left()
+                if left <= 0:
                     return
                 known = self.known().get(bucket)
                 if self._settled(bucket) or (known is not None and not final):
@@ -113,7 +114,7 @@ class Campaign:
                 listener.step(f"bucket {_text(bucket)}")
                 tried.add(bucket)
                 share = 1.0 if final or not done else max(0.5, 1 / (len(waiting) - done))
-                self._measure(bucket, share=share * self.job.budget.left)
+                self._measure(bucket, share=share * left)
                 listener.done()
 
     def _compile(self, waiting: Sequence[Sizes]) -> None:
@@ -152,7 +153,7 @@ class Campaign:
         deadline = self.job.budget.spent + share
         try:
             known = self.known().get(bucket)
-            record = measure(
+            record = (self.job.decide or measure)(
                 self.job,
                 bucket,
                 preferred=neighbour,
@@ -183,7 +184,7 @@ class Campaign:
         at_low, at_high = self.known()[(low,)], self.known()[(high,)]
         if record_name(at_low) == record_name(at_high) or high - low <= max(1, high // RESOLUTION):
             return True
-        if self.job.budget.left <= 0:
+        if self.job.time_left() <= 0:
             return False
         middle = (low + high) // 2
         self.job.listener.step(f"between {low} and {high} the winner changes, trying {middle}")

@@ -18,13 +18,13 @@ from moestro.tuning.measure.candidates import NOTHING_RUNS, Trial
 from moestro.tuning.measure.request import Candidate, Job, candidate_name, evidence_name, record_name
 from moestro.tuning.measure.scope import measured
 from moestro.tuning.race.race import RaceResult, race
-from moestro.tuning.race.rounds import ClockError, Samples
+from moestro.tuning.race.rounds import ClockError, Combine, Samples
 from moestro.tuning.spec.evidence import CandidateEvidence, Evidence
 from moestro.tuning.spec.runner import DEFAULT_TACTIC, stored_tactic
 from moestro.tuning.spec.specs import Sizes
 from moestro.tuning.store.records import Record
 
-__all__ = ["conclude", "measure", "samplers_of", "without_choice"]
+__all__ = ["conclude", "measure", "nothing_yet", "race_of", "samplers_of", "without_choice"]
 
 FOR_WARM_UP = 0.5  # of a bucket's time, checks included: the rest is for the race
 WILD = 100.0  # times the smallest reading: more is not taken for time that has passed
@@ -59,11 +59,11 @@ def _measured(trial: Trial, preferred: Record | None, only: Sequence[Record] | N
         sound = trial.fit(trial.spare)
     fit, samplers = samplers_of(trial, sound)
     if trial.late and len(fit) < 2:
-        return _nothing_yet(trial)
+        return nothing_yet(trial)
     if len(fit) < 2:
         return without_choice(trial, fit)
     try:
-        result = _race(trial, fit, samplers, preferred)
+        result = race_of(trial, fit, samplers, preferred)
     except ClockError as error:
         raise TuningError(f"the timer {trial.job.timer.name!r} cannot time anything: {error}") from error
     except TuningError as error:  # every candidate failed while it was timed
@@ -73,13 +73,18 @@ def _measured(trial: Trial, preferred: Record | None, only: Sequence[Record] | N
     return conclude(trial, fit, result) if trial.intact(fit) else None
 
 
-def _race(
-    trial: Trial, fit: list[Candidate], samplers: list[list[Callable[[], float]]], preferred: Record | None
+def race_of(
+    trial: Trial,
+    fit: list[Candidate],
+    samplers: list[list[Callable[[], float]]],
+    preferred: Record | None,
+    combine: Combine | None = None,
 ) -> RaceResult:
+    """The race among `fit`; combine: of a group of ranks, whose races begin anew."""
     job = trial.job
     names = [candidate.name for candidate in fit]
     wanted = record_name(preferred) if preferred is not None else None
-    earlier = trial.samples.table(names, len(trial.inputs)) if trial.samples.rounds else None
+    earlier = trial.samples.table(names, len(trial.inputs)) if trial.samples.rounds and not combine else None
     return race(
         samplers,
         job.policy,
@@ -90,6 +95,7 @@ def _race(
         who=[(c.runner, stored_tactic(c.tactic)) for c in fit],
         probes=job.probe_names or ("default",),
         earlier=earlier,
+        combine=combine,
     )
 
 
@@ -126,7 +132,7 @@ def _sampler(trial: Trial, candidate: Candidate, inputs: Sequence[Any]) -> Calla
     return sampler
 
 
-def _nothing_yet(trial: Trial) -> Record | None:
+def nothing_yet(trial: Trial) -> Record | None:
     """What to keep where time was over before a race: that the default takes longer than there was time."""
     if not trial.default_outlasts:
         return None

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from moestro.tuning.group import Group
 from moestro.tuning.measure.budget import Budget
 from moestro.tuning.measure.statics import Statics
 from moestro.tuning.measure.timers import Timer
@@ -97,6 +98,14 @@ class Job:
     listener: Listener = field(default_factory=Listener)
     compiled: set[Any] = field(default_factory=set)  # (bucket, candidate) whose kernels are there
     statics: Statics | None = None  # what candidates must not write; found when first needed
+    # In a group of ranks (together.py): who decides, and the time that all ranks have left.
+    group: Group | None = None
+    decide: Callable[..., Record | None] | None = None
+    left: Callable[[], float] | None = None
+
+    def time_left(self) -> float:
+        """Seconds left of the budget; in a group an exchange, the same answer for all ranks."""
+        return self.budget.left if self.left is None else self.left()
 
     @property
     def probes(self) -> tuple[Probe | None, ...]:
