@@ -16,10 +16,12 @@ ROOMS: Mapping[str, Mapping[str, set[str]]] = {
         "spec": set(),
         "progress": set(),
         "forks": set(),
+        "link": {"spec"},
         "race": {"spec"},
         "store": {"spec"},
-        "measure": {"spec", "race", "store", "progress"},
-        "contexts": {"spec", "store", "measure", "progress"},
+        "group": {"link", "spec", "store"},  # how ranks agree, in the words of records
+        "measure": {"spec", "race", "store", "progress", "group"},
+        "contexts": {"spec", "store", "measure", "progress", "group"},
         "lookup": {"spec", "store", "contexts"},
         "show": {"spec", "store", "lookup"},
     },
@@ -35,7 +37,14 @@ ROOMS: Mapping[str, Mapping[str, set[str]]] = {
         "choose": {"chip", "tactic", "paths", "layout"},
         "counters": {"device", "paths", "tactic"},
     },
-    "kernels/portable": {"stages": set(), "run": {"stages"}, "runner": {"run", "stages"}},
+    "kernels/portable": {
+        "quantize": set(),
+        "steady": set(),
+        "stages": {"quantize", "steady"},
+        "run": {"stages"},
+        "invariant": {"stages", "steady"},
+        "runner": {"run", "invariant", "stages"},
+    },
 }
 
 
