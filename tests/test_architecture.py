@@ -84,37 +84,3 @@ def test_imports_without_torch(module: str) -> None:
     code = f"import sys; sys.modules['torch'] = None; import {module}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-
-
-# room of tuning -> the rooms and files beside them that it may import
-TUNING = {
-    "spec": set(),
-    "race": {"spec"},
-    "store": {"spec"},
-    "progress": set(),
-    "measure": {"race", "store", "spec", "progress"},
-    "contexts": {"measure", "store", "spec", "progress"},
-    "lookup": {"contexts", "measure", "store", "spec"},
-    "show": {"lookup", "store", "spec"},
-}
-GROUND = {
-    "group",
-    "link",
-    "forks",
-}  # what ranks and forked children need; they import none of the rooms above
-
-
-def test_the_rooms_of_tuning_have_arrows_one_way_and_no_circle() -> None:
-    """spec <- race, store <- measure <- lookup <- show <- tuner."""
-    wrong = []
-    for path in sorted((SRC / "tuning").rglob("*.py")):
-        here = path.relative_to(SRC / "tuning").parts[0].removesuffix(".py")
-        for name in sorted(imports_of(path)):
-            parts = name.split(".")
-            if here not in TUNING or parts[1] != "tuning" or len(parts) < 3:
-                continue
-            if parts[2] not in {here, *TUNING[here], *GROUND}:
-                wrong.append(f"{path.relative_to(SRC)} imports {name}")
-    assert wrong == []
-    order = list(TUNING)
-    assert all(order.index(there) < order.index(here) for here, to in TUNING.items() for there in to)

@@ -15,12 +15,15 @@ ROOMS: Mapping[str, Mapping[str, set[str]]] = {
     "tuning": {
         "spec": set(),
         "progress": set(),
+        "forks": set(),
+        "link": {"spec"},
         "race": {"spec"},
-        "store": {"spec", "race"},
-        "lookup": {"spec", "race", "store", "contexts"},
-        "measure": {"spec", "race", "store", "progress"},
-        "show": {"spec", "race", "store", "lookup"},
-        "contexts": {"spec", "store", "measure", "progress"},
+        "store": {"spec"},
+        "group": {"link", "spec", "store"},  # how ranks agree, in the words of records
+        "measure": {"spec", "race", "store", "progress", "group"},
+        "contexts": {"spec", "store", "measure", "progress", "group"},
+        "lookup": {"spec", "store", "contexts"},
+        "show": {"spec", "store", "lookup"},
     },
     "kernels/triton": {
         "device": set(),
@@ -34,7 +37,14 @@ ROOMS: Mapping[str, Mapping[str, set[str]]] = {
         "choose": {"chip", "tactic", "paths", "layout"},
         "counters": {"device", "paths", "tactic"},
     },
-    "kernels/portable": {"stages": set(), "run": {"stages"}, "runner": {"run", "stages"}},
+    "kernels/portable": {
+        "quantize": set(),
+        "steady": set(),
+        "stages": {"quantize", "steady"},
+        "run": {"stages"},
+        "invariant": {"stages", "steady"},
+        "runner": {"run", "invariant", "stages"},
+    },
 }
 
 

@@ -51,6 +51,7 @@ class Lookup:
         "_rounds",
         "_table",
         "_version",
+        "_where",
         "book",
         "dims",
         "done",
@@ -66,6 +67,7 @@ class Lookup:
         self.probes = tuple(probe.name for probe in site.config.probes)
         self.done: set[Sizes] = set()  # sizes that tuning has nothing left to do for
         self.dims = [(spec.input_idx[0], spec.dim_idx[0]) for spec in specs]
+        self._where = self.dims[0] if self.dims else None
         self._capped = site.config.tune_max_num_tokens is not None  # larger sizes count as the last one
         self._rounds = roundings(site.config, site.direction)
         self._table: Table | None = None
@@ -81,10 +83,10 @@ class Lookup:
         if fast is None:
             return self._quick_point(inputs)
         bounds, picks = fast
-        if bounds[0] == math.inf:
+        where = self._where
+        if where is None:
             return picks[0]
-        tensor, dim = self.dims[0]
-        size = inputs[tensor].shape[dim]
+        size = inputs[where[0]].shape[where[1]]
         at = bisect_left(bounds, size)
         if at >= len(picks):
             return None

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["bits", "overwritable", "overwrite", "place_of", "same_bits"]
+__all__ = ["bits", "disguise", "overwritable", "overwrite", "place_of", "same_bits"]
 
 
 def bits(tensor: Any) -> Any:
@@ -33,6 +33,13 @@ def overwritable(tensor: Any) -> Iterator[Any]:
 
     with torch.inference_mode(True) if tensor.is_inference() else torch.no_grad():
         yield tensor.detach()
+
+
+def disguise(tensor: Any, value: Any) -> None:
+    """Give a tensor a value's elements in other places: others where that can be, and all of them valid."""
+    rows = value.dim() > 0 and len(value) > 1
+    if rows or (value.dim() and value.dtype.is_floating_point):
+        overwrite(tensor, value.roll(1, 0 if rows else -1))
 
 
 def overwrite(tensor: Any, value: Any) -> None:

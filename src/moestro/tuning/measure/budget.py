@@ -17,8 +17,7 @@ class Budget:
 
     Simulated timers report seconds that no clock sees pass; whichever is more counts, the clock or their samples.
     What is spent of an inner context's budget is spent of the outer one's, too, and the inner one is never longer
-    than what the outer one has left when it is entered. Where that is nothing, a budget that is asked for anew is
-    one.
+    than what the outer one has left when it is entered: where that is nothing, nothing is measured inside.
     """
 
     def __init__(
@@ -29,8 +28,9 @@ class Budget:
     ) -> None:
         self.seconds = None if seconds is None else _seconds(seconds)
         self.clock, self.outer = clock, outer
-        if outer is not None and 0 < outer.left < math.inf:
-            self.seconds = min(outer.left, math.inf if self.seconds is None else self.seconds)
+        if outer is not None and outer.left < math.inf:
+            left = max(0.0, outer.left)
+            self.seconds = left if self.seconds is None else min(left, self.seconds)
         self._spent = 0.0
         self._sampled = 0.0
         self._forgiven = 0.0

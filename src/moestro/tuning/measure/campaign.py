@@ -20,10 +20,10 @@ from moestro.errors import TuningWarning
 from moestro.tuning.measure.candidates import Trial, resolved_default
 from moestro.tuning.measure.compile import precompile
 from moestro.tuning.measure.decide import measure
-from moestro.tuning.measure.inputs import inputs_like
 from moestro.tuning.measure.request import Job, OutOfMemoryError, record_name
 from moestro.tuning.spec.keys import shapes_of
 from moestro.tuning.spec.specs import Sizes
+from moestro.tuning.spec.stand_ins import inputs_like
 from moestro.tuning.store.records import Record
 
 __all__ = ["Campaign", "spread"]

@@ -10,13 +10,13 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from moestro.errors import TuningWarning
-from moestro.tuning.measure.bits import overwrite
+from moestro.tuning.measure.bits import disguise, overwrite
 from moestro.tuning.measure.compile import jobs_of, precompile
-from moestro.tuning.measure.inputs import is_torch, synthesise
+from moestro.tuning.measure.inputs import synthesise
 from moestro.tuning.measure.request import (
     OUT_OF_MEMORY,
     Candidate,
@@ -32,7 +32,7 @@ from moestro.tuning.measure.sandbox import Sandbox
 from moestro.tuning.measure.verify import Verification
 from moestro.tuning.race.rounds import Samples
 from moestro.tuning.spec.evidence import CandidateEvidence
-from moestro.tuning.spec.keys import shapes_of
+from moestro.tuning.spec.keys import is_torch, shapes_of
 from moestro.tuning.spec.runner import DEFAULT_TACTIC, tactic_key, valid_tactics
 from moestro.tuning.spec.specs import Sizes
 from moestro.tuning.store.records import Record
@@ -223,7 +223,8 @@ class Trial:
                 if callable(getattr(runner, "reserve", None)):
                     runner.reserve(inputs, tactics)
                 if "do_preparation" in inspect.signature(runner.forward).parameters:
-                    _disguise(inputs, before)
+                    for i, value in before.items():
+                        disguise(inputs[i], value)
                     self.job.run(default, inputs, do_preparation=True)
                     for i, value in before.items():
                         overwrite(inputs[i], value)
@@ -370,14 +371,6 @@ def resolved_default(job: Job, inputs: Sequence[Any]) -> Any:
 
 def _by_name(record: Record | None) -> dict[str, CandidateEvidence]:
     return {} if record is None else {evidence_name(e): e for e in record.evidence.candidates}
-
-
-def _disguise(inputs: Sequence[Any], before: Mapping[int, Any]) -> None:
-    """Other values for the dynamic inputs: the same ones in other places, so that they stay valid."""
-    for i, value in before.items():
-        rows = value.dim() > 0 and len(value) > 1
-        if rows or (value.dim() and value.dtype.is_floating_point):
-            overwrite(inputs[i], value.roll(1, 0 if rows else -1))
 
 
 def _is_last_resort(runner: Any, inputs: Sequence[Any]) -> bool:

@@ -22,10 +22,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moestro.tuning.measure.bits import bits, overwritable, overwrite, place_of, same_bits
+from moestro.tuning.measure.bits import bits, disguise, overwritable, overwrite, place_of, same_bits
 from moestro.tuning.measure.compare import differing, is_exact, why_different
-from moestro.tuning.measure.inputs import is_torch
 from moestro.tuning.measure.leaves import Leaf, Opaque, leaves, tensors_in
+from moestro.tuning.spec.keys import is_torch
 
 __all__ = ["Reference"]
 
@@ -74,7 +74,8 @@ class Reference:
         self.returns = bool(leaves(first))
         self._changed = {o.path for o in self._places if not same_bits(o.place, o.expected)}
         self._outputs = [Output(path, _keep(value)) for path, value in self._leaves(first)]
-        if self._outputs and not hurry():
+        silent = not self.returns and not self._changed
+        if self._outputs and not hurry() and (not silent or self._writes_what_is_there()):
             self._learn(first)
         self.restore()
 
@@ -108,6 +109,20 @@ class Reference:
             for output in self._outputs:
                 if output.place is not None:
                     _poison(output.place, output.expected, output.written, alternative)
+
+    def _writes_what_is_there(self) -> bool:
+        """Whether a default that returns nothing and left its inputs as they were does write them: one more run, on
+        the same values in other places, which stay valid. What it only reads must never see poison.
+        """
+        self._poison = False
+        for place in self._places:
+            disguise(place.place, place.expected)
+        held = [o.place.detach().clone() for o in self._places]
+        self.runs += 1
+        self._run()
+        pairs = zip(self._places, held, strict=True)
+        self._changed |= {o.path for o, was in pairs if not same_bits(o.place, was)}
+        return bool(self._changed)
 
     # --- what counts -------------------------------------------------------------------------------------
     def _learn(self, first: Any) -> None:

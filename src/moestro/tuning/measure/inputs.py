@@ -7,22 +7,15 @@ ids). Probes then replace what matters. Inputs that are no torch tensors only ne
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 from moestro.errors import TuningError
 from moestro.tuning.spec.initializers import random_bytes
-from moestro.tuning.spec.keys import is_tensor
+from moestro.tuning.spec.keys import is_tensor, is_torch
 from moestro.tuning.spec.specs import OptimizationProfile, Probe, TuningConfig
 
-__all__ = ["inputs_like", "is_torch", "synthesise"]
-
-
-def is_torch(value: Any) -> bool:
-    """Whether a value is a torch tensor, without importing torch."""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, torch.Tensor)
+__all__ = ["synthesise"]
 
 
 def synthesise(
@@ -82,25 +75,6 @@ def _like(value: Any, shape: tuple[int, ...], index: int, seed: int) -> Any:
         if again.shape[d] != size:
             again = again.index_select(d, torch.arange(size, device=value.device) % again.shape[d])
     return again.clone()
-
-
-def inputs_like(profile: OptimizationProfile, inputs: Sequence[Any]) -> list[Any]:
-    """Inputs of the profile's shapes without values, for what looks at shapes alone. Raises TypeError for an input
-    of which that cannot be made.
-    """
-    like = []
-    for value, shape in zip(inputs, profile.get_opt_shapes(), strict=True):
-        if not is_tensor(value) or tuple(value.shape) == tuple(shape):
-            like.append(value)
-        elif is_torch(value):
-            import torch
-
-            like.append(torch.empty(shape, dtype=value.dtype, device="meta"))
-        elif hasattr(value, "new_empty"):
-            like.append(value.new_empty(shape))
-        else:
-            raise TypeError(f"no {type(value).__name__} of shape {shape} can be made")
-    return like
 
 
 def _check(made: list[Any], inputs: Sequence[Any], shapes: Sequence[Any], probe: Probe | None) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moestro.tuning.measure.inputs import is_torch
+from moestro.tuning.spec.keys import is_torch
 
 __all__ = ["Leaf", "Opaque", "leaves", "tensors_in"]
 

@@ -19,8 +19,8 @@ from typing import Any
 from moestro import machine
 from moestro.errors import TuningError
 from moestro.tuning.measure.bits import bits, overwrite, place_of, same_bits
-from moestro.tuning.measure.inputs import is_torch
 from moestro.tuning.measure.leaves import tensors_in
+from moestro.tuning.spec.keys import is_torch
 
 __all__ = ["Statics", "Watched"]
 

@@ -9,6 +9,7 @@ tuning may have others. Inputs only need .shape and .dtype (and .device): no tor
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from moestro.tuning.spec.plain_json import digest, to_json
 from moestro.tuning.spec.runner import identity_text, kind_of, runner_identity, runner_objects
 from moestro.tuning.spec.specs import NOT_A_TENSOR, Shape, TuningConfig
 
-__all__ = ["StaticKey", "device_of", "is_tensor", "shapes_of", "static_key"]
+__all__ = ["StaticKey", "device_of", "is_tensor", "is_torch", "shapes_of", "static_key"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,12 @@ def _different(names: Sequence[str]) -> tuple[str, ...]:
 def is_tensor(value: Any) -> bool:
     """Whether an input has a shape and a dtype."""
     return hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+def is_torch(value: Any) -> bool:
+    """Whether a value is a torch tensor, without importing torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
 
 
 def shapes_of(inputs: Sequence[Any]) -> tuple[Shape, ...]:
