@@ -172,3 +172,11 @@ def test_a_layer_runs_in_a_forked_child(tmp_path: Path) -> None:
     environment = {**os.environ, "MOESTRO_CACHE": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", FORKED], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("fields", [(2**31, 1), (64, 2**31), (64, 1, 2**31), (64, 1, 16, 2**40)])
+def test_a_tactic_beyond_what_the_core_holds_is_refused(fields: tuple[int, ...]) -> None:
+    w = moestro.ExpertWeights.from_dense(torch.randn(2, 64, 64), torch.randn(2, 64, 32), "nvfp4")
+    x, (ids, weights) = torch.randn(3, 64).bfloat16(), moestro.route(torch.randn(3, 2), 1)
+    with pytest.raises(BackendError, match="tactic must have fields of at most"):
+        moestro.fused_moe(x, ids, weights, w, backend="cpu", tactic=CpuTactic(*fields))
