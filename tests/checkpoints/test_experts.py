@@ -162,3 +162,28 @@ def test_loading_peaks_at_one_layer_and_little_more(tmp_path: Path, layout: str)
     done = subprocess.run(args, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 1.2
+
+
+def test_two_names_of_one_expert_are_refused() -> None:
+    tensors = checkpoint("modelopt")
+    twice = {
+        n.replace(f"{PREFIX}.0.", f"{PREFIX}.00."): t
+        for n, t in tensors.items()
+        if n.startswith(f"{PREFIX}.0.")
+    }
+    with pytest.raises(
+        FormatError, match=r"experts.00.gate_proj.weight_scale has no place: .* is the same expert's"
+    ):
+        Experts({**tensors, **twice}, PREFIX)
+
+
+@pytest.mark.parametrize("count", [E - 1, E + 1])
+@pytest.mark.parametrize("name", ["down_proj", "down_proj_bias", "gate_up_proj_bias"])
+def test_stacked_tensors_with_other_numbers_of_experts_are_refused(name: str, count: int) -> None:
+    tensors = checkpoint("stacked")
+    rows = {"down_proj": (H, I), "down_proj_bias": (H,), "gate_up_proj_bias": (2 * I,)}[name]
+    tensors[f"{PREFIX}.{name}"] = torch.zeros(count, *rows, dtype=torch.bfloat16)
+    with pytest.raises(
+        FormatError, match=rf"{name} must have the {E} experts of .*gate_up_proj, got {count}"
+    ):
+        Experts(tensors, PREFIX)

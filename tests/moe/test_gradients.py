@@ -141,3 +141,28 @@ def test_copies_train_what_is_around_them() -> None:
     twin = copy.deepcopy(layer)  # of weights that are nobody's parameters
     twin(x.requires_grad_(), ids, weights).sum().backward()
     assert x.grad is not None
+
+
+@pytest.mark.parametrize("fmt", ["bf16", "nvfp4"])
+def test_experts_computed_from_a_parameter_refuse_its_gradient_too(fmt: str) -> None:
+    parameter = torch.nn.Parameter(
+        torch.randn(2, H, 2 * I, dtype=torch.bfloat16)
+    )  # as gpt-oss keeps it: transposed
+    w = ExpertWeights.from_dense(parameter.mT.contiguous(), torch.randn(2, H, I).bfloat16(), fmt)
+    x, ids, weights = make_call(3, experts=2, top_k=1)
+    y = fused_moe(x, ids, weights, w)
+    assert y.requires_grad
+    with pytest.raises(errors.BackendError, match="gate_up of the experts want a gradient"):
+        y.sum().backward()
+    parameter.requires_grad_(False)
+    assert not fused_moe(x, ids, weights, w).requires_grad
+
+
+def test_an_out_that_wants_a_gradient_is_refused() -> None:
+    x, ids, weights = make_call(3)
+    w = make_weights()
+    out = torch.empty_like(x, requires_grad=True)
+    with pytest.raises(errors.BackendError, match="out must not want a gradient"):
+        fused_moe(x, ids, weights, w, out=out)
+    with torch.no_grad():
+        fused_moe(x, ids, weights, w, out=out)

@@ -360,3 +360,16 @@ def test_weights_are_repacked_once_for_a_backend_that_needs_it(monkeypatch: pyte
         assert Repacking.repacked == 1
     finally:
         backends._load.cache_clear()
+
+
+@pytest.mark.parametrize("backend", ["auto", "portable"])
+@pytest.mark.parametrize("name", ["ids", "weights"])
+def test_an_out_over_the_routing_is_refused(name: str, backend: str) -> None:
+    x, ids, weights = make_call(5, dtype=torch.float32)
+    memory = torch.zeros_like(x)
+    given = {"ids": ids, "weights": weights}
+    read = memory.view(-1)[: ids.numel()].view(given[name].dtype).view(ids.shape)
+    read.copy_(given[name])
+    given[name] = read
+    with pytest.raises(errors.ShapeError, match=f"out must not overlap {name}"):
+        fused_moe(x, given["ids"], given["weights"], make_weights(), out=memory, backend=backend)

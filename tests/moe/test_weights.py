@@ -161,3 +161,14 @@ class TestBadWeights:
     def test_weights_are_immutable(self) -> None:
         with pytest.raises(dataclasses.FrozenInstanceError):
             make_weights().gate_up = None  # type: ignore[misc,assignment]
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_senseless_pre_scale_is_refused(value: float) -> None:
+    w = make_weights("nvfp4")
+    scale = torch.ones(w.hidden_size)
+    scale[3] = value
+    with pytest.raises(
+        errors.FormatError, match=r"gate_up_pre_scale must be finite and positive, got .* at channel 3"
+    ):
+        ExpertWeights(w.gate_up, w.down, gate_up_pre_scale=scale)

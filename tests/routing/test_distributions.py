@@ -284,3 +284,19 @@ def test_impossible_samples_are_refused(distribution: Distribution) -> None:
 def test_dirichlet_refuses_less_than_one_effective_expert() -> None:
     with pytest.raises(errors.RoutingError, match="above 1 expert"):
         Dirichlet(0.1).sample(3, 8, 2)
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5, None, True, "1"])
+@pytest.mark.parametrize(
+    "distribution", [Balanced(), Uniform(), Zipf(), Dirichlet(), Correlated()], ids=lambda d: d.name
+)
+def test_a_seed_that_is_no_number_is_refused(distribution: Any, seed: Any) -> None:
+    with pytest.raises(errors.RoutingError, match="seed must be"):
+        distribution.sample(3, 8, 2, seed=seed)
+
+
+@pytest.mark.parametrize("value", ["1", None, True])
+@pytest.mark.parametrize("kind", [Zipf, Dirichlet, Correlated])
+def test_a_parameter_that_is_no_number_is_refused(kind: Any, value: Any) -> None:
+    with pytest.raises(errors.RoutingError, match=f"of {kind.__name__} must be"):
+        kind(value)

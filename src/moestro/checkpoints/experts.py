@@ -16,7 +16,7 @@ import torch
 from moestro.checkpoints import side
 from moestro.checkpoints.layouts import MODULES, STACKED, Layout, recognise
 from moestro.checkpoints.names import Names, sort_out
-from moestro.errors import FormatError
+from moestro.errors import FormatError, as_count
 from moestro.formats import BF16, MXFP4, NVFP4, FormatTensor, FP8Block
 
 
@@ -47,8 +47,8 @@ class Experts:
         if len({(row.name) for row in self._rows.values()}) > 1:
             words = ", ".join(f"{p}: {row.name}" for p, row in self._rows.items())
             raise FormatError(f"the projections of {prefix} must have one layout, got {words}")
-        count = self._shape(self._names.projections[0])[0] if self._names.stacked else self._names.count
-        if num_experts is not None and count != num_experts:
+        count = self._stacked_count() if self._names.stacked else self._names.count
+        if num_experts is not None and count != as_count("num_experts", num_experts, FormatError):
             raise FormatError(
                 f"{prefix} must have {num_experts} experts as the model's config says, got {count}"
             )
@@ -170,6 +170,18 @@ class Experts:
         """Of the first piece of a stacked projection."""
         pieces = self._names.pieces[projection]
         return self._info(pieces[next(iter(self._rows[projection].pieces))])[1]
+
+    def _stacked_count(self) -> int:
+        """How many experts every stacked tensor has. FormatError where two disagree."""
+        names = [
+            name for projection in self._names.projections for name in self._names.pieces[projection].values()
+        ]
+        sizes = {name: shape[0] for name in names if (shape := self._info(name)[1])}
+        first = self.main_tensor(0, self._names.projections[0])
+        for name, size in sizes.items():
+            if size != sizes[first]:
+                raise FormatError(f"{name} must have the {sizes[first]} experts of {first}, got {size}")
+        return sizes[first]
 
     def _find(self, expert: int, projection: str, suffix: str) -> torch.Tensor | None:
         name = self._names.pieces[expert, projection].get(suffix)

@@ -62,7 +62,9 @@ def _modules(tensors: Mapping[str, torch.Tensor], prefix: str, rest: dict[str, l
     for name, parts in rest.items():
         if len(parts) != 3 or not parts[0].isdigit():
             raise FormatError(f"{name} has no place among the experts of {prefix} (expert.projection.tensor)")
-        found.setdefault(int(parts[0]), {}).setdefault(parts[1], {})[parts[2]] = name
+        here = found.setdefault(int(parts[0]), {}).setdefault(parts[1], {})
+        if (other := here.setdefault(parts[2], name)) != name:
+            raise FormatError(f"{name} has no place: {other} is the same expert's")
     some = set.union(*(set(projections) for projections in found.values()))
     projections = next((names for names in NAMES if set(names) == some), None)
     if projections is None:

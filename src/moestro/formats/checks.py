@@ -72,8 +72,10 @@ def require_finite(name: str, dense: torch.Tensor, amax: torch.Tensor, format: s
     )
 
 
-def require_scale(name: str, scale: torch.Tensor, *, zero: bool = False) -> None:
-    """FormatError unless every scale is finite and positive (zero: or 0), naming the first expert that is not.
+def require_scale(name: str, scale: torch.Tensor, *, zero: bool = False, at: str = "expert") -> None:
+    """FormatError unless every scale is finite and positive (zero: or 0), naming the first that is not.
+
+    at: what the first dimension counts.
 
     For scales that come from outside, once: it waits for the device. A tensor without values passes.
     """
@@ -84,10 +86,10 @@ def require_scale(name: str, scale: torch.Tensor, *, zero: bool = False) -> None
     if not bool(bad.any()):
         return
     first = bad.nonzero()[0].tolist()
-    at = f" at expert {first[0]}" if first else ""
-    at += f", {first[1:]}" if len(first) > 1 else ""
+    place = f" at {at} {first[0]}" if first else ""
+    place += f", {first[1:]}" if len(first) > 1 else ""
     wanted = "finite and not negative" if zero else "finite and positive"
-    raise FormatError(f"{name} must be {wanted}, got {float(values[tuple(first)])}{at}")
+    raise FormatError(f"{name} must be {wanted}, got {float(values[tuple(first)])}{place}")
 
 
 def require_block_scales(name: str, scale: torch.Tensor) -> None:

@@ -100,7 +100,7 @@ class BoundCall:
             dtype = x.dtype if usual else result_dtype(x)  # type: ignore[union-attr]
             out = torch.empty(x.shape, dtype=dtype, device=self.device)
         else:
-            check_out(x, out)
+            check_out(x, out, ids=ids, weights=weights)
         if debugging():
             check_id_range(ids, self.limits.num_experts)
         num_tokens = x.shape[0]

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import torch
 
-from moestro.errors import DeviceError, DTypeError, RoutingError, ShapeError
+from moestro.errors import BackendError, DeviceError, DTypeError, RoutingError, ShapeError
 from moestro.formats import NVFP4
 
 X_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -102,7 +102,7 @@ def check_call(
     if not fine:
         _explain(limits, x, ids, weights)
     if out is not None:
-        check_out(x, out)
+        check_out(x, out, ids=ids, weights=weights)
 
 
 def result_dtype(x: torch.Tensor | NVFP4) -> torch.dtype:
@@ -110,8 +110,8 @@ def result_dtype(x: torch.Tensor | NVFP4) -> torch.dtype:
     return torch.bfloat16 if isinstance(x, NVFP4) else x.dtype
 
 
-def check_out(x: torch.Tensor | NVFP4, out: torch.Tensor) -> None:
-    """Raise unless the result can be written to `out`."""
+def check_out(x: torch.Tensor | NVFP4, out: torch.Tensor, **read: torch.Tensor) -> None:
+    """Raise unless the result can be written to `out`; read: other tensors that the call reads, by name."""
     _require_tensor("out", out)
     piece = x.packed if isinstance(x, NVFP4) else x
     if tuple(out.shape) != tuple(x.shape):
@@ -126,6 +126,11 @@ def check_out(x: torch.Tensor | NVFP4, out: torch.Tensor) -> None:
         raise ShapeError(
             "out must not overlap x, whose rows are still read when the first results are written"
         )
+    for name, tensor in read.items():
+        if not torch.compiler.is_compiling() and _overlap(out, tensor):
+            raise ShapeError(f"out must not overlap {name}, which are still read when it is written")
+    if out.requires_grad and torch.is_grad_enabled():
+        raise BackendError("out must not want a gradient: what is written there has none; pass out.detach()")
 
 
 def check_id_range(ids: torch.Tensor, num_experts: int | None) -> None:

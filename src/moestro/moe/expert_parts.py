@@ -76,3 +76,19 @@ def check_side(
         raise ShapeError(f"{name} must have shape {wanted}, got {list(value.shape)}")
     if value.dtype not in dtypes:
         raise DTypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {value.dtype}")
+
+
+def leaves(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensors that a gradient of this one would end in: itself, or what it was computed from."""
+    if tensor.is_leaf:
+        yield tensor
+        return
+    seen, todo = set(), [tensor.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if (leaf := getattr(node, "variable", None)) is not None:
+            yield leaf
+        todo.extend(following for following, _ in node.next_functions)

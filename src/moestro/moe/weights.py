@@ -28,6 +28,7 @@ from moestro.moe.expert_parts import (
     check_format_tensor,
     check_side,
     exactly,
+    leaves,
 )
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -106,8 +107,9 @@ class ExpertWeights:
             self._note(name, *(part.pieces if hasattr(part, "pieces") else (part,)))
 
     def _note(self, name: str, *tensors: Any) -> None:
-        """Remember tensors that want a gradient."""
-        found = [(name, weakref.ref(t)) for t in tensors if isinstance(t, torch.Tensor) and t.requires_grad]
+        """Remember tensors that want a gradient; of computed ones, which may be gone soon, what they came from."""
+        wanting = [t for t in tensors if isinstance(t, torch.Tensor) and t.requires_grad]
+        found = [(name, weakref.ref(leaf)) for t in wanting for leaf in leaves(t)]
         if found:
             object.__setattr__(self, "origins", (*self.origins, *found))
 
@@ -126,6 +128,8 @@ class ExpertWeights:
             if getattr(self, name) is not None:
                 require_scale(name, getattr(self, name))
         check_side("gate_up_pre_scale", self.gate_up_pre_scale, [(hidden,)], (torch.float32,))
+        if self.gate_up_pre_scale is not None:
+            require_scale("gate_up_pre_scale", self.gate_up_pre_scale, at="channel")
         for name, value in self._parts().items():
             if value.device != self.device:
                 raise DeviceError(f"{name} must be on {self.device}, where gate_up is, got {value.device}")

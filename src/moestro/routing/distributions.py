@@ -50,7 +50,7 @@ class Balanced:
 
     def sample(self, num_tokens: int, num_experts: int, top_k: int, seed: int = 0) -> torch.Tensor:
         """int32 [N, K]; see Distribution."""
-        check_sample(num_tokens, num_experts, top_k)
+        check_sample(num_tokens, num_experts, top_k, seed)
         rng = np.random.default_rng(seed)
         # Dealt out in one fixed order, each token gets top_k consecutive experts: distinct, and even.
         dealt = np.arange(num_tokens * top_k, dtype=np.int64) % num_experts
@@ -68,7 +68,7 @@ class Uniform:
 
     def sample(self, num_tokens: int, num_experts: int, top_k: int, seed: int = 0) -> torch.Tensor:
         """int32 [N, K]; see Distribution."""
-        check_sample(num_tokens, num_experts, top_k)
+        check_sample(num_tokens, num_experts, top_k, seed)
         return gumbel_top_k(np.zeros(num_experts), num_tokens, top_k, np.random.default_rng(seed))
 
 
@@ -83,8 +83,8 @@ class Zipf:
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.alpha, bool) or not (math.isfinite(self.alpha) and self.alpha >= 0):
-            raise RoutingError(f"alpha of Zipf must be finite and at least 0, got {self.alpha}")
+        if not (_is_number(self.alpha) and math.isfinite(self.alpha) and self.alpha >= 0):
+            raise RoutingError(f"alpha of Zipf must be finite and at least 0, got {self.alpha!r}")
 
     @property
     def name(self) -> str:
@@ -92,7 +92,7 @@ class Zipf:
 
     def sample(self, num_tokens: int, num_experts: int, top_k: int, seed: int = 0) -> torch.Tensor:
         """int32 [N, K]; see Distribution."""
-        check_sample(num_tokens, num_experts, top_k)
+        check_sample(num_tokens, num_experts, top_k, seed)
         rng = np.random.default_rng(seed)
         rank = 1 + rng.permutation(num_experts)
         return gumbel_top_k(-self.alpha * np.log(rank), num_tokens, top_k, rng)
@@ -112,9 +112,9 @@ class Dirichlet:
     effective_fraction: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 < self.effective_fraction <= 1:
+        if not (_is_number(self.effective_fraction) and 0 < self.effective_fraction <= 1):
             raise RoutingError(
-                f"effective_fraction of Dirichlet must be in (0, 1], got {self.effective_fraction}"
+                f"effective_fraction of Dirichlet must be in (0, 1], got {self.effective_fraction!r}"
             )
 
     @property
@@ -123,7 +123,7 @@ class Dirichlet:
 
     def sample(self, num_tokens: int, num_experts: int, top_k: int, seed: int = 0) -> torch.Tensor:
         """int32 [N, K]; see Distribution."""
-        check_sample(num_tokens, num_experts, top_k)
+        check_sample(num_tokens, num_experts, top_k, seed)
         rng = np.random.default_rng(seed)
         return gumbel_top_k(self.log_popularity(num_experts, rng), num_tokens, top_k, rng)
 
@@ -155,8 +155,8 @@ class Correlated:
     overlap: float = 0.5
 
     def __post_init__(self) -> None:
-        if isinstance(self.overlap, bool) or not 0 <= self.overlap <= 1:
-            raise RoutingError(f"overlap of Correlated must be in [0, 1], got {self.overlap}")
+        if not (_is_number(self.overlap) and 0 <= self.overlap <= 1):
+            raise RoutingError(f"overlap of Correlated must be in [0, 1], got {self.overlap!r}")
 
     @property
     def name(self) -> str:
@@ -164,7 +164,7 @@ class Correlated:
 
     def sample(self, num_tokens: int, num_experts: int, top_k: int, seed: int = 0) -> torch.Tensor:
         """int32 [N, K]; see Distribution. An expert that is kept keeps its place in the row."""
-        check_sample(num_tokens, num_experts, top_k)
+        check_sample(num_tokens, num_experts, top_k, seed)
         rng = np.random.default_rng(seed)
         ids = np.empty((num_tokens, top_k), dtype=np.int32)
         for n in range(num_tokens):
@@ -200,8 +200,13 @@ def sample_weights(num_tokens: int, top_k: int, seed: int = 0) -> torch.Tensor:
     return torch.softmax(torch.from_numpy(logits), dim=-1).sort(dim=-1, descending=True).values
 
 
-def check_sample(num_tokens: int, num_experts: int, top_k: int) -> None:
-    """RoutingError unless num_tokens tokens can have top_k distinct of num_experts experts."""
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check_sample(num_tokens: int, num_experts: int, top_k: int, seed: int = 0) -> None:
+    """RoutingError unless num_tokens tokens can have top_k distinct of num_experts experts, and seed is 0 or more."""
+    as_count("seed", seed, RoutingError, least=0)
     if as_count("num_tokens", num_tokens, RoutingError, least=None) < 0:
         raise RoutingError(f"num_tokens must be at least 0, got {num_tokens}")
     check_top_k(top_k, as_count("num_experts", num_experts, RoutingError))

@@ -43,7 +43,7 @@ class Recorded:
 
     def sample(self, num_tokens: int, num_experts: int, top_k: int, seed: int = 0) -> torch.Tensor:
         """int32 [N, K]; see Distribution. RoutingError if the recording has another top_k or num_experts."""
-        check_sample(num_tokens, num_experts, top_k)
+        check_sample(num_tokens, num_experts, top_k, seed)
         ids, recorded_experts = self._recording
         recorded_tokens, recorded_k = ids.shape
         if recorded_k != top_k:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -148,3 +149,34 @@ def test_without_a_core_the_backend_says_so_and_portable_runs() -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("portable")
     assert "cannot be loaded" in done.stdout
+
+
+FORKED = """
+import os, signal, sys, torch, moestro
+torch.set_num_threads(2)
+w = moestro.ExpertWeights.from_dense(torch.randn(4, 64, 64).bfloat16(), torch.randn(4, 64, 32).bfloat16(), "bf16")
+x, (ids, weights) = torch.randn(33, 64).bfloat16(), moestro.route(torch.randn(33, 4), 2)
+layer = moestro.FusedMoE(w, top_k=2, backend="cpu")
+expected = layer(x, ids, weights)
+child = os.fork()
+if child == 0:
+    signal.alarm(30)
+    y = layer(x, ids, weights)
+    os._exit(0 if bytes(y.view(torch.uint8).numpy()) == bytes(expected.view(torch.uint8).numpy()) else 3)
+sys.exit(os.waitpid(child, 0)[1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_layer_runs_in_a_forked_child(tmp_path: Path) -> None:
+    environment = {**os.environ, "MOESTRO_CACHE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", FORKED], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("fields", [(2**31, 1), (64, 2**31), (64, 1, 2**31), (64, 1, 16, 2**40)])
+def test_a_tactic_beyond_what_the_core_holds_is_refused(fields: tuple[int, ...]) -> None:
+    w = moestro.ExpertWeights.from_dense(torch.randn(2, 64, 64), torch.randn(2, 64, 32), "nvfp4")
+    x, (ids, weights) = torch.randn(3, 64).bfloat16(), moestro.route(torch.randn(3, 2), 1)
+    with pytest.raises(BackendError, match="tactic must have fields of at most"):
+        moestro.fused_moe(x, ids, weights, w, backend="cpu", tactic=CpuTactic(*fields))

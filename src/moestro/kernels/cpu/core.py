@@ -94,6 +94,8 @@ def load() -> Any:
         raise BackendError(f"the CPU core {found[0].name} has ABI {abi}, expected {ABI}: reinstall moestro")
     _declare(lib)
     lib.moestro_cpu_use_openmp(_gomp_parallel())
+    # A forked child has none of OpenMP's threads, and libgomp waits for them for ever: it gets the core's own pool.
+    os.register_at_fork(after_in_child=functools.partial(lib.moestro_cpu_use_openmp, None))
     return lib
 
 

@@ -23,6 +23,8 @@ from moestro.kernels.cpu import core, layout, machine
 from moestro.kernels.problem import Experts, MoeProblem, MoeRunner, Replay
 
 FP4 = ("nvfp4", "mxfp4")
+# What the core's scratch memory and its 32-bit numbers hold; a store may come from anywhere.
+MOST = {"token_tile": 4096, "row_tile": 1024, "dequant_from": 1 << 30, "wave": 1 << 30}
 DENSE_NEVER = 1 << 30
 BOUND_KEPT = 64  # calls of `forward`, which measurements make, whose structs are kept
 DEQUANT_FROM = {"amx": 8, "amx_emulated": 8, "avx512": 24, "avx_vnni": 16, "avx2": 5, "generic": 24}
@@ -253,6 +255,8 @@ class CpuRunner(MoeRunner):
         chosen = self.default_tactic() if tactic == -1 else tactic
         if min(chosen.token_tile, chosen.row_tile, chosen.dequant_from, chosen.wave + 1) < 1:
             raise BackendError(f"tactic must have positive fields, got {tactic!r}")
+        if any(getattr(chosen, name) > most for name, most in MOST.items()):
+            raise BackendError(f"tactic must have fields of at most {MOST}, got {tactic!r}")
         wave = chosen.wave or max(256, WAVE_BYTES // (2 * self.problem.hidden_size * self.problem.top_k))
         return core.TacticStruct(chosen.token_tile, chosen.row_tile, chosen.dequant_from, wave, threads)
 
