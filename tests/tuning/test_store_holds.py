@@ -315,3 +315,23 @@ def test_what_the_background_reader_finds_wrong_is_logged_and_warns_nobody_else(
             time.sleep(0.01)
     assert [str(w.message) for w in caught] == []
     assert "128.json" in caplog.text
+
+
+@pytest.mark.parametrize("value", [None, -1.5, True, [[]], {"a": 1}, "ü" * 300])
+@pytest.mark.parametrize("name", ["reason", "fate", "runner", "samples", "probes", "median"])
+@pytest.mark.filterwarnings("ignore::moestro.errors.StoreWarning", "ignore::moestro.errors.TuningWarning")
+def test_a_candidate_with_an_absurd_field_ends_no_look_up_and_no_explanation(
+    store: Path, name: str, value: Any
+) -> None:
+    clock = quiet_clock()
+    runner, cfg = Kernel(clock, {-1: 2e-3, 0: 1e-3}), config((64,))
+    with tuner(clock, store).autotune(True) as t:
+        t.choose_one("op", [runner], cfg, inputs(64))
+    (entry,) = (p for p in store.rglob("*.json") if p.name != "environment.json")
+    data = json.loads(entry.read_text())
+    for candidate in data["record"]["evidence"]["candidates"]:
+        candidate[name] = value
+    entry.write_text(json.dumps(data))
+    t = tuner(clock, store)
+    assert t.choose_one("op", [runner], cfg, inputs(64))[1] in (-1, 0)
+    assert t.explain("op", [runner], cfg, inputs(64))
