@@ -100,12 +100,12 @@ def latencies(pick: Callable[[Any], Any], inputs: Any, seconds: float = 1.0) -> 
 
 
 def beside_a_measurement(
-    tuner: AutoTuner, config: TuningConfig, pick: Callable[[Any], Any]
+    tuner: AutoTuner, clock: SimulatedClock, config: TuningConfig, pick: Callable[[Any], Any]
 ) -> dict[str, float]:
     """Latency of look-ups, with another thread measuring, and with another thread that only computes in
     Python.
     """
-    stop, clock = threading.Event(), SimulatedClock()
+    stop = threading.Event()
 
     def measure() -> None:
         while not stop.is_set():
@@ -164,7 +164,7 @@ def main() -> None:
         "choose_one hit inside autotune(True), µs": tuning / 1e3,
         "bytes left by a million bind look-ups of 20,000 sizes": growth(pick),
         "bytes left by a million choose_one look-ups of 20,000 sizes": growth(choose),
-        **beside_a_measurement(tuner, config, pick),
+        **beside_a_measurement(tuner, clock, config, pick),
     }
     for name, value in results.items():
         print(f"{name:<62} {value:>12.2f}")

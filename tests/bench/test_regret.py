@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 
 from moestro.bench import regret_sim
 from moestro.bench.regret import Pick, summarise
-from moestro.bench.regret_real import Case, consult, measure_regret
+from moestro.bench.regret_real import Case, consult, load, measure_regret
 from moestro.bench.regret_sim import SCENARIOS, Scenario, Target, run, tune_once
 from moestro.cli import regret as command
 from moestro.errors import TuningError
@@ -178,3 +179,25 @@ def test_the_command_fails_when_a_target_does(monkeypatch: pytest.MonkeyPatch) -
     done = invoke("--simulate", "--tunings", "10", "--processes", "1")
     assert done.exit_code == 1
     assert "FAILS samples at most" in done.output
+
+
+def test_the_oracle_begins_on_a_loaded_device_where_the_timer_says_that_it_slows_down() -> None:
+    class Timer:
+        name, sustains = "hot", True
+
+        def prepare(self, call: Any) -> Any:
+            return call
+
+    runs: list[float] = []
+
+    def sampler() -> float:
+        runs.append(time.perf_counter())
+        return 1e-3
+
+    load(sampler, MeasurementPolicy(sustained_s=0.02), Timer())
+    assert runs[-1] - runs[0] > 0.01
+    runs.clear()
+    load(sampler, MeasurementPolicy(sustained_s=0.0), Timer())
+    Timer.sustains = False
+    load(sampler, MeasurementPolicy(sustained_s=0.02), Timer())
+    assert runs == []

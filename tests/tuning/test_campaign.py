@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tuning_fakes import Kernel, config, inputs, quiet_clock, tuner
 
-from moestro.tuning.measure.campaign import spread
+from moestro.tuning.measure.campaign import Campaign, spread
 
 CROSSES_AT_2900 = {-1: 1.0, "a": lambda n: 0.1 if n <= 2900 else 0.3, "b": lambda n: 0.2}
 
@@ -171,3 +172,52 @@ def test_neighbouring_ties_go_to_the_neighbours_winner() -> None:
     with t.autotune(True):
         t.choose_one("op", [runner], cfg, inputs(128))
     assert len({record.tactic for record in buckets(t, runner, cfg).values()}) == 1
+
+
+# --- what a decision was measured against ------------------------------------------------------------------
+@pytest.mark.parametrize(("now", "again"), [("narrow", False), ("wide", True)])
+def test_a_decision_is_measured_again_where_its_default_has_changed(
+    store: Path, now: str, again: bool
+) -> None:
+    class Named(Kernel):
+        def default_tactic(self, inputs: Any) -> str:
+            return self._default
+
+    clock = quiet_clock()
+    cfg, runs = config((64,)), []
+    for default in ("narrow", now):  # two processes
+        runner, t = Named(clock, {-1: 2e-3, 0: 1e-3}), tuner(clock, store)
+        runner._default = default
+        with t.autotune(True):
+            assert t.choose_one("op", [runner], cfg, inputs(64))[1] == 0
+        runs.append(len(runner._runs))
+        decision = t.decision("op", [runner], cfg, inputs(64))
+        assert decision is not None
+    assert (runs[1] > 0) is again
+
+
+def test_tuning_one_bucket_enters_no_more_modules_than_today(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From a bucket's turn to its decision on disk; issue 11 wants 20."""
+    clock, entered = quiet_clock(), set()
+    t, runner, cfg = tuner(clock), Kernel(clock, {-1: 2e-3, 0: 1e-3}), config((64,))
+    whole = Campaign._measure
+
+    def note(frame: Any, event: str, _: Any) -> None:
+        name = frame.f_globals.get("__name__", "")
+        if event == "call" and name.startswith("moestro.tuning") and not name.endswith("simulated"):
+            entered.add(name)
+
+    def watched(self: Campaign, *given: Any, **more: Any) -> Any:
+        sys.setprofile(note)
+        try:
+            return whole(self, *given, **more)
+        finally:
+            sys.setprofile(None)
+
+    monkeypatch.setattr(Campaign, "_measure", watched)
+    with t.autotune(True):
+        t.choose_one("op", [runner], cfg, inputs(64))
+    assert t.decision("op", [runner], cfg, inputs(64)) is not None
+    assert len(entered) <= 27, sorted(entered)

@@ -6,7 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -386,3 +386,36 @@ def test_no_sequence_of_events_serves_what_was_never_measured(
             assert tactic != 2
             assert tactic == -1 or any(run == tactic for _, run in runner._runs)
             assert not (n == 64 and tactic == 0 and intact), "it raises there, which is known"
+
+
+# --- inputs and budgets ------------------------------------------------------------------------------------
+def test_what_a_silent_default_only_reads_never_holds_poison() -> None:
+    seen: set[float] = set()
+
+    class Reads(Kernel):
+        def forward(self, inputs: Any, tactic: Any = -1, do_preparation: bool = False, **kw: Any) -> Any:
+            seen.update(inputs[0].unique().tolist())
+            return super().forward(inputs, tactic, do_preparation, **kw)
+
+    clock = quiet_clock()
+    fill = lambda shape, dtype, device: torch.full(tuple(shape), 7.0, dtype=dtype, device=device)  # noqa: E731
+    cfg, t = config((64,), tensor_initializers=((0, fill),)), tuner(clock)
+    with t.autotune(True):
+        assert t.choose_one("op", [Reads(clock, {-1: 2e-3, 0: 1e-3})], cfg, [torch.ones(64, 4)])[1] == 0
+    assert seen == {7.0}
+
+
+def test_a_silent_candidate_that_does_not_write_is_seen_where_the_answer_is_there_already() -> None:
+    class Halves(Kernel):
+        def forward(self, inputs: Any, tactic: Any = -1, do_preparation: bool = False, **kw: Any) -> Any:
+            if tactic != 0:
+                inputs[1].copy_(inputs[0])  # what inputs[1] is made as, too
+            return super().forward(inputs, tactic, do_preparation, **kw)
+
+    clock, x = quiet_clock(), torch.arange(64, dtype=torch.int32).reshape(64, 1)
+    spec = config((64,)).dynamic_tensor_specs[0]
+    cfg = TuningConfig(dynamic_tensor_specs=(replace(spec, input_idx=(0, 1), dim_idx=(0, 0)),))
+    t = tuner(clock)
+    with t.autotune(True):
+        got = t.choose_one("op", [Halves(clock, {-1: 2e-3, 0: 1e-3})], cfg, [x, x.clone()])[1]
+    assert got == -1

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 from moestro.cli.app import app
 from moestro.errors import StoreWarning, TuningError
 from moestro.tuning import AutoTuner, Store
+from moestro.tuning.lookup import watch
 from moestro.tuning.store.bundle import read_bundle
 from moestro.tuning.store.store import default_root, default_store
 
@@ -293,3 +295,43 @@ def test_what_is_excluded_from_the_cache_stays_in_this_process(store: Path) -> N
         t.choose_one("op", [runner], cfg, inputs(64))
     assert t.choose_one("op", [runner], cfg, inputs(64)) == (runner, 0)
     assert not store.exists()
+
+
+def test_what_the_background_reader_finds_wrong_is_logged_and_warns_nobody_else(
+    store: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = quiet_clock()
+    t, runner, cfg = tuner(clock, store), Kernel(clock, {-1: 2e-3, 0: 1e-3}), config((64,))
+    monkeypatch.setattr(watch, "INTERVAL_S", 0.02)
+    monkeypatch.setattr(watch, "_owner", 0)  # a thread of this test's own, at this interval
+    with t.autotune(True):
+        t.choose_one("op", [runner], cfg, inputs(64))
+    (entry,) = (p for p in store.rglob("*.json") if p.name != "environment.json")
+    with warnings.catch_warnings(record=True) as caught, caplog.at_level("WARNING", "moestro.tuning"):
+        warnings.simplefilter("always")
+        entry.with_name("128.json").write_text("{")
+        end = time.monotonic() + 10
+        while not caplog.records and time.monotonic() < end:
+            time.sleep(0.01)
+    assert [str(w.message) for w in caught] == []
+    assert "128.json" in caplog.text
+
+
+@pytest.mark.parametrize("value", [None, -1.5, True, [[]], {"a": 1}, "ü" * 300])
+@pytest.mark.parametrize("name", ["reason", "fate", "runner", "samples", "probes", "median"])
+@pytest.mark.filterwarnings("ignore::moestro.errors.StoreWarning", "ignore::moestro.errors.TuningWarning")
+def test_a_candidate_with_an_absurd_field_ends_no_look_up_and_no_explanation(
+    store: Path, name: str, value: Any
+) -> None:
+    clock = quiet_clock()
+    runner, cfg = Kernel(clock, {-1: 2e-3, 0: 1e-3}), config((64,))
+    with tuner(clock, store).autotune(True) as t:
+        t.choose_one("op", [runner], cfg, inputs(64))
+    (entry,) = (p for p in store.rglob("*.json") if p.name != "environment.json")
+    data = json.loads(entry.read_text())
+    for candidate in data["record"]["evidence"]["candidates"]:
+        candidate[name] = value
+    entry.write_text(json.dumps(data))
+    t = tuner(clock, store)
+    assert t.choose_one("op", [runner], cfg, inputs(64))[1] in (-1, 0)
+    assert t.explain("op", [runner], cfg, inputs(64))

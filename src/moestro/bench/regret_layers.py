@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -32,6 +32,7 @@ class LayersSpec:
     seed: int = 0
     repeats: int = 6
     oracle_seconds: float = 10.0
+    sustained_s: float | None = None  # of load before a race and before the oracle; None: the policy's own
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class LayerOutcome:
 def run(spec: LayersSpec, step: Callable[[str], None] = lambda what: None) -> list[LayerOutcome]:
     """Every format, backend and number of tokens."""
     policy = MeasurementPolicy(seed=spec.seed)
+    if spec.sustained_s is not None:
+        policy = replace(policy, sustained_s=spec.sustained_s)
     outcomes = []
     for format in spec.formats:
         for backend in spec.backends:

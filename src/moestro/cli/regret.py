@@ -41,6 +41,14 @@ RepeatsOption = Annotated[int, typer.Option("--repeats", min=2, help="Tunings pe
 OracleOption = Annotated[
     float, typer.Option("--oracle-seconds", min=0.0, help="How long the oracle measures each size.")
 ]
+SustainedOption = Annotated[
+    float | None,
+    typer.Option(
+        "--sustained",
+        min=0.0,
+        help="Seconds of load before the oracle and, from 1024 tokens on, before each tuning's race (GPU).",
+    ),
+]
 ProcessesOption = Annotated[
     int | None, typer.Option("--processes", min=1, help="With --simulate; default: one per CPU.")
 ]
@@ -62,6 +70,7 @@ def regret(
     seed: opt.SeedOption = 0,
     repeats: RepeatsOption = 6,
     oracle_seconds: OracleOption = 10.0,
+    sustained: SustainedOption = None,
     json_file: opt.JsonOption = None,
 ) -> None:
     """How much slower the picked tactics are than the best, and how often repeated tunings disagree.
@@ -84,6 +93,7 @@ def regret(
             seed=seed,
             repeats=repeats,
             oracle_seconds=oracle_seconds,
+            sustained_s=sustained,
         )
         held = _measure(spec, json_file)
     if not held:

@@ -283,7 +283,10 @@ class AutoTuner(Toolbox):
             device = device_of(inputs)
             here = site.environments.get(device)
             if here is None:
-                here = site.environments[device] = environment()
+                tuning = options is not None and options.tune
+                # Reading kernels' sources takes 0.2 s the first time: of the budget, too.
+                with options.budget.running() if options and tuning else contextlib.nullcontext():
+                    here = site.environments[device] = environment()
             view = site.view(key, device, here.name, lambda: self._book(key, device, site.config))
             site.guard(view, runners, inputs, kwargs)
         self._known.open(view.book, options, environment)
@@ -329,7 +332,7 @@ class AutoTuner(Toolbox):
         environment = self._environment(site, runners, inputs, options)
         decisions, store, book = self._known, self._known.target(options), view.book
         shown = options.progress if group is None or group.rank == 0 else False
-        with self._measuring, decisions.measuring(), showing(shown) as listener:
+        with self._measuring, options.budget.running(), decisions.measuring(), showing(shown) as listener:
             decisions.refresh(book, store, environment)
             job = Job(
                 key=book.key,

@@ -14,6 +14,8 @@ import time
 from typing import Protocol
 from weakref import WeakSet
 
+from moestro.tuning.store.notices import in_background
+
 __all__ = ["INTERVAL_S", "Watched", "watch"]
 
 INTERVAL_S = 2.0
@@ -73,7 +75,7 @@ def _run() -> None:
     while True:
         time.sleep(rest)
         started = time.perf_counter()
-        with _pass:
+        with _pass, in_background():
             for known in list(_all):
                 if not known.busy:
                     _look(known)

@@ -35,11 +35,11 @@ def overwritable(tensor: Any) -> Iterator[Any]:
         yield tensor.detach()
 
 
-def disguise(tensor: Any, value: Any) -> None:
-    """Give a tensor a value's elements in other places: others where that can be, and all of them valid."""
+def disguise(tensor: Any, value: Any, shift: int = 1) -> None:
+    """Give a tensor a value's elements `shift` places on: others where that can be, and all of them valid."""
     rows = value.dim() > 0 and len(value) > 1
     if rows or (value.dim() and value.dtype.is_floating_point):
-        overwrite(tensor, value.roll(1, 0 if rows else -1))
+        overwrite(tensor, value.roll(shift, 0 if rows else -1))
 
 
 def overwrite(tensor: Any, value: Any) -> None:

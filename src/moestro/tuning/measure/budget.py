@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from moestro.errors import TuningError
 
@@ -51,6 +52,15 @@ class Budget:
         if self._running == 0:
             self._spent, self._forgiven = self.spent, 0.0
             self._since = None
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """start() and stop() around a block."""
+        self.start()
+        try:
+            yield
+        finally:
+            self.stop()
 
     def sampled(self, seconds: float) -> None:
         """A timer has reported this many seconds."""

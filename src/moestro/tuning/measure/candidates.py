@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from moestro.errors import TuningWarning
@@ -57,7 +57,7 @@ class Trial:
     def __init__(self, job: Job, bucket: Sizes, deadline: float, unfinished: Record | None = None) -> None:
         self.job, self.bucket, self.deadline = job, bucket, deadline
         self.started = job.budget.spent
-        self._time = min(deadline - self.started, job.budget.left)
+        self.time = min(deadline - self.started, job.budget.left)
         self.evidence: list[CandidateEvidence] = []
         self.spare: list[Candidate] = []  # of last resort: for where nothing else runs
         self.shortest = math.inf  # seconds: the smallest reading of the clock so far
@@ -79,6 +79,8 @@ class Trial:
             raise
         self.resolved_default = resolved_default(job, self.inputs[0])
         self.verification: Verification | None = None
+        self.conditions: list[Mapping[str, Any]] = []  # what the timer said of its device
+        self.loaded_s = 0.0  # of load before the race
 
     # --- the default ---------------------------------------------------------------------------------------
     def _know_default(self) -> None:
@@ -128,7 +130,7 @@ class Trial:
 
     def past(self, share: float) -> bool:
         """Whether more than this share of the time is over: what it was meant for must end."""
-        return self.job.budget.spent - self.started > share * self._time
+        return self.job.budget.spent - self.started > share * self.time
 
     def candidates(self, only: Sequence[Record] | None) -> list[Candidate]:
         """The default first, then every runner's tactics, warm ones first; without those in quarantine.

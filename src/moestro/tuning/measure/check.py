@@ -74,8 +74,11 @@ class Reference:
         self.returns = bool(leaves(first))
         self._changed = {o.path for o in self._places if not same_bits(o.place, o.expected)}
         self._outputs = [Output(path, _keep(value)) for path, value in self._leaves(first)]
-        silent = not self.returns and not self._changed
-        if self._outputs and not hurry() and (not silent or self._writes_what_is_there()):
+        if not self.returns and not hurry():
+            self._find_written()
+        if self._changed and not self.returns:  # what it only reads must never see poison
+            self._outputs = [o for o in self._outputs if o.path in self._changed]
+        if self._outputs and not hurry() and (self.returns or self._changed):
             self._learn(first)
         self.restore()
 
@@ -94,7 +97,8 @@ class Reference:
     def _leaves(self, result: Any) -> list[Leaf]:
         """The result's leaves, then the inputs that the default changes (all of them if it returns nothing)."""
         found = leaves(result)
-        places = self._places if not self.returns else [o for o in self._places if o.path in self._changed]
+        only = self.returns or bool(self._changed)
+        places = [o for o in self._places if o.path in self._changed] if only else self._places
         return [*found, *((o.path, o.place) for o in places)]
 
     def restore(self) -> None:
@@ -110,19 +114,17 @@ class Reference:
                 if output.place is not None:
                     _poison(output.place, output.expected, output.written, alternative)
 
-    def _writes_what_is_there(self) -> bool:
-        """Whether a default that returns nothing and left its inputs as they were does write them: one more run, on
-        the same values in other places, which stay valid. What it only reads must never see poison.
+    def _find_written(self) -> None:
+        """Which inputs a default that returns nothing writes, also where the answer was there already: one more run,
+        on the same values in other places, which stay valid.
         """
-        self._poison = False
-        for place in self._places:
-            disguise(place.place, place.expected)
+        for shift, place in enumerate(self._places, 1):  # each by its own: two equal ones must differ
+            disguise(place.place, place.expected, shift)
         held = [o.place.detach().clone() for o in self._places]
         self.runs += 1
         self._run()
         pairs = zip(self._places, held, strict=True)
         self._changed |= {o.path for o, was in pairs if not same_bits(o.place, was)}
-        return bool(self._changed)
 
     # --- what counts -------------------------------------------------------------------------------------
     def _learn(self, first: Any) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from moestro.errors import TuningError
+from moestro.tuning.measure.nvml import reading
 from moestro.tuning.measure.scope import measurement
 from moestro.tuning.spec.policy import MeasurementPolicy
 
@@ -93,6 +94,12 @@ class CudaTimer:
             return float(start.elapsed_time(end)) * 1e-3
 
         return sample
+
+    sustains = True  # its clock falls under load: sustain.py
+
+    def conditions(self) -> dict[str, Any] | None:
+        """The SM clock in MHz and why it is held back, now; None where NVML cannot tell."""
+        return reading(str(self._torch.cuda.get_device_properties(self.device).uuid))
 
     def _capture(self, call: Callable[[], Any], stream: Any) -> Callable[[], Any]:
         torch = self._torch

@@ -17,6 +17,7 @@ from moestro.errors import TuningError
 from moestro.tuning.measure.candidates import NOTHING_RUNS, Trial
 from moestro.tuning.measure.request import Candidate, Job, candidate_name, evidence_name, record_name
 from moestro.tuning.measure.scope import measured
+from moestro.tuning.measure.sustain import load, read_conditions, together
 from moestro.tuning.race.race import RaceResult, race
 from moestro.tuning.race.rounds import ClockError, Combine, Samples
 from moestro.tuning.spec.evidence import CandidateEvidence, Evidence
@@ -82,10 +83,12 @@ def race_of(
 ) -> RaceResult:
     """The race among `fit`; combine: of a group of ranks, whose races begin anew."""
     job = trial.job
+    if combine is None:  # ranks would run it unequally often, and an operation may wait for all of them
+        load(trial, samplers[0])
     names = [candidate.name for candidate in fit]
     wanted = record_name(preferred) if preferred is not None else None
     earlier = trial.samples.table(names, len(trial.inputs)) if trial.samples.rounds and not combine else None
-    return race(
+    result = race(
         samplers,
         job.policy,
         default=0,
@@ -97,6 +100,8 @@ def race_of(
         earlier=earlier,
         combine=combine,
     )
+    read_conditions(trial)
+    return result
 
 
 def samplers_of(
@@ -193,14 +198,13 @@ def conclude(trial: Trial, fit: list[Candidate], result: RaceResult) -> Record |
 
 def _evidence(trial: Trial, reason: str) -> Evidence:
     job = trial.job
-    conditions = getattr(job.timer, "conditions", None)
     return Evidence(
         tuple(trial.evidence),
         seconds=job.budget.spent - trial.started + trial.seconds_before,
         clock=job.timer.name,
         policy=dataclasses.asdict(job.policy),
         reason=reason,
-        conditions=conditions() if callable(conditions) else {},
+        conditions=together(trial),
     )
 
 

@@ -33,6 +33,8 @@ class MeasurementPolicy:
     cold_cache: bool = True  # weights and inputs come from memory, not from the last-level cache
     isolate: bool = False  # try candidates in a child process first, which may die or hang
     time_limit: float = 30.0  # a candidate's trial that takes longer is a hang
+    # of load before a race from 1024 rows on, where a GPU then falls from its boost clock; 0: none
+    sustained_s: float = 2.0
     seed: int = 0  # of orders and of synthesised inputs
 
     def __post_init__(self) -> None:
@@ -47,6 +49,7 @@ class MeasurementPolicy:
             ("screen_ratio", self.screen_ratio > 1, "above 1"),
             ("warmup", self.warmup >= 0, "at least 0"),
             ("min_sample_seconds", 0 <= self.min_sample_seconds < math.inf, "finite and at least 0"),
+            ("sustained_s", 0 <= self.sustained_s < math.inf, "finite and at least 0"),
             ("time_limit", self.time_limit > 0, "positive"),
         ):
             if not ok:

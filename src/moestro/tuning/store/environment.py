@@ -46,9 +46,17 @@ def environment_for(
             "triton": machine.version("triton") or "none",
             "sources": source_digest(runners),
             "clock": clock,
-            "policy": {name: to_json(value) for name, value in dataclasses.asdict(policy).items()},
+            "policy": _policy(policy),
         }
     )
+
+
+def _policy(policy: MeasurementPolicy) -> dict[str, Any]:
+    """The settings. One that came later is left out where it is as it was made: decisions made before it stay valid."""
+    facts = {name: to_json(value) for name, value in dataclasses.asdict(policy).items()}
+    if policy.sustained_s == MeasurementPolicy.sustained_s:
+        del facts["sustained_s"]
+    return facts
 
 
 def _machine(device: str) -> dict[str, Any]:

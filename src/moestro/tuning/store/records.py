@@ -129,9 +129,13 @@ def _checked(evidence: Evidence) -> Evidence:
             value = getattr(c, name)
             if value is not None and (type(value) not in (int, float) or not value >= 0):
                 raise ValueError(f"{name} of a candidate must be a positive number, got {value!r}")
-        if not isinstance(c.runner, str) or not isinstance(c.fate, str) or not isinstance(c.probes, Mapping):
+        words = all(isinstance(text, str) for text in (c.runner, c.fate, c.reason))
+        rows = isinstance(c.probes, Mapping) and all(isinstance(row, Mapping) for row in c.probes.values())
+        if not words or not rows or type(c.samples) is not int:
             raise TypeError(f"not a candidate: {c!r}")
-    if not isinstance(evidence.policy, Mapping) or not isinstance(evidence.reason, str):
+    if not isinstance(evidence.policy, Mapping) or not isinstance(evidence.conditions, Mapping):
+        raise TypeError("not evidence")
+    if not isinstance(evidence.reason, str):
         raise TypeError("not evidence")
     if any(type(n) not in (int, float) for n in (evidence.noise_floor, evidence.samples, evidence.seconds)):
         raise TypeError("not evidence")

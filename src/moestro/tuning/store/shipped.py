@@ -14,17 +14,17 @@ Kernels are the same if their sources are (environment fact "sources"): a bundle
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moestro.errors import StoreWarning, TuningError
+from moestro.errors import TuningError
 from moestro.tuning.spec.keys import StaticKey
 from moestro.tuning.spec.plain_json import digest
 from moestro.tuning.store.bundle import Bundle, read_bundle
 from moestro.tuning.store.environment import Environment
+from moestro.tuning.store.notices import notice
 from moestro.tuning.store.records import Record
 from moestro.tuning.store.store import Entry
 
@@ -43,7 +43,7 @@ def bundles() -> tuple[Bundle, ...]:
         try:
             found.append(read_bundle(path))
         except TuningError as error:
-            warnings.warn(str(error), StoreWarning, stacklevel=2)
+            notice(str(error))
     return tuple(found)
 
 

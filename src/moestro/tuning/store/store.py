@@ -19,17 +19,17 @@ import os
 import re
 import secrets
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moestro.errors import StoreWarning, TuningError
+from moestro.errors import TuningError
 from moestro.tuning.spec.keys import StaticKey
 from moestro.tuning.spec.plain_json import digest
 from moestro.tuning.spec.specs import Sizes
 from moestro.tuning.store.environment import Environment
+from moestro.tuning.store.notices import notice
 from moestro.tuning.store.records import SCHEMA, Record
 
 __all__ = ["Entry", "Store", "default_root", "default_store", "write_text_atomically"]
@@ -58,7 +58,7 @@ def default_store() -> Store | None:
     try:
         return Store(default_root())
     except TuningError as error:
-        warnings.warn(f"{error}; decisions stay in memory", StoreWarning, stacklevel=3)
+        notice(f"{error}; decisions stay in memory", stacklevel=4)
         return None
 
 
@@ -319,9 +319,8 @@ class Store:
         return True
 
     def _warn(self, about: str, message: str, quiet: bool = False) -> None:
-        if not quiet and about not in self._warned:
+        if not quiet and about not in self._warned and notice(message):
             self._warned.add(about)
-            warnings.warn(message, StoreWarning, stacklevel=2)
 
 
 def _listed(folder: Path) -> list[Path]:
