@@ -13,6 +13,7 @@ from moe_cases import make_weights
 
 import moestro
 from moestro import FusedMoE, Workspace, errors
+from moestro.moe import workspace
 
 
 def test_every_public_name_is_there() -> None:
@@ -49,7 +50,12 @@ class TestWorkspace:
         assert workspace.take(50) is large
         assert workspace.take(200).numel() == 200  # instead of the one of 10
 
-    def test_layers_share_a_workspace_by_default_which_goes_with_the_last(self) -> None:
+    def test_layers_share_a_workspace_by_default_which_goes_with_the_last(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(
+            workspace, "_shared", weakref.WeakValueDictionary()
+        )  # other tests' layers may live on
         layers = [FusedMoE(make_weights(seed=seed), 2) for seed in range(2)]
         held = weakref.ref(layers[0].workspace)
         assert layers[1].workspace is held()
