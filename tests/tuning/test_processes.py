@@ -13,13 +13,16 @@ import pytest
 from processes import TIMES, Crashing
 from tuning_fakes import Kernel, config, inputs, quiet_clock, tuner
 
+from moestro import machine
 from moestro.tuning import get_hybrid_num_tokens_buckets
 
 SCRIPT = Path(__file__).with_name("processes.py")
 
 
 def start(store: Path, op: str, size: int, pause: float = 0.0) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, str(SCRIPT), str(store), op, str(size), str(pause)])
+    # an environment has the number of threads: the child's is ours, whatever a test before this one has set
+    env = {**os.environ, "OMP_NUM_THREADS": str(machine.threads())}
+    return subprocess.Popen([sys.executable, str(SCRIPT), str(store), op, str(size), str(pause)], env=env)
 
 
 def decided(store: Path) -> set[int]:

@@ -270,6 +270,7 @@ def test_a_token_may_name_an_expert_more_than_once(isa: str, tactic: Any) -> Non
 @pytest.mark.parametrize(("hidden", "inter"), [(208, 80), (272, 304), (128, 64)])
 def test_fp8_blocks_at_odd_edges(isa: str, hidden: int, inter: int, num_tokens: int) -> None:
     """Blocks of 128 x 128 that the matrix cuts short, and up rows that begin within one."""
+    torch.manual_seed(0)  # one token's result is a few roundings to bf16: the same ones in each run
     case = Case("fp8_block", hidden, inter, experts=3)
     w, call = case.fresh_weights(), case.call(num_tokens)
     for part in (w.gate_up, w.down):
