@@ -111,3 +111,4 @@ def test_a_budget_of_time_ends_the_rounds_before_their_number_does() -> None:
     assert plan.too_slow(10.1, 0.1)
     assert not plan.too_slow(60.0, 7.0)
     assert dataclasses.replace(plan, seconds=0.1).too_slow(1.1, 0.01)
+    assert not dataclasses.replace(plan, seconds=0.0).too_slow(0.9, 0.001), "a hiccup at a tiny size"

@@ -194,3 +194,14 @@ def test_other_peoples_code_may_raise_anything_but_a_defect_of_ours_is_not_hidde
     assert outcome.failed == {"a": "AssertionError: theirs"}
     with pytest.raises(AssertionError, match="ours"):
         run([Fake("c", error=AssertionError("ours"), ours=True)], rounds=2)
+
+
+def test_a_first_call_that_was_slow_once_leaves_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    # clock readings in pairs: the host time of each checked call of "fast", "once" (again) and "slow" (again)
+    readings = iter([0.0, 0.001, 1.0, 10.0, 11.0, 11.001, 20.0, 29.0, 30.0, 39.0])
+    monkeypatch.setattr("moestro.bench.measure.time.perf_counter", lambda: next(readings))
+    contenders, order = [Fake("fast"), Fake("once"), Fake("slow")], []
+    plan = Plan(min_rounds=1, max_rounds=1, seconds=0.0)
+    outcome = measure_case(contenders, CASE, lambda c: Clock(order, c), plan)  # type: ignore[arg-type]
+    assert [m.contender for m in outcome.measured] == ["fast", "once"]
+    assert "one call takes 9.0 s" in outcome.skipped["slow"]

@@ -127,7 +127,7 @@ def fold_e4m3(tensor: FormatTensor) -> torch.Tensor:
         scale, rest, width = checkpoint.scale.float().abs(), checkpoint.row_global_scale(), 16
         plain = checkpoint.dequantize_unscaled(torch.float32)
     elif isinstance(checkpoint, MXFP4):
-        scale, width = torch.ldexp(torch.ones(()), checkpoint.scale.to(torch.int32) - 127).double(), 32
+        scale, width = torch.exp2(checkpoint.scale.double() - 127.0), 32
         rest, plain = torch.ones((), device=scale.device), checkpoint.dequantize(torch.float32)
     else:
         return checkpoint.dequantize(torch.float32)
