@@ -13,8 +13,8 @@ from tuning_fakes import Kernel, config, inputs, quiet_clock, tuner
 
 from moestro.errors import TuningError
 from moestro.tuning import Store
+from moestro.tuning.spec.evidence import SCHEMA
 from moestro.tuning.store.bundle import convert, export_bundle, import_bundle, read_bundle
-from moestro.tuning.store.records import SCHEMA
 
 TIMES = {-1: 1e-3, 0: 1.2e-3, 1: lambda n: 5e-4 if n >= 32 else 2e-3, 2: ValueError("never")}
 

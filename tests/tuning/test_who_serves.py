@@ -236,7 +236,7 @@ def test_handles_of_runners_are_not_kept_alive() -> None:
     ],
 )
 def test_dynamic_inputs_of_odd_dtypes_are_made(name: str) -> None:
-    from moestro.tuning.measure.inputs import synthesise
+    from moestro.tuning.spec.inputs import synthesise
 
     dtype = getattr(torch, name)
     given = (

@@ -23,11 +23,11 @@ import numpy as np
 from moestro.bench.regret import Pick, Summary, summarise
 from moestro.errors import TuningError
 from moestro.tuning import AutoTuner, MeasurementPolicy, TuningConfig
-from moestro.tuning.measure.inputs import synthesise
 from moestro.tuning.measure.scope import measured
 from moestro.tuning.measure.timers import Timer
 from moestro.tuning.race.rounds import Rounds
 from moestro.tuning.race.statistics import gaps
+from moestro.tuning.spec.inputs import synthesise
 from moestro.tuning.spec.keys import shapes_of
 from moestro.tuning.spec.runner import DEFAULT_TACTIC
 

@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moestro.tuning.spec.evidence import Record
 from moestro.tuning.spec.keys import StaticKey, shapes_of
 from moestro.tuning.spec.plain_json import digest
 from moestro.tuning.spec.runner import runner_identity
 from moestro.tuning.spec.specs import DynamicDim, OptimizationProfile, Shape, TuningConfig
 from moestro.tuning.spec.tactic_list import class_name
-from moestro.tuning.store.records import Record
 
 __all__ = ["ProfilingCacheKey", "cache_key", "key_of_record", "nearest_profile", "optimization_profiles"]
 

@@ -32,8 +32,8 @@ from moestro.tuning import (
     next_positive_power_of_2,
 )
 from moestro.tuning import TunableRunner as _Runner
-from moestro.tuning.lookup.stats import Statistics as AutoTunerStatistics
-from moestro.tuning.spec.profiles import Dim
+from moestro.tuning.lookup.known import Statistics as AutoTunerStatistics
+from moestro.tuning.spec.specs import Dim
 from moestro.tuning.store.store import Store, write_text_atomically
 
 __all__ = [

@@ -15,6 +15,7 @@ from moestro.tuning.spec.buckets import (
     next_positive_power_of_2,
     round_to_nearest_bucket,
 )
+from moestro.tuning.spec.evidence import CandidateEvidence, Decision, Evidence
 from moestro.tuning.spec.policy import MeasurementPolicy
 from moestro.tuning.spec.runner import TunableRunner
 from moestro.tuning.spec.specs import (
@@ -26,7 +27,6 @@ from moestro.tuning.spec.specs import (
     StaticDim,
     TuningConfig,
 )
-from moestro.tuning.store.records import CandidateEvidence, Decision, Evidence
 from moestro.tuning.store.store import Store
 from moestro.tuning.tuner import AutoTuner, autotune
 

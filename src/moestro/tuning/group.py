@@ -19,9 +19,9 @@ from typing import Any
 
 from moestro.errors import GroupError, TuningError, unknown_name
 from moestro.tuning.link import Link, link_of
+from moestro.tuning.spec.evidence import Record
 from moestro.tuning.spec.runner import DEFAULT_TACTIC, tactic_key
 from moestro.tuning.spec.specs import Sizes
-from moestro.tuning.store.records import Record
 
 __all__ = ["STRATEGIES", "Group", "Vote", "group_of", "label_of_choice"]
 

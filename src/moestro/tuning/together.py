@@ -25,9 +25,8 @@ from moestro.tuning.measure.candidates import Trial
 from moestro.tuning.measure.decide import conclude, measure, nothing_yet, race_of, samplers_of, without_choice
 from moestro.tuning.measure.request import Candidate, Job, OutOfMemoryError
 from moestro.tuning.race.rounds import ClockError
-from moestro.tuning.spec.evidence import CandidateEvidence
+from moestro.tuning.spec.evidence import CandidateEvidence, Record
 from moestro.tuning.spec.specs import Sizes
-from moestro.tuning.store.records import Record
 
 __all__ = ["measure_together", "run_campaign"]
 

@@ -15,18 +15,17 @@ from typing import Any, ClassVar
 
 from moestro.errors import TuningError
 from moestro.tuning.contexts import Contexts, Options
-from moestro.tuning.lookup.known import KnownDecisions
+from moestro.tuning.lookup.known import KnownDecisions, Statistics
 from moestro.tuning.lookup.sites import CallSite, CallSites, Lookup
-from moestro.tuning.lookup.stats import Statistics
 from moestro.tuning.measure.scope import measured
 from moestro.tuning.measure.timers import Timer, default_timer
 from moestro.tuning.show.explain import Case, explain, explain_miss
 from moestro.tuning.spec.buckets import round_to_nearest_bucket
+from moestro.tuning.spec.evidence import Decision
 from moestro.tuning.spec.keys import device_of
 from moestro.tuning.spec.policy import MeasurementPolicy
 from moestro.tuning.spec.runner import DEFAULT_TACTIC, check_runners
 from moestro.tuning.spec.specs import Sizes, TuningConfig
-from moestro.tuning.store.records import Decision
 from moestro.tuning.testing import Replay
 from moestro.tuning.testing import TacticsCapture as _Capture
 

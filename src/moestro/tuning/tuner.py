@@ -30,13 +30,13 @@ from moestro.tuning.measure.request import Job
 from moestro.tuning.measure.scope import capturing
 from moestro.tuning.measure.timers import Timer
 from moestro.tuning.progress import Progress, showing
+from moestro.tuning.spec.evidence import Record
 from moestro.tuning.spec.keys import StaticKey, device_of, shapes_of, static_key
 from moestro.tuning.spec.policy import MeasurementPolicy
 from moestro.tuning.spec.runner import DEFAULT_TACTIC, check_runners
 from moestro.tuning.spec.specs import Probe, Sizes, TuningConfig
 from moestro.tuning.spec.tactic_list import TacticList, from_environment
 from moestro.tuning.store.environment import Environment, environment_for
-from moestro.tuning.store.records import Record
 from moestro.tuning.store.store import Store, default_store
 from moestro.tuning.together import run_campaign
 from moestro.tuning.toolbox import Toolbox

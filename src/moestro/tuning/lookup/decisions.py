@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Protocol
 from weakref import WeakSet
 
+from moestro.tuning.spec.evidence import Record
 from moestro.tuning.spec.keys import StaticKey
 from moestro.tuning.spec.specs import Sizes
 from moestro.tuning.store.environment import Environment
-from moestro.tuning.store.records import Record
 from moestro.tuning.store.store import Store
 
 __all__ = ["DecisionsOfKey", "Listener"]

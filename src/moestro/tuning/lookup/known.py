@@ -12,28 +12,96 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moestro.tuning.contexts import Options
 from moestro.tuning.lookup.decisions import DecisionsOfKey, Listener
-from moestro.tuning.lookup.stats import Statistics
 from moestro.tuning.lookup.table import label_of
 from moestro.tuning.lookup.watch import awake, watch
+from moestro.tuning.spec.evidence import Record
 from moestro.tuning.spec.keys import StaticKey
+from moestro.tuning.spec.plain_json import digest
+from moestro.tuning.spec.runner import tactic_key
 from moestro.tuning.spec.specs import Sizes
-from moestro.tuning.spec.tactic_list import TacticList
+from moestro.tuning.spec.tactic_list import TacticList, class_name
 from moestro.tuning.store import shipped
 from moestro.tuning.store.environment import Environment
 from moestro.tuning.store.flashinfer import hints_for
-from moestro.tuning.store.records import Record
 from moestro.tuning.store.store import Store
 
-__all__ = ["DecisionsOfKey", "KnownDecisions", "Listener"]
+__all__ = ["DecisionsOfKey", "KnownDecisions", "Listener", "Statistics"]
 
 EMPTY_KEPT = 256  # keys without a decision: one whose keyword differs in every call leaves no more than these
 DECIDED_KEPT = 16384  # keys with decisions; the oldest are read again, or tuned again where there is no store
 ATTACHED_KEPT = 16  # stores of contexts that were left
+COUNTED = 4096  # entries of a collection of Statistics: what would grow without end is counted on, not listed
+
+
+@dataclass
+class Statistics:
+    """What a process has tuned, by operation: FlashInfer's and TensorRT-LLM's AutoTunerStatistics.
+
+    A call that found no decision counts once for its sizes, not each time.
+    """
+
+    cache_misses: int = 0
+    cache_miss_config_collection: dict[str, set[Sizes]] = field(default_factory=dict)
+    failed_profiling_count: dict[str, set[tuple[str, Sizes]]] = field(default_factory=dict)
+    tuned_op_total_configs: dict[str, int] = field(default_factory=dict)  # buckets that were tried
+    tuned_op_successful_configs: dict[str, int] = field(default_factory=dict)  # buckets with a decision
+    tuned_op_time_cost: dict[str, float] = field(default_factory=dict)  # seconds
+    failed_tactics: dict[str, set[Any]] = field(default_factory=dict)  # "op::Runner" -> tactics
+
+    def missed(self, op: str, sizes: Sizes) -> None:
+        """A call has found no decision."""
+        known = self.cache_miss_config_collection.setdefault(op, set())
+        if sizes not in known:
+            self.cache_misses += 1
+            if len(known) < COUNTED:
+                known.add(sizes)
+
+    def kept(self, key: StaticKey, record: Record) -> None:
+        """A bucket has been decided. One that is only marked as covering larger sizes was counted before."""
+        if record.tuned_for:
+            return
+        op = key.op
+        self.tuned_op_total_configs[op] = self.tuned_op_total_configs.get(op, 0) + 1
+        if any(c.samples for c in record.evidence.candidates):
+            self.tuned_op_successful_configs[op] = self.tuned_op_successful_configs.get(op, 0) + 1
+        self.tuned_op_time_cost[op] = self.tuned_op_time_cost.get(op, 0.0) + record.evidence.seconds
+        for c in record.evidence.candidates:
+            if c.fate in {"failed", "quarantined"}:
+                failed = self.failed_profiling_count.setdefault(op, set())
+                name = f"{class_name(c.runner)} {c.tactic!r}"
+                if len(failed) < COUNTED:
+                    failed.add((name, record.bucket))
+                self.failed_tactics.setdefault(f"{op}::{class_name(c.runner)}", set()).add(
+                    _hashable(c.tactic)
+                )
+
+    def __str__(self) -> str:
+        lines = [f"Cache misses: {self.cache_misses}"]
+        for op, sizes in sorted(self.cache_miss_config_collection.items()):
+            lines.append(f"  {op}: sizes {', '.join(map(str, sorted(sizes)[:16]))}")
+        for op, total in sorted(self.tuned_op_total_configs.items()):
+            done = self.tuned_op_successful_configs.get(op, 0)
+            seconds = self.tuned_op_time_cost.get(op, 0.0)
+            lines.append(f"  {op}: {done} of {total} buckets measured in {seconds:.2f} s")
+            lines += [
+                f"    failed: {name} at {at}" for name, at in sorted(self.failed_profiling_count.get(op, ()))
+            ]
+        return "\n".join(lines)
+
+
+def _hashable(tactic: Any) -> Any:
+    if isinstance(tactic, list | tuple):
+        return tuple(map(_hashable, tactic))
+    try:
+        hash(tactic)
+    except TypeError:
+        return digest(tactic_key(tactic, None))
+    return tactic
 
 
 class KnownDecisions:

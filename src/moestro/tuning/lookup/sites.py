@@ -20,11 +20,11 @@ from moestro.tuning.lookup.guards import Guard, make_guard
 from moestro.tuning.lookup.signature import signature_of
 from moestro.tuning.lookup.table import IntervalTable, PointTable, Table, make_table, roundings
 from moestro.tuning.lookup.validity import DEFAULT_PICK, Pick, Validity
+from moestro.tuning.spec.evidence import Record
 from moestro.tuning.spec.keys import StaticKey
 from moestro.tuning.spec.runner import DEFAULT_TACTIC
 from moestro.tuning.spec.specs import Sizes, TuningConfig
 from moestro.tuning.store.environment import Environment
-from moestro.tuning.store.records import Record
 
 __all__ = ["CallSite", "CallSites", "Lookup"]
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 
 from moestro.errors import TuningError
 from moestro.tuning.spec.buckets import next_positive_power_of_2
+from moestro.tuning.spec.evidence import Record
 from moestro.tuning.spec.specs import Sizes, TuningConfig
-from moestro.tuning.store.records import Record
 
 __all__ = ["IntervalTable", "PointTable", "Rounding", "Table", "label_of", "make_table", "roundings"]
 

@@ -14,11 +14,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from moestro.errors import TuningError, TuningWarning
+from moestro.tuning.spec.evidence import Record
+from moestro.tuning.spec.inputs import inputs_like
 from moestro.tuning.spec.keys import StaticKey, shapes_of
 from moestro.tuning.spec.runner import DEFAULT_TACTIC, tactic_key, valid_tactics
 from moestro.tuning.spec.specs import Sizes, TuningConfig
-from moestro.tuning.spec.stand_ins import inputs_like
-from moestro.tuning.store.records import Record
 
 __all__ = ["DEFAULT_PICK", "Pick", "Validity"]
 

@@ -21,10 +21,10 @@ from moestro.tuning.measure.candidates import Trial, resolved_default
 from moestro.tuning.measure.compile import precompile
 from moestro.tuning.measure.decide import measure
 from moestro.tuning.measure.request import Job, OutOfMemoryError, record_name
+from moestro.tuning.spec.evidence import Record
+from moestro.tuning.spec.inputs import inputs_like
 from moestro.tuning.spec.keys import shapes_of
 from moestro.tuning.spec.specs import Sizes
-from moestro.tuning.spec.stand_ins import inputs_like
-from moestro.tuning.store.records import Record
 
 __all__ = ["Campaign", "spread"]
 
@@ -125,7 +125,7 @@ class Campaign:
         most = COMPILING * job.budget.left
         jobs: dict[Any, Callable[[], object]] = {}
         needs: dict[tuple[Sizes, str], set[Any]] = {}
-        if not any(hasattr(runner, hook) for runner in job.runners for hook in ("compile", "compile_jobs")):
+        if not job.compiles:
             return
         for bucket in waiting:
             try:

@@ -16,7 +16,6 @@ from typing import Any
 from moestro.errors import TuningWarning
 from moestro.tuning.measure.bits import disguise, overwrite
 from moestro.tuning.measure.compile import jobs_of, precompile
-from moestro.tuning.measure.inputs import synthesise
 from moestro.tuning.measure.request import (
     OUT_OF_MEMORY,
     Candidate,
@@ -29,13 +28,13 @@ from moestro.tuning.measure.request import (
     record_name,
 )
 from moestro.tuning.measure.sandbox import Sandbox
-from moestro.tuning.measure.verify import Verification
+from moestro.tuning.measure.verify import Verification, statics_of
 from moestro.tuning.race.rounds import Samples
-from moestro.tuning.spec.evidence import CandidateEvidence
+from moestro.tuning.spec.evidence import CandidateEvidence, Record
+from moestro.tuning.spec.inputs import synthesise
 from moestro.tuning.spec.keys import is_torch, shapes_of
 from moestro.tuning.spec.runner import DEFAULT_TACTIC, tactic_key, valid_tactics
 from moestro.tuning.spec.specs import Sizes
-from moestro.tuning.store.records import Record
 
 __all__ = ["Trial", "default_name", "resolved_default"]
 
@@ -215,7 +214,7 @@ class Trial:
         Preparation sees other values than the candidates: what it computes is not the answer that a candidate
         which computes nothing could return.
         """
-        watched = self.job.watched(self.profile) if self.job.policy.verify else None
+        watched = statics_of(self.job, self.profile) if self.job.policy.verify else None
         for index, runner in enumerate(self.job.runners):
             tactics = [c.tactic for c in candidates if c.index == index]
             if not tactics:
@@ -235,6 +234,8 @@ class Trial:
 
     def _compiled(self, candidates: list[Candidate]) -> list[Candidate]:
         """Those that can be compiled, where their runner has a hook for it; equal jobs once."""
+        if not self.job.compiles:
+            return candidates
         jobs: dict[Any, Callable[[], object]] = {}
         needs: dict[str, list[Any]] = {}
         for c in candidates:

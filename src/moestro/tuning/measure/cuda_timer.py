@@ -95,7 +95,7 @@ class CudaTimer:
 
         return sample
 
-    sustains = True  # its clock falls under load: sustain.py
+    sustains = True  # its clock falls under load: measure/decide.py
 
     def conditions(self) -> dict[str, Any] | None:
         """The SM clock in MHz and why it is held back, now; None where NVML cannot tell."""

@@ -2,6 +2,11 @@
 
 A race that the budget cuts short leaves an incomplete record with its samples; the next one goes on from there:
 who was checked is not checked again, who was eliminated stays so.
+
+Before a race of long calls the device is loaded: a GPU falls from its boost clock after seconds of load (an H100 from
+1980 to 1400 MHz), and what won before need not win after. From FROM_SIZE rows on, on a timer that says that its
+device slows down so (`sustains`), the default is run for `MeasurementPolicy.sustained_s`, within LOADING of the
+bucket's time. A timer's `conditions()` is read before the load, after it and after the race, for the evidence.
 """
 
 from __future__ import annotations
@@ -10,24 +15,24 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from moestro.errors import TuningError
 from moestro.tuning.measure.candidates import NOTHING_RUNS, Trial
 from moestro.tuning.measure.request import Candidate, Job, candidate_name, evidence_name, record_name
 from moestro.tuning.measure.scope import measured
-from moestro.tuning.measure.sustain import load, read_conditions, together
 from moestro.tuning.race.race import RaceResult, race
 from moestro.tuning.race.rounds import ClockError, Combine, Samples
-from moestro.tuning.spec.evidence import CandidateEvidence, Evidence
+from moestro.tuning.spec.evidence import CandidateEvidence, Evidence, Record
 from moestro.tuning.spec.runner import DEFAULT_TACTIC, stored_tactic
 from moestro.tuning.spec.specs import Sizes
-from moestro.tuning.store.records import Record
 
 __all__ = ["conclude", "measure", "nothing_yet", "race_of", "samplers_of", "without_choice"]
 
 FOR_WARM_UP = 0.5  # of a bucket's time, checks included: the rest is for the race
+FROM_SIZE = 1024  # rows: shorter calls do not load the device
+LOADING = 0.25  # of a bucket's time, for the load: the rest is for the checks and the race
 WILD = 100.0  # times the smallest reading: more is not taken for time that has passed
 
 
@@ -84,7 +89,7 @@ def race_of(
     """The race among `fit`; combine: of a group of ranks, whose races begin anew."""
     job = trial.job
     if combine is None:  # ranks would run it unequally often, and an operation may wait for all of them
-        load(trial, samplers[0])
+        _load(trial, samplers[0])
     names = [candidate.name for candidate in fit]
     wanted = record_name(preferred) if preferred is not None else None
     earlier = trial.samples.table(names, len(trial.inputs)) if trial.samples.rounds and not combine else None
@@ -100,7 +105,7 @@ def race_of(
         earlier=earlier,
         combine=combine,
     )
-    read_conditions(trial)
+    _read_conditions(trial)
     return result
 
 
@@ -204,7 +209,7 @@ def _evidence(trial: Trial, reason: str) -> Evidence:
         clock=job.timer.name,
         policy=dataclasses.asdict(job.policy),
         reason=reason,
-        conditions=together(trial),
+        conditions=_conditions(trial),
     )
 
 
@@ -222,3 +227,50 @@ def _record(
         evidence=evidence,
         default=trial.resolved_default,
     )
+
+
+# --- the device -------------------------------------------------------------------------------------------------
+def _load(trial: Trial, default: Sequence[Callable[[], float]]) -> None:
+    """Run the default's samplers, in turn, until the device has been loaded as the policy says."""
+    job = trial.job
+    _read_conditions(trial)
+    wanted = job.policy.sustained_s
+    if not wanted or not getattr(job.timer, "sustains", False) or max(trial.bucket, default=0) < FROM_SIZE:
+        return
+    start, most = job.budget.spent, min(wanted, LOADING * trial.time)
+    loaded = 0.0
+    while loaded < most and not trial.late:
+        for sampler in default:
+            seconds = sampler()
+            job.budget.sampled(seconds if math.isfinite(seconds) and seconds > 0 else 0.0)
+        loaded = job.budget.spent - start
+    trial.loaded_s = loaded
+    _read_conditions(trial)
+
+
+def _read_conditions(trial: Trial) -> None:
+    """Note what the timer says of its device now, if it says anything."""
+    hook = getattr(trial.job.timer, "conditions", None)
+    found = hook() if callable(hook) else None
+    if found:
+        trial.conditions.append(found)
+
+
+def _conditions(trial: Trial) -> dict[str, Any]:
+    """The readings as evidence keeps them: numbers as [least, most], lists as all that was in one."""
+    found: dict[str, Any] = {}
+    for name in dict.fromkeys(name for reading in trial.conditions for name in reading):
+        values = [v for reading in trial.conditions if (v := _of(reading, name)) is not None]
+        if values and all(isinstance(v, int | float) for v in values):
+            found[name] = [min(values), max(values)]
+        elif values and all(isinstance(v, list | tuple) for v in values):
+            found[name] = sorted({str(one) for v in values for one in v})
+        else:
+            found[name] = values[-1] if values else None
+    if trial.loaded_s:
+        found["loaded_s"] = round(trial.loaded_s, 3)
+    return found
+
+
+def _of(reading: Mapping[str, Any], name: str) -> Any:
+    return reading.get(name)

@@ -9,15 +9,13 @@ from typing import Any
 
 from moestro.tuning.group import Group
 from moestro.tuning.measure.budget import Budget
-from moestro.tuning.measure.statics import Statics
 from moestro.tuning.measure.timers import Timer
 from moestro.tuning.progress import Listener
-from moestro.tuning.spec.evidence import CandidateEvidence
+from moestro.tuning.spec.evidence import CandidateEvidence, Record
 from moestro.tuning.spec.keys import StaticKey
 from moestro.tuning.spec.policy import MeasurementPolicy
 from moestro.tuning.spec.runner import DEFAULT_TACTIC, tactic_key
-from moestro.tuning.spec.specs import OptimizationProfile, Probe, Sizes, TuningConfig
-from moestro.tuning.store.records import Record
+from moestro.tuning.spec.specs import Probe, Sizes, TuningConfig
 
 __all__ = [
     "Candidate",
@@ -97,7 +95,7 @@ class Job:
     warm: Sequence[Record] = ()  # decisions made elsewhere: tried first
     listener: Listener = field(default_factory=Listener)
     compiled: set[Any] = field(default_factory=set)  # (bucket, candidate) whose kernels are there
-    statics: Statics | None = None  # what candidates must not write; found when first needed
+    statics: Any = None  # verify.Statics: what candidates must not write, found when first needed
     # In a group of ranks (together.py): who decides, and the time that all ranks have left.
     group: Group | None = None
     decide: Callable[..., Record | None] | None = None
@@ -115,12 +113,10 @@ class Job:
     def probe_names(self) -> tuple[str, ...]:
         return tuple(probe.name for probe in self.config.probes)
 
-    def watched(self, profile: OptimizationProfile) -> Statics:
-        """The weights and what else is not to be written, as they were before anything ran."""
-        if self.statics is None:
-            static = [i for i in range(len(self.inputs)) if not profile.is_dynamic(i)]
-            self.statics = Statics(self.inputs, static, self.kwargs, self.runners)
-        return self.statics
+    @property
+    def compiles(self) -> bool:
+        """Whether any runner has kernels to be compiled."""
+        return any(hasattr(runner, hook) for runner in self.runners for hook in ("compile", "compile_jobs"))
 
     def run(self, candidate: Candidate, inputs: Sequence[Any], **more: Any) -> Any:
         """One run of a candidate."""

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moestro.tuning.spec.evidence import CandidateEvidence, Evidence, Record
 from moestro.tuning.spec.keys import StaticKey
 from moestro.tuning.spec.plain_json import to_json
 from moestro.tuning.spec.specs import Sizes
-from moestro.tuning.store.records import CandidateEvidence, Evidence, Record
 
 __all__ = [
     "Case",

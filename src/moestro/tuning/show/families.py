@@ -14,9 +14,9 @@ from typing import Any
 from moestro.errors import StoreWarning, TuningError
 from moestro.tuning.lookup.table import Rounding, make_table
 from moestro.tuning.show.explain import runner_text
+from moestro.tuning.spec.evidence import Record
 from moestro.tuning.spec.keys import StaticKey
 from moestro.tuning.spec.specs import Sizes
-from moestro.tuning.store.records import Record
 from moestro.tuning.store.store import Entry
 
 __all__ = ["Family", "families", "parse_sizes"]

@@ -18,7 +18,7 @@ from typing import Any
 from moestro.errors import TuningError
 from moestro.tuning.show.explain import age_text, ratio_text, runner_text, seconds_text, tactic_text
 from moestro.tuning.show.families import Family, families
-from moestro.tuning.store.records import Record
+from moestro.tuning.spec.evidence import Record
 from moestro.tuning.store.store import Store
 
 __all__ = ["chosen_plot", "crossover_plot", "heat_map", "section", "time_plot"]

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from moestro.errors import StoreWarning, TuningError
+from moestro.tuning.spec.evidence import SCHEMA, Record
 from moestro.tuning.spec.keys import StaticKey
 from moestro.tuning.store.environment import Environment
-from moestro.tuning.store.records import SCHEMA, Record
 from moestro.tuning.store.store import Entry, Store, created, write_text_atomically
 from moestro.tuning.store.tables import TABLE_SCHEMA, entries_of, table_of, text_of
 

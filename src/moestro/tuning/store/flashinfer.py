@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from moestro.errors import TuningError
+from moestro.tuning.spec.evidence import SCHEMA, Record
 from moestro.tuning.spec.keys import StaticKey
 from moestro.tuning.spec.runner import tactic_key
 from moestro.tuning.spec.tactic_list import class_name
-from moestro.tuning.store.records import SCHEMA, Record
 from moestro.tuning.store.store import Store, write_atomically
 
 __all__ = ["hints_for", "import_flashinfer"]

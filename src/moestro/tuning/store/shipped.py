@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from moestro.errors import TuningError
+from moestro.tuning.spec.evidence import Record
 from moestro.tuning.spec.keys import StaticKey
 from moestro.tuning.spec.plain_json import digest
 from moestro.tuning.store.bundle import Bundle, read_bundle
 from moestro.tuning.store.environment import Environment
 from moestro.tuning.store.notices import notice
-from moestro.tuning.store.records import Record
 from moestro.tuning.store.store import Entry
 
 __all__ = ["bundles", "forget", "hints", "serving"]

@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from moestro.errors import TuningError
+from moestro.tuning.spec.evidence import SCHEMA, Record
 from moestro.tuning.spec.keys import StaticKey
 from moestro.tuning.spec.plain_json import digest
 from moestro.tuning.spec.specs import Sizes
 from moestro.tuning.store.environment import Environment
 from moestro.tuning.store.notices import notice
-from moestro.tuning.store.records import SCHEMA, Record
 
 __all__ = ["Entry", "Store", "default_root", "default_store", "write_text_atomically"]
 

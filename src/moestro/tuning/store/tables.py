@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from moestro.errors import TuningError
-from moestro.tuning.store.records import SCHEMA
+from moestro.tuning.spec.evidence import SCHEMA
 from moestro.tuning.store.store import Entry
 
 __all__ = ["TABLE_SCHEMA", "entries_of", "table_of", "text_of"]

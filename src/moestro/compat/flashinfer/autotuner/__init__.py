@@ -38,8 +38,8 @@ from moestro.tuning import (
     next_positive_power_of_2,
     round_to_nearest_bucket,
 )
-from moestro.tuning.lookup.stats import Statistics as AutoTunerStatistics
-from moestro.tuning.spec.profiles import Dim
+from moestro.tuning.lookup.known import Statistics as AutoTunerStatistics
+from moestro.tuning.spec.specs import Dim
 
 __all__ = [
     "_METADATA_KEY",

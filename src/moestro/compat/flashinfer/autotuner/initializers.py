@@ -6,7 +6,7 @@ from moestro.tuning.spec.initializers import rand as autotuner_initializer_rand
 from moestro.tuning.spec.initializers import rand_scaled as autotuner_initializer_rand_scaled
 from moestro.tuning.spec.initializers import randn as autotuner_initializer_randn
 from moestro.tuning.spec.initializers import zeros as autotuner_initializer_zeros
-from moestro.tuning.spec.profiles import Initializer as TensorInitializer
+from moestro.tuning.spec.specs import Initializer as TensorInitializer
 
 __all__ = [
     "TensorInitializer",

@@ -18,7 +18,7 @@ from moestro.compat.flashinfer.autotuner import files
 from moestro.compat.profiles import cache_key, nearest_profile, optimization_profiles
 from moestro.compat.tuner import PeerTuner, _extras
 from moestro.errors import StoreWarning, TuningError
-from moestro.tuning.measure.inputs import synthesise
+from moestro.tuning.spec.inputs import synthesise
 from moestro.tuning.spec.keys import shapes_of
 from moestro.tuning.spec.runner import DEFAULT_TACTIC
 from moestro.tuning.spec.specs import OptimizationProfile, TuningConfig

@@ -1,4 +1,4 @@
-"""Inputs for a profile: what a candidate is run on while it is measured.
+"""Inputs of other sizes than the call's: with values, to measure on, and without, to ask a runner about.
 
 Static inputs (weights) are used as they are. A dynamic one is made anew: by its initializer, else normal
 values for floating types, and for others the given tensor's own values over and over (expert ids stay expert
@@ -15,7 +15,26 @@ from moestro.tuning.spec.initializers import random_bytes
 from moestro.tuning.spec.keys import is_tensor, is_torch
 from moestro.tuning.spec.specs import OptimizationProfile, Probe, TuningConfig
 
-__all__ = ["synthesise"]
+__all__ = ["inputs_like", "synthesise"]
+
+
+def inputs_like(profile: OptimizationProfile, inputs: Sequence[Any]) -> list[Any]:
+    """Inputs of the profile's shapes without values, for what looks at shapes alone. Raises TypeError for an input
+    of which that cannot be made.
+    """
+    like = []
+    for value, shape in zip(inputs, profile.get_opt_shapes(), strict=True):
+        if not is_tensor(value) or tuple(value.shape) == tuple(shape):
+            like.append(value)
+        elif is_torch(value):
+            import torch
+
+            like.append(torch.empty(shape, dtype=value.dtype, device="meta"))
+        elif hasattr(value, "new_empty"):
+            like.append(value.new_empty(shape))
+        else:
+            raise TypeError(f"no {type(value).__name__} of shape {shape} can be made")
+    return like
 
 
 def synthesise(
