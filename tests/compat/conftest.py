@@ -15,7 +15,7 @@ def peer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> obj
     """Either peer's module, with a fresh AutoTuner.get()."""
     module = request.param
     fresh = module.AutoTuner(timer=PaperTimer(), policy=MeasurementPolicy(verify=False))
-    monkeypatch.setattr(module.AutoTuner, "_default", fresh)
+    monkeypatch.setattr(module.AutoTuner, "_instance", fresh)
     return module
 
 
@@ -23,7 +23,7 @@ def peer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> obj
 def flashinfer(monkeypatch: pytest.MonkeyPatch) -> object:
     """moestro.compat.flashinfer.autotuner with a fresh AutoTuner.get()."""
     fresh = autotuner.AutoTuner(timer=PaperTimer(), policy=MeasurementPolicy(verify=False))
-    monkeypatch.setattr(autotuner.AutoTuner, "_default", fresh)
+    monkeypatch.setattr(autotuner.AutoTuner, "_instance", fresh)
     return autotuner
 
 
@@ -31,5 +31,5 @@ def flashinfer(monkeypatch: pytest.MonkeyPatch) -> object:
 def trt(monkeypatch: pytest.MonkeyPatch) -> object:
     """moestro.compat.trtllm with a fresh AutoTuner.get()."""
     fresh = trtllm.AutoTuner(timer=PaperTimer(), policy=MeasurementPolicy(verify=False))
-    monkeypatch.setattr(trtllm.AutoTuner, "_default", fresh)
+    monkeypatch.setattr(trtllm.AutoTuner, "_instance", fresh)
     return trtllm

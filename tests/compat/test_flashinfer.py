@@ -216,3 +216,122 @@ def test_a_replaced_clock_decides(flashinfer: Any, monkeypatch: pytest.MonkeyPat
             ]
             == 2
         )
+
+
+# --- files that several environments and processes write ---------------------------------------------------
+HERE = {
+    "flashinfer_version": "0.6.13",
+    "cuda_version": "13.0",
+    "cudnn_version": "92101",
+    "gpu": "NVIDIA B200",
+}
+OLD = "('old', 'R', ((1, 1),))"
+
+
+@pytest.fixture
+def known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flashinfer: Any) -> tuple[Any, Path]:
+    """(a tuner with one winner, where to write) on a machine whose facts are HERE."""
+    from moestro.compat.flashinfer.autotuner import files
+
+    monkeypatch.setattr(files, "collect_metadata", lambda: dict(HERE))
+    tuner = flashinfer.AutoTuner.get()
+    key = tuner._get_cache_key("new", make(flashinfer, TIMES), ((4, 8),), flashinfer.TuningConfig())
+    tuner.profiling_cache[key] = (5, None)
+    return tuner, tmp_path / "fi.json"
+
+
+def written(path: Path, metadata: object) -> None:
+    path.write_text(json.dumps({"_metadata": metadata, "_records": {"moe": {"a": 1}}, OLD: ["R", 3]}))
+
+
+@pytest.mark.parametrize("metadata", [HERE, {**HERE, "cudnn_version": "*"}, {**HERE, "future": "x"}])
+def test_saving_keeps_what_a_file_of_this_environment_holds(known: tuple[Any, Path], metadata: Any) -> None:
+    tuner, path = known
+    written(path, metadata)
+    assert tuner.load_configs(str(path))
+    tuner.clear_cache()
+    tuner.save_configs(str(path))
+    found = json.loads(path.read_text())
+    assert found[OLD] == ["R", 3], "another process may have measured it"
+    assert found["_records"] == {"moe": {"a": 1}}
+    assert found["_metadata"] == metadata
+
+
+@pytest.mark.parametrize("fact", ["gpu", "cudnn_version", "cuda_version", "flashinfer_version"])
+def test_a_file_of_another_environment_is_neither_served_nor_overwritten(
+    known: tuple[Any, Path], fact: str
+) -> None:
+    tuner, path = known
+    written(path, {**HERE, fact: "another"})
+    before = path.read_text()
+    with pytest.warns(StoreWarning, match=f"{fact}: 'another' there.*is not used"):
+        assert not tuner.load_configs(str(path))
+    with pytest.warns(StoreWarning, match="is not overwritten"):
+        tuner.save_configs(str(path))
+    assert path.read_text() == before
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    ["garbage", {**HERE, "gpu": "unknown"}, {**HERE, "cudnn_version": "None"}, {"gpu": HERE["gpu"]}],
+)
+def test_a_file_that_cannot_tell_its_environment_is_not_served_and_replaced(
+    known: tuple[Any, Path], metadata: Any, flashinfer: Any
+) -> None:
+    _, path = known
+    written(path, metadata)
+    with (
+        pytest.warns(StoreWarning, match="is not used"),
+        flashinfer.autotune(True, cache=str(path)),
+    ):
+        pass
+    found = json.loads(path.read_text())
+    assert found["_metadata"] == HERE
+    assert OLD not in found
+    assert [value for key, value in found.items() if not key.startswith("_")] == [["Kernel", 5]]
+
+
+def test_leaving_a_tuning_context_writes_what_was_known_before_it(
+    known: tuple[Any, Path], flashinfer: Any
+) -> None:
+    _, path = known
+    with flashinfer.autotune(False, cache=str(path)):
+        pass
+    assert not path.exists(), "a context that only looks up writes nothing"
+    with flashinfer.autotune(True, cache=str(path)):
+        pass
+    assert "('new', 'Kernel', ((4, 8),), ())" in json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("text", ["not json {{{", "[1, 2]", '{"a": 3}', '{"a": [1]}', "\x00", "[" * 100_000])
+def test_what_is_no_file_of_theirs_is_their_error_and_ours(
+    flashinfer: Any, tmp_path: Path, text: str
+) -> None:
+    path = tmp_path / "fi.json"
+    path.write_text(text)
+    with pytest.raises(json.JSONDecodeError) as caught:
+        flashinfer.AutoTuner.get().load_configs(str(path))
+    assert isinstance(caught.value, TuningError)
+    assert str(path) in str(caught.value)
+
+
+def test_the_version_of_cudnn_is_torchs_else_its_frontends(
+    flashinfer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+    from types import SimpleNamespace
+
+    monkeypatch.setitem(sys.modules, "cudnn", SimpleNamespace(backend_version=lambda: 92101))
+    for of_torch, expected in ((91900, "91900"), (None, "92101")):
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda of_torch=of_torch: of_torch)
+        assert flashinfer._get_cudnn_backend_version() == expected
+    monkeypatch.setitem(sys.modules, "cudnn", None)
+    assert flashinfer._collect_metadata()["cudnn_version"] == "unknown"
+
+
+def test_a_tuner_that_was_thrown_away_is_made_anew(peer: Any) -> None:
+    """As both peers' tests begin."""
+    first = peer.AutoTuner.get()
+    assert peer.AutoTuner.get() is first
+    peer.AutoTuner._instance = None
+    assert peer.AutoTuner.get() is not first

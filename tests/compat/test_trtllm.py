@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peer_runners import make, spent
+
+from moestro.errors import TuningError
 
 TIMES = {-1: 4.0, 0: 3.0, 1: 1.0, 2: 2.0}
 
@@ -128,3 +131,37 @@ def test_runners_are_told_apart_by_unique_id(trt: Any) -> None:
     ]
     assert keys[0] != keys[1]
     assert keys[0][2] == "(1,)"
+
+
+def test_a_ranks_own_file_of_older_versions_is_that_rank_of_the_file(trt: Any, tmp_path: Path) -> None:
+    runner, cfg, path = make(trt, {-1: 4.0, 0: 3.0, 1: 1.0}), trt.TuningConfig(), tmp_path / "x.json"
+    for rank in (0, 3):
+        with trt.autotune(cache_path=str(path), rank=rank):
+            trt.AutoTuner.get().choose_one("op", [runner], cfg, [torch.zeros(4, 4)])
+    tuner = trt.AutoTuner.get()
+    tuner.profiling_cache.clear()
+    tuner.profiling_cache.load_cache(tmp_path / "x.rank3.json")
+    assert [entry[1] for entry in tuner.profiling_cache.get_specific_custom_op("op").values()] == [1]
+    with pytest.raises(TuningError, match="for rank 7"):
+        tuner.profiling_cache.load_cache(tmp_path / "x.rank7.json")
+    with pytest.raises(FileNotFoundError):
+        tuner.profiling_cache.load_cache(tmp_path / "y.rank3.json")
+
+
+def test_a_hook_for_child_processes_that_is_not_asked_is_named_once(
+    trt: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = make(trt, {-1: 4.0, 1: 1.0})
+    assert plain.should_profile_tactic_in_subprocess("op", [], 1, trt.TuningConfig()) is False
+
+    class Selective(type(plain)):
+        def should_profile_tactic_in_subprocess(self, *args: Any, **kwargs: Any) -> bool:
+            return True
+
+    monkeypatch.setattr(trt, "_said", set())
+    monkeypatch.setenv("TLLM_AUTOTUNER_MULTIPROCESS", "1")
+    with warnings.catch_warnings(record=True) as caught, trt.autotune(True):
+        warnings.simplefilter("always")
+        for runner in (plain, Selective(), Selective()):
+            trt.AutoTuner.get().choose_one("op", [runner], trt.TuningConfig(), [torch.zeros(4, 4)])
+    assert ["isolate=True" in str(w.message) for w in caught] == [True]

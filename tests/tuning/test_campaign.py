@@ -202,7 +202,11 @@ def test_tuning_one_bucket_enters_few_modules(
 ) -> None:
     """From a bucket's turn to its decision in memory; on disk, the store's and JSON's besides."""
     clock, entered = quiet_clock(), set()
-    t, runner, cfg = tuner(clock, store if on_disk else None), Kernel(clock, {-1: 2e-3, 0: 1e-3}), config((64,))
+    t, runner, cfg = (
+        tuner(clock, store if on_disk else None),
+        Kernel(clock, {-1: 2e-3, 0: 1e-3}),
+        config((64,)),
+    )
     whole = Campaign._measure
 
     def note(frame: Any, event: str, _: Any) -> None:

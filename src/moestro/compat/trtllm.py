@@ -11,6 +11,7 @@ import contextlib
 import enum
 import json
 import os
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ from typing import Any
 
 from moestro.compat.profiles import nearest_profile, optimization_profiles
 from moestro.compat.tuner import PeerTuner, ProfilingCache
-from moestro.errors import StoreWarning, TuningError
+from moestro.errors import StoreWarning, TuningError, TuningWarning
 from moestro.tuning import (
     ConstraintSpec,
     DynamicDim,
@@ -57,6 +58,11 @@ __all__ = [
 ]
 
 
+RANK_FILE = re.compile(r"(?P<stem>.*)\.rank(?P<rank>\d+)\.json", re.DOTALL)
+IN_CHILDREN = "TLLM_AUTOTUNER_MULTIPROCESS"  # set to 1, TensorRT-LLM asks should_profile_tactic_in_subprocess
+_said: set[str] = set()  # classes whose hook a warning has named
+
+
 class DistributedTuningStrategy(enum.Enum):
     """Who tunes, of a group of ranks."""
 
@@ -89,6 +95,14 @@ class TunableRunner(_Runner):
         return tuple(self.__dict__.values())
 
     unique_id.is_default = True  # type: ignore[attr-defined]  # then public attributes count, by name
+
+    def should_profile_tactic_in_subprocess(
+        self, custom_op: str, inputs: Any, tactic: Any, tuning_config: TuningConfig, **kwargs: Any
+    ) -> bool:
+        """TensorRT-LLM's hook for tactics that may end the process. Not asked here: MeasurementPolicy(isolate=True)
+        runs every tactic in a child first. A TuningWarning says so where TensorRT-LLM would have asked.
+        """
+        return False
 
 
 class AutoTunerProfilingCache(ProfilingCache):
@@ -148,8 +162,12 @@ class AutoTunerProfilingCache(ProfilingCache):
 
     def load_cache(self, file_path: str | os.PathLike[str], rank: int = 0) -> None:
         """Serve what a file has for a rank, before everything else. What is no literal there is left out, with a
-        warning. Raises FileNotFoundError, or TuningError for what is no such file.
+        warning. "x.rank1.json", as older versions call a rank's own file, is rank 1 of x.json where there is no such
+        file. Raises FileNotFoundError, or TuningError for what is no such file.
         """
+        older = RANK_FILE.fullmatch(os.fspath(file_path))
+        if older is not None and not Path(file_path).exists():
+            file_path, rank = f"{older['stem']}.json", int(older["rank"])
         try:
             entries = json.loads(Path(file_path).read_text(encoding="utf-8"))[f"rank_{rank}"].items()
         except FileNotFoundError:
@@ -181,6 +199,12 @@ class AutoTuner(PeerTuner):
         self.stream_delay_micro_secs = stream_delay_micro_secs
         self.mapping: Any = None
         self.profiling_cache: AutoTunerProfilingCache = AutoTunerProfilingCache(self)
+
+    def choose_one(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """As PeerTuner.choose_one."""
+        if os.environ.get(IN_CHILDREN) == "1" and self.is_tuning_mode:
+            _say_who_is_not_asked(kwargs["runners"] if "runners" in kwargs else args[1])
+        return super().choose_one(*args, **kwargs)
 
     def print_profiling_cache(self) -> None:
         """Print what is known."""
@@ -245,6 +269,21 @@ class AutoTuner(PeerTuner):
                     milliseconds,
                 )
         return found
+
+
+def _say_who_is_not_asked(runners: Sequence[Any]) -> None:
+    """Name each class, once, whose own should_profile_tactic_in_subprocess is not asked."""
+    base = TunableRunner.should_profile_tactic_in_subprocess
+    for cls in map(type, runners):
+        name = f"{cls.__module__}.{cls.__qualname__}"
+        if getattr(cls, "should_profile_tactic_in_subprocess", base) is not base and name not in _said:
+            _said.add(name)
+            warnings.warn(
+                f"{name}.should_profile_tactic_in_subprocess is not asked ({IN_CHILDREN}=1): give "
+                "MeasurementPolicy(isolate=True), which runs every tactic in a child process first",
+                TuningWarning,
+                stacklevel=3,
+            )
 
 
 def _unique_id(runner: Any) -> Any:

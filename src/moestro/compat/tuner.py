@@ -14,6 +14,7 @@ from moestro.tuning.spec.keys import StaticKey, shapes_of
 from moestro.tuning.spec.policy import MeasurementPolicy
 from moestro.tuning.spec.runner import DEFAULT_TACTIC, identity_text, runner_identity
 from moestro.tuning.spec.specs import TuningConfig
+from moestro.tuning.store.store import default_store
 from moestro.tuning.tuner import AutoTuner
 
 __all__ = ["PeerTuner", "ProfilingCache"]
@@ -51,14 +52,24 @@ class ProfilingCache(MutableMapping[Any, Any]):
 
 
 class PeerTuner(AutoTuner):
-    """See the module. A process's `get()` is one for each peer, with the user's store."""
+    """See the module. A process's `get()` is one for each peer, with the user's store; it is made anew after
+    `AutoTuner._instance = None`, as the peers' tests begin.
+    """
 
-    _default: ClassVar[AutoTuner | None] = None
+    _instance: ClassVar[AutoTuner | None] = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.profiling_cache: Any = ProfilingCache(self._decided, super().clear_cache)
         self._mode: contextlib.ExitStack | None = None
+
+    @classmethod
+    def get(cls) -> AutoTuner:
+        """The process's tuner of this peer."""
+        with cls._default_lock:
+            if cls._instance is None:
+                cls._instance = cls(store=default_store())
+            return cls._instance
 
     # --- choosing ------------------------------------------------------------------------------------
     def choose_one(

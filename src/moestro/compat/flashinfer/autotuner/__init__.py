@@ -2,7 +2,9 @@
 
 from moestro.compat.flashinfer.autotuner.files import METADATA as _METADATA_KEY
 from moestro.compat.flashinfer.autotuner.files import collect_metadata as _collect_metadata
+from moestro.compat.flashinfer.autotuner.files import cudnn_version as _get_cudnn_backend_version
 from moestro.compat.flashinfer.autotuner.files import hashable as _tactic_to_json_hashable
+from moestro.compat.flashinfer.autotuner.files import mismatches as _classify_metadata_mismatches
 from moestro.compat.flashinfer.autotuner.files import plain as _tactic_to_json
 from moestro.compat.flashinfer.autotuner.files import tactic_of as _json_to_tactic
 from moestro.compat.flashinfer.autotuner.initializers import (
@@ -55,7 +57,9 @@ __all__ = [
     "TunableRunner",
     "TuningConfig",
     "ValueProfileArena",
+    "_classify_metadata_mismatches",
     "_collect_metadata",
+    "_get_cudnn_backend_version",
     "_json_to_tactic",
     "_tactic_to_json",
     "_tactic_to_json_hashable",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 from moestro.compat.flashinfer.autotuner import files
 from moestro.compat.profiles import cache_key, nearest_profile, optimization_profiles
 from moestro.compat.tuner import PeerTuner, _extras
-from moestro.errors import StoreWarning, TuningError
+from moestro.errors import TuningError
 from moestro.tuning.spec.inputs import synthesise
 from moestro.tuning.spec.keys import shapes_of
 from moestro.tuning.spec.runner import DEFAULT_TACTIC
@@ -103,19 +102,16 @@ class AutoTuner(PeerTuner):
 
         Raises FileNotFoundError, or TuningError for what is no such file.
         """
-        entries, metadata = files.read(path)
-        different = files.mismatches(metadata) if metadata is not None else {}
-        if different:
-            text = ", ".join(f"{k}: {saved!r} there, {now!r} here" for k, (saved, now) in different.items())
-            warnings.warn(
-                f"{path} was made in another environment ({text}); it is not used", StoreWarning, stacklevel=2
-            )
+        entries = files.load(path)
+        if entries is None:
             return False
         self._file_configs.update(entries)
         return True
 
     def save_configs(self, path: str) -> None:
-        """Write the winners that are known here to a file as FlashInfer's, with those that were loaded."""
+        """Write the winners that are known here to a file as FlashInfer's, with those that were loaded and those
+        that it holds. A file of another environment is left alone, with one warning.
+        """
         entries = dict(self._file_configs)
         for key, (tactic, _) in self.profiling_cache.items():
             entries[key.file_key] = (key.runner_class_name, tactic)
@@ -200,12 +196,11 @@ def autotune(
     if _group is not None:
         ours = {"group": _group, **ours}
     store = _opened(tuner, cache) if cache is not None else None
-    before = len(tuner.profiling_cache) if cache is not None else 0
     with tuner.autotune(
         tune_mode, store, tuning_buckets=tuning_buckets, round_up=round_up, skip_ops=skip_ops, **ours
     ):
         yield
-    if cache is not None and tune_mode and len(tuner.profiling_cache) > before:
+    if cache is not None and tune_mode and len(tuner.profiling_cache):
         tuner.save_configs(cache)
 
 
