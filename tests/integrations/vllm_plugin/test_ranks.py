@@ -126,7 +126,9 @@ def with_an_empty_rank(group: Any, root: Path) -> tuple[Any, list[str]]:
 def test_a_rank_without_experts_means_the_default_everywhere(two: Ranks, tmp_path: Path) -> None:
     for tactic, lines in two.run(with_an_empty_rank, tmp_path):
         assert tactic == -1
-        assert any("default tactic serves on all 2 ranks of a layer: ranks 1 have no experts" in t for t in lines)
+        assert any(
+            "default tactic serves on all 2 ranks of a layer: ranks 1 have no experts" in t for t in lines
+        )
 
 
 def left_alone(group: Any, root: Path) -> tuple[Any, list[str], float]:
