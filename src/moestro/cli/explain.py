@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,6 +21,9 @@ EXAMPLES = """
 
 [cyan]moestro explain --store tuned --op "moestro.*" --match '"num_experts", 128' --tokens 64[/]
   of layers whose key holds that text
+
+[cyan]moestro explain --vllm server.log[/]
+  what served in vLLM, what was left to it, and sizes beyond what was tuned
 """
 
 
@@ -36,11 +40,22 @@ def explain(
     match: Annotated[
         str, typer.Option("--match", metavar="TEXT", help="Only keys whose JSON holds this text.")
     ] = "",
+    vllm: Annotated[
+        Path | None,
+        typer.Option(
+            "--vllm",
+            metavar="LOG",
+            help="A vLLM server's log, or a folder of logs: what served in it. Nothing else is asked for then.",
+        ),
+    ] = None,
     width: Annotated[int | None, typer.Option("--width", min=60, help="Columns.", hidden=True)] = None,
 ) -> None:
     """Why a runner and tactic were chosen: their times, the runners-up with intervals, the noise floor, the
     probes, the environment, and what would change the choice.
     """
+    if vllm is not None:
+        _vllm(vllm)
+        return
     from moestro.tuning.show.explain import Case
     from moestro.tuning.show.explain import explain as text_of
     from moestro.tuning.show.families import families, parse_sizes
@@ -71,6 +86,13 @@ def explain(
             console.print(
                 text_of(case, width or min(console.width, 120)), markup=False, highlight=False, soft_wrap=True
             )
+
+
+def _vllm(log: Path) -> None:
+    from moestro.integrations.vllm import served
+
+    for line in served.explain(served.read(log)):
+        output.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 app = typer.Typer(rich_markup_mode="rich")

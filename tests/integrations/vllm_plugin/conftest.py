@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm_runs import Run, Said, run_vllm
+from vllm_runs import Run, Said, run_vllm, said_of
 
 
 @pytest.fixture(scope="session")
@@ -20,13 +20,7 @@ def run() -> Run:
         key = json.dumps([str(model), plugin, environ, options])
         if key not in made:
             done = run_vllm(model, {"MOESTRO_VLLM": str(int(plugin)), **(environ or {})}, options)
-            log = done.stdout + done.stderr
-            line = next((row for row in done.stdout.splitlines() if row.startswith("RESULT ")), None)
-            assert done.returncode == 0 and line is not None, log[-4000:]  # noqa: PT018
-            said = json.loads(line[7:])
-            outputs = said["outputs"]
-            best = [[[tuple(pair) for pair in step] for step in o["best"]] for o in outputs]
-            made[key] = Said([o["tokens"] for o in outputs], best, said["rss_kib"], log)
+            made[key] = said_of(done.stdout + done.stderr, done.returncode)
         return made[key]
 
     return once

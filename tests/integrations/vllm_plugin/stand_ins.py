@@ -187,7 +187,7 @@ class Dense:
         cls, moe: Config, seed: int = 0, experts: int | None = None, inter: int | None = None
     ) -> Dense:
         make = torch.Generator().manual_seed(seed)
-        e, h = experts or moe.num_experts, moe.hidden_dim
+        e, h = moe.num_experts if experts is None else experts, moe.hidden_dim
         i = inter or moe.intermediate_size_per_partition
         gate, up, down = (torch.randn(e, *rows, generator=make) / 8 for rows in ((i, h), (i, h), (h, i)))
         return cls(gate, up * 3, down)

@@ -24,7 +24,7 @@ from stand_ins import (
 import moestro
 from moestro.errors import BackendError, FormatError, RoutingError
 from moestro.formats import NVFP4, FP8Block
-from moestro.integrations.vllm import execute, hooks, kinds, log
+from moestro.integrations.vllm import execute, hooks, kinds, log, ranks
 from moestro.integrations.vllm.settings import Settings
 from moestro.kernels.activations import SwiGLU
 
@@ -32,8 +32,10 @@ TOLERANCE = 2e-2  # of the largest value: x and the result are bf16
 
 
 @pytest.fixture(autouse=True)
-def _fresh_log() -> None:
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fresh log, and no other ranks to talk to (test_ranks.py has them)."""
     log.forget()
+    monkeypatch.setattr(ranks, "link", lambda moe: None)
 
 
 def make_layer(

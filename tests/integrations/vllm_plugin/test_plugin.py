@@ -25,7 +25,7 @@ from stand_ins import (
 )
 
 from moestro.errors import MoestroError, StoreWarning
-from moestro.integrations.vllm import hooks, imports, kinds, log, plugin, refusals, tuning
+from moestro.integrations.vllm import hooks, imports, kinds, log, plugin, ranks, refusals, tuning
 from moestro.integrations.vllm.settings import NAMES, Settings
 from moestro.kernels.cpu import core
 from moestro.moe.layer import FusedMoE
@@ -275,24 +275,28 @@ def test_tuning_keeps_within_the_processs_seconds(monkeypatch: pytest.MonkeyPatc
 
     layer: Any = Layer()
     for _ in range(3):
-        tuning.prepare(layer, Config(), Settings(tune_s=5.0))
+        assert tuning.settle(layer, Config(), Settings(tune_s=5.0))
     assert given == [5.0, 2.0]
 
 
-def test_ranks_that_cannot_decide_as_one_do_not_tune(
+def test_ranks_that_vllm_has_made_no_group_for_take_the_default(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tuning, "_spent", 0.0)
+    distributed = types.ModuleType("vllm.distributed")
 
-    class Layer:
-        def tune(self, budget_s: float, progress: bool) -> None:
-            pytest.fail("tuned alone")
+    def get_ep_group() -> Any:
+        raise AssertionError("expert parallel group is not initialized")
 
-    layer: Any = Layer()
+    distributed.get_ep_group = get_ep_group  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm.distributed", distributed)
     moe = Config(moe_parallel_config=Parallel(tp_size=2))
+    layer = RoutedExperts(hooked("nvfp4", Settings(tune_s=5.0))(quant_config(), moe))
+    load(layer, **Dense.random(moe).nvfp4())
     with caplog.at_level("WARNING", logger="vllm.moestro"):
-        tuning.prepare(layer, moe, Settings(tune_s=5.0))
-    assert "not followed on several ranks" in caplog.text
+        layer.quant_method.process_weights_after_loading(layer)
+    assert layer.quant_method.experts.options.tactic == -1
+    assert "they cannot talk (expert parallel group is not initialized)" in caplog.text
+    assert ranks.parallel(moe)
 
 
 def test_the_log_says_what_serves(caplog: pytest.LogCaptureFixture) -> None:

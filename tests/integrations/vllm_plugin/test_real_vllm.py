@@ -13,51 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from vllm_runs import NO_VLLM, Run, Said, run_vllm, vllm_is_there
+from compare import assert_same, equal_tokens, serves, worst_logprob
+from vllm_runs import NO_VLLM, Run, run_vllm, vllm_is_there
 
 if not vllm_is_there():
     pytest.skip(NO_VLLM, allow_module_level=True)
 
 Models = Callable[[str], Path]
-STEP = 0.0626  # two steps of a bf16 logit between 4 and 8
-
-
-def equal_tokens(a: Said, b: Said) -> tuple[int, int]:
-    """(equal up to the first difference of each prompt, all). Where they part, the best two must be near-ties."""
-    equal = total = 0
-    for mine, theirs, best in zip(a.tokens, b.tokens, a.best, strict=True):
-        total += len(mine)
-        same = next(
-            (i for i, pair in enumerate(zip(mine, theirs, strict=True)) if pair[0] != pair[1]), len(mine)
-        )
-        equal += same
-        if same < len(mine):
-            (first, _), (second, _) = best[same]
-            assert first - second <= STEP, f"parts at token {same} with a gap of {first - second}"
-    return equal, total
-
-
-def worst_logprob(a: Said, b: Said) -> float:
-    """The largest difference of a token's logprob under the same context."""
-    worst = 0.0
-    for x, y, p, q in zip(a.tokens, b.tokens, a.best, b.best, strict=True):
-        for i in range(len(x)):
-            mine, theirs = ({token: logprob for logprob, token in steps[i]} for steps in (p, q))
-            worst = max([worst, *(abs(mine[t] - theirs[t]) for t in mine.keys() & theirs.keys())])
-            if x[i] != y[i]:
-                break
-    return worst
-
-
-def assert_same(a: Said, b: Said) -> None:
-    equal, total = equal_tokens(a, b)
-    worst = worst_logprob(a, b)
-    print(f"{equal} of {total} tokens equal, logprobs within {worst:.4f}")
-    assert worst <= STEP
-
-
-def serves(said: Said, kind: str) -> bool:
-    return f"moestro: serves {kind} experts" in said.log
 
 
 def test_float32_nvfp4_equals_the_dequantised_model_in_520_tokens(run: Run, models: Models) -> None:
@@ -133,13 +95,6 @@ def test_a_bf16_checkpoint_quantised_at_load(run: Run, models: Models) -> None:
 
 def test_weights_reloaded(run: Run, models: Models) -> None:
     assert run(models("qwen3-modelopt"), reload=True).tokens == run(models("qwen3-modelopt")).tokens
-
-
-@pytest.mark.parametrize("options", [{}, {"enable_expert_parallel": True}], ids=["tensor", "expert"])
-def test_two_processes_in_parallel(options: dict[str, bool], run: Run, models: Models) -> None:
-    said = run(models("qwen3-modelopt"), tensor_parallel_size=2, **options)
-    assert serves(said, "nvfp4")
-    assert_same(said, run(models("qwen3-dense"), plugin=False, tensor_parallel_size=2, **options))
 
 
 def test_a_model_without_experts_is_as_without_the_plugin(run: Run, models: Models, tmp_path: Path) -> None:

@@ -35,6 +35,17 @@ class Said:
 Run = Callable[..., Said]
 
 
+def said_of(log: str, status: int | None) -> Said:
+    """What generate.py printed. AssertionError with its log where it failed: the errors and the end."""
+    line = next((row for row in log.splitlines() if row.startswith("RESULT ")), None)
+    if status != 0 or line is None:
+        errors = "\n".join(row[:300] for row in log.splitlines() if "ERROR" in row or "Error" in row)
+        raise AssertionError(f"status {status}\n{errors[:4000]}\n...\n{log[-2000:]}")
+    said = json.loads(line[7:])
+    best = [[[tuple(pair) for pair in step] for step in o["best"]] for o in said["outputs"]]
+    return Said([o["tokens"] for o in said["outputs"]], best, said["rss_kib"], log)
+
+
 def run_vllm(
     model: Path, environ: dict[str, str], options: dict[str, Any]
 ) -> subprocess.CompletedProcess[str]:

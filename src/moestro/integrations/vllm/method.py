@@ -55,6 +55,7 @@ class MoestroMethod:
         base.__init__(self, self.kind.moe_of(*args, **kwargs))  # type: ignore[misc]
         self.kind.set_up(self, *args, **kwargs)
         self.experts: FusedMoE | None = None
+        self.tactic: int | None = None  # -1 where the layer's ranks could not agree on decisions
 
     # --- what vLLM asks ------------------------------------------------------------------------------
     @property
@@ -110,8 +111,10 @@ class MoestroMethod:
             setattr(layer, DONE, True)
             if not again:
                 log.LOGGER.debug("moestro: %s: %d bytes of parameters repacked", layer.layer_name, freed)
-                tuning.prepare(self.experts, self.moe, self.settings)
-                tuning.report(self.experts, self.kind.format)
+                if not tuning.settle(self.experts, self.moe, self.settings):
+                    self.tactic = -1
+                    self.experts = self._layer(self.experts.weights, self.experts.options.input_format)
+                tuning.report(self.experts, self.kind.format, self.moe)
 
     def _make(self, layer: Any) -> FusedMoE:
         input_format = self._input_format()
@@ -135,6 +138,7 @@ class MoestroMethod:
             input_format=input_format,
             num_experts=self.moe.num_experts,
             dtype=self.moe.in_dtype,
+            tactic=self.tactic,
             workspace=_workspaces.setdefault(w.device, Workspace(w.device)),
             tuner=tuning.tuner(self.settings),
             donate=True,
