@@ -187,3 +187,28 @@ def test_stacked_tensors_with_other_numbers_of_experts_are_refused(name: str, co
         FormatError, match=rf"{name} must have the {E} experts of .*gate_up_proj, got {count}"
     ):
         Experts(tensors, PREFIX)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "gpt-oss"])
+def test_experts_made_anew_are_not_given_back_with_the_files_pages(tmp_path: Path, layout: str) -> None:
+    """Several pages an expert: what is transposed or parted on reading lies in ordinary memory, which reads zero then."""
+    prefix, g = "model.layers.0.mlp.experts", torch.Generator().manual_seed(0)
+    if layout == "transposed":
+        made = torch.randn(3, 128, 256, generator=g), torch.randn(3, 128, 128, generator=g)
+        tensors = dict(zip((f"{prefix}.gate_up_proj", f"{prefix}.down_proj"), made, strict=True))
+        tensors[f"{prefix}.down_proj"] = torch.randn(3, 64, 256, generator=g)
+        tensors[f"{prefix}.gate_up_proj"] = torch.randn(3, 256, 128, generator=g)
+    else:
+        blocks = {"gate_up_proj": (256, 8), "down_proj": (256, 4)}
+        tensors = {}
+        for name, (rows, n) in blocks.items():
+            high = torch.randint(1, 256, (3, rows, n, 16), dtype=torch.uint8, generator=g)
+            tensors[f"{prefix}.{name}_blocks"] = high
+            tensors[f"{prefix}.{name}_scales"] = torch.full((3, rows, n), 127, dtype=torch.uint8)
+    save_file(tensors, tmp_path / "model.safetensors")
+    held = [down for _, down in Experts(Safetensors(tmp_path), prefix)]
+    gates = [gate_up for gate_up, _ in Experts(Safetensors(tmp_path), prefix)]
+    again = list(Experts(tensors, prefix))
+    for e in range(3):
+        assert torch.equal(gates[e].dequantize(), again[e][0].dequantize())
+        assert torch.equal(held[e].dequantize(), again[e][1].dequantize())

@@ -54,6 +54,7 @@ def test_every_format_keeps_the_protocol(cls: Any) -> None:
         "mxfp4": 0.13,
         "mxfp8": 0.04,
         "fp8_block": 0.04,
+        "int4": 0.11,
     }[cls.format] * dense.norm()
     with pytest.raises(AttributeError):
         q.packed = None

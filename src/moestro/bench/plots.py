@@ -16,7 +16,7 @@ from moestro.bench.results import BenchResult, Row
 
 __all__ = ["latency", "memory", "ratio", "roofline", "why_not"]
 
-OURS = {"bf16": "#0b6e4f", "nvfp4": "#c8553d", "mxfp4": "#3d5a98", "fp8_block": "#8a5a9e"}
+OURS = {"bf16": "#0b6e4f", "nvfp4": "#c8553d", "mxfp4": "#3d5a98", "fp8_block": "#8a5a9e", "int4": "#b08900"}
 MORE = ("#b8860b", "#0e7490", "#7c2d12")
 PEERS = ("#6b7280", "#9ca3af", "#374151", "#b0a8a0", "#565d66")
 OUR_MARKERS, PEER_MARKERS = "oDsP^", "v<>x+"

@@ -68,8 +68,8 @@ class Experts:
             gate_up = gates[0] if len(gates) == 1 else self._joined(gates, e)
             yield self._with_down_scale(gate_up, e), down
             if done_with := getattr(self._tensors, "done_with", None):
-                for part in parts:
-                    done_with(value for value in vars(part).values() if isinstance(value, torch.Tensor))
+                for projection in self._names.projections:  # what was read, not what was made of it
+                    done_with(self._pieces(e, projection).values())
 
     @property
     def layout(self) -> str:
@@ -199,15 +199,21 @@ class Experts:
         return "nvfp4" in self.layout.lower()
 
     # --- one expert ----------------------------------------------------------------------------------
+    def _pieces(self, expert: int, projection: str) -> dict[str, torch.Tensor]:
+        """A projection's tensors by suffix, as they are in the checkpoint."""
+        stacked, suffixes = self._names.stacked, self._rows[projection].pieces
+        names = self._names.pieces[projection if stacked else (expert, projection)]
+        return {s: self._get(names[s])[expert] if stacked else self._get(names[s]) for s in suffixes}
+
     def _part(self, expert: int, projection: str) -> FormatTensor:
         row = self._rows[projection]
         if not self._names.stacked:
             pieces = self._names.pieces[expert, projection]
             where = f"{self._place(pieces)}{self._prefix}.{expert}.{projection}"
-            return row.read(where, {suffix: self._get(pieces[suffix]) for suffix in row.pieces})
+            return row.read(where, self._pieces(expert, projection))
         pieces = self._names.pieces[projection]
         where = f"{self._place(pieces)}{self._prefix}.{projection}[{expert}]"
-        whole = row.read(where, {suffix: self._get(pieces[suffix])[expert] for suffix in row.pieces})
+        whole = row.read(where, self._pieces(expert, projection))
         if self._transposed:
             assert isinstance(whole, BF16)
             whole = BF16(whole.data.mT.contiguous())

@@ -50,6 +50,6 @@ class Described(Protocol):
 
 def is_quantised(pieces: dict[str, str], tensors: Described) -> bool:
     """Whether a module's tensors, by suffix, are more than a plain weight."""
-    if "weight_packed" in pieces or {"weight_scale", "weight_scale_inv", "weight_scale_2"} & set(pieces):
+    if {"weight_packed", "qweight", "weight_scale", "weight_scale_inv", "weight_scale_2"} & set(pieces):
         return True
     return "weight" in pieces and tensors.info(pieces["weight"])[0] in QUANTISED

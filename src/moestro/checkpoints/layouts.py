@@ -4,7 +4,7 @@ A projection (gate, up, down) of an expert is a module with a few tensors, `expe
 suffixes and dtypes tell its layout. Stacked checkpoints have one tensor for all experts, `experts.down_proj_blocks`.
 A new layout is a new row: its pieces, what they make, and where its maker puts gate and up.
 
-Sources: compressed-tensors 0.20 (NVFP4PackedCompressor, MXFP4PackedCompressor), NVIDIA ModelOpt 0.47
+Sources: compressed-tensors 0.20 (NVFP4PackedCompressor, MXFP4PackedCompressor), int4.py's, NVIDIA ModelOpt 0.47
 (export/quant_utils.py), DeepSeek-V3's and -V4's inference code, gpt-oss' checkpoints, Transformers 5.24.
 """
 
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from moestro.checkpoints import int4
 from moestro.checkpoints.scales import check_block_scales, check_global_scale
 from moestro.errors import FormatError, MoestroError
 from moestro.formats import BF16, MXFP4, MXFP8, NVFP4, FormatTensor, FP8Block
@@ -23,6 +24,7 @@ from moestro.formats.mxfp4 import decode_e8m0
 
 E4M3, E8M0, U8 = torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.uint8
 F32, FLOATS = torch.float32, (torch.bfloat16, torch.float16, torch.float32)
+I32, INTS = torch.int32, (torch.int32, torch.int64)
 
 Make = Callable[..., FormatTensor]
 
@@ -140,6 +142,30 @@ MODULES: tuple[Layout, ...] = (
     ),
     Layout("DeepSeek-V4 FP8", {"weight": (E4M3,), "scale": (F32, U8, E8M0)}, fp8, CALIBRATED),
     Layout("DeepSeek-V4 FP4", {"weight": (torch.int8, U8), "scale": (U8, E8M0)}, fp4_of_deepseek, CALIBRATED),
+    Layout(
+        "compressed-tensors pack-quantized int4",
+        {"weight_packed": (I32,), "weight_scale": FLOATS, "weight_shape": INTS},
+        int4.from_compressed_tensors,
+        frozenset({"bias"}),
+    ),
+    Layout(
+        "compressed-tensors pack-quantized int4, asymmetric",
+        {"weight_packed": (I32,), "weight_scale": FLOATS, "weight_shape": INTS, "weight_zero_point": (I32,)},
+        int4.from_compressed_tensors,
+        frozenset({"bias"}),
+    ),
+    Layout(
+        "GPTQ int4",
+        {"qweight": (I32,), "qzeros": (I32,), "scales": FLOATS, "g_idx": (I32,)},
+        int4.from_gptq,
+        frozenset({"bias"}),
+    ),
+    Layout(
+        "AWQ int4",
+        {"qweight": (I32,), "qzeros": (I32,), "scales": FLOATS},
+        int4.from_awq,
+        frozenset({"bias"}),
+    ),
     Layout("unquantised", {"weight": FLOATS}, BF16, frozenset({"bias"})),
 )
 # All experts in one tensor; the pieces' suffixes follow the projection's name, "" being the name itself.
@@ -185,11 +211,13 @@ def _scheme(found: dict[str, torch.dtype]) -> str:
     """What such tensors are called, for an error."""
     dtype = found.get("weight_packed", found.get("weight", found.get("")))
     if dtype == torch.int32:
-        return "an int4 or int8 pack-quantized scheme"
+        return "an integer pack-quantized scheme"
+    if "qweight" in found:
+        return "an AWQ or GPTQ scheme"
     if dtype in (torch.int8,):
         return "an int8 scheme"
     if dtype == U8 and any("scale_2" in suffix or "global" in suffix for suffix in found):
         return "NVFP4 in a stacked or unknown form"
-    if not any(suffix in found for suffix in ("weight", "weight_packed", "blocks", "")):
+    if not any(suffix in found for suffix in ("weight", "weight_packed", "qweight", "blocks", "")):
         return "scales or biases without their weight"
     return "no scheme that is known"

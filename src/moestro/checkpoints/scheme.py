@@ -30,10 +30,11 @@ COMPRESSED_TENSORS = {
     "mxfp8-quantized": "mxfp8",
     "float-quantized": "fp8_block",
     "naive-quantized": "fp8_block",
+    "pack-quantized": "int4",
     "mixed-precision": "mixed",
     "dense": "bf16",
 }
-METHODS = {"modelopt", "compressed-tensors", "mxfp4", "fp8", "mxfp8"}
+METHODS = {"modelopt", "compressed-tensors", "mxfp4", "fp8", "mxfp8", "awq", "gptq"}
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ def parse(raw: dict[str, Any]) -> Scheme:
     if method == "compressed-tensors":
         return _compressed_tensors(raw)
     excluded = tuple(raw.get("modules_to_not_convert") or ())
+    if method in ("awq", "gptq"):
+        return _integers(method, raw, excluded)
     if method == "mxfp4":
         return Scheme("gpt-oss", "MXFP4", excluded=excluded)
     block = raw.get("weight_block_size")
@@ -106,6 +109,33 @@ def _modelopt(raw: dict[str, Any]) -> Scheme:
     return Scheme("modelopt", algorithm, layers, excluded, activations=not weights_only)
 
 
+# What these methods' configs must say, where they say it; the first is what they mean by saying nothing.
+INTEGERS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "awq": {"bits": (4,), "version": ("gemm",)},
+    "gptq": {"bits": (4,), "desc_act": (False, None), "checkpoint_format": ("gptq",)},
+}
+
+
+def _integers(method: str, raw: dict[str, Any], excluded: tuple[str, ...]) -> Scheme:
+    for key, known in INTEGERS[method].items():
+        value = raw.get(key, raw.get("w_bit", known[0]) if key == "bits" else known[0])
+        if (value.lower() if isinstance(value, str) else value) not in known:
+            raise FormatError(f"{key} of {method} must be {known[0]!r}, got {value!r}, which moestro does not read")
+    group = raw.get("group_size", raw.get("q_group_size"))
+    return Scheme(method.upper(), f"INT4 in groups of {group}", excluded=excluded)
+
+
+def _require_int4(name: str, group: Any) -> None:
+    """A pack-quantized group must be of 4-bit integers whose groups are of columns in their order."""
+    weights = (group.get("weights") or {}) if isinstance(group, dict) else {}
+    for key, known in {"num_bits": (4,), "type": ("int",), "actorder": (None, "static", "weight", False)}.items():
+        value = weights.get(key, known[0])
+        if (value.lower() if isinstance(value, str) else value) not in known:
+            raise FormatError(
+                f"{key} of {name} must be {known[0]!r} for pack-quantized, got {value!r}, which moestro does not read"
+            )
+
+
 def _upper(algorithm: Any) -> str:
     """ModelOpt writes some in lower case ("mxfp4", "fp8_pb_wo")."""
     return str(algorithm).upper()
@@ -118,6 +148,8 @@ def _compressed_tensors(raw: dict[str, Any]) -> Scheme:
     for name, group in groups.items():
         if isinstance(group, dict) and group.get("format"):
             layers[name] = _known(str(group["format"]), COMPRESSED_TENSORS, f"format of {name}")
+        if layers.get(name, algorithm) == "pack-quantized":
+            _require_int4(name, group)
     activations = any(isinstance(g, dict) and g.get("input_activations") for g in groups.values())
     mixed = layers if algorithm == "mixed-precision" else {}
     return Scheme("compressed-tensors", algorithm, mixed, tuple(raw.get("ignore") or ()), activations)

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from moestro.checkpoints.int4 import to_compressed_tensors
 from moestro.errors import FormatError
-from moestro.formats import BF16, MXFP4, MXFP8, NVFP4, FormatTensor, FP8Block
+from moestro.formats import BF16, INT4, MXFP4, MXFP8, NVFP4, FormatTensor, FP8Block
 
 Pieces = dict[str, torch.Tensor]
 
@@ -53,6 +54,7 @@ WRITERS = {
         Writer("compressed-tensors", "mxfp4", lambda q: {"weight_packed": q.packed, "weight_scale": q.scale}),
         Writer("compressed-tensors", "mxfp8", lambda q: {"weight": q.data, "weight_scale": q.scale}),
         Writer("compressed-tensors", "fp8_block", lambda q: {"weight": q.data, "weight_scale": q.scale_inv}),
+        Writer("compressed-tensors", "int4", to_compressed_tensors),
         Writer("deepseek", "fp8_block", lambda q: {"weight": q.data, "weight_scale_inv": q.scale_inv}),
         Writer("dense", "bf16", lambda q: {"weight": q.data}),
     )
@@ -63,6 +65,7 @@ DEFAULT_LAYOUT = {
     "mxfp4": "modelopt",
     "mxfp8": "modelopt",
     "fp8_block": "deepseek",
+    "int4": "compressed-tensors",
     "bf16": "dense",
 }
 
@@ -115,7 +118,7 @@ def split_rows(tensor: FormatTensor, parts: int) -> list[FormatTensor]:
             "gate and up share FP8 blocks where I is no multiple of 128, and a checkpoint keeps them apart: "
             f"I={tensor.shape[0] // parts} cannot be written"
         )
-    assert isinstance(tensor, BF16 | MXFP4 | MXFP8 | FP8Block)
+    assert isinstance(tensor, BF16 | MXFP4 | MXFP8 | FP8Block | INT4)
     pieces = zip(*(piece.chunk(parts, dim=-2) for piece in tensor.pieces), strict=True)
     return [type(tensor)(*some) for some in pieces]
 
@@ -132,8 +135,18 @@ def _split_nvfp4(tensor: NVFP4, parts: int) -> list[FormatTensor]:
 
 
 # --- configs ---------------------------------------------------------------------------------------------
-def config_for(writer: Writer, excluded: list[str], *, activations: bool = False) -> dict[str, Any] | None:
-    """config.json's quantization_config. excluded: modules with plain weights. activations: input scales are there."""
+def config_for(
+    writer: Writer,
+    excluded: list[str],
+    *,
+    activations: bool = False,
+    group: int = 32,
+    symmetric: bool = True,
+) -> dict[str, Any] | None:
+    """config.json's quantization_config. excluded: modules with plain weights. activations: input scales are there.
+
+    group, symmetric: of int4 weights.
+    """
     if writer.format == "bf16":
         return None
     if writer.layout == "deepseek":
@@ -153,7 +166,11 @@ def config_for(writer: Writer, excluded: list[str], *, activations: bool = False
             "group_size": {"nvfp4": 16, "fp8_block": 128}.get(writer.format, 32),
             "exclude_modules": excluded,
         }
-    return _compressed_tensors_config(writer.format, excluded, activations)
+    config = _compressed_tensors_config(writer.format, excluded, activations)
+    if writer.format == "int4":
+        weights = config["config_groups"]["group_0"]["weights"]
+        weights.update(type="int", group_size=group, symmetric=symmetric)
+    return config
 
 
 def _compressed_tensors_config(format: str, excluded: list[str], activations: bool) -> dict[str, Any]:
@@ -162,6 +179,7 @@ def _compressed_tensors_config(format: str, excluded: list[str], activations: bo
         "mxfp4": "mxfp4-pack-quantized",
         "mxfp8": "mxfp8-quantized",
         "fp8_block": "float-quantized",
+        "int4": "pack-quantized",
     }
     bits = 4 if format.endswith("4") else 8
     shape: dict[str, Any] = {"strategy": "tensor_group" if format == "nvfp4" else "group"}

@@ -24,7 +24,7 @@ def convert(
         Path, typer.Argument(metavar="DST", help="Where to write; empty, or a run to go on with.")
     ],
     format: Annotated[
-        str, typer.Option("--format", "-f", help="nvfp4, mxfp4, mxfp8 or fp8_block.")
+        str, typer.Option("--format", "-f", help="nvfp4, mxfp4, mxfp8, fp8_block or int4.")
     ] = "nvfp4",
     layout: Annotated[
         str | None,

@@ -20,7 +20,7 @@ class FormatTensor(Protocol):
 
     @property
     def format(self) -> str:
-        """The format's name: "bf16", "nvfp4", "mxfp4", "mxfp8", "fp8_block"."""
+        """The format's name: "bf16", "nvfp4", "mxfp4", "mxfp8", "fp8_block", "int4"."""
 
     @property
     def layout(self) -> str:

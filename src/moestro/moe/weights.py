@@ -225,7 +225,7 @@ class ExpertWeights:
 
     @property
     def format(self) -> str:
-        """The number format: "bf16", "nvfp4", "mxfp4", "fp8_block"."""
+        """The number format: "bf16", "nvfp4", "mxfp4", "fp8_block", "int4", ..."""
         return self.gate_up.format
 
     @property

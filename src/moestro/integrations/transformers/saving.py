@@ -12,7 +12,7 @@ import torch
 
 from moestro.checkpoints.writers import Writer, config_for, expert_tensors, writer_for
 from moestro.errors import FormatError
-from moestro.formats import FormatTensor
+from moestro.formats import INT4, FormatTensor
 from moestro.integrations.transformers.bound import SIDE, bound_to
 from moestro.integrations.transformers.modules import experts_modules
 from moestro.integrations.transformers.packed import PREFIX
@@ -26,6 +26,7 @@ def checkpoint_state(model: Any, raw: dict[str, Any]) -> tuple[dict[str, torch.T
     written: set[str] = set()
     writer: Writer | None = None
     activations = False
+    groups: set[tuple[int, bool]] = set()
     for name, module in packed.items():
         found = bound_to(module)
         assert found is not None
@@ -36,12 +37,16 @@ def checkpoint_state(model: Any, raw: dict[str, Any]) -> tuple[dict[str, torch.T
         side["up_has_down_pre_scale"] = w.up_has_down_pre_scale
         state.update(expert_tensors(writer, name, each(w), side, gated=w.gated))
         written.add(w.format)
+        groups |= {(part.group, part.symmetric) for part in (w.gate_up, w.down) if isinstance(part, INT4)}
     if len(written) > 1:
         raise FormatError(
             f"experts of one checkpoint must have one format to be written, got {', '.join(written)}"
         )
+    if len(groups) > 1:
+        raise FormatError(f"int4 experts must have one (group, symmetric) to be written, got {sorted(groups)}")
+    of_groups = dict(zip(("group", "symmetric"), next(iter(groups), ()), strict=False))
     excluded = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
-    config = config_for(writer, excluded, activations=activations) if writer is not None else None
+    config = config_for(writer, excluded, activations=activations, **of_groups) if writer is not None else None
     return state, config or raw
 
 

@@ -76,7 +76,7 @@ def need_quantised(format: str) -> str:
     """The name of a format to quantise to. Raises FormatError for "bf16" and unknown ones."""
     if format == "bf16":
         raise FormatError(
-            "format must be a quantised one ('nvfp4', 'mxfp4', 'mxfp8', 'fp8_block'), got 'bf16'"
+            "format must be a quantised one ('nvfp4', 'mxfp4', 'mxfp8', 'fp8_block', 'int4'), got 'bf16'"
         )
     formats.get(format)
     return format
