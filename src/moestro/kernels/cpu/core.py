@@ -17,7 +17,7 @@ from typing import Any
 from moestro.errors import BackendError, unknown_name
 from moestro.kernels.activations import Code
 
-ABI = 4
+ABI = 5
 ISAS = ("generic", "avx2", "avx_vnni", "avx512", "amx", "amx_emulated")  # in the core's numbering
 FASTEST_FIRST = ("amx", "avx512", "avx_vnni", "avx2", "generic")
 ARITHMETICS = (
@@ -106,6 +106,9 @@ def _declare(lib: Any) -> None:
     lib.moestro_cpu_workspace.argtypes = [pointer, pointer, i64]
     lib.moestro_cpu_workspace.restype = i64
     lib.moestro_cpu_moe.argtypes = [pointer, pointer, pointer]
+    lib.moestro_cpu_linear_workspace.argtypes = [pointer, pointer, i64]
+    lib.moestro_cpu_linear_workspace.restype = i64
+    lib.moestro_cpu_linear.argtypes = [pointer, pointer, i64, pointer, pointer, pointer, i64]
     for way in ("pack", "unpack"):
         bf16, fp8, fp4 = (getattr(lib, f"moestro_cpu_{way}_{fmt}") for fmt in ("bf16", "fp8", "fp4"))
         bf16.argtypes = fp8.argtypes = [pointer, pointer, i64, i64, i32, i32]

@@ -18,7 +18,7 @@
 extern "C" {
 #endif
 
-enum { MOESTRO_ABI = 4 };
+enum { MOESTRO_ABI = 5 };
 enum { MOESTRO_BF16 = 0, MOESTRO_NVFP4 = 1, MOESTRO_MXFP4 = 2, MOESTRO_FP8 = 3 };
 enum { MOESTRO_X_BF16 = 0, MOESTRO_X_FP16 = 1, MOESTRO_X_FP32 = 2 };  // of x, of the intermediate and of the result
 enum { MOESTRO_INPUT_AS_IS = 0, MOESTRO_INPUT_INT8 = 1 };
@@ -84,6 +84,12 @@ MOESTRO_API void moestro_cpu_use_openmp(void* gomp_parallel);
 
 MOESTRO_API int64_t moestro_cpu_workspace(const MoestroLayer* layer, const MoestroTactic* tactic, int64_t tokens);
 MOESTRO_API int32_t moestro_cpu_moe(const MoestroLayer* layer, const MoestroTactic* tactic, const MoestroCall* call);
+
+// out [N, R] = x [N, C] times gate_up^T, plus its bias: of a layer with one expert, no gate, I = R, H = C; its down and
+// its activation are not looked at. A tactic's wave is its token_tile here.
+MOESTRO_API int64_t moestro_cpu_linear_workspace(const MoestroLayer* layer, const MoestroTactic* tactic, int64_t tokens);
+MOESTRO_API int32_t moestro_cpu_linear(const MoestroLayer* layer, const MoestroTactic* tactic, int64_t tokens,
+                                       const void* x, void* out, uint8_t* workspace, int64_t workspace_bytes);
 
 // One expert's matrix between the checkpoint layout (row-major) and panels. `gated`: the first half of the rows are
 // gates, and panels alternate. Bytes are the same in both; source and destination must not overlap.
