@@ -135,6 +135,11 @@ MOESTRO_INLINE void add_pair(Sums<T>& sums, int q, float32x4_t even, float32x4_t
   for (int t = 0; t < T; ++t) sums.of[t][q] = vfmaq_laneq_f32(sums.of[t][q], odd, x[t], 2 * kPair + 1);
 }
 
+template <int T, int kPair>
+MOESTRO_INLINE void add_scaled(Sums<T>& sums, int q, uint32x4_t pairs, float32x4_t scale, const float32x4_t* x) {
+  add_pair<T, kPair>(sums, q, vmulq_f32(even_of(pairs), scale), vmulq_f32(odd_of(pairs), scale), x);
+}
+
 template <int T>
 MOESTRO_INLINE void load_columns(const float* at, float32x4_t* x) {  // four of each token
 #pragma GCC unroll 6
@@ -162,16 +167,10 @@ void direct_float(const Codes& from, int panel, int blocks, const Tokens& x, flo
       for (int q = 0; q < kQuads; ++q, codes += 16) {
         const Quad quad(codes);
         const float32x4_t scale = scales.of[q];
-        float32x4_t even[4], odd[4];
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) {
-          even[j] = vmulq_f32(even_of(quad.pairs[j]), scale);
-          odd[j] = vmulq_f32(odd_of(quad.pairs[j]), scale);
-        }
-        add_pair<T, 0>(total, q, even[0], odd[0], left);
-        add_pair<T, 1>(total, q, even[1], odd[1], left);
-        add_pair<T, 0>(total, q, even[2], odd[2], right);
-        add_pair<T, 1>(total, q, even[3], odd[3], right);
+        add_scaled<T, 0>(total, q, quad.pairs[0], scale, left);
+        add_scaled<T, 1>(total, q, quad.pairs[1], scale, left);
+        add_scaled<T, 0>(total, q, quad.pairs[2], scale, right);
+        add_scaled<T, 1>(total, q, quad.pairs[3], scale, right);
       }
     }
   }

@@ -12,7 +12,7 @@ struct Floats {
   using Register = float32x4_t;
   static constexpr int64_t kOperations = 2 * 4;  // multiplications and additions of one step of one sum
   static Register zero() { return vdupq_n_f32(0.f); }
-  static Register step(Register sum, Register a, Register b) { return vfmaq_laneq_f32(sum, a, b, 0); }
+  static Register step(Register sum, Register a, Register b) { return vfmaq_f32(sum, a, b); }
 };
 
 struct Int8s {
