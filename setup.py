@@ -2,8 +2,8 @@
 
 The core is a plain shared library with a C interface, loaded with ctypes: it links against neither Python nor
 PyTorch. Each instruction set is one file with its own compiler flags, chosen at run time. It is optional:
-without a compiler the package installs and moestro's portable backend runs. MOESTRO_CPU_FLAGS adds compiler
-and linker flags; MOESTRO_CPU_BUILD=0 skips the core.
+without a compiler, or on a 32-bit or big-endian machine, the package installs and moestro's portable backend
+runs. MOESTRO_CPU_FLAGS adds compiler and linker flags; MOESTRO_CPU_BUILD=0 skips the core.
 """
 
 import os
@@ -15,6 +15,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 CSRC = Path("src/moestro/kernels/cpu/csrc")
 COMMON = "-O3 -std=c++20 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra -pthread"
@@ -27,22 +28,46 @@ X86 = {
     "kernels_avx512.cpp": f"{AVX512} {QUIET}",
     "kernels_amx.cpp": f"{AVX512} {QUIET} -mamx-tile -mamx-bf16",
 }
+ARM = {
+    "kernels_neon.cpp": "",  # every 64-bit ARM has it
+    "kernels_neon_dot.cpp": "-march=armv8.2-a+dotprod",
+    "kernels_neon_bf16.cpp": "-march=armv8.2-a+dotprod+bf16",
+}
+MACHINES = {"x86_64": X86, "amd64": X86, "aarch64": ARM, "arm64": ARM}  # others: plain C++
+
+
+def isa_flags() -> dict[str, str]:
+    """The files of this machine's instruction sets, each with its flags."""
+    return MACHINES.get(platform.machine().lower(), {})
 
 
 def sources() -> list[str]:
     """The C++ files for this machine's architecture."""
-    x86 = platform.machine().lower() in {"x86_64", "amd64"}
-    return sorted(str(path) for path in CSRC.glob("*.cpp") if x86 or path.name not in X86)
+    foreign = {*X86, *ARM} - set(isa_flags())
+    return sorted(str(path) for path in CSRC.glob("*.cpp") if path.name not in foreign)
+
+
+def why_not() -> str | None:
+    """Why the core cannot be built for this machine; None if it can."""
+    if sys.byteorder != "little" or sys.maxsize < 2**32:
+        return (
+            "the CPU core needs a little-endian processor and 64 bits: "
+            f"{platform.machine()} is {sys.byteorder}-endian, this Python has {sys.maxsize.bit_length() + 1} bits. "
+            "moestro runs on its portable backend"
+        )
+    return None
 
 
 class BuildCore(build_ext):
     """Compiles each file with its instruction set's flags, and links them; no Python module's symbols."""
 
     def build_extension(self, ext: Extension) -> None:
-        extra = shlex.split(os.environ.get("MOESTRO_CPU_FLAGS", ""))
+        if reason := why_not():
+            raise CompileError(reason)
+        extra, isa = shlex.split(os.environ.get("MOESTRO_CPU_FLAGS", "")), isa_flags()
         objects = []
         for source in ext.sources:
-            flags = [*COMMON.split(), *X86.get(Path(source).name, "").split(), *extra]
+            flags = [*COMMON.split(), *isa.get(Path(source).name, "").split(), *extra]
             objects += self.compiler.compile(
                 [source], output_dir=self.build_temp, depends=ext.depends, extra_postargs=flags
             )

@@ -36,7 +36,7 @@ def test_the_core_is_clean_under_sanitizers(tmp_path: Path, monkeypatch: pytest.
     includes = f"-I{sources[0].parent}"
 
     def compile_one(source: Path) -> str:
-        isa = build.X86.get(source.name, "").split()
+        isa = build.isa_flags().get(source.name, "").split()
         target = tmp_path / f"{source.stem}.o"
         flags = [*build.COMMON.replace("-O3", "").split(), *isa, *FLAGS.split(), includes]
         subprocess.run([CXX, *flags, "-c", str(source), "-o", str(target)], check=True)

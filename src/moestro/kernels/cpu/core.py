@@ -1,7 +1,7 @@
 """The compiled core: found, loaded with ctypes, and asked which instruction sets this machine has.
 
-MOESTRO_CPU_ISA forces one of "amx", "avx512", "avx_vnni", "avx2", "generic"; otherwise the first of these that the
-machine has is used. "amx_emulated" runs the AMX path with its tile instructions in plain C++, for tests.
+MOESTRO_CPU_ISA forces one of "amx", "avx512", "avx_vnni", "avx2", or on 64-bit ARM "neon_bf16", "neon_dot", "neon", or
+"generic"; otherwise the first of these that the machine has is used. "amx_emulated" runs the AMX path with its tile instructions in plain C++, for tests.
 Parallel regions run on the OpenMP runtime that torch brought into the process, if there is one.
 MOESTRO_CPU_CORE names another build of the core to load.
 """
@@ -18,8 +18,11 @@ from moestro.errors import BackendError, unknown_name
 from moestro.kernels.activations import Code
 
 ABI = 5
-ISAS = ("generic", "avx2", "avx_vnni", "avx512", "amx", "amx_emulated")  # in the core's numbering
-FASTEST_FIRST = ("amx", "avx512", "avx_vnni", "avx2", "generic")
+ISAS = (  # in the core's numbering
+    *("generic", "avx2", "avx_vnni", "avx512", "amx", "amx_emulated"),
+    *("neon", "neon_dot", "neon_bf16"),
+)
+FASTEST_FIRST = ("amx", "avx512", "avx_vnni", "avx2", "neon_bf16", "neon_dot", "neon", "generic")
 ARITHMETICS = (
     "float32",
     "bf16",

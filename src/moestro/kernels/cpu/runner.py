@@ -27,7 +27,10 @@ FP4 = ("nvfp4", "mxfp4")
 MOST = {"token_tile": 4096, "row_tile": 1024, "dequant_from": 1 << 30, "wave": 1 << 30}
 DENSE_NEVER = 1 << 30
 BOUND_KEPT = 64  # calls of `forward`, which measurements make, whose structs are kept
-DEQUANT_FROM = {"amx": 8, "amx_emulated": 8, "avx512": 24, "avx_vnni": 16, "avx2": 5, "generic": 24}
+DEQUANT_FROM = {
+    **{"amx": 8, "amx_emulated": 8, "avx512": 24, "avx_vnni": 16, "avx2": 5, "generic": 24},
+    **{"neon_bf16": 5, "neon_dot": 5, "neon": 5},  # counted, not measured: four tokens share a decoding
+}
 WAVE_BYTES = 128 << 20  # of the x of a wave's pairs: enough to amortise decoding, a bound for the workspace
 
 
@@ -150,7 +153,7 @@ class CpuRunner(MoeRunner):
         dequant_from: tuple[int, ...] = (DENSE_NEVER,)
         if self.problem.weight_format in FP4 and num_tokens >= 8:
             dequant_from = (DENSE_NEVER, 16, 24, 64) if num_tokens >= 32 else (DENSE_NEVER, 8)
-            if self.isa.startswith("avx") and self.isa != "avx512":
+            if self.isa in ("avx2", "avx_vnni") or self.isa.startswith("neon"):
                 dequant_from = (5, 9, DENSE_NEVER)
         return [CpuTactic(t, r, d) for t in token_tiles for r in (1, 2, 4) for d in dequant_from]
 
@@ -265,9 +268,13 @@ def _arithmetic(problem: MoeProblem, isa: str) -> str:
     """What a problem's products are made of on an instruction set: see csrc/kernels_*.cpp."""
     if problem.input_format == "int8":
         return "int8"
-    if isa in ("avx2", "avx_vnni"):
-        return "int16" if problem.weight_format in FP4 and problem.dtype == torch.bfloat16 else "float32"
-    return "float32" if isa == "generic" else "bf16"
+    if isa in ("avx512", "amx", "amx_emulated"):
+        return "bf16"
+    if isa in ("generic", "neon") or problem.dtype != torch.bfloat16:
+        return "float32"
+    if problem.weight_format in FP4:
+        return "int16"
+    return "bf16" if isa == "neon_bf16" else "float32"
 
 
 def _name(dtype: torch.dtype | None) -> str:

@@ -17,6 +17,10 @@ Spin spin_of(int isa) {
   if (isa == MOESTRO_AVX512) return spin_avx512;
   if (isa == MOESTRO_AVX_VNNI) return spin_avx_vnni;
   if (isa == MOESTRO_AVX2) return spin_avx2;
+#elif defined(__aarch64__)
+  if (isa == MOESTRO_NEON_BF16) return spin_neon_bf16;
+  if (isa == MOESTRO_NEON_DOT) return spin_neon_dot;
+  if (isa == MOESTRO_NEON) return spin_neon;
 #endif
   return isa == MOESTRO_GENERIC ? spin_generic : nullptr;
 }

@@ -4,9 +4,13 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
-#if defined(__linux__)
+#if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace moestro {
@@ -54,6 +58,28 @@ int detect() {
   }
   return found;
 }
+#elif defined(__aarch64__)
+#if defined(__APPLE__)
+bool feature(const char* name) {
+  int value = 0;
+  size_t size = sizeof value;
+  return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value != 0;
+}
+bool has_dots() { return feature("hw.optional.arm.FEAT_DotProd"); }
+bool has_bf16() { return feature("hw.optional.arm.FEAT_BF16"); }
+#elif defined(__linux__)  // bits of the kernel's asm/hwcap.h, which older headers do not name
+bool has_dots() { return getauxval(AT_HWCAP) >> 20 & 1; }
+bool has_bf16() { return getauxval(AT_HWCAP2) >> 14 & 1; }
+#else
+bool has_dots() { return false; }
+bool has_bf16() { return false; }
+#endif
+
+int detect() {
+  int found = kAlways | 1 << MOESTRO_NEON;
+  if (has_dots()) found |= 1 << MOESTRO_NEON_DOT | (has_bf16() ? 1 << MOESTRO_NEON_BF16 : 0);
+  return found;
+}
 #else
 int detect() { return kAlways; }
 #endif
@@ -72,6 +98,10 @@ const Kernels* kernels_of(const MoestroLayer& layer) {
   if (layer.isa == MOESTRO_AVX512) return kernels_avx512(layer);
   if (layer.isa == MOESTRO_AVX_VNNI) return kernels_avx_vnni(layer);
   if (layer.isa == MOESTRO_AVX2) return kernels_avx2(layer);
+#elif defined(__aarch64__)
+  if (layer.isa == MOESTRO_NEON_BF16) return kernels_neon_bf16(layer);
+  if (layer.isa == MOESTRO_NEON_DOT) return kernels_neon_dot(layer);
+  if (layer.isa == MOESTRO_NEON) return kernels_neon(layer);
 #endif
   if (layer.isa == MOESTRO_AMX_EMULATED) return kernels_amx_emulated(layer);
   return kernels_generic(layer);

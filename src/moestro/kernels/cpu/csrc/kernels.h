@@ -21,10 +21,12 @@ enum class Form {  // of a line
   kInt16,  // 32 int16, then two float32: what a unit of each half is worth, times 2^-9 (weights are 512 times too large)
   kInt8,   // 32 int8 in the order of fp4 codes, then float32: half of what a unit is worth, and 12 times the sum of each
            // half in it (weights are kept as 12 + 2 e2m1, never negative); 4 bytes are left over
+  kBytes,  // 32 int16 in two planes of 32 int8, 256 times the first and the second, in the order of fp4 codes; then two
+           // float32: half of what a unit of each half is worth
 };
 
 constexpr int line_of(Form form) {  // in uint16
-  return form == Form::kBf16 ? 32 : form == Form::kFloat ? 64 : form == Form::kInt16 ? 36 : 24;
+  return form == Form::kBf16 ? 32 : form == Form::kFloat ? 64 : form == Form::kInt8 ? 24 : 36;
 }
 
 struct Tokens {
@@ -135,6 +137,13 @@ int64_t spin_avx2(int arithmetic, int64_t rounds);
 int64_t spin_avx_vnni(int arithmetic, int64_t rounds);
 int64_t spin_avx512(int arithmetic, int64_t rounds);
 int64_t spin_amx(int arithmetic, int64_t rounds);
+#elif defined(__aarch64__)
+const Kernels* kernels_neon(const MoestroLayer& layer);
+const Kernels* kernels_neon_dot(const MoestroLayer& layer);
+const Kernels* kernels_neon_bf16(const MoestroLayer& layer);
+int64_t spin_neon(int arithmetic, int64_t rounds);
+int64_t spin_neon_dot(int arithmetic, int64_t rounds);
+int64_t spin_neon_bf16(int arithmetic, int64_t rounds);
 #endif
 int64_t spin_generic(int arithmetic, int64_t rounds);
 bool has_isa(int isa);                                // this build and this machine

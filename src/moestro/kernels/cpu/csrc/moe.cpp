@@ -24,6 +24,8 @@ void wait(F&& done) {
     if (i > kSpins) std::this_thread::yield();
 #if defined(__x86_64__)
     else __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    else __asm__ volatile("yield");
 #endif
   }
 }

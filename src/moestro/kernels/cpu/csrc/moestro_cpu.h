@@ -8,6 +8,13 @@
 #pragma once
 #include <stdint.h>
 
+#if !defined(__BYTE_ORDER__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "moestro's CPU core is for little-endian processors: its panels are read as words"
+#endif
+#if UINTPTR_MAX < UINT64_MAX
+#error "moestro's CPU core is for 64-bit processors: experts are larger than 4 GiB"
+#endif
+
 #if defined(_WIN32)
 #define MOESTRO_API __declspec(dllexport)
 #else
@@ -24,8 +31,12 @@ enum { MOESTRO_X_BF16 = 0, MOESTRO_X_FP16 = 1, MOESTRO_X_FP32 = 2 };  // of x, o
 enum { MOESTRO_INPUT_AS_IS = 0, MOESTRO_INPUT_INT8 = 1 };
 enum { MOESTRO_SWIGLU = 0, MOESTRO_GEGLU_TANH = 1, MOESTRO_RELU2 = 2 };
 // AVX2 comes with FMA and F16C; AVX_VNNI is AVX2 with 256-bit integer dot products; AVX512 has those of bf16 and int8.
+// NEON is every 64-bit ARM; NEON_DOT has dot products of bytes as well, and NEON_BF16 also those of bf16.
 // The emulated AMX runs the AMX path with its tile instructions in plain C++: for tests on any machine.
-enum { MOESTRO_GENERIC, MOESTRO_AVX2, MOESTRO_AVX_VNNI, MOESTRO_AVX512, MOESTRO_AMX, MOESTRO_AMX_EMULATED, MOESTRO_ISAS };
+enum {
+  MOESTRO_GENERIC, MOESTRO_AVX2, MOESTRO_AVX_VNNI, MOESTRO_AVX512, MOESTRO_AMX, MOESTRO_AMX_EMULATED,
+  MOESTRO_NEON, MOESTRO_NEON_DOT, MOESTRO_NEON_BF16, MOESTRO_ISAS
+};
 // Arithmetic whose rate moestro_cpu_rate measures.
 enum { MOESTRO_FLOAT32, MOESTRO_DOT_BF16, MOESTRO_DOT_INT16, MOESTRO_DOT_INT8, MOESTRO_ARITHMETICS };
 enum { MOESTRO_OK = 0, MOESTRO_SMALL_WORKSPACE = 1, MOESTRO_NO_ISA = 2 };

@@ -1,0 +1,54 @@
+// The rate of an arithmetic on NEON: registers only, as many independent sums as hide the instructions' latency.
+#pragma once
+#include <arm_neon.h>
+
+#include "kernels.h"
+#include "neon_dots.h"
+
+namespace moestro {
+namespace {
+
+struct Floats {
+  using Register = float32x4_t;
+  static constexpr int64_t kOperations = 2 * 4;  // multiplications and additions of one step of one sum
+  static Register zero() { return vdupq_n_f32(0.f); }
+  static Register step(Register sum, Register a, Register b) { return vfmaq_f32(sum, a, b); }
+};
+
+struct Int8s {
+  using Register = int32x4_t;
+  static constexpr int64_t kOperations = 2 * 16;
+  static Register zero() { return vdupq_n_s32(0); }
+  static Register step(Register sum, Register a, Register b) {
+    return dot8<0>(sum, vreinterpretq_s8_s32(a), vreinterpretq_s8_s32(b));
+  }
+};
+
+struct Int16s {  // in two planes of bytes
+  using Register = int32x4_t;
+  static constexpr int64_t kOperations = 2 * 16;
+  static Register zero() { return vdupq_n_s32(0); }
+  static Register step(Register sum, Register a, Register b) { return Int8s::step(Int8s::step(sum, a, b), a, b); }
+};
+
+template <class Arithmetic>
+int64_t spin(int64_t rounds) {
+  constexpr int kSums = 20, kSteps = 8;
+  typename Arithmetic::Register sum[kSums], a = Arithmetic::zero(), b = Arithmetic::zero();
+  for (auto& one : sum) one = Arithmetic::zero();
+  __asm__ volatile("" : "+w"(b));
+  for (int64_t i = 0; i < rounds; ++i) {
+    for (int step = 0; step < kSteps; ++step) {
+#pragma GCC unroll 20
+      for (int s = 0; s < kSums; ++s) {
+        sum[s] = Arithmetic::step(sum[s], a, b);
+        __asm__ volatile("" : "+w"(a));  // not known to be the same as before: no product serves two sums
+      }
+    }
+  }
+  for (auto& one : sum) __asm__ volatile("" : : "w"(one));
+  return rounds * kSteps * kSums * Arithmetic::kOperations;
+}
+
+}  // namespace
+}  // namespace moestro
