@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from moestro.errors import BackendError
 from moestro.formats import NVFP4
@@ -199,10 +200,24 @@ def _runner(cls: type[MoeRunner], problem: MoeProblem, experts: Held, cache: dic
 
 
 def gradients_wanted(x: Any, weights: Any, w: ExpertWeights) -> bool:
-    """Whether autograd, if it is on, would expect a derivative in x, in weights, or in what w was made from."""
+    """Whether autograd, if it is on, would expect a derivative in x, in weights, or in what w was made from.
+
+    Raises BackendError for a tangent of forward-mode differentiation, which would be dropped.
+    """
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(x=x, weights=weights)
     if w.origins and w.wanting_gradients():
         return True
     return getattr(x, "requires_grad", False) or getattr(weights, "requires_grad", False)
+
+
+def _refuse_tangents(**tensors: Any) -> None:
+    for name, tensor in tensors.items():
+        if isinstance(tensor, torch.Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
+            raise BackendError(
+                f"{name} must have no tangent, and has one: moestro.fused_moe has no forward-mode derivative "
+                "(torch.autograd.forward_ad, torch.func.jvp); take its gradient backward"
+            )
 
 
 def as_inputs(

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moestro.errors import BackendError, DTypeError, FormatError, RoutingError, ShapeError, as_count
+from moestro.errors import BackendError, DTypeError, FormatError, RoutingError, ShapeError, as_count, as_flag
 from moestro.formats import NVFP4
 from moestro.kernels.activations import Activation
 from moestro.kernels.problem import MoeRunner
@@ -96,7 +96,7 @@ class FusedMoE(torch.nn.Module):
             raise DTypeError(f"w must be a moestro.ExpertWeights, got {type(w).__name__}")
         self.top_k = as_count("top_k", top_k, RoutingError)
         self.max_num_tokens = as_count("max_num_tokens", max_num_tokens, ShapeError)
-        self.use_cuda_graph = bool(use_cuda_graph)
+        self.use_cuda_graph = as_flag("use_cuda_graph", use_cuda_graph, BackendError)
         self.options = Options(
             activation,
             input_format,

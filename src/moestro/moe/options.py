@@ -16,6 +16,7 @@ from moestro.errors import (
     RoutingError,
     ShapeError,
     as_count,
+    as_flag,
     unknown_name,
 )
 from moestro.kernels.activations import Activation, GeGLUTanh, SwiGLU, resolve_activation
@@ -60,6 +61,8 @@ def make_problem(
         raise BackendError(f"tactic must be hashable, got {options.tactic!r}")
     if not isinstance(options.backend, str):
         raise BackendError(f"backend must be a name, got {options.backend!r}")
+    batch_invariant = as_flag("batch_invariant", options.batch_invariant, BackendError)
+    deterministic = as_flag("deterministic", options.deterministic, BackendError)
     return MoeProblem.of(
         w,
         num_experts=None if options.num_experts is None else operator.index(options.num_experts),
@@ -68,9 +71,9 @@ def make_problem(
         activation=activation,
         input_format=options.input_format,
         dtype=dtype,
-        deterministic=bool(options.deterministic or options.batch_invariant),
+        deterministic=deterministic or batch_invariant,
         cuda_graph=cuda_graph and w.device.type == "cuda",
-        batch_invariant=bool(options.batch_invariant),
+        batch_invariant=batch_invariant,
     )
 
 

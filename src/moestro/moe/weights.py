@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+from collections.abc import Iterable, Iterator
 from typing import Any, Self
 
 import torch
@@ -217,7 +218,8 @@ class ExpertWeights:
             activation=resolve_activation("silu" if gated else "relu2"),
         )
         with devices.on(gate_up.device):
-            made = backends.resolve(backend, problem)[0].prepare_each(problem, exactly(len(experts), experts))
+            each = _with_right_scales(exactly(len(experts), experts))
+            made = backends.resolve(backend, problem)[0].prepare_each(problem, each)
         if made is not None:
             return cls(*made, **side)
         whole = (type(first[i]).stack(parts) for i, parts in enumerate(zip(*experts, strict=True)))  # type: ignore[attr-defined]
@@ -361,3 +363,12 @@ class ExpertWeights:
 def _restored(tensors: list[Picklable], spec: str) -> ExpertWeights:
     made: ExpertWeights = flat.unflatten([from_picklable(tensor) for tensor in tensors], spec)
     return made
+
+
+def _with_right_scales(experts: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
+    """The experts as they come, once their scales are found to be such: what is packed is not looked at again."""
+    for index, pair in enumerate(experts):
+        for name, part in zip(("gate_up", "down"), pair, strict=True):
+            if isinstance(part, Pieces):
+                type(part)(*(piece[None] for piece in part.pieces)).check_scales(name, index)
+        yield pair
