@@ -183,3 +183,19 @@ def test_a_layer_is_made_tuned_and_called_under_any_default_device(device: str) 
         for distribution in (Uniform(), moestro.routing.Zipf(1.0), moestro.routing.Balanced()):
             assert distribution.sample(5, 8, 2).device.type == "cpu"
     assert error(layer(*given), *given, w) < 3e-2
+
+
+@pytest.mark.parametrize("how", ["portable", "auto"])
+@pytest.mark.parametrize("fmt", ["bf16", "nvfp4"])
+def test_an_expert_of_another_shape_is_named(how: str, fmt: str) -> None:
+    w, other = make_weights(fmt), make_weights(fmt)
+    each: list[Any] = [(w.gate_up.expert(e), w.down.expert(e)) for e in range(E)]  # type: ignore[attr-defined]
+    cut: Any = other.gate_up
+    each[4] = (
+        type(cut)(*(piece[0, :-2] if piece.ndim > 1 else piece[0] for piece in cut.pieces)),
+        each[4][1],
+    )
+    with pytest.raises(
+        errors.ShapeError, match=r"gate_up of expert 4 must be \[160, 48\] as of expert 0, got \[158, 48\]"
+    ):
+        ExpertWeights.from_experts(each, how)
