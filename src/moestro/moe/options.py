@@ -21,7 +21,7 @@ from moestro.errors import (
 )
 from moestro.kernels.activations import Activation, GeGLUTanh, SwiGLU, resolve_activation
 from moestro.kernels.problem import INPUT_FORMATS, MoeProblem
-from moestro.moe.checks import X_DTYPES, check_top_k
+from moestro.moe.checks import X_DTYPES, Limits, check_top_k
 from moestro.moe.weights import ExpertWeights
 
 
@@ -37,6 +37,13 @@ class Options:
     backend: str = "auto"
     tactic: Any = None
     num_experts: int | None = None
+
+
+def limits_of(
+    w: ExpertWeights, options: Options, top_k: int | None = None, max_num_tokens: int | None = None
+) -> Limits:
+    """What calls on these weights must agree with; None: any."""
+    return Limits(w.hidden_size, w.device, known_num_experts(options, w), top_k, max_num_tokens)
 
 
 def known_num_experts(options: Options, w: ExpertWeights) -> int | None:
