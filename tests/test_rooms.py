@@ -18,7 +18,7 @@ ROOMS: Mapping[str, Mapping[str, set[str]]] = {
         "forks": set(),
         "link": {"spec"},
         "race": {"spec"},
-        "store": {"spec"},
+        "store": {"spec", "forks"},
         "group": {"link", "spec", "store"},  # how ranks agree, in the words of records
         "measure": {"spec", "race", "store", "progress", "group"},
         "contexts": {"spec", "store", "measure", "progress", "group"},

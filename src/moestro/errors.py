@@ -39,6 +39,7 @@ __all__ = [
     "TuningError",
     "TuningWarning",
     "as_count",
+    "as_flag",
     "unknown_name",
 ]
 
@@ -105,6 +106,13 @@ def unknown_name(kind: str, got: object, known: Iterable[str]) -> str:
         if hint
         else (f"unknown {kind} {got!r}; known: {', '.join(names)}")
     )
+
+
+def as_flag(name: str, value: object, error: type[MoestroError]) -> bool:
+    """A switch as a bool: Python's and numpy's booleans. Raises `error`, naming the argument, for anything else."""
+    if type(value).__name__ not in ("bool", "bool_"):
+        raise error(f"{name} must be True or False, got {value!r}")
+    return bool(value)
 
 
 def as_count(name: str, value: object, error: type[MoestroError], least: int | None = 1) -> int:

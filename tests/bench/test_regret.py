@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -181,23 +180,28 @@ def test_the_command_fails_when_a_target_does(monkeypatch: pytest.MonkeyPatch) -
     assert "FAILS samples at most" in done.output
 
 
-def test_the_oracle_begins_on_a_loaded_device_where_the_timer_says_that_it_slows_down() -> None:
+def test_the_oracle_begins_on_a_loaded_device_where_the_timer_says_that_it_slows_down(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     class Timer:
         name, sustains = "hot", True
 
         def prepare(self, call: Any) -> Any:
             return call
 
+    now = [0.0]
     runs: list[float] = []
 
     def sampler() -> float:
-        runs.append(time.perf_counter())
-        return 1e-3
+        runs.append(now[0])
+        now[0] += 1.0
+        return 1.0
 
-    load(sampler, MeasurementPolicy(sustained_s=0.02), Timer())
-    assert runs[-1] - runs[0] > 0.01
+    monkeypatch.setattr("moestro.bench.regret_real.time.perf_counter", lambda: now[0])
+    load(sampler, MeasurementPolicy(sustained_s=20.0), Timer())
+    assert len(runs) == 20
     runs.clear()
     load(sampler, MeasurementPolicy(sustained_s=0.0), Timer())
     Timer.sustains = False
-    load(sampler, MeasurementPolicy(sustained_s=0.02), Timer())
+    load(sampler, MeasurementPolicy(sustained_s=20.0), Timer())
     assert runs == []

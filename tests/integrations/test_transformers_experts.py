@@ -30,8 +30,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(AutoTuner, "_default", AutoTuner())
     integration.register()
     yield
-    integration.ExpertsInterface._global_mapping.pop("moestro", None)
-    integration.REGISTERED.pop("moestro", None)  # ours and theirs say the same
+    integration.REGISTERED.clear()
 
 
 def qwen3() -> Any:
@@ -132,3 +131,16 @@ def test_an_activation_that_we_do_not_have_is_an_error() -> None:
             module.act_fn = torch.nn.Tanh()
     with pytest.raises(BackendError, match="Qwen3MoeExperts has an activation"):
         logits(model, "moestro")
+
+
+def test_what_transformers_has_forgotten_is_forgotten_here() -> None:
+    """Its registry is the one that counts; there is no copy to be kept equal."""
+    integration.register("another", format="nvfp4")
+    assert set(integration.REGISTERED) == {"moestro", "another"}
+    assert integration.REGISTERED["another"].format == "nvfp4"
+    del integration.ExpertsInterface._global_mapping["another"]
+    assert "another" not in integration.REGISTERED
+    integration.ExpertsInterface.register("moestro", lambda *args: None)
+    assert list(integration.REGISTERED) == [], "replaced by somebody else's"
+    with pytest.raises(TypeError, match=r"register\(\)"):
+        integration.REGISTERED["x"] = integration.Settings()

@@ -127,11 +127,10 @@ def test_an_operator_works_on_weights_whose_owner_is_gone() -> None:
 @pytest.mark.parametrize("quantised", [False, True])
 def test_the_operators_pass_torchs_own_checks(quantised: bool) -> None:
     w, (x, ids, weights) = make_weights("bf16"), make_call(5)
-    data, scales = op.split_x(NVFP4.quantize_rows(x) if quantised else x)
     options = op.options_text(
         ("silu", "nvfp4" if quantised else None, 0, False, False, "portable", "loop", None)
     )
-    args = (data, scales, ids, weights, w.tensors, w.spec, options)
+    args = tuple(op.FlatCall.of(NVFP4.quantize_rows(x) if quantised else x, ids, weights, w, options))
     # torch's schema check multiplies the inputs, which float8 scales do not allow
     tests = ("test_faketensor",) if quantised else ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.moestro.fused_moe, args, test_utils=tests)

@@ -166,3 +166,18 @@ def test_an_out_that_wants_a_gradient_is_refused() -> None:
         fused_moe(x, ids, weights, w, out=out)
     with torch.no_grad():
         fused_moe(x, ids, weights, w, out=out)
+
+
+@pytest.mark.parametrize("which", ["x", "weights"])
+@pytest.mark.parametrize("layer", [False, True])
+def test_a_tangent_of_forward_mode_is_refused_and_not_dropped(which: str, layer: bool) -> None:
+    import torch.autograd.forward_ad as forward
+
+    w, (x, ids, weights) = make_weights(), make_call(3, dtype=torch.float32)
+    call = FusedMoE(w, K, 8) if layer else lambda *given: fused_moe(*given, w)
+    with forward.dual_level():
+        given = {"x": x, "weights": weights}
+        given[which] = forward.make_dual(given[which], torch.ones_like(given[which]))
+        with pytest.raises(errors.BackendError, match=f"{which} must have no tangent"):
+            call(given["x"], ids, given["weights"])
+        assert torch.isfinite(call(x, ids, weights)).all(), "a call without one is not concerned"

@@ -130,3 +130,72 @@ def test_float16_holds_what_its_range_does_not(tactic: Any) -> None:
     assert torch.isfinite(expected).all()
     assert expected[1, 0] == pytest.approx(19_336, rel=1e-3)
     torch.testing.assert_close(y.float(), expected, rtol=1e-3, atol=1e-3)
+
+
+# piece of a format -> what spoils one element of it
+SPOILED = {
+    ("nvfp4", "global_scale"): math.nan,
+    ("nvfp4", "scale"): 0x7F,
+    ("mxfp4", "scale"): 255,
+    ("mxfp8", "scale"): 255,
+    ("fp8_block", "scale_inv"): math.inf,
+}
+
+
+@pytest.mark.parametrize(("fmt", "piece"), SPOILED)
+@pytest.mark.parametrize("how", ["whole", "portable", "auto"])
+def test_a_spoiled_scale_is_refused_whole_and_expert_by_expert(fmt: str, piece: str, how: str) -> None:
+    """What is packed expert by expert, as checkpoints are, is looked at on the way."""
+    down: Any = make_weights(fmt).down
+    scale = getattr(down, piece).clone()
+    plain = scale if scale.is_floating_point() and scale.dtype.itemsize > 1 else scale.view(torch.uint8)
+    plain.view(E, -1)[3, -1] = SPOILED[fmt, piece]
+    broken = dataclasses.replace(down, **{piece: scale})
+    gate_up: Any = make_weights(fmt).gate_up
+    each = [(gate_up.expert(e), broken.expert(e)) for e in range(E)]
+    make = ExpertWeights if how == "whole" else ExpertWeights.from_experts
+    with pytest.raises(errors.FormatError, match=rf"down\.{piece} must be finite.* at expert 3"):
+        make(*((gate_up, broken) if how == "whole" else (each, how)))
+
+
+@pytest.mark.parametrize("value", ["yes", None, 2, 1.0, "False", [True]])
+@pytest.mark.parametrize("name", ["deterministic", "batch_invariant", "use_cuda_graph"])
+def test_a_switch_of_another_type_is_an_error_that_names_it(name: str, value: Any) -> None:
+    w = make_weights()
+    with pytest.raises(errors.BackendError, match=f"{name} must be True or False, got"):
+        FusedMoE(w, K, 16, **{name: value})
+    if name != "use_cuda_graph":
+        with pytest.raises(errors.BackendError, match=f"{name} must be True or False, got"):
+            fused_moe(*make_call(3), w, **{name: value if value.__hash__ else "x"})
+
+
+def test_numpys_booleans_are_switches() -> None:
+    w, given = make_weights(), make_call(3)
+    assert torch.equal(fused_moe(*given, w, deterministic=np.True_), fused_moe(*given, w, deterministic=True))
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_a_layer_is_made_tuned_and_called_under_any_default_device(device: str) -> None:
+    w, given = make_weights(), make_call(3)
+    with torch.device(device):
+        layer = FusedMoE(w, K, 8, tuner=moestro.AutoTuner())
+        layer.tune(budget_s=0.05, progress=False)
+        for distribution in (Uniform(), moestro.routing.Zipf(1.0), moestro.routing.Balanced()):
+            assert distribution.sample(5, 8, 2).device.type == "cpu"
+    assert error(layer(*given), *given, w) < 3e-2
+
+
+@pytest.mark.parametrize("how", ["portable", "auto"])
+@pytest.mark.parametrize("fmt", ["bf16", "nvfp4"])
+def test_an_expert_of_another_shape_is_named(how: str, fmt: str) -> None:
+    w, other = make_weights(fmt), make_weights(fmt)
+    each: list[Any] = [(w.gate_up.expert(e), w.down.expert(e)) for e in range(E)]  # type: ignore[attr-defined]
+    cut: Any = other.gate_up
+    each[4] = (
+        type(cut)(*(piece[0, :-2] if piece.ndim > 1 else piece[0] for piece in cut.pieces)),
+        each[4][1],
+    )
+    with pytest.raises(
+        errors.ShapeError, match=r"gate_up of expert 4 must be \[160, 48\] as of expert 0, got \[158, 48\]"
+    ):
+        ExpertWeights.from_experts(each, how)

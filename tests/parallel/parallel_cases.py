@@ -175,7 +175,7 @@ def autotune_in_step(group: Any) -> list[Any]:
     """Ranks with different numbers of tokens inside moestro.autotune's context on one tuner."""
     layer = layer_of(weights_of_all(), max_num_tokens=16)
     x, ids, weights = tokens_of(group.rank(), 3 + 6 * group.rank(), "uniform")
-    with layer.tuner.autotune(True, group=group, crossover=False, budget_s=3.0):
+    with layer.tuner.autotune(True, group=group, crossover=False, budget_s=100.0):
         layer(x, ids, weights)
     found = [layer.decision(n) for n in (1, 4, 9)]
     return [None if d is None else repr(d.tactic) for d in found]

@@ -303,16 +303,19 @@ def test_an_asyncio_task_has_a_context_of_its_own() -> None:
     clock = quiet_clock()
     t, runner, cfg = tuner(clock), Kernel(clock, {-1: 1e-3, 0: 5e-4}), config((64,))
 
-    async def tuning() -> None:
+    async def tuning(entered: asyncio.Event, served: asyncio.Event) -> None:
         with t.autotune(True):
-            await asyncio.sleep(0.02)
+            entered.set()
+            await served.wait()
 
-    async def serving() -> None:
-        await asyncio.sleep(0.005)
+    async def serving(entered: asyncio.Event, served: asyncio.Event) -> None:
+        await entered.wait()
         t.choose_one("op", [runner], cfg, inputs(4))
+        served.set()
 
     async def main() -> None:
-        await asyncio.gather(tuning(), serving())
+        events = asyncio.Event(), asyncio.Event()
+        await asyncio.gather(tuning(*events), serving(*events))
 
     asyncio.run(main())
     assert runner._runs == []
@@ -330,7 +333,7 @@ def test_a_child_that_was_forked_inside_a_context_looks_up_until_it_enters_one()
             with t.autotune(True):
                 after = t.choose_one("op", [runner], cfg, inputs(64))[1]
             os._exit(0 if (before, after) == ((-1, 0), 0) else 1)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 200
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:

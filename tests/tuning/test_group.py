@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -56,14 +57,21 @@ def test_exchanges_leave_no_keys_behind() -> None:
 
 
 def test_a_rank_that_comes_too_late_is_named_to_all_and_to_itself() -> None:
+    waiting = threading.Barrier(2)
+    gone = threading.Event()
+
     def body(link: StoreLink) -> None:
         if link.rank == 1:
-            time.sleep(0.6)
-        link.exchange("vote", 0)
+            assert gone.wait(120)
+        try:
+            link.exchange("vote", 0)
+        finally:
+            if link.rank != 1 and waiting.wait(120) == 0:
+                gone.set()  # both others have given up
 
-    for error in run_ranks(3, body, timeout_s=0.2):
+    for error in run_ranks(3, body, timeout_s=1.0, wait_s=200):
         assert isinstance(error, GroupError)
-        assert "rank 1 of 3 did not come to 'vote' within 0.2 s" in str(error)
+        assert "rank 1 of 3 did not come to 'vote' within 1 s" in str(error)
 
 
 def test_a_rank_that_leaves_is_not_waited_for() -> None:
@@ -74,8 +82,8 @@ def test_a_rank_that_leaves_is_not_waited_for() -> None:
         return link.exchange("vote", 0)
 
     started = time.monotonic()
-    _, error = run_ranks(2, body, timeout_s=30.0)
-    assert time.monotonic() - started < 5
+    _, error = run_ranks(2, body, timeout_s=300.0)
+    assert time.monotonic() - started < 100, "the one that left was waited for"
     assert isinstance(error, GroupError)
     assert "rank 0 left: ValueError: bad" in str(error)
 
@@ -294,7 +302,7 @@ def test_when_a_rank_is_lost_all_others_use_the_default_and_say_who_it_was() -> 
         return None if link.rank == 2 else choose(link, {-1: 1e-3, 0: 5e-4})[0]
 
     with pytest.warns(TuningWarning, match=r"all use the default tactic: rank 2 of 3 did not come to 'tune'"):
-        assert run_ranks(3, body, timeout_s=0.3) == [-1, -1, None]
+        assert run_ranks(3, body, timeout_s=1.0) == [-1, -1, None]
 
 
 def test_after_a_loss_the_context_goes_on_with_defaults_without_waiting_again() -> None:
@@ -308,8 +316,8 @@ def test_after_a_loss_the_context_goes_on_with_defaults_without_waiting_again() 
 
     started = time.monotonic()
     with pytest.warns(TuningWarning):
-        assert run_ranks(2, body, timeout_s=0.3)[0] == [-1] * 3
-    assert time.monotonic() - started < 2
+        assert run_ranks(2, body, timeout_s=3.0)[0] == [-1] * 3
+    assert time.monotonic() - started < 8.5, "three waits would take 9 s, one takes 3"
 
 
 def test_a_rank_that_leaves_the_context_with_an_error_frees_the_others_at_once() -> None:

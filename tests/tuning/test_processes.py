@@ -31,7 +31,7 @@ def decided(store: Path) -> set[int]:
 
 def test_a_killed_run_loses_no_finished_bucket_and_is_continued(store: Path) -> None:
     child = start(store, "op", 4096, pause=0.05)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while len(decided(store)) < 4 and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(child.pid, signal.SIGKILL)
@@ -48,7 +48,7 @@ def test_a_killed_run_loses_no_finished_bucket_and_is_continued(store: Path) -> 
 
 def test_two_processes_tuning_into_one_store_lose_nothing(store: Path) -> None:
     children = [start(store, "op", 4096), start(store, "op", 3000), start(store, "other", 3000)]
-    assert [child.wait(60) for child in children] == [0, 0, 0]
+    assert [child.wait(200) for child in children] == [0, 0, 0]
     expected = set(get_hybrid_num_tokens_buckets(4096)) | {3000}
     assert decided(store) == expected
     clock = quiet_clock()
@@ -62,7 +62,7 @@ def test_two_processes_tuning_into_one_store_lose_nothing(store: Path) -> None:
 def test_isolated_candidates_may_crash_or_hang(store: Path) -> None:
     clock = quiet_clock()
     runner, cfg = Crashing(clock, {}), config((64,))
-    t = tuner(clock, store, isolate=True, time_limit=0.5)
+    t = tuner(clock, store, isolate=True, time_limit=4.0)
     with t.autotune(True):
         assert t.choose_one("op", [runner], cfg, inputs(64)) == (runner, 0)
     decision = t.decision("op", [runner], cfg, inputs(64))

@@ -110,7 +110,9 @@ def test_a_bundle_of_the_older_form_is_read_and_converted(full: Path, tmp_path: 
 
 
 @given(st.integers(0, 10_000), st.integers(1, 400), st.sampled_from(["cut", "digit", "name"]))
-def test_a_damaged_bundle_is_read_or_an_error_that_names_it(at: int, length: int, what: str) -> None:
+def test_a_damaged_bundle_is_read_or_an_error_that_names_it(
+    tmp_path_factory: pytest.TempPathFactory, at: int, length: int, what: str
+) -> None:
     text = DAMAGED
     at %= len(text)
     if what == "cut":
@@ -119,7 +121,7 @@ def test_a_damaged_bundle_is_read_or_an_error_that_names_it(at: int, length: int
         text = text[:at] + "7" + text[at + 1 :]
     else:
         text = text.replace("decision", "precision", 1 + at % 2)
-    path = Path("/tmp") / "moestro-damaged-bundle.json"
+    path = tmp_path_factory.getbasetemp() / "damaged-bundle.json"
     path.write_text(text)
     try:
         entries = list(read_bundle(path).entries)

@@ -348,7 +348,7 @@ def test_no_lock_is_held_for_look_ups_while_another_thread_measures() -> None:
     class Slow(Kernel):
         def forward(self, inputs: Any, tactic: Any = -1, do_preparation: bool = False, **kwargs: Any) -> Any:
             measuring.set()
-            assert looked_up.wait(20)
+            assert looked_up.wait(200)
             clock.advance(1e-3)
 
     t, cfg = tuner(clock), config((64,))
@@ -360,14 +360,14 @@ def test_no_lock_is_held_for_look_ups_while_another_thread_measures() -> None:
 
     thread = threading.Thread(target=tune)
     thread.start()
-    assert measuring.wait(20)
+    assert measuring.wait(200)
     pick = t.bind("other", [other], cfg)
     for _ in range(3):
         assert t.choose_one("other", [other], cfg, inputs(64)) == pick(inputs(64)) == (other, -1)
         assert t.choose_one("slow", [slow], cfg, inputs(64)) == (slow, -1), "a plain call never tunes"
         assert t.decision("slow", [slow], cfg, inputs(64)) is None
     looked_up.set()
-    thread.join(20)
+    thread.join(200)
     assert not thread.is_alive()
 
 

@@ -7,7 +7,6 @@ tensors that its files do not hold; a shard that was cut short.
 from __future__ import annotations
 
 import json
-import threading
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
@@ -18,6 +17,7 @@ import torch
 
 from moestro.errors import FormatError
 from moestro.formats.pages import release
+from moestro.tuning.forks import Lock
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {
@@ -48,7 +48,7 @@ class Safetensors(Mapping[str, torch.Tensor]):
         several = not isinstance(path, str | Path)
         self.path = None if several else Path(path)  # type: ignore[arg-type]
         self._open: dict[Path, Any] = {}
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._files = self._names_of([Path(p) for p in path]) if several else self._find(Path(path))  # type: ignore[arg-type, union-attr]
 
     def __getitem__(self, name: str) -> torch.Tensor:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from moestro.compat.profiles import nearest_profile, optimization_profiles
-from moestro.compat.tuner import PeerTuner, ProfilingCache
+from moestro.compat.tuner import PeerTuner, ProfilingCache, store_beside
 from moestro.errors import StoreWarning, TuningError, TuningWarning
 from moestro.tuning import (
     ConstraintSpec,
@@ -35,7 +35,7 @@ from moestro.tuning import (
 from moestro.tuning import TunableRunner as _Runner
 from moestro.tuning.lookup.known import Statistics as AutoTunerStatistics
 from moestro.tuning.spec.specs import Dim
-from moestro.tuning.store.store import Store, write_text_atomically
+from moestro.tuning.store.store import write_text_atomically
 
 __all__ = [
     "AutoTuner",
@@ -187,16 +187,12 @@ class AutoTunerProfilingCache(ProfilingCache):
 
 
 class AutoTuner(PeerTuner):
-    """TensorRT-LLM's AutoTuner(warmup, repeat, stream_delay_micro_secs); these say how its measurement works and
-    are not needed. store, timer, policy: as moestro.tuning.AutoTuner.
-    """
+    """TensorRT-LLM's AutoTuner; see PeerTuner."""
 
-    def __init__(
-        self, warmup: int = 2, repeat: int = 10, stream_delay_micro_secs: int = 1000, **ours: Any
-    ) -> None:
-        super().__init__(**ours)
-        self.warmup, self.repeat = warmup, repeat
-        self.stream_delay_micro_secs = stream_delay_micro_secs
+    _measures = 2, 10, 1000
+
+    def __init__(self, *measures: int, **ours: Any) -> None:
+        super().__init__(*measures, **ours)
         self.mapping: Any = None
         self.profiling_cache: AutoTunerProfilingCache = AutoTunerProfilingCache(self)
 
@@ -315,7 +311,7 @@ def autotune(
     tuner = AutoTuner.get()
     assert isinstance(tuner, AutoTuner)
     here = tuner.rank if rank is None else rank
-    store = Store(f"{os.fspath(cache_path)}.d") if cache_path is not None else None
+    store = store_beside(cache_path)
     with tuner.autotune(tune_mode, store, only_sizes_seen=skip_dynamic_tuning_buckets or None, **ours):
         yield
     if cache_path is not None and tune_mode:

@@ -5,6 +5,7 @@ that a test may replace.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any, ClassVar
 
@@ -14,10 +15,10 @@ from moestro.tuning.spec.keys import StaticKey, shapes_of
 from moestro.tuning.spec.policy import MeasurementPolicy
 from moestro.tuning.spec.runner import DEFAULT_TACTIC, identity_text, runner_identity
 from moestro.tuning.spec.specs import TuningConfig
-from moestro.tuning.store.store import default_store
+from moestro.tuning.store.store import Store, default_store
 from moestro.tuning.tuner import AutoTuner
 
-__all__ = ["PeerTuner", "ProfilingCache"]
+__all__ = ["PeerTuner", "ProfilingCache", "store_beside"]
 
 _MISSING: Any = object()
 Hit = tuple[bool, int, Any, Any]  # (hit, index of the runner, tactic, profile or None)
@@ -57,9 +58,24 @@ class PeerTuner(AutoTuner):
     """
 
     _instance: ClassVar[AutoTuner | None] = None
+    # How the peer's measurement works by default: warm-up runs, timed runs, microseconds before them.
+    _measures: ClassVar[tuple[int, int, int]]
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        warmup: int | None = None,
+        repeat: int | None = None,
+        stream_delay_micro_secs: int | None = None,
+        **ours: Any,
+    ) -> None:
+        """The peer's keywords say how its measurement works and are not needed: ours samples until a choice is sure.
+        ours: store, timer, policy ... as of moestro.tuning.AutoTuner.
+        """
+        super().__init__(**ours)
+        given = (warmup, repeat, stream_delay_micro_secs)
+        self.warmup, self.repeat, self.stream_delay_micro_secs = (
+            usual if value is None else value for value, usual in zip(given, self._measures, strict=True)
+        )
         self.profiling_cache: Any = ProfilingCache(self._decided, super().clear_cache)
         self._mode: contextlib.ExitStack | None = None
 
@@ -214,6 +230,11 @@ class PeerTuner(AutoTuner):
         if type(self)._profile_single_kernel is not PeerTuner._profile_single_kernel:
             return _ReplacedClock(self)
         return super()._timer_for(device, policy, graph)
+
+
+def store_beside(path: str | os.PathLike[str] | None) -> Store | None:
+    """Where our decisions are kept beside a peer's file: x.json has them in the folder x.json.d."""
+    return None if path is None else Store(f"{os.fspath(path)}.d")
 
 
 class _ReplacedClock:

@@ -43,6 +43,19 @@ def require_one_device(**tensors: torch.Tensor) -> None:
             raise DeviceError(f"{name} must be on {at}, where {first} is, got {device}")
 
 
+def require_mx(name: str, values: torch.Tensor, scale: torch.Tensor, block: int, per_item: int = 1) -> None:
+    """Check the pieces of an MX format: values [..., R, C / per_item], and one e8m0 scale (uint8) per `block` of C."""
+    require_dtype("scale", scale, torch.uint8)
+    require_one_device(**{name: values, "scale": scale})
+    *outer, items = values.shape or (0,)
+    if len(outer) < 1 or items * per_item % block:
+        columns = "C" if per_item == 1 else f"C/{per_item}"
+        raise ShapeError(
+            f"{name} must have shape [..., R, {columns}], C divisible by {block}, got {list(values.shape)}"
+        )
+    require_shape("scale", scale, (*outer, items * per_item // block), f"one per {block} columns")
+
+
 def require_dense(name: str, dense: torch.Tensor, block: int = 1) -> None:
     """Check that `dense` can be quantised: floating point [..., R, C] with C a multiple of `block`."""
     require_dtype(name, dense, *DENSE_DTYPES)
@@ -72,10 +85,12 @@ def require_finite(name: str, dense: torch.Tensor, amax: torch.Tensor, format: s
     )
 
 
-def require_scale(name: str, scale: torch.Tensor, *, zero: bool = False, at: str = "expert") -> None:
+def require_scale(
+    name: str, scale: torch.Tensor, *, zero: bool = False, at: str = "expert", start: int = 0
+) -> None:
     """FormatError unless every scale is finite and positive (zero: or 0), naming the first that is not.
 
-    at: what the first dimension counts.
+    at: what the first dimension counts; start: its first.
 
     For scales that come from outside, once: it waits for the device. A tensor without values passes.
     """
@@ -86,13 +101,13 @@ def require_scale(name: str, scale: torch.Tensor, *, zero: bool = False, at: str
     if not bool(bad.any()):
         return
     first = bad.nonzero()[0].tolist()
-    place = f" at {at} {first[0]}" if first else ""
+    place = f" at {at} {start + first[0]}" if first else ""
     place += f", {first[1:]}" if len(first) > 1 else ""
     wanted = "finite and not negative" if zero else "finite and positive"
     raise FormatError(f"{name} must be {wanted}, got {float(values[tuple(first)])}{place}")
 
 
-def require_block_scales(name: str, scale: torch.Tensor) -> None:
+def require_block_scales(name: str, scale: torch.Tensor, start: int = 0) -> None:
     """The same of e4m3 block scales [E, ...], of which 0 is one: no NaN, nothing negative. Reads bytes, expert by expert."""
     if scale.is_meta or not scale.numel() or torch.compiler.is_compiling():
         return
@@ -101,7 +116,18 @@ def require_block_scales(name: str, scale: torch.Tensor) -> None:
     if bool(bad.any()):
         raise FormatError(
             f"{name} must be finite and not negative, got a NaN or a negative block scale at expert "
-            f"{int(bad.nonzero()[0])}"
+            f"{start + int(bad.nonzero()[0])}"
+        )
+
+
+def require_e8m0_scales(name: str, scale: torch.Tensor, start: int = 0) -> None:
+    """FormatError unless none of these e8m0 block scales [E, ...] is NaN, which is their code 255."""
+    if scale.is_meta or not scale.numel() or torch.compiler.is_compiling():
+        return
+    bad = torch.stack([(codes == 255).any() for codes in scale])
+    if bool(bad.any()):
+        raise FormatError(
+            f"{name} must be finite, got a NaN block scale (e8m0 255) at expert {start + int(bad.nonzero()[0])}"
         )
 
 

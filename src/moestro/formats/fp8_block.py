@@ -87,9 +87,9 @@ class FP8Block(Pieces):
                 raise ShapeError(f"parts[{i}] must have rows divisible by {BLOCK}, got {list(part.shape)}")
         return cls(*map(join_rows, pieces))
 
-    def check_scales(self, name: str) -> None:
+    def check_scales(self, name: str, start: int = 0) -> None:
         """FormatError for a scale that is negative or not finite; 0 is what a block of zeros may have."""
-        require_scale(f"{name}.scale_inv", self.scale_inv, zero=True)
+        require_scale(f"{name}.scale_inv", self.scale_inv, zero=True, start=start)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -20,9 +20,9 @@ from moestro.formats.buffers import Buffers
 from moestro.formats.checks import (
     require_dense,
     require_dtype,
+    require_e8m0_scales,
     require_finite,
-    require_one_device,
-    require_shape,
+    require_mx,
 )
 from moestro.formats.pieces import Pieces, dense_out, in_blocks, join_rows, magnitude, row_chunks
 
@@ -49,14 +49,11 @@ class MXFP4(Pieces):
 
     def __post_init__(self) -> None:
         require_dtype("packed", self.packed, torch.uint8)
-        require_dtype("scale", self.scale, torch.uint8)
-        require_one_device(packed=self.packed, scale=self.scale)
-        shape = self.packed.shape
-        if len(shape) < 2 or shape[-1] % (BLOCK // 2):
-            raise ShapeError(
-                f"packed must have shape [..., R, C/2], C divisible by {BLOCK}, got {list(shape)}"
-            )
-        require_shape("scale", self.scale, (*shape[:-1], shape[-1] * 2 // BLOCK), f"one per {BLOCK} columns")
+        require_mx("packed", self.packed, self.scale, BLOCK, per_item=2)
+
+    def check_scales(self, name: str, start: int = 0) -> None:
+        """FormatError for a block scale that is NaN, naming the expert: once, of what comes from outside."""
+        require_e8m0_scales(f"{name}.scale", self.scale, start)
 
     @classmethod
     def quantize(cls, dense: torch.Tensor) -> Self:

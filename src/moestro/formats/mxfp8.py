@@ -13,12 +13,12 @@ from typing import ClassVar, Self
 
 import torch
 
-from moestro.errors import ShapeError
 from moestro.formats.checks import (
     require_dense,
     require_dtype,
+    require_e8m0_scales,
     require_finite,
-    require_one_device,
+    require_mx,
     require_shape,
 )
 from moestro.formats.mxfp4 import BIAS, decode_e8m0, power_of_two
@@ -46,12 +46,11 @@ class MXFP8(Pieces):
 
     def __post_init__(self) -> None:
         require_dtype("data", self.data, torch.float8_e4m3fn)
-        require_dtype("scale", self.scale, torch.uint8)
-        require_one_device(data=self.data, scale=self.scale)
-        shape = self.data.shape
-        if len(shape) < 2 or shape[-1] % BLOCK:
-            raise ShapeError(f"data must have shape [..., R, C], C divisible by {BLOCK}, got {list(shape)}")
-        require_shape("scale", self.scale, (*shape[:-1], shape[-1] // BLOCK), f"one per {BLOCK} columns")
+        require_mx("data", self.data, self.scale, BLOCK)
+
+    def check_scales(self, name: str, start: int = 0) -> None:
+        """FormatError for a block scale that is NaN, naming the expert: once, of what comes from outside."""
+        require_e8m0_scales(f"{name}.scale", self.scale, start)
 
     @classmethod
     def quantize(cls, dense: torch.Tensor) -> Self:

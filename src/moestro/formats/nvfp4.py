@@ -152,10 +152,10 @@ class NVFP4(Pieces):
         """[..., R, C]."""
         return (*self.packed.shape[:-1], self.packed.shape[-1] * 2)
 
-    def check_scales(self, name: str) -> None:
+    def check_scales(self, name: str, start: int = 0) -> None:
         """FormatError for a global scale that is not positive and finite, or block scales negative or NaN."""
-        require_scale(f"{name}.global_scale", self.global_scale)
-        require_block_scales(f"{name}.scale", self.scale)
+        require_scale(f"{name}.global_scale", self.global_scale, start=start)
+        require_block_scales(f"{name}.scale", self.scale, start)
 
     @property
     def row_groups(self) -> int:

@@ -62,8 +62,10 @@ class Pieces:
         """Pickled by its pieces, float8 ones as bytes: pickle alone cannot read those back (torch 2.13)."""
         return _unpickled, (type(self), [to_picklable(piece) for piece in self.pieces])
 
-    def check_scales(self, name: str) -> None:
-        """FormatError, naming piece and expert, for scales that no quantiser makes. Waits for the device."""
+    def check_scales(self, name: str, start: int = 0) -> None:
+        """FormatError, naming piece and expert, for scales of [E, ...] that no quantiser makes; start: the number of
+        the first expert. Waits for the device.
+        """
 
     def to_checkpoint(self) -> Self:
         """This tensor: it is in the checkpoint layout."""

@@ -16,15 +16,16 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from moestro.errors import BackendError
 from moestro.formats import NVFP4
 from moestro.kernels import backends
 from moestro.kernels.problem import Held, MoeProblem, MoeRunner, Replay, dense_dtype
 from moestro.moe import devices
-from moestro.moe.checks import Limits, check_call, check_id_range, check_out, debugging, result_dtype
+from moestro.moe.checks import check_call, check_id_range, check_out, debugging, result_dtype
 from moestro.moe.guard import CallGuard
-from moestro.moe.options import Options, known_num_experts, make_problem
+from moestro.moe.options import Options, limits_of, make_problem
 from moestro.moe.tuning_config import OP, tuning_config
 from moestro.moe.weights import ExpertWeights
 from moestro.moe.workspace import Workspace, shared
@@ -65,9 +66,7 @@ class BoundCall:
     ) -> None:
         self.problem = make_problem(w, options, top_k=top_k, dtype=dtype, cuda_graph=cuda_graph)
         self.device = w.device
-        self.limits = Limits(
-            w.hidden_size, w.device, known_num_experts(options, w), self.problem.top_k, max_num_tokens
-        )
+        self.limits = limits_of(w, options, self.problem.top_k, max_num_tokens)
         self.tuner = tuner if tuner is not None else AutoTuner.get()
         self.workspace = workspace if workspace is not None else shared(w.device)
         self.tuning_config: TuningConfig = tuning_config(self.problem, quantized_input=quantized_input)
@@ -199,10 +198,24 @@ def _runner(cls: type[MoeRunner], problem: MoeProblem, experts: Held, cache: dic
 
 
 def gradients_wanted(x: Any, weights: Any, w: ExpertWeights) -> bool:
-    """Whether autograd, if it is on, would expect a derivative in x, in weights, or in what w was made from."""
+    """Whether autograd, if it is on, would expect a derivative in x, in weights, or in what w was made from.
+
+    Raises BackendError for a tangent of forward-mode differentiation, which would be dropped.
+    """
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(x=x, weights=weights)
     if w.origins and w.wanting_gradients():
         return True
     return getattr(x, "requires_grad", False) or getattr(weights, "requires_grad", False)
+
+
+def _refuse_tangents(**tensors: Any) -> None:
+    for name, tensor in tensors.items():
+        if isinstance(tensor, torch.Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
+            raise BackendError(
+                f"{name} must have no tangent, and has one: moestro.fused_moe has no forward-mode derivative "
+                "(torch.autograd.forward_ad, torch.func.jvp); take its gradient backward"
+            )
 
 
 def as_inputs(
@@ -258,7 +271,7 @@ def _first(
 ) -> BoundCall:
     """The bound call for these arguments, once they and the options are found to fit."""
     fields, quantized = Options(*options), isinstance(x, NVFP4)
-    check_call(Limits(w.hidden_size, w.device, known_num_experts(fields, w)), x, ids, weights)
+    check_call(limits_of(w, fields), x, ids, weights)
     made = BoundCall(
         w, fields, top_k=ids.shape[1], dtype=result_dtype(x), quantized_input=quantized, cache=cache
     )

@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moestro.errors import BackendError, DTypeError, FormatError, RoutingError, ShapeError, as_count
+from moestro.errors import BackendError, DTypeError, FormatError, RoutingError, ShapeError, as_count, as_flag
 from moestro.formats import NVFP4
 from moestro.kernels.activations import Activation
 from moestro.kernels.problem import MoeRunner
 from moestro.moe import devices, flat
 from moestro.moe.call import BoundCall, as_inputs, cache_of, gradients_wanted
-from moestro.moe.checks import Limits, check_call, check_out, result_dtype
-from moestro.moe.options import Options, known_num_experts, make_problem
+from moestro.moe.checks import check_call, check_out, result_dtype
+from moestro.moe.options import Options, limits_of, make_problem
 from moestro.moe.torch_op import call_operator, layer_text, recorded
 from moestro.moe.tuning_config import OP, as_probes
 from moestro.moe.weights import ExpertWeights
@@ -96,7 +96,7 @@ class FusedMoE(torch.nn.Module):
             raise DTypeError(f"w must be a moestro.ExpertWeights, got {type(w).__name__}")
         self.top_k = as_count("top_k", top_k, RoutingError)
         self.max_num_tokens = as_count("max_num_tokens", max_num_tokens, ShapeError)
-        self.use_cuda_graph = bool(use_cuda_graph)
+        self.use_cuda_graph = as_flag("use_cuda_graph", use_cuda_graph, BackendError)
         self.options = Options(
             activation,
             input_format,
@@ -193,9 +193,7 @@ class FusedMoE(torch.nn.Module):
 
     def _first(self, x: Any, ids: Any, weights: Any) -> BoundCall:
         """The bound call for such an x, once the arguments are found to fit; also where x is NVFP4."""
-        w = self.weights
-        known = known_num_experts(self.options, w)
-        check_call(Limits(w.hidden_size, w.device, known, self.top_k, self.max_num_tokens), x, ids, weights)
+        check_call(limits_of(self.weights, self.options, self.top_k, self.max_num_tokens), x, ids, weights)
         return self._call(NVFP4.format if isinstance(x, NVFP4) else x.dtype)
 
     def _output(self, x: torch.Tensor | NVFP4) -> torch.Tensor:

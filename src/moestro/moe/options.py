@@ -16,11 +16,12 @@ from moestro.errors import (
     RoutingError,
     ShapeError,
     as_count,
+    as_flag,
     unknown_name,
 )
 from moestro.kernels.activations import Activation, GeGLUTanh, SwiGLU, resolve_activation
 from moestro.kernels.problem import INPUT_FORMATS, MoeProblem
-from moestro.moe.checks import X_DTYPES, check_top_k
+from moestro.moe.checks import X_DTYPES, Limits, check_top_k
 from moestro.moe.weights import ExpertWeights
 
 
@@ -36,6 +37,13 @@ class Options:
     backend: str = "auto"
     tactic: Any = None
     num_experts: int | None = None
+
+
+def limits_of(
+    w: ExpertWeights, options: Options, top_k: int | None = None, max_num_tokens: int | None = None
+) -> Limits:
+    """What calls on these weights must agree with; None: any."""
+    return Limits(w.hidden_size, w.device, known_num_experts(options, w), top_k, max_num_tokens)
 
 
 def known_num_experts(options: Options, w: ExpertWeights) -> int | None:
@@ -60,6 +68,8 @@ def make_problem(
         raise BackendError(f"tactic must be hashable, got {options.tactic!r}")
     if not isinstance(options.backend, str):
         raise BackendError(f"backend must be a name, got {options.backend!r}")
+    batch_invariant = as_flag("batch_invariant", options.batch_invariant, BackendError)
+    deterministic = as_flag("deterministic", options.deterministic, BackendError)
     return MoeProblem.of(
         w,
         num_experts=None if options.num_experts is None else operator.index(options.num_experts),
@@ -68,9 +78,9 @@ def make_problem(
         activation=activation,
         input_format=options.input_format,
         dtype=dtype,
-        deterministic=bool(options.deterministic or options.batch_invariant),
+        deterministic=deterministic or batch_invariant,
         cuda_graph=cuda_graph and w.device.type == "cuda",
-        batch_invariant=bool(options.batch_invariant),
+        batch_invariant=batch_invariant,
     )
 
 

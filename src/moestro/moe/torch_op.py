@@ -11,7 +11,7 @@ import ast
 import dataclasses
 import functools
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
 
@@ -26,19 +26,42 @@ from moestro.tuning.spec.plain_json import from_json, to_json
 LAYER_END = " :: "  # between what identifies a layer and its options
 
 
-def split_x(x: torch.Tensor | NVFP4) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """x, or its packed codes and its scales."""
-    return (x.packed, [x.scale, x.global_scale]) if isinstance(x, NVFP4) else (x, [])
+class FlatCall(NamedTuple):
+    """An operator's arguments; SCHEMA has them in this order."""
+
+    x: torch.Tensor  # or its packed codes
+    scales: list[torch.Tensor]  # of packed codes; empty for a plain x
+    ids: torch.Tensor
+    weights: torch.Tensor
+    tensors: list[torch.Tensor]  # the experts'
+    spec: str
+    options: str
+
+    @classmethod
+    def of(
+        cls, x: torch.Tensor | NVFP4, ids: torch.Tensor, weights: torch.Tensor, w: ExpertWeights, options: str
+    ) -> Self:
+        """A call with options_text or layer_text."""
+        data, scales = (x.packed, [x.scale, x.global_scale]) if isinstance(x, NVFP4) else (x, [])
+        return cls(data, scales, ids, weights, w.tensors, w.spec, options)
+
+    @property
+    def whole_x(self) -> torch.Tensor | NVFP4:
+        """x as the caller gave it."""
+        return NVFP4(self.x, *self.scales) if self.scales else self.x
+
+    @property
+    def result(self) -> torch.Tensor:
+        """An uninitialised result."""
+        x = self.x
+        return (
+            x.new_empty((x.shape[0], x.shape[1] * 2), dtype=torch.bfloat16)
+            if self.scales
+            else torch.empty_like(x)
+        )
 
 
-def join_x(x: torch.Tensor, scales: list[torch.Tensor]) -> torch.Tensor | NVFP4:
-    """What split_x took apart."""
-    return NVFP4(x, *scales) if scales else x
-
-
-def result_like(x: torch.Tensor, scales: list[torch.Tensor]) -> torch.Tensor:
-    """An uninitialised result for split_x's pieces."""
-    return x.new_empty((x.shape[0], x.shape[1] * 2), dtype=torch.bfloat16) if scales else torch.empty_like(x)
+SCHEMA = "Tensor x, Tensor[] scales, Tensor ids, Tensor weights, Tensor[] tensors, str spec, str options"
 
 
 def options_text(options: tuple[Any, ...]) -> str:
@@ -80,8 +103,7 @@ def call_operator(
     out: torch.Tensor | None,
 ) -> torch.Tensor:
     """The call as the torch operator, with options_text or layer_text."""
-    data, scales = split_x(x)
-    args = (data, scales, ids, weights, w.tensors, w.spec, options)
+    args = FlatCall.of(x, ids, weights, w, options)
     if out is None:
         result: torch.Tensor = torch.ops.moestro.fused_moe(*args)
         return result
@@ -108,15 +130,8 @@ def recorded(
     return gradients.refuse(call_operator(x, ids, weights, w, options, None), w)
 
 
-def _run_operator(
-    x: torch.Tensor | NVFP4,
-    ids: torch.Tensor,
-    weights: torch.Tensor,
-    tensors: list[torch.Tensor],
-    spec: str,
-    options: str,
-    out: torch.Tensor | None,
-) -> torch.Tensor:
+def _run_operator(flat_call: FlatCall, out: torch.Tensor | None) -> torch.Tensor:
+    x, (_, _, ids, weights, tensors, spec, options) = flat_call.whole_x, flat_call
     w = weights_of(tensors, spec)
     layer = flat.live(tensors, options) if LAYER_END in options else None
     if layer is not None and layer.weights is w:
@@ -134,100 +149,64 @@ def weights_of(tensors: list[torch.Tensor], spec: str) -> ExpertWeights:
     return made
 
 
-@torch.library.custom_op("moestro::fused_moe", mutates_args=())
-def _fused_moe_op(
-    x: torch.Tensor,
-    scales: list[torch.Tensor],
-    ids: torch.Tensor,
-    weights: torch.Tensor,
-    tensors: list[torch.Tensor],
-    spec: str,
-    options: str,
-) -> torch.Tensor:
-    return _run_operator(join_x(x, scales), ids, weights, tensors, spec, options, None)
+@torch.library.custom_op("moestro::fused_moe", mutates_args=(), schema=f"({SCHEMA}) -> Tensor")
+def _fused_moe_op(*args: Any) -> torch.Tensor:
+    return _run_operator(FlatCall(*args), None)
 
 
 @_fused_moe_op.register_fake
-def _fused_moe_fake(x: torch.Tensor, scales: list[torch.Tensor], *_: Any) -> torch.Tensor:
-    return result_like(x, scales)
+def _fused_moe_fake(*args: Any) -> torch.Tensor:
+    return FlatCall(*args).result
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, scales, ids, weights, tensors, spec, options = inputs
+    x, scales, ids, weights, *ctx.rest = inputs
     ctx.save_for_backward(x, ids, weights, *scales)
-    ctx.tensors, ctx.spec, ctx.options = tensors, spec, options
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     x, ids, weights, *scales = ctx.saved_tensors
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise BackendError("moestro.fused_moe has no second derivative (create_graph=True)")
-    args = (grad.contiguous(), x, scales, ids, weights, ctx.tensors, ctx.spec, ctx.options)
+    args = (grad.contiguous(), *FlatCall(x, scales, ids, weights, *ctx.rest))
     traced = torch.compiler.is_compiling() or type(grad) is not torch.Tensor
     of_x, of_weights = torch.ops.moestro.fused_moe_backward(*args) if traced else _gradients(*args)
     none = [None] * len(scales)
-    return None if scales else of_x, none, None, of_weights, [None] * len(ctx.tensors), None, None
+    return None if scales else of_x, none, None, of_weights, [None] * len(ctx.rest[0]), None, None
 
 
 _fused_moe_op.register_autograd(_backward, setup_context=_save)
 
 
-@torch.library.custom_op("moestro::fused_moe_backward", mutates_args=())
-def _fused_moe_backward_op(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    scales: list[torch.Tensor],
-    ids: torch.Tensor,
-    weights: torch.Tensor,
-    tensors: list[torch.Tensor],
-    spec: str,
-    options: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
+@torch.library.custom_op(
+    "moestro::fused_moe_backward", mutates_args=(), schema=f"(Tensor grad, {SCHEMA}) -> (Tensor, Tensor)"
+)
+def _fused_moe_backward_op(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     # Below an operator autograd is off in its thread; in another it is not.
     with ThreadPoolExecutor(1) as pool:
-        args = (grad, x, scales, ids, weights, tensors, spec, options)
         return pool.submit(_gradients, *args).result()
 
 
-def _gradients(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    scales: list[torch.Tensor],
-    ids: torch.Tensor,
-    weights: torch.Tensor,
-    tensors: list[torch.Tensor],
-    spec: str,
-    options: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _gradients(grad: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    flat_call = FlatCall(*args)
+    _, _, ids, weights, tensors, spec, options = flat_call
     w = weights_of(tensors, spec)
     with torch.inference_mode(False), torch.no_grad():
-        return gradients.backward(grad, join_x(x, scales), ids, weights, w, Options(*options_of(options)))
+        return gradients.backward(grad, flat_call.whole_x, ids, weights, w, Options(*options_of(options)))
 
 
 @_fused_moe_backward_op.register_fake
-def _fused_moe_backward_fake(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    scales: list[torch.Tensor],
-    ids: torch.Tensor,
-    weights: torch.Tensor,
-    *_: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return result_like(x, scales), torch.empty_like(weights)
+def _fused_moe_backward_fake(grad: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    flat_call = FlatCall(*args)
+    return flat_call.result, torch.empty_like(flat_call.weights)
 
 
-@torch.library.custom_op("moestro::fused_moe_out", mutates_args=("out",))
-def _fused_moe_out_op(
-    x: torch.Tensor,
-    scales: list[torch.Tensor],
-    ids: torch.Tensor,
-    weights: torch.Tensor,
-    tensors: list[torch.Tensor],
-    spec: str,
-    options: str,
-    out: torch.Tensor,
-) -> None:
-    _run_operator(join_x(x, scales), ids, weights, tensors, spec, options, out)
+@torch.library.custom_op(
+    "moestro::fused_moe_out", mutates_args=("out",), schema=f"({SCHEMA}, Tensor(a!) out) -> ()"
+)
+def _fused_moe_out_op(*args: Any) -> None:
+    *given, out = args
+    _run_operator(FlatCall(*given), out)
 
 
 @_fused_moe_out_op.register_fake

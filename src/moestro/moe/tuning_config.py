@@ -60,8 +60,8 @@ def routing_probe(problem: MoeProblem, distribution: Distribution) -> Probe:
         x, _, weights, *rest = inputs
         num_tokens, top_k = weights.shape
         ids = distribution.sample(num_tokens, problem.num_experts, top_k, seed=seed).to(x.device)
-        generator = torch.Generator().manual_seed(seed)
-        raw = torch.rand(weights.shape, generator=generator, dtype=torch.float32) + 0.1
+        generator = torch.Generator("cpu").manual_seed(seed)
+        raw = torch.rand(weights.shape, generator=generator, dtype=torch.float32, device="cpu") + 0.1
         return [x, ids, (raw / raw.sum(-1, keepdim=True)).to(x.device), *rest]
 
     return Probe(distribution.name, make)

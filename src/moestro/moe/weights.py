@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+from collections.abc import Iterable, Iterator
 from typing import Any, Self
 
 import torch
@@ -217,10 +218,12 @@ class ExpertWeights:
             activation=resolve_activation("silu" if gated else "relu2"),
         )
         with devices.on(gate_up.device):
-            made = backends.resolve(backend, problem)[0].prepare_each(problem, exactly(len(experts), experts))
+            each = _looked_at(exactly(len(experts), experts))
+            made = backends.resolve(backend, problem)[0].prepare_each(problem, each)
         if made is not None:
             return cls(*made, **side)
-        whole = (type(first[i]).stack(parts) for i, parts in enumerate(zip(*experts, strict=True)))  # type: ignore[attr-defined]
+        columns = zip(*_looked_at(experts), strict=True)
+        whole = (type(first[i]).stack(parts) for i, parts in enumerate(columns))  # type: ignore[attr-defined]
         return cls(*whole, **side).prepare(backend, activation=problem.activation, dtype=dtype, donate=True)  # type: ignore[return-value]
 
     @property
@@ -361,3 +364,19 @@ class ExpertWeights:
 def _restored(tensors: list[Picklable], spec: str) -> ExpertWeights:
     made: ExpertWeights = flat.unflatten([from_picklable(tensor) for tensor in tensors], spec)
     return made
+
+
+def _looked_at(experts: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
+    """The experts as they come, once their shapes are found to be the first's and their scales to be scales: what is
+    packed is not looked at again.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for index, pair in enumerate(experts):
+        for name, part in zip(("gate_up", "down"), pair, strict=True):
+            if tuple(part.shape) != shapes.setdefault(name, tuple(part.shape)):
+                raise ShapeError(
+                    f"{name} of expert {index} must be {list(shapes[name])} as of expert 0, got {list(part.shape)}"
+                )
+            if isinstance(part, Pieces):
+                type(part)(*(piece[None] for piece in part.pieces)).check_scales(name, index)
+        yield pair

@@ -9,13 +9,13 @@ interrupt: no lock.
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable
 
 import torch
 
 from moestro.errors import BackendError
+from moestro.tuning.forks import Lock
 
 
 class Workspace:
@@ -102,7 +102,7 @@ def _stream_of(device: torch.device) -> Callable[[], int] | None:
 
 
 _shared: weakref.WeakValueDictionary[str, Workspace] = weakref.WeakValueDictionary()
-_sharing = threading.Lock()
+_sharing = Lock()
 
 
 def shared(device: torch.device) -> Workspace:

@@ -183,7 +183,7 @@ def gumbel_top_k(
     """int32 [N, K]: for each token top_k draws without replacement, in the order drawn."""
     num_experts = len(log_popularity)
     logits = torch.from_numpy(log_popularity - log_popularity.max()).float()
-    ids = torch.empty(num_tokens, top_k, dtype=torch.int32)
+    ids = torch.empty(num_tokens, top_k, dtype=torch.int32, device="cpu")
     step = max(1, CHUNK // num_experts)
     for start in range(0, num_tokens, step):
         rows = min(step, num_tokens - start)

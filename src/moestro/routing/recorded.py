@@ -59,7 +59,7 @@ class Recorded:
         if not recorded_tokens and num_tokens:
             raise RoutingError(f"{self.path} holds no token to sample {num_tokens} from")
         start = int(np.random.default_rng(seed).integers(recorded_tokens)) if seed and recorded_tokens else 0
-        return ids[(torch.arange(num_tokens) + start) % max(1, recorded_tokens)]
+        return ids[(torch.arange(num_tokens, device="cpu") + start) % max(1, recorded_tokens)]
 
     @cached_property
     def _digest(self) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from typing import Protocol
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol
 from weakref import WeakSet
 
-__all__ = ["Forked", "survive"]
+__all__ = ["Forked", "Lock", "survive"]
 
 
 class Forked(Protocol):
@@ -21,6 +24,27 @@ _all: WeakSet[Forked] = WeakSet()
 def survive(thing: Forked) -> None:
     """Have `forked` called in every child of this process, as long as the thing lives."""
     _all.add(thing)
+
+
+class Lock:
+    """A lock that no child finds taken, whatever threads its parent had. make: threading.RLock for one that its
+    holder may take again.
+    """
+
+    def __init__(self, make: Callable[[], Any] = threading.Lock) -> None:
+        self._make, self._lock = make, make()
+        survive(self)
+
+    def forked(self) -> None:
+        """This process is a child."""
+        self._lock = self._make()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the child of a fork inside the block: its lock is free
+            self._lock.release()
 
 
 def _in_child() -> None:

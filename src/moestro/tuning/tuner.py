@@ -275,6 +275,10 @@ class AutoTuner(Toolbox):
         kwargs: Mapping[str, Any],
         options: Options | None,
     ) -> tuple[CallSite, Lookup, Sizes]:
+        if not isinstance(config, TuningConfig):
+            raise TuningError(f"{op}: config must be a TuningConfig, got {type(config).__name__}")
+        if not isinstance(inputs, Sequence):
+            raise TuningError(f"{op}: inputs must be a list or tuple, got {type(inputs).__name__}")
         site = self._sites.get(op, runners, config, options)
         view = site.guarded(runners, inputs, kwargs)
         environment = functools.partial(self._environment, site, runners, inputs, options)

@@ -30,7 +30,14 @@ from moestro.integrations.transformers.quantizer import (
     MoestroQuantizer,
     register_modelopt,
 )
-from moestro.integrations.transformers.settings import NAME, REGISTERED, Settings, need_quantised, of_model
+from moestro.integrations.transformers.settings import (
+    NAME,
+    REGISTERED,
+    SETTINGS,
+    Settings,
+    need_quantised,
+    of_model,
+)
 from moestro.moe.layer import FusedMoE
 
 __all__ = ["LAYER", "prepare", "quantize_experts", "refresh", "register", "restore_experts"]
@@ -71,9 +78,9 @@ def register(
     Raises FormatError, ShapeError or TypeError for what no layer could have.
     """
     settings = Settings(format, max_num_tokens, release, options)
-    REGISTERED[name] = settings
     called = functools.partial(forward.experts_forward, name)
     functools.update_wrapper(called, forward.experts_forward)
+    setattr(called, SETTINGS, settings)
     ExpertsInterface.register(name, called)
     for interface in _other_interfaces():
         interface.register(name, called)

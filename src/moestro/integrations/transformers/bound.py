@@ -23,6 +23,7 @@ from moestro.kernels.activations import Activation
 from moestro.moe.layer import FusedMoE
 from moestro.moe.options import Options, make_problem
 from moestro.moe.weights import ExpertWeights
+from moestro.tuning.forks import Lock
 
 LAYER = "_moestro_layer"
 NAME_IN_MODEL = "_moestro_name"
@@ -31,7 +32,7 @@ SIDE = ("gate_up_bias", "down_bias", "gate_up_input_scale", "down_input_scale", 
 # Keywords of FusedMoE that say what a backend must be able to do.
 CALL_OPTIONS = ("input_format", "deterministic", "batch_invariant", "backend", "tactic")
 
-_making = threading.RLock()
+_making = Lock(threading.RLock)
 
 
 @dataclass

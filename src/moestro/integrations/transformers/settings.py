@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from transformers.integrations.moe import ExpertsInterface
 
 from moestro import formats
 from moestro.errors import FormatError, ShapeError, unknown_name
@@ -59,7 +62,33 @@ class Settings:
         return str(self.options.get("backend", "auto"))
 
 
-REGISTERED: dict[str, Settings] = {}
+class _Registered(MutableMapping[str, Settings]):
+    """Name -> settings of the implementations of ours that Transformers knows now: its own registry, looked at, so
+    that what is taken out of it, or replaced there, is gone here too.
+    """
+
+    def __getitem__(self, name: str) -> Settings:
+        found = getattr(ExpertsInterface._global_mapping.get(name), SETTINGS, None)
+        if found is None:
+            raise KeyError(name)
+        return found  # type: ignore[no-any-return]
+
+    def __setitem__(self, name: str, settings: Settings) -> None:
+        raise TypeError("register() makes an implementation known")
+
+    def __delitem__(self, name: str) -> None:
+        self[name]
+        del ExpertsInterface._global_mapping[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (n for n, f in list(ExpertsInterface._global_mapping.items()) if hasattr(f, SETTINGS))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+SETTINGS = "moestro_settings"  # attribute of a function that register() has given to Transformers
+REGISTERED = _Registered()
 
 
 def of_model(model: Any) -> tuple[str, Settings] | None:
@@ -67,7 +96,7 @@ def of_model(model: Any) -> tuple[str, Settings] | None:
     configs = [getattr(module, "config", None) for module in (model, *model.modules())]
     for config in configs:
         name = getattr(config, "_experts_implementation", None)
-        if name in REGISTERED:
+        if isinstance(name, str) and name in REGISTERED:
             return name, REGISTERED[name]
     return None
 

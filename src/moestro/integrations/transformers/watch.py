@@ -3,8 +3,9 @@
 Looked at in every call: each parameter's address and version (a write through torch moves the version), and on
 CPUs one value of every expert in every tensor, for what moves no version: writes through `.data` (weight sync of
 trainers, PEFT's merge), an adapter that is switched on or off, memory that was freed and given to another tensor.
-Not seen: a `.data` write that leaves all the looked-at values as they were, and on a GPU any `.data` write (reading
-a value would wait for the device). `refresh` drops the layers; see docs/checkpoints.md for the cost of the look.
+Not seen: a `.data` write that leaves all the looked-at values as they were; on a GPU any `.data` write (reading a
+value would wait for the device); that a module has been given another activation or limit. `refresh` drops the
+layers; see docs/checkpoints.md for the cost of the look.
 """
 
 from __future__ import annotations

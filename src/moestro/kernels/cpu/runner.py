@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from moestro.formats import FormatTensor
 from moestro.kernels import activations
 from moestro.kernels.cpu import core, layout, machine
 from moestro.kernels.problem import Experts, MoeProblem, MoeRunner, Replay
+from moestro.tuning.forks import Lock
 
 FP4 = ("nvfp4", "mxfp4")
 # What the core's scratch memory and its 32-bit numbers hold; a store may come from anywhere.
@@ -61,7 +61,7 @@ class CpuRunner(MoeRunner):
             raise BackendError(reason)
         self._core_cache = core.load()
         self.isa = core.choose_isa()
-        self._packing_cache = threading.Lock()
+        self._packing_cache = Lock()
         self._bound_cache: dict[tuple[int, Any], Replay] = {}
         self.arithmetic = _arithmetic(problem, self.isa)
         self._cuts_cache: dict[tuple[Any, int], core.TacticStruct] = {}

@@ -9,6 +9,7 @@ else the default, with one warning.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -153,8 +154,8 @@ class _Question:
                 return bool(hook(inputs, tactic))
             profile = self.config.profile(shapes_of(inputs), sizes)
             offered = valid_tactics(runner, inputs, profile, self.kwargs)
-            wanted = tactic_key(tactic, runner)
-            return any(tactic_key(one, runner) == wanted for one in offered)
+            wanted = _text(tactic, runner)
+            return any(_text(one, runner) == wanted for one in offered)
         except TuningError:
             raise
         except Exception as error:
@@ -171,6 +172,11 @@ class _Question:
             return False
         finally:
             self.error = error
+
+
+def _text(tactic: Any, runner: Any) -> str:
+    """What tells a tactic from all others: True is not 1."""
+    return json.dumps(tactic_key(tactic, runner), sort_keys=True)
 
 
 def _is_default(tactic: Any) -> bool:

@@ -37,6 +37,7 @@ OUT_OF_MEMORY_SIGNS = (
     "memory error",
     "alloc cpu",
     "allocate memory",
+    "tried to allocate",
     "unable to allocate",
     "failed to allocate",
     "not enough memory",
@@ -119,10 +120,13 @@ class Job:
         return any(hasattr(runner, hook) for runner in self.runners for hook in ("compile", "compile_jobs"))
 
     def run(self, candidate: Candidate, inputs: Sequence[Any], **more: Any) -> Any:
-        """One run of a candidate."""
+        """One run of a candidate, in a list of its own: it may put something else there."""
         runner = self.runners[candidate.index]
         call = runner if callable(runner) else runner.forward
-        return call(inputs, tactic=candidate.tactic, **self.kwargs, **more)
+        try:
+            return call(list(inputs), tactic=candidate.tactic, **self.kwargs, **more)
+        except SystemExit as error:
+            raise RuntimeError(f"it left the program by SystemExit({error.code!r})") from error
 
     def failed(self, candidate: Candidate, error: Exception) -> CandidateEvidence:
         """What to note of a candidate that failed.

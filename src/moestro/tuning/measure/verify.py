@@ -42,6 +42,7 @@ class Watched:
 
     def __init__(self, where: str, tensor: Any, keep: bool) -> None:
         self.where, self.tensor = where, tensor
+        self.memory = tensor.detach()  # the same memory, where the tensor itself is resized or given another
         self.copy = tensor.detach().clone() if keep else None
         self.checksum = None if keep else _checksum(tensor)
 
@@ -57,12 +58,21 @@ class Watched:
 
     @property
     def changed(self) -> bool:
+        if self._moved:
+            return True
         if self.copy is not None:
             return not same_bits(self.tensor, self.copy)
         return _checksum(self.tensor) != self.checksum
 
+    @property
+    def _moved(self) -> bool:
+        """Whether it is another piece of memory, or seen otherwise, than it was."""
+        return self.tensor.dtype != self.memory.dtype or place_of(self.tensor) != place_of(self.memory)
+
     def restore(self) -> None:
-        """Put back what was in it. Raises TuningError where no copy could be kept."""
+        """Put back where it was and what was in it. Raises TuningError where no copy could be kept."""
+        if self._moved:
+            self.tensor.data = self.memory
         if self.copy is None:
             raise TuningError(
                 f"{self.where} was overwritten by a candidate and is too large to have been copied: load it again"

@@ -157,7 +157,7 @@ def _of_text(text: str, kind: str) -> Any:
     plain: dict[str, Callable[[str], Any]] = {
         "float": float,
         "bytes": bytes.fromhex,
-        "path": pathlib.PurePath,
+        "path": pathlib.Path,
     }
     if kind in plain:
         return plain[kind](text)

@@ -194,7 +194,8 @@ def valid_tactics(
 ) -> Sequence[Any]:
     """What a runner offers for these inputs. It gets the keyword arguments that it takes, as TensorRT-LLM's do."""
     taken = accepted(runner.get_valid_tactics, kwargs) if kwargs else {}
-    return runner.get_valid_tactics(inputs, profile, **taken) or ()
+    offered = runner.get_valid_tactics(inputs, profile, **taken)
+    return () if offered is None else list(offered)
 
 
 def accepted(method: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:

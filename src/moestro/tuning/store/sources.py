@@ -14,12 +14,12 @@ import functools
 import hashlib
 import inspect
 import io
-import threading
 import tokenize
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from moestro.tuning.forks import Lock
 from moestro.tuning.spec.plain_json import digest
 
 __all__ = ["code_of", "file_digests", "source_digest"]
@@ -27,7 +27,7 @@ __all__ = ["code_of", "file_digests", "source_digest"]
 BETWEEN = {tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING}
 SILENT = {tokenize.COMMENT, tokenize.NL}
 # CPython 3.11 counts the depth of a tree for all threads together, and ends with SystemError where two parse at once
-PARSING = threading.Lock()
+PARSING = Lock()
 
 
 def source_digest(runners: Sequence[Any]) -> str:

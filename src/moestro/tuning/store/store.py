@@ -18,6 +18,7 @@ import math
 import os
 import re
 import secrets
+import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -288,7 +289,7 @@ class Store:
 
     def _read(self, path: Path, quiet: bool = False) -> dict[str, Any] | None:
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = json.loads(_text_of(path))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, RecursionError, MemoryError) as error:
@@ -331,13 +332,20 @@ def _listed(folder: Path) -> list[Path]:
         return []
 
 
+def _text_of(path: Path) -> str:
+    """What is in a file. Raises OSError, also for what is none: a pipe would be waited for."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError("it is no regular file")
+    return path.read_text(encoding="utf-8")
+
+
 def _index(home: Path) -> dict[str, list[Path]]:
     """The folders of an environment by the family of their keys, each known from its first file."""
     found: dict[str, list[Path]] = {}
     for folder in _listed(home):
         for path in _listed(folder):
             try:
-                family = StaticKey.from_fields(json.loads(path.read_text(encoding="utf-8"))["key"]).family
+                family = StaticKey.from_fields(json.loads(_text_of(path))["key"]).family
             except Exception:  # whatever is wrong with it is said where its own key is asked for
                 continue
             found.setdefault(family, []).append(folder)

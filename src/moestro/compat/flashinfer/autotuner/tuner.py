@@ -15,7 +15,7 @@ from typing import Any
 
 from moestro.compat.flashinfer.autotuner import files
 from moestro.compat.profiles import cache_key, nearest_profile, optimization_profiles
-from moestro.compat.tuner import PeerTuner, _extras
+from moestro.compat.tuner import PeerTuner, _extras, store_beside
 from moestro.errors import TuningError
 from moestro.tuning.spec.inputs import synthesise
 from moestro.tuning.spec.keys import shapes_of
@@ -36,17 +36,14 @@ BLOCKLIST = "FLASHINFER_TACTICS_BLOCKLIST"
 
 
 class AutoTuner(PeerTuner):
-    """FlashInfer's AutoTuner(warmup, repeat, stream_delay_micro_secs); these say how its measurement works and
-    are not needed: ours samples until a choice is sure. store, timer, policy: as moestro.tuning.AutoTuner.
-    """
+    """FlashInfer's AutoTuner; see PeerTuner. Its list of blocked tactics is read, too."""
 
-    def __init__(
-        self, warmup: int = 3, repeat: int = 10, stream_delay_micro_secs: int = 5000, **ours: Any
-    ) -> None:
+    _measures = 3, 10, 5000
+
+    def __init__(self, *measures: int, **ours: Any) -> None:
         listed = os.environ.get(BLOCKLIST)
-        super().__init__(**{**ours, "tactics": [*ours.get("tactics", ()), *([listed] if listed else [])]})
-        self.warmup, self.repeat = warmup, repeat
-        self.stream_delay_micro_secs = stream_delay_micro_secs
+        tactics = [*ours.pop("tactics", ()), *([listed] if listed else [])]
+        super().__init__(*measures, tactics=tactics, **ours)
         self._file_configs: dict[str, tuple[str, Any]] = {}
 
     # --- choosing ------------------------------------------------------------------------------------
@@ -195,7 +192,7 @@ def autotune(
     assert isinstance(tuner, AutoTuner)
     if _group is not None:
         ours = {"group": _group, **ours}
-    store = _opened(tuner, cache) if cache is not None else None
+    store = _opened(tuner, cache)
     with tuner.autotune(
         tune_mode, store, tuning_buckets=tuning_buckets, round_up=round_up, skip_ops=skip_ops, **ours
     ):
@@ -204,10 +201,10 @@ def autotune(
         tuner.save_configs(cache)
 
 
-def _opened(tuner: AutoTuner, cache: str) -> Store:
+def _opened(tuner: AutoTuner, cache: str | None) -> Store | None:
     """The store beside a cache file, and the file's own entries as what serves and what is tried first."""
-    store = Store(f"{os.fspath(cache)}.d")
-    if Path(cache).is_file() and tuner.load_configs(cache):
+    store = store_beside(cache)
+    if cache is not None and store is not None and Path(cache).is_file() and tuner.load_configs(cache):
         with contextlib.suppress(TuningError):  # no tactics in it: nothing to try first
             import_flashinfer(Path(cache), store)
     return store

@@ -56,18 +56,9 @@ def fitted(problem: MoeProblem, tactic: Tactic) -> Tactic:
 
 def why_not(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> str | None:
     """Why a tactic of this path cannot run a problem."""
-    reason = needs_hopper(problem)
+    reason = unfit_for_fp8(problem, tactic, ("nvfp4", "mxfp4"))
     if reason is not None:
         return reason
-    if problem.weight_format not in ("nvfp4", "mxfp4"):
-        return f"path 'fp8' decodes nvfp4 and mxfp4 weights, not {problem.weight_format!r}"
-    if (
-        tactic.route != "sorted"
-        or tactic.split_k != 1
-        or tactic.narrow
-        or tactic.pairs2 not in (0, tactic.pairs1)
-    ):
-        return "path 'fp8' takes sorted pairs, whole columns, and tiles of one width"
     for stage in (1, 2):
         tile, pairs = tactic.of_stage(stage)
         if (pairs, tile.rows, tile.warps) not in SHAPES or not 2 <= tile.k_blocks <= 6 or tile.stages < 2:
@@ -77,14 +68,19 @@ def why_not(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> str | None:
     return None
 
 
-def needs_hopper(problem: MoeProblem) -> str | None:
-    """What both FP8 paths need of chip and problem."""
+def unfit_for_fp8(problem: MoeProblem, tactic: Tactic, formats: tuple[str, ...]) -> str | None:
+    """Why both FP8 paths could not: their chip, problem and route; formats: of the weights that this one takes."""
     if not has_wgmma():
         return "FP8 products need the tensor cores of compute capability 9.0, and no interpreter"
     if problem.input_format != "fp8":
         return f"FP8 products take e4m3 activations (input_format='fp8'), not {problem.input_format!r}"
     if problem.hidden_size % 16 or problem.intermediate_size % 16:
         return "the tensor memory accelerator needs rows of a multiple of 16 bytes"
+    if problem.weight_format not in formats:
+        return f"path {tactic.path!r} takes weights of {', '.join(formats)}, not {problem.weight_format!r}"
+    one_width = tactic.pairs2 in (0, tactic.pairs1)
+    if tactic.route != "sorted" or tactic.split_k != 1 or tactic.narrow or not one_width:
+        return f"path {tactic.path!r} takes sorted pairs, whole columns, and tiles of one width"
     return None
 
 

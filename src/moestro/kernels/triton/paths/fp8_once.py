@@ -18,7 +18,7 @@ from moestro.kernels.triton.device.arguments import Rows
 from moestro.kernels.triton.device.fp8 import BLOCKS, ROWS, Grid
 from moestro.kernels.triton.fp8_layout import TritonE4M3, TritonFP4, descriptor
 from moestro.kernels.triton.paths import path
-from moestro.kernels.triton.paths.fp8 import BESIDE, fp8_scratch, needs_hopper, quantized
+from moestro.kernels.triton.paths.fp8 import BESIDE, fp8_scratch, quantized, unfit_for_fp8
 from moestro.kernels.triton.tactic import SHARED_BYTES, Tactic, Tile, gated, sizes
 from moestro.kernels.triton.words import kernel_rows_of
 
@@ -43,20 +43,11 @@ def fitted(problem: MoeProblem, tactic: Tactic) -> Tactic:
 
 def why_not(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> str | None:
     """Why a tactic of this path cannot run a problem."""
-    reason = needs_hopper(problem)
+    reason = unfit_for_fp8(problem, tactic, ("nvfp4", "mxfp4", "fp8_block"))
     if reason is not None:
         return reason
-    if problem.weight_format not in ("nvfp4", "mxfp4", "fp8_block"):
-        return f"path 'fp8_once' takes nvfp4, mxfp4 and fp8_block weights, not {problem.weight_format!r}"
     if in_blocks(problem) and problem.activation.gated and problem.intermediate_size % 128:
         return "gate and up of FP8 blocks must each be whole blocks of 128 rows"
-    if (
-        tactic.route != "sorted"
-        or tactic.split_k != 1
-        or tactic.narrow
-        or tactic.pairs2 not in (0, tactic.pairs1)
-    ):
-        return "path 'fp8_once' takes sorted pairs, whole columns, and tiles of one width"
     for stage in (1, 2):
         tile, pairs = tactic.of_stage(stage)
         if (pairs, tile.warps) not in ((64, 4), (128, 8)) or tile.rows != WEIGHT_ROWS or tile.k_blocks != 2:
