@@ -23,6 +23,7 @@ from moestro.bench.layers import LayerSource
 from moestro.bench.models import MoeShape
 from moestro.kernels import backends
 from moestro.kernels.triton import choose
+from moestro.moe.tuning_config import ACCEPTED, default_routing
 from moestro.tuning import AutoTuner, Store
 from moestro.tuning.spec.plain_json import to_json
 from moestro.tuning.store import shipped
@@ -175,3 +176,11 @@ def test_the_command_line_reads_tactics_whose_classes_it_has_not_loaded(tmp_path
         check=True,
     )
     assert ("path=fused" if command == "show" else "0 differ, 1 agree") in done.stdout.replace("\n", "")
+
+
+@pytest.mark.parametrize("bundle", ["h100.json", "h200.json"])
+def test_decisions_that_ship_were_made_on_probes_that_a_layer_accepts(bundle: str) -> None:
+    found = read_bundle(Path(shipped.__file__).parents[1] / "bundles" / bundle)
+    made_on = {entry.record.probes for entry in found.entries if entry.kind == "decision"}
+    assert made_on
+    assert made_on <= {*ACCEPTED, tuple(distribution.name for distribution in default_routing())}

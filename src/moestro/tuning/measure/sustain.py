@@ -14,7 +14,7 @@ from typing import Any
 
 from moestro.tuning.measure.candidates import Trial
 
-__all__ = ["FROM_SIZE", "load", "read_conditions", "together"]
+__all__ = ["FROM_SIZE", "load", "merged", "read_conditions", "together"]
 
 FROM_SIZE = 1024
 LOADING = 0.25  # of a bucket's time: the rest is for the checks and the race
@@ -47,20 +47,22 @@ def read_conditions(trial: Trial) -> None:
 
 
 def together(trial: Trial) -> dict[str, Any]:
-    """The readings as evidence keeps them: numbers as [least, most], lists as all that was in one."""
+    """The trial's readings as evidence keeps them, and the seconds of load before."""
+    found = merged(trial.conditions)
+    if trial.loaded_s:
+        found["loaded_s"] = round(trial.loaded_s, 3)
+    return found
+
+
+def merged(readings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Several readings in one: numbers as [least, most], lists as all that was in one."""
     found: dict[str, Any] = {}
-    for name in dict.fromkeys(name for reading in trial.conditions for name in reading):
-        values = [v for reading in trial.conditions if (v := _of(reading, name)) is not None]
+    for name in dict.fromkeys(name for reading in readings for name in reading):
+        values = [v for reading in readings if (v := reading.get(name)) is not None]
         if values and all(isinstance(v, int | float) for v in values):
             found[name] = [min(values), max(values)]
         elif values and all(isinstance(v, list | tuple) for v in values):
             found[name] = sorted({str(one) for v in values for one in v})
         else:
             found[name] = values[-1] if values else None
-    if trial.loaded_s:
-        found["loaded_s"] = round(trial.loaded_s, 3)
     return found
-
-
-def _of(reading: Mapping[str, Any], name: str) -> Any:
-    return reading.get(name)
