@@ -127,7 +127,9 @@ def train(directory: Path, steps: int, minutes: float, seed: int) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     tokens, held = tokens_of(directory)
     model = new_model(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, (0.9, 0.95), weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), LEARNING_RATE, (0.9, 0.95), weight_decay=0.1, fused=True
+    )
     state, at = directory / "state.pt", 0
     if state.exists():
         saved = torch.load(state, weights_only=True)
@@ -150,7 +152,10 @@ def train(directory: Path, steps: int, minutes: float, seed: int) -> None:
         if at % 50 == 0 or at == steps:
             spent = time.monotonic() - started
             loss, balance = float(out.loss.detach()), float(out.aux_loss.detach())
-            print(f"step {at} loss {loss - BALANCE * balance:.3f} balance {balance:.3f} {spent:.0f} s", flush=True)
+            print(
+                f"step {at} loss {loss - BALANCE * balance:.3f} balance {balance:.3f} {spent:.0f} s",
+                flush=True,
+            )
     part = directory / "state.part"
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": at}, part)
     part.replace(state)
@@ -167,7 +172,9 @@ def held_out(model: Qwen3MoeForCausalLM, held: torch.Tensor, sequences: int = 64
     for ids in used.split(16):
         out = model(input_ids=ids, labels=ids, output_router_logits=True, use_cache=False)
         losses.append(float(out.loss - BALANCE * out.aux_loss))
-        chosen = torch.stack([r.topk(TOP_K, dim=-1).indices for r in out.router_logits])  # [layers, tokens, K]
+        chosen = torch.stack(
+            [r.topk(TOP_K, dim=-1).indices for r in out.router_logits]
+        )  # [layers, tokens, K]
         seen = torch.stack([torch.bincount(layer.flatten(), minlength=EXPERTS) for layer in chosen]).float()
         counts = seen if counts is None else counts + seen
     share = counts / counts.sum(-1, keepdim=True)

@@ -151,7 +151,9 @@ def test_a_folder_that_holds_no_dense_checkpoint_is_refused(tmp_path: Path, chan
 
 
 def test_results_say_where_and_when() -> None:
-    made = accuracy.new_result("moestro bench --accuracy", "cpu", MoeShape("mid", 128, 64, 8, 2), {"tokens": 4})
+    made = accuracy.new_result(
+        "moestro bench --accuracy", "cpu", MoeShape("mid", 128, 64, 8, 2), {"tokens": 4}
+    )
     data = made.to_json()
     assert data["schema"] == "moestro.accuracy/1"
     assert data["problem"]["num_experts"] == 8

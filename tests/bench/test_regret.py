@@ -191,26 +191,28 @@ def test_the_command_fails_when_a_target_does(monkeypatch: pytest.MonkeyPatch) -
     assert "FAILS samples at most" in done.output
 
 
-def test_the_oracle_begins_on_a_loaded_device_where_the_timer_says_that_it_slows_down() -> None:
+@pytest.mark.parametrize(
+    ("sustains", "seconds", "runs"), [(True, 2.0, 8), (True, 0.0, 0), (False, 2.0, 0)]
+)
+def test_the_oracle_begins_on_a_loaded_device_where_the_timer_says_that_it_slows_down(
+    monkeypatch: pytest.MonkeyPatch, sustains: bool, seconds: float, runs: int
+) -> None:
     class Timer:
-        name, sustains = "hot", True
+        name = "hot"
 
         def prepare(self, call: Any) -> Any:
             return call
 
-    runs: list[float] = []
+    Timer.sustains = sustains  # type: ignore[attr-defined]
+    now = [10.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
     def sampler() -> float:
-        runs.append(time.perf_counter())
-        return 1e-3
+        now[0] += 0.25
+        return 0.25
 
-    load(sampler, MeasurementPolicy(sustained_s=0.02), Timer())
-    assert runs[-1] - runs[0] > 0.01
-    runs.clear()
-    load(sampler, MeasurementPolicy(sustained_s=0.0), Timer())
-    Timer.sustains = False
-    load(sampler, MeasurementPolicy(sustained_s=0.02), Timer())
-    assert runs == []
+    load(sampler, MeasurementPolicy(sustained_s=seconds), Timer())
+    assert now[0] == 10.0 + 0.25 * runs
 
 
 class Chip:

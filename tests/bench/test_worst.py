@@ -48,7 +48,7 @@ def test_a_file_of_several_is_read_as_written_and_one_of_one_too(tmp_path: Path)
     results.write(found[0], tmp_path / "one.json")
     assert worst.read(tmp_path / "one.json") == found[:1]
     (tmp_path / "other.json").write_text('{"schema": "else"}')
-    with pytest.raises(MoestroError, match="expected .*other.json to hold schema"):
+    with pytest.raises(MoestroError, match=r"expected .*other\.json to hold schema"):
         worst.read(tmp_path / "other.json")
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(MoestroError, match=r"cannot read .*broken\.json"):

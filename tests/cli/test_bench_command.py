@@ -213,9 +213,7 @@ def test_several_routings_in_one_run_and_the_worst_ratio_to_each_peer(run: Run) 
     names = [result["conditions"]["routing"] for result in data["results"]]
     assert names[:2] == ["uniform", "zipf(1.0)"]
     assert names[2].startswith("trained(")
-    hit = [
-        next(row["experts_hit"] for row in result["rows"] if row["ours"]) for result in data["results"]
-    ]
+    hit = [next(row["experts_hit"] for row in result["rows"] if row["ours"]) for result in data["results"]]
     assert all(2 <= experts <= 8 for experts in hit)
     if transformers_missing():
         assert data["worst"] == []
@@ -236,7 +234,10 @@ def test_accuracy_is_a_table_and_a_file(run: Run) -> None:
     assert "weights  activations" in done.output
     data = json.loads(Path("a.json").read_text())
     assert data["schema"] == "moestro.accuracy/1"
-    assert [(row["format"], row["input_format"]) for row in data["layer"]] == [("nvfp4", "none"), ("nvfp4", "fp8")]
+    assert [(row["format"], row["input_format"]) for row in data["layer"]] == [
+        ("nvfp4", "none"),
+        ("nvfp4", "fp8"),
+    ]
     assert data["layer"][0]["error"] < 0.01 < data["layer"][1]["error"]
     assert data["conditions"] == {"routing": "uniform", "tokens": 5, "seed": 0, "backend": "auto"}
 
@@ -251,7 +252,9 @@ def test_accuracy_is_a_table_and_a_file(run: Run) -> None:
         ((*TINY, "--model-dir", "x"), "goes with --accuracy"),
     ],
 )
-def test_accuracy_of_what_it_does_not_take_is_a_wrong_usage(run: Run, asked: tuple[str, ...], said: str) -> None:
+def test_accuracy_of_what_it_does_not_take_is_a_wrong_usage(
+    run: Run, asked: tuple[str, ...], said: str
+) -> None:
     done = run("bench", *asked)
     assert done.exit_code == 2, done.output
     assert said in done.output

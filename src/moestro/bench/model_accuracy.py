@@ -81,7 +81,10 @@ def open_model(folder: Path, text: Path) -> ModelReference:
     sequences = max(1, min(SEQUENCES, MOST_BYTES // (4 * LENGTH * vocabulary)))
     if sequences < SEQUENCES:
         log.warning(
-            "%d of %d sequences are run: log-probabilities of %d tokens are kept", sequences, SEQUENCES, vocabulary
+            "%d of %d sequences are run: log-probabilities of %d tokens are kept",
+            sequences,
+            SEQUENCES,
+            vocabulary,
         )
     batches = [b for b in text_batches(tokenizer, text.read_text(), LENGTH, sequences) if b.shape[1] > 1]
     if not batches:

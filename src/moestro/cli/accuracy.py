@@ -28,6 +28,7 @@ __all__ = [
     "TextOption",
     "accuracy_view",
     "measure",
+    "only_with_accuracy",
     "parse_inputs",
 ]
 
@@ -108,6 +109,13 @@ def parse_inputs(names: list[str] | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names or INPUTS))
 
 
+def only_with_accuracy(given: dict[str, Any]) -> None:
+    """A usage error for an option that means nothing without --accuracy."""
+    for name, value in given.items():
+        if value:
+            raise typer.BadParameter("goes with --accuracy", param_hint=name)
+
+
 def measure(spec: AccuracySpec, json_file: Path | None) -> None:
     """Measure, print, write. Ctrl-C keeps what was measured, with exit status 130."""
     from moestro.bench import accuracy, results
@@ -169,7 +177,9 @@ def accuracy_view(result: AccuracyResult) -> RenderableType:
         parts += [Text(title + where, style="bold"), _layer_table(result.layer), Text(LAYER_LEGEND, "dim")]
     if result.reference is not None:
         known = result.reference
-        title = f"{known['folder']} · {known['tokens']} tokens · perplexity in float32 {known['perplexity']:.4f}"
+        title = (
+            f"{known['folder']} · {known['tokens']} tokens · perplexity in float32 {known['perplexity']:.4f}"
+        )
         parts += [Text(title, style="bold"), _model_table(result.model, known["perplexity"])]
         parts.append(Text(MODEL_LEGEND, "dim"))
     for row in (*result.layer, *result.model):

@@ -102,25 +102,21 @@ def bench(
     routings = [opt.parse_routing(one) for one in routing or ("uniform",)]
     if accuracy:
         layer = model is not None or sizes is not None or model_dir is None
-        exact.measure(
-            exact.AccuracySpec(
-                shape=opt.parse_shape(model, sizes, ep, local_pairs) if layer else None,
-                model_dir=model_dir,
-                text=text,
-                formats=tuple(opt.parse_formats(format, ACCURACY_FORMATS)),
-                inputs=exact.parse_inputs(input_format),
-                routing=_the_one("--routing", routings),
-                tokens=_the_one("--tokens", [64] if tokens is None else opt.parse_tokens(tokens)),
-                backend=_the_one("--backend", opt.parse_backends(backend)),
-                device=opt.parse_device(device),
-                seed=seed,
-            ),
-            json_file,
+        spec = exact.AccuracySpec(
+            shape=opt.parse_shape(model, sizes, ep, local_pairs) if layer else None,
+            model_dir=model_dir,
+            text=text,
+            formats=tuple(opt.parse_formats(format, ACCURACY_FORMATS)),
+            inputs=exact.parse_inputs(input_format),
+            routing=_the_one("--routing", routings),
+            tokens=_the_one("--tokens", [64] if tokens is None else opt.parse_tokens(tokens)),
+            backend=_the_one("--backend", opt.parse_backends(backend)),
+            device=opt.parse_device(device),
+            seed=seed,
         )
+        exact.measure(spec, json_file)
         return
-    for name, value in (("--model-dir", model_dir), ("--text", text), ("--input-format", input_format)):
-        if value:
-            raise typer.BadParameter("goes with --accuracy", param_hint=name)
+    exact.only_with_accuracy({"--model-dir": model_dir, "--text": text, "--input-format": input_format})
     shape = opt.parse_shape(model, sizes, ep, local_pairs)
     chosen_tokens = opt.parse_tokens(tokens or "1..1024")
     from moestro.bench import run as runs

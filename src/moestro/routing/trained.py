@@ -3,13 +3,13 @@
 The package ships what a small mixture of experts, trained on text, did with text that it had not seen
 (`benchmarks/train_moe.py`): ids [tokens, layers, K] in `recordings/e<experts>-k<top_k>-<name>.npy`.
 
-A layer with as many experts and choices gets those ids as they were, of one recorded layer. For another one the *profile* is kept, which
-expert of a layer gets which share of the pairs: the shares of WINDOW tokens in a row, sorted, averaged over windows and
-layers. It is read as a function of the rank's fraction and cut into as many equal parts as there are experts, so the
-busiest tenth of the experts has the share that the busiest tenth had. An expert is then among a token's K with the
-probability that its share asks for, at most CAP: K draws without replacement at rates -log(1 - probability) come to
-that (they are the arrivals of a Poisson process up to the time at which K of them are expected). Which expert has which
-rank, the seed says.
+A layer with as many experts and choices gets those ids as they were, of one recorded layer. For another one the
+*profile* is kept, which expert of a layer gets which share of the pairs: the shares of WINDOW tokens in a row, sorted,
+averaged over windows and layers. It is read as a function of the rank's fraction and cut into as many equal parts as
+there are experts, so the busiest tenth of the experts has the share that the busiest tenth had. An expert is then among
+a token's K with the probability that its share asks for, at most CAP: K draws without replacement at rates
+-log(1 - probability) come to that (they are the arrivals of a Poisson process up to the time at which K of them are
+expected). Which expert has which rank, the seed says.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ class Trained:
         """int32 [N, K]; see Distribution. Recorded ids where E and K are the recording's, else its profile."""
         check_sample(num_tokens, num_experts, top_k, seed)
         if (num_experts, top_k) == self._sizes:
-            layer = seed % self._ids.shape[1]  # of one layer: those of several together are more even than each
+            layer = (
+                seed % self._ids.shape[1]
+            )  # of one layer: those of several together are more even than each
             return Recorded(self._recorded.path, layer).sample(num_tokens, num_experts, top_k, seed)
         rng = np.random.default_rng(seed)
         chosen = inclusion(resampled(self._profile, num_experts), top_k)
