@@ -115,13 +115,8 @@ def _row(reference: ModelReference, format: str, given: str, backend: str) -> Mo
     from moestro.integrations.transformers.modules import experts_modules
 
     name = f"moestro_{format}_{given}"
-    ours.register(
-        name,
-        format=format,
-        max_num_tokens=LENGTH,
-        backend=backend,
-        **({} if given == "none" else {"input_format": given}),
-    )
+    quantised = None if given == "none" else given
+    ours.register(name, format=format, max_num_tokens=LENGTH, backend=backend, input_format=quantised)
     model = _load(reference.folder, torch.bfloat16, name)
     found = [_log_probabilities(model, ids) for ids in reference.batches]
     bound = [one for _, module in experts_modules(model) if (one := bound_to(module)) is not None]

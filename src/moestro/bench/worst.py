@@ -40,9 +40,9 @@ def worst_ratios(found: Sequence[BenchResult]) -> list[Worst]:
                 at = ratios.setdefault((ours.tokens, ours.contender, peer.contender), {})
                 at[result.conditions["routing"]] = peer.median_s / ours.median_s
     rows = []
-    for (tokens, contender, peer), by_routing in sorted(ratios.items(), key=lambda item: item[0][0]):
+    for (tokens, contender, name), by_routing in sorted(ratios.items(), key=lambda item: item[0][0]):
         routing = min(by_routing, key=by_routing.__getitem__)
-        rows.append(Worst(tokens, contender, peer, by_routing[routing], routing, by_routing))
+        rows.append(Worst(tokens, contender, name, by_routing[routing], routing, by_routing))
     return rows
 
 

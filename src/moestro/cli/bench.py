@@ -102,7 +102,7 @@ def bench(
     routings = [opt.parse_routing(one) for one in routing or ("uniform",)]
     if accuracy:
         layer = model is not None or sizes is not None or model_dir is None
-        spec = exact.AccuracySpec(
+        asked = exact.AccuracySpec(
             shape=opt.parse_shape(model, sizes, ep, local_pairs) if layer else None,
             model_dir=model_dir,
             text=text,
@@ -114,7 +114,7 @@ def bench(
             device=opt.parse_device(device),
             seed=seed,
         )
-        exact.measure(spec, json_file)
+        exact.measure(asked, json_file)
         return
     exact.only_with_accuracy({"--model-dir": model_dir, "--text": text, "--input-format": input_format})
     shape = opt.parse_shape(model, sizes, ep, local_pairs)

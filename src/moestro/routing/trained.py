@@ -98,7 +98,7 @@ def profile_of(ids: torch.Tensor, num_experts: int, window: int = WINDOW) -> Sha
     """
     rows = []
     for layer in ids.unbind(1):
-        for part in [part for part in layer.split(window) if len(part) == window] or [layer]:
+        for part in [p for p in torch.split(layer, window) if len(p) == window] or [layer]:
             counts = torch.bincount(part.flatten(), minlength=num_experts).double()
             rows.append((counts / counts.sum()).sort(descending=True).values)
     return np.asarray(torch.stack(rows).mean(0).numpy(), dtype=np.float64)
@@ -108,7 +108,7 @@ def resampled(profile: Shares, num_experts: int) -> Shares:
     """The profile's shares for another number of experts: equal parts of its cumulative share, straight between ranks."""
     cumulative = np.concatenate([[0.0], np.cumsum(profile)])
     at = np.linspace(0, len(profile), num_experts + 1)
-    return np.diff(np.interp(at, np.arange(len(profile) + 1), cumulative))
+    return np.asarray(np.diff(np.interp(at, np.arange(len(profile) + 1), cumulative)), dtype=np.float64)
 
 
 def inclusion(shares: Shares, top_k: int) -> Shares:
@@ -124,4 +124,4 @@ def inclusion(shares: Shares, top_k: int) -> Shares:
         if np.isclose(chosen[~full].sum(), left):
             break
         chosen[~full] *= left / chosen[~full].sum()
-    return np.minimum(chosen, CAP)
+    return np.asarray(np.minimum(chosen, CAP), dtype=np.float64)
