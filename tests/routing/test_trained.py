@@ -107,7 +107,7 @@ def test_a_recording_of_ones_own_is_taken_by_its_name(tmp_path: Path) -> None:
     np.save(path, ids.numpy())
     mine = Trained(path)
     assert torch.equal(mine.sample(5, 12, 3), ids[:5, 0])
-    assert mine.name.startswith("trained(e12-k3-mine.npy@")
+    assert mine.name.startswith("trained(e12-k3-mine@")
     assert mine.sample(64, 40, 4).max() < 40
     other = tmp_path / "routing.npy"
     np.save(other, ids.numpy())
@@ -117,6 +117,6 @@ def test_a_recording_of_ones_own_is_taken_by_its_name(tmp_path: Path) -> None:
 
 def test_the_command_line_knows_it() -> None:
     assert parse("trained") == Trained()
-    assert Trained().name == f"trained({SHIPPED.name}@{Recorded(SHIPPED)._digest})"
+    assert Trained().name == f"trained({SHIPPED.stem}@{Recorded(SHIPPED)._digest})"
     with pytest.raises(RoutingError, match="trained takes no argument"):
         parse("trained:x")

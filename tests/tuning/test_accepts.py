@@ -78,3 +78,21 @@ def test_what_is_not_accepted_still_serves_where_there_is_nothing_else(
     first.tune(first.before, 64)
     later = Setting(tmp_path)
     assert later.decision(replace(later.now, accepts=accepts), 64).tactic == 0
+
+
+def test_a_third_probe_costs_a_round_half_as_much_again_and_keeps_the_budget(tmp_path: Path) -> None:
+    def spent(names: tuple[str, ...], budget: float | None) -> float:
+        clock = quiet_clock(noise=0.02)
+        kernel = Kernel(clock, {-1: 1.3e-3, **{i: 1e-3 * (1 + 0.02 * i) for i in range(12)}})
+        t, cfg = tuner(clock), replace(config((64, 1024)), probes=probes(names))
+        with t.autotune(True, budget_s=budget):
+            t.choose_one("op", [kernel], cfg, inputs(1024))
+        found = t.decision("op", [kernel], cfg, inputs(1024))
+        assert found is not None
+        assert found.tactic == 0
+        assert found.record.probes == names
+        assert set(found.evidence.of(found.record.runner, 0).probes) == set(names), "a ratio for each"  # type: ignore[union-attr]
+        return clock.now
+
+    assert spent(NEW, None) < 2.2 * spent(OLD, None)
+    assert spent(NEW, 0.5) < 0.55

@@ -47,8 +47,8 @@ class Trained:
 
     @property
     def name(self) -> str:
-        """ "trained(FILE@HASH)": another recording is another name."""
-        return self._recorded.name.replace("recorded(", "trained(", 1)
+        """ "trained(e<E>-k<K>-<name>@HASH)": another recording is another name."""
+        return f"trained({Path(self._recorded.path).stem}@{self._recorded._digest})"
 
     def sample(self, num_tokens: int, num_experts: int, top_k: int, seed: int = 0) -> torch.Tensor:
         """int32 [N, K]; see Distribution. Recorded ids where E and K are the recording's, else its profile."""
