@@ -9,7 +9,7 @@ loss of Switch Transformers (arXiv 2101.03961) at OLMoE's weight (0.01), AdamW, 
 library of the Python that runs this (PSF licence) and the licences and copyright notes that Debian installs
 (/usr/share/common-licenses, /usr/share/doc/*/copyright), in an order given by the hash of each text; of every 50 files
 one is held out. Tokens: a byte-level BPE of 2048, trained on the same text. Weights (60 MB) are not kept in the
-repository; seed, texts and versions being equal, a run gives the same model however it is broken up.
+repository; seed, texts, versions and threads being equal, a run gives the same model however it is broken up.
 """
 
 from __future__ import annotations
