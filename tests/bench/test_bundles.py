@@ -23,6 +23,8 @@ from moestro.bench.layers import LayerSource
 from moestro.bench.models import MoeShape
 from moestro.kernels import backends
 from moestro.kernels.triton import choose
+from moestro.moe.tuning_config import ACCEPTED, default_routing
+from moestro.routing import Trained
 from moestro.tuning import AutoTuner, Store
 from moestro.tuning.spec.plain_json import to_json
 from moestro.tuning.store import shipped
@@ -91,7 +93,7 @@ def test_the_packages_bundles_can_be_read_and_their_tactics_made() -> None:
                 assert dataclasses.is_dataclass(entry.record.tactic) or entry.record.tactic == -1
 
 
-def test_an_installation_has_the_bundles(tmp_path: Path) -> None:
+def test_an_installation_has_the_bundles_and_the_recording(tmp_path: Path) -> None:
     environment = {**os.environ, "MOESTRO_CPU_BUILD": "0"}
     source = tmp_path / "source"
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
@@ -109,6 +111,7 @@ def test_an_installation_has_the_bundles(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "installed")
+        assert f"moestro/routing/recordings/{Path(Trained()._recorded.path).name}" in archive.namelist()
     code = "from moestro.tuning.store import shipped; print(shipped.__file__, [b.path.name for b in shipped.bundles()])"
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -175,3 +178,11 @@ def test_the_command_line_reads_tactics_whose_classes_it_has_not_loaded(tmp_path
         check=True,
     )
     assert ("path=fused" if command == "show" else "0 differ, 1 agree") in done.stdout.replace("\n", "")
+
+
+@pytest.mark.parametrize("bundle", ["h100.json", "h200.json"])
+def test_decisions_that_ship_were_made_on_probes_that_a_layer_accepts(bundle: str) -> None:
+    found = read_bundle(Path(shipped.__file__).parents[1] / "bundles" / bundle)
+    made_on = {entry.record.probes for entry in found.entries if entry.kind == "decision"}
+    assert made_on
+    assert made_on <= {*ACCEPTED, tuple(distribution.name for distribution in default_routing())}

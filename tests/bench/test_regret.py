@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer import Typer
 from typer.testing import CliRunner
 
@@ -19,7 +22,15 @@ from moestro.bench.regret_real import Case, consult, load, measure_regret
 from moestro.bench.regret_sim import SCENARIOS, Scenario, Target, run, tune_once
 from moestro.cli import regret as command
 from moestro.errors import TuningError
-from moestro.tuning import DynamicTensorSpec, MeasurementPolicy, Probe, TunableRunner, TuningConfig
+from moestro.tuning import (
+    AutoTuner,
+    DynamicTensorSpec,
+    MeasurementPolicy,
+    Probe,
+    TunableRunner,
+    TuningConfig,
+)
+from moestro.tuning.measure import nvml
 from moestro.tuning.measure.simulated import SimulatedClock, SimulatedTimer
 
 
@@ -180,28 +191,112 @@ def test_the_command_fails_when_a_target_does(monkeypatch: pytest.MonkeyPatch) -
     assert "FAILS samples at most" in done.output
 
 
+@pytest.mark.parametrize(
+    ("sustains", "seconds", "runs"), [(True, 2.0, 8), (True, 0.0, 0), (False, 2.0, 0)]
+)
 def test_the_oracle_begins_on_a_loaded_device_where_the_timer_says_that_it_slows_down(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, sustains: bool, seconds: float, runs: int
 ) -> None:
     class Timer:
-        name, sustains = "hot", True
+        name = "hot"
 
         def prepare(self, call: Any) -> Any:
             return call
 
-    now = [0.0]
-    runs: list[float] = []
+    Timer.sustains = sustains  # type: ignore[attr-defined]
+    now = [10.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
     def sampler() -> float:
-        runs.append(now[0])
-        now[0] += 1.0
-        return 1.0
+        now[0] += 0.25
+        return 0.25
 
-    monkeypatch.setattr("moestro.bench.regret_real.time.perf_counter", lambda: now[0])
-    load(sampler, MeasurementPolicy(sustained_s=20.0), Timer())
-    assert len(runs) == 20
-    runs.clear()
-    load(sampler, MeasurementPolicy(sustained_s=0.0), Timer())
-    Timer.sustains = False
-    load(sampler, MeasurementPolicy(sustained_s=20.0), Timer())
-    assert runs == []
+    load(sampler, MeasurementPolicy(sustained_s=seconds), Timer())
+    assert now[0] == 10.0 + 0.25 * runs
+
+
+class Chip:
+    """A GPU on paper: a call takes longer the slower its clock, which falls from 1980 to 1400 MHz in a second of load.
+    NVML is asked for the clock by the names of the library."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.asked = 0
+
+    @property
+    def mhz(self) -> int:
+        return 1980 if self.now < 1.0 else 1400
+
+    # --- as NVML ---
+    def nvmlDeviceGetHandleByUUID(self, uuid: bytes, handle: Any) -> int:  # noqa: N802
+        return 0
+
+    def nvmlDeviceGetClockInfo(self, handle: Any, kind: int, clock: Any) -> int:  # noqa: N802
+        self.asked += 1
+        ctypes.cast(clock, ctypes.POINTER(ctypes.c_uint))[0] = self.mhz
+        return 0
+
+    def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle: Any, reasons: Any) -> int:  # noqa: N802
+        ctypes.cast(reasons, ctypes.POINTER(ctypes.c_ulonglong))[0] = 0x4 if self.mhz == 1400 else 0
+        return 0
+
+    # --- as a timer ---
+    name, sustains = "chip", True
+
+    def conditions(self) -> dict[str, Any] | None:
+        return nvml.reading("GPU-chip")
+
+    def prepare(self, call: Any) -> Any:
+        def sample() -> float:
+            before = self.now
+            call()
+            return self.now - before
+
+        return sample
+
+
+class OnChip(TunableRunner):
+    """Tactic 0 waits for arithmetic, 1 for memory: the clock decides which of them is faster."""
+
+    def __init__(self, chip: Chip) -> None:
+        self._chip = chip
+
+    def get_valid_tactics(self, inputs: Any, profile: Any) -> list[Any]:
+        return [0, 1]
+
+    def forward(self, inputs: Any, tactic: Any = -1, do_preparation: bool = False, **_: Any) -> Any:
+        if not do_preparation:
+            chip = self._chip
+            chip.now += {-1: 3e-3, 0: 1e-3 * 1980 / chip.mhz, 1: 1.15e-3}[tactic]
+        return inputs[0]
+
+
+@pytest.mark.parametrize(("sustained", "best"), [(0.0, "0"), (2.0, "1")])
+def test_regret_under_load_is_judged_on_the_clock_that_load_leaves(
+    monkeypatch: pytest.MonkeyPatch, sustained: float, best: str
+) -> None:
+    chip = Chip()
+    monkeypatch.setattr(nvml, "library", lambda: chip)
+    monkeypatch.setattr(time, "perf_counter", lambda: chip.now)
+    spec = DynamicTensorSpec((0,), (0,), (2048,), lambda n: 2048)
+    config = TuningConfig(dynamic_tensor_specs=(spec,))
+    policy = MeasurementPolicy(sustained_s=sustained, max_seconds=None, verify=False)
+    case = Case("op", [OnChip(chip)], config, [torch.zeros(2048, 1)])
+    found = measure_regret(
+        case,
+        chip,
+        policy,
+        repeats=2,
+        oracle_seconds=0.02,
+        new_tuner=lambda: AutoTuner(timer=chip, policy=policy, clock=lambda: chip.now),
+    )
+    ratios = dict(zip(("-1", "0", "1"), found.oracle.ratios, strict=True))
+    assert min(ratios, key=ratios.__getitem__) == best, ratios
+    if sustained:
+        assert found.moestro.best_picked == 1.0
+        assert all(best in pick for pick in found.picks)
+        assert found.clocks["sm_mhz"] == [1400, 1980]
+        assert found.clocks["throttle"] == ["power cap"]
+    else:
+        assert found.clocks["sm_mhz"][1] == 1980
+    assert chip.asked >= 2

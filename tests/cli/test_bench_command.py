@@ -202,3 +202,59 @@ def test_wrong_usage_is_status_2_and_says_what_is_meant(run: Run, arguments: lis
     flat = " ".join(done.output.replace("│", " ").split())
     assert said in flat
     assert "Traceback" not in done.output
+
+
+def test_several_routings_in_one_run_and_the_worst_ratio_to_each_peer(run: Run) -> None:
+    asked = ("--routing", "uniform", "--routing", "zipf:1.0", "--routing", "trained")
+    done = run("bench", *TINY, *QUICK, "--tokens", "4", "--format", "bf16", *asked, "--json", "o.json")
+    assert done.exit_code == 0, done.output
+    data = json.loads(Path("o.json").read_text())
+    assert data["schema"] == "moestro.bench.routings/1"
+    names = [result["conditions"]["routing"] for result in data["results"]]
+    assert names[:2] == ["uniform", "zipf(1.0)"]
+    assert names[2].startswith("trained(")
+    hit = [next(row["experts_hit"] for row in result["rows"] if row["ours"]) for result in data["results"]]
+    assert all(2 <= experts <= 8 for experts in hit)
+    if transformers_missing():
+        assert data["worst"] == []
+    else:
+        assert {row["peer"] for row in data["worst"]} == {f"transformers {name}" for name in IMPLEMENTATIONS}
+        for row in data["worst"]:
+            assert set(row["ratios"]) == set(names)
+            assert row["ratio"] == min(row["ratios"].values())
+        assert "The worst of all routings" in done.output
+    assert run("report", "o.json").exit_code == 0
+    assert Path("report.html").read_text().count("<section>") == 3
+
+
+def test_accuracy_is_a_table_and_a_file(run: Run) -> None:
+    asked = ("--format", "nvfp4", "--input-format", "none", "--input-format", "fp8", "--tokens", "5")
+    done = run("bench", "--accuracy", *TINY, *asked, "--json", "a.json")
+    assert done.exit_code == 0, done.output
+    assert "weights  activations" in done.output
+    data = json.loads(Path("a.json").read_text())
+    assert data["schema"] == "moestro.accuracy/1"
+    assert [(row["format"], row["input_format"]) for row in data["layer"]] == [
+        ("nvfp4", "none"),
+        ("nvfp4", "fp8"),
+    ]
+    assert data["layer"][0]["error"] < 0.01 < data["layer"][1]["error"]
+    assert data["conditions"] == {"routing": "uniform", "tokens": 5, "seed": 0, "backend": "auto"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (("--accuracy", *TINY, "--tokens", "1,2"), "--tokens"),
+        (("--accuracy", *TINY, "--routing", "uniform", "--routing", "zipf"), "--routing"),
+        (("--accuracy", *TINY, "--input-format", "fp9"), "fp8"),
+        ((*TINY, "--input-format", "fp8"), "goes with --accuracy"),
+        ((*TINY, "--model-dir", "x"), "goes with --accuracy"),
+    ],
+)
+def test_accuracy_of_what_it_does_not_take_is_a_wrong_usage(
+    run: Run, asked: tuple[str, ...], said: str
+) -> None:
+    done = run("bench", *asked)
+    assert done.exit_code == 2, done.output
+    assert said in done.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,8 @@ import moestro
 from moestro import FusedMoE, Workspace, errors
 from moestro.formats import NVFP4
 from moestro.kernels.portable.runner import PortableRunner
-from moestro.moe.tuning_config import routing_probe, tuning_config
-from moestro.routing import Balanced, Zipf
+from moestro.moe.tuning_config import default_routing, routing_probe, tuning_config
+from moestro.routing import Balanced, Trained, Zipf
 from moestro.tuning import AutoTuner, MeasurementPolicy, Probe
 
 PORTABLE: dict[str, Any] = {"backend": "portable"}
@@ -260,9 +261,19 @@ class TestTuning:
         assert spec.input_idx == (0, 1, 2, 3)
         assert tuning_config(problem, quantized_input=True).dynamic_tensor_specs[0].input_idx[-1] == 5
 
-    def test_the_default_probes_are_uniform_and_zipf(self) -> None:
-        layer = FusedMoE(make_weights(), K, **PORTABLE)
-        assert [probe.name for probe in layer.tuning_config.probes] == ["uniform", "zipf(1.0)"]
+    def test_the_default_probes_are_uniform_zipf_and_a_trained_models(self) -> None:
+        config = FusedMoE(make_weights(), K, **PORTABLE).tuning_config
+        names = [probe.name for probe in config.probes]
+        assert names == ["uniform", "zipf(1.0)", Trained().name]
+        assert config.accepts == (("uniform", "zipf(1.0)"),), "what the bundles that ship were tuned on"
+
+    def test_without_the_recording_layers_are_tuned_on_two_probes_and_the_log_says_so(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setattr("moestro.routing.trained.RECORDINGS", tmp_path)
+        found = default_routing.__wrapped__()
+        assert [distribution.name for distribution in found] == ["uniform", "zipf(1.0)"]
+        assert str(tmp_path) in caplog.text
 
     def test_a_probe_routes_as_its_distribution_says(self) -> None:
         layer = FusedMoE(make_weights(), K, **PORTABLE)

@@ -116,3 +116,71 @@ def test_transformers_models_are_recorded_and_replayed(tmp_path: Path) -> None:
         assert not torch.allclose(model(tokens).logits, want, atol=1e-4)
         with replay(model, recording):
             torch.testing.assert_close(model(tokens).logits, want)
+
+
+def tiny_model(seed: int = 0) -> Any:
+    """A Qwen3-MoE of two layers whose routers prefer some experts, as a trained one's do."""
+    transformers = pytest.importorskip("transformers", minversion="5.7")
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=64, hidden_size=H, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+        num_experts=E, num_experts_per_tok=K, moe_intermediate_size=32,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = transformers.Qwen3MoeForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("mlp.gate.weight"):
+                p.normal_(std=0.3).mul_(torch.linspace(2.0, 0.5, E)[:, None])
+            elif ".mlp.experts." in name:
+                p.mul_(15)
+    return model
+
+
+def test_what_was_recorded_on_dense_experts_is_replayed_on_packed_ones(tmp_path: Path) -> None:
+    """Router replay: the rollout's routing, forced on the trainer's model (or the other way round)."""
+    model = tiny_model()
+    from moestro.integrations import transformers as mt
+
+    tokens = torch.arange(40).view(4, 10) % 64
+    with torch.no_grad(), record(model) as recording:
+        model(tokens)
+    recording.save(tmp_path / "rollout.safetensors")
+    mt.quantize_experts(model, "nvfp4", backend="portable")
+    with torch.no_grad():
+        with record(model) as own:
+            free = model(tokens).logits
+        assert not torch.equal(own.ids, recording.ids), "four bits route some token elsewhere"
+        with replay(model, tmp_path / "rollout.safetensors"), record(model) as forced:
+            held = model(tokens).logits
+    assert torch.equal(forced.ids, recording.ids)
+    torch.testing.assert_close(forced.weights, recording.weights)
+    assert not torch.equal(held, free)
+
+
+def test_tokens_are_in_the_order_of_the_calls_in_generation_too() -> None:
+    model = tiny_model()
+    tokens = torch.arange(1, 8).view(1, 7)  # without the token that stands for padding
+    with torch.no_grad(), record(model) as recording:
+        made = model.generate(tokens, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert recording.ids.shape == (7 + 3, 2, K), "the prompt, then a token a step; the last one is never put in"
+    with torch.no_grad(), record(model) as whole:
+        model(made[:, :-1], use_cache=False)
+    assert torch.equal(whole.ids, recording.ids)
+
+
+def test_a_recording_of_another_model_is_refused_with_both_numbers() -> None:
+    model = tiny_model()
+    with torch.no_grad(), record(model) as recording:
+        model(torch.arange(4).view(1, 4))
+    three, two = Net(), recording
+    with pytest.raises(RoutingError, match="the model's 3 layers, got 2"), replay(three, two):
+        pass
+    made = Recording([str(i) for i in range(LAYERS)], E)
+    made._ids = {name: [torch.zeros(4, K + 1, dtype=torch.int32)] for name in made.layers}
+    made._weights = {name: [torch.zeros(4, K + 1)] for name in made.layers}
+    with (
+        torch.no_grad(),
+        replay(three, made),
+        pytest.raises(RoutingError, match=f"top_k {K}, the recording has 4 with top_k {K + 1}"),
+    ):
+        three(torch.randn(4, H))

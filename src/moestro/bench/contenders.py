@@ -72,7 +72,12 @@ class Compiles(Protocol):
 
 
 def make_layer(
-    source: LayerSource, format: str, backend: str, max_num_tokens: int, tuner: AutoTuner | None = None
+    source: LayerSource,
+    format: str,
+    backend: str,
+    max_num_tokens: int,
+    tuner: AutoTuner | None = None,
+    input_format: str | None = None,
 ) -> FusedMoE:
     """A source's layer as it is served, in a format, on a backend ("auto": the best that runs)."""
     shape = source.shape
@@ -84,6 +89,7 @@ def make_layer(
         activation=activation_of(shape),
         num_experts=shape.num_local_experts if shape.local_pairs else shape.num_experts,
         backend=backend,
+        input_format=input_format,
         dtype=source.dtype,
         tuner=tuner,
         donate=format != "bf16",  # these are the source's own, shared with the peers

@@ -54,7 +54,8 @@ def run(spec: LayersSpec, step: Callable[[str], None] = lambda what: None) -> li
             source = LayerSource(spec.shape, seed=spec.seed, device=spec.device)
             layer = make_layer(source, format, backend, max(spec.tokens), AutoTuner(store=None))
             config = layer.tuning_config
-            config = dataclasses.replace(config, probes=as_probes(layer.runners[0].problem, [spec.routing]))
+            probes = as_probes(layer.runners[0].problem, [spec.routing])
+            config = dataclasses.replace(config, probes=probes, accepts=())
             timer = default_timer(spec.device, policy, graph=config.use_cuda_graph)
             for tokens in spec.tokens:
                 case = make_case(spec.shape, tokens, spec.routing, seed=spec.seed, device=spec.device)

@@ -24,6 +24,7 @@ from moestro.bench.regret import Pick, Summary, summarise
 from moestro.errors import TuningError
 from moestro.tuning import AutoTuner, MeasurementPolicy, TuningConfig
 from moestro.tuning.measure.scope import measured
+from moestro.tuning.measure.decide import merged
 from moestro.tuning.measure.timers import Timer
 from moestro.tuning.race.rounds import Rounds
 from moestro.tuning.race.statistics import gaps
@@ -82,6 +83,9 @@ class RealOutcome:
     field: Summary
     picks: tuple[str, ...]  # each tuning's choice
     field_picks: tuple[str, ...]
+    # What the timer said of its device before and after the load, the oracle and the tunings, as the evidence of a
+    # decision has it: {"sm_mhz": [least, most], "throttle": [...]} on a GPU.
+    clocks: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def candidates_of(case: Case) -> list[Candidate]:
@@ -113,9 +117,12 @@ def measure_regret(
         if callable(getattr(runner, "reserve", None)):
             runner.reserve(inputs, [tactic for i, tactic in candidates if i == index])
     samplers = _prepare(case, candidates, inputs, timer)
+    readings = [*_reading(timer)]
     load(samplers[0], policy, timer)
+    readings += _reading(timer)
     step("oracle")
     oracle = consult(candidates, samplers, policy, oracle_seconds)
+    readings += _reading(timer)
     picks, chosen = [], []
     for i in range(repeats):
         step(f"tuning {i + 1} of {repeats}")
@@ -125,6 +132,7 @@ def measure_regret(
         pick, candidate = _tune(case, tuner, oracle)
         picks.append(pick)
         chosen.append(candidate)
+        readings += _reading(timer)
     field, field_chosen = [], []
     for _ in range(repeats):
         step("the field's scheme")
@@ -137,7 +145,15 @@ def measure_regret(
         summarise("field", field, 2 * oracle.error),
         tuple(_name(case, c) for c in chosen),
         tuple(_name(case, c) for c in field_chosen),
+        merged(readings),
     )
+
+
+def _reading(timer: Timer) -> list[dict[str, Any]]:
+    """What the timer says of its device now, if it says anything."""
+    hook = getattr(timer, "conditions", None)
+    found = hook() if callable(hook) else None
+    return [found] if found else []
 
 
 def load(sampler: Callable[[], float] | None, policy: MeasurementPolicy, timer: Timer) -> None:

@@ -28,6 +28,7 @@ __all__ = [
     "command_line",
     "environment",
     "now",
+    "parse",
     "read",
     "write",
     "write_json",
@@ -122,6 +123,11 @@ def read(path: Path) -> BenchResult:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise MoestroError(f"bench result: cannot read {path}: {error}") from error
+    return parse(data, path)
+
+
+def parse(data: Any, path: Path) -> BenchResult:
+    """The result in an object of that schema, read from `path`. Raises MoestroError for another one."""
     if not isinstance(data, Mapping) or data.get("schema") != SCHEMA:
         found = data.get("schema") if isinstance(data, Mapping) else type(data).__name__
         raise MoestroError(f"bench result: expected {path} to hold schema {SCHEMA!r}, got {found!r}")

@@ -34,7 +34,7 @@ from moestro.tuning import AutoTuner
 from moestro.tuning.progress import Listener
 from moestro.tuning.store.store import default_root
 
-__all__ = ["BenchSpec", "build", "run"]
+__all__ = ["BenchSpec", "build", "run", "run_each"]
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,17 @@ def run(
     listener: Listener | None = None,
 ) -> BenchResult:
     """Measure everything that `spec` names. KeyboardInterrupt ends it; the result holds what was measured."""
+    return run_each(spec, (spec.routing,), timer_of, command, listener)[0]
+
+
+def run_each(
+    spec: BenchSpec,
+    routings: Sequence[Distribution],
+    timer_of: Callable[[Contender], Timer],
+    command: str,
+    listener: Listener | None = None,
+) -> list[BenchResult]:
+    """The same contenders under each routing, one result each. KeyboardInterrupt ends it with what was measured."""
     listener = listener or Listener()
     listener.stage("measuring this machine's ceilings", 1)
     ceilings = roofline.measure_ceilings(spec.device)
@@ -134,7 +145,26 @@ def run(
         for index in range(spec.layers)
     ]
     contenders, missing = build(spec, sources, listener)
-    result = BenchResult(
+    truth = References(sources[0]) if spec.device.startswith("cuda") else None
+    found: list[BenchResult] = []
+    for routing in routings:
+        one = dataclasses.replace(spec, routing=routing)
+        result = _empty(one, command, contenders, missing, ceilings)
+        found.append(_measure(one, contenders, ceilings, timer_of, truth, result, listener))
+        if found[-1].interrupted:
+            break
+    return found
+
+
+def _empty(
+    spec: BenchSpec,
+    command: str,
+    contenders: Sequence[Contender],
+    missing: Sequence[dict[str, Any]],
+    ceilings: roofline.Ceilings,
+) -> BenchResult:
+    """A result without rows: who takes part, where, and under which conditions."""
+    return BenchResult(
         command=command,
         date=results.now(),
         environment=results.environment(spec.device),
@@ -150,8 +180,6 @@ def run(
         rows=[],
         skipped=[{"tokens": None, **entry} for entry in missing],
     )
-    truth = References(sources[0]) if spec.device.startswith("cuda") else None
-    return _measure(spec, contenders, ceilings, timer_of, truth, result, listener)
 
 
 def _measure(

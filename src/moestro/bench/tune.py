@@ -39,7 +39,9 @@ class TuneSpec:
 
     shape: MoeShape
     tokens: tuple[int, ...]
-    routings: tuple[Distribution, ...] = ()  # the layer's own probes if empty: uniform and Zipf(1.0)
+    routings: tuple[
+        Distribution, ...
+    ] = ()  # the layer's own probes if empty: moe.tuning_config.default_routing()
     formats: tuple[str, ...] = ("nvfp4",)
     backends: tuple[str, ...] = ("auto",)
     device: str = "cpu"

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from moestro.cli import accuracy as exact
 from moestro.cli import ep as expert_parallel
 from moestro.cli import options as opt
 from moestro.cli import recall, regret
@@ -25,6 +26,12 @@ EXAMPLES = """
 
 [cyan]moestro bench --sizes 64,8,2048,1024 --routing zipf:1.2 --json out.json --report out.html[/]
   a layer of your own, under skewed routing, with results to keep
+
+[cyan]moestro bench --model mixtral-8x7b --routing uniform --routing zipf:1.0 --routing trained[/]
+  several routings in one run, and the worst ratio to each peer
+
+[cyan]moestro bench --accuracy --sizes 32,4,2048,768 --model-dir DIR[/]
+  how exact each format of weights and activations is, on a layer and on a model's next tokens
 """
 
 app = typer.Typer(
@@ -36,6 +43,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
+
+ACCURACY_FORMATS = ("bf16", "nvfp4", "mxfp4", "mxfp8", "fp8_block")
 
 PeersOption = Annotated[
     str,
@@ -70,8 +79,8 @@ def bench(
     format: opt.FormatOption = None,
     backend: opt.BackendOption = None,
     device: opt.DeviceOption = None,
-    tokens: opt.TokensOption = "1..1024",
-    routing: opt.RoutingOption = "uniform",
+    tokens: opt.BenchTokensOption = None,
+    routing: opt.BenchRoutingsOption = None,
     layers: opt.LayersOption = 1,
     ep: opt.EpOption = 1,
     local_pairs: opt.LocalPairsOption = False,
@@ -83,11 +92,33 @@ def bench(
     store: opt.StoreOption = None,
     json_file: opt.JsonOption = None,
     report: ReportOption = None,
+    accuracy: exact.AccuracyOption = False,
+    model_dir: exact.ModelDirOption = None,
+    text: exact.TextOption = None,
+    input_format: exact.InputFormatOption = None,
 ) -> None:
     if ctx.invoked_subcommand is not None:
         return
+    routings = [opt.parse_routing(one) for one in routing or ("uniform",)]
+    if accuracy:
+        layer = model is not None or sizes is not None or model_dir is None
+        asked = exact.AccuracySpec(
+            shape=opt.parse_shape(model, sizes, ep, local_pairs) if layer else None,
+            model_dir=model_dir,
+            text=text,
+            formats=tuple(opt.parse_formats(format, ACCURACY_FORMATS)),
+            inputs=exact.parse_inputs(input_format),
+            routing=_the_one("--routing", routings),
+            tokens=_the_one("--tokens", [64] if tokens is None else opt.parse_tokens(tokens)),
+            backend=_the_one("--backend", opt.parse_backends(backend)),
+            device=opt.parse_device(device),
+            seed=seed,
+        )
+        exact.measure(asked, json_file)
+        return
+    exact.only_with_accuracy({"--model-dir": model_dir, "--text": text, "--input-format": input_format})
     shape = opt.parse_shape(model, sizes, ep, local_pairs)
-    chosen_tokens = opt.parse_tokens(tokens)
+    chosen_tokens = opt.parse_tokens(tokens or "1..1024")
     from moestro.bench import run as runs
     from moestro.bench.measure import Plan
 
@@ -97,7 +128,7 @@ def bench(
     spec = runs.BenchSpec(
         shape=shape,
         tokens=tuple(chosen_tokens),
-        routing=opt.parse_routing(routing),
+        routing=routings[0],
         formats=tuple(opt.parse_formats(format, ("bf16", "nvfp4"))),
         backends=tuple(opt.parse_backends(backend)),
         peers=_parse_peers(peers, where),
@@ -108,36 +139,50 @@ def bench(
         peer_memory=round(peer_memory * 2**30),
         plan=Plan(min_rounds=rounds, max_rounds=max(rounds, 101), seconds=seconds),
     )
-    result = _run(spec)
-    _deliver(result, json_file, report, store)
+    _deliver(_run(spec, routings), json_file, report, store)
 
 
-def _run(spec: Any) -> Any:
+def _the_one(option: str, values: list[Any]) -> Any:
+    """The only value. A usage error for several: accuracy is measured for one at a time."""
+    if len(values) != 1:
+        raise typer.BadParameter(f"--accuracy takes one, got {len(values)}", param_hint=option)
+    return values[0]
+
+
+def _run(spec: Any, routings: list[Any]) -> Any:
     from moestro.bench import results, timing
     from moestro.bench import run as runs
 
     with progress() as bar, quiet():
-        return runs.run(spec, timing.timer_for(spec.device), results.command_line(), ProgressListener(bar))
+        timer_of, listener = timing.timer_for(spec.device), ProgressListener(bar)
+        return runs.run_each(spec, routings, timer_of, results.command_line(), listener)
 
 
-def _deliver(result: Any, json_file: Path | None, report: Path | None, store: Path | None) -> None:
-    from moestro.bench import results
+def _deliver(found: list[Any], json_file: Path | None, report: Path | None, store: Path | None) -> None:
+    from moestro.bench import results, worst
     from moestro.bench import run as runs
-    from moestro.cli.tables import bench_view
+    from moestro.cli.tables import bench_view, worst_view
 
     if json_file is not None:  # first: nothing that goes wrong later may lose what was measured
-        results.write(result, json_file)
-    output.print(bench_view(result))
+        if len(found) == 1:
+            results.write(found[0], json_file)
+        else:
+            worst.write(found, json_file)
+    for result in found:
+        output.print(bench_view(result))
+    if len(found) > 1 and (rows := worst.worst_ratios(found)):
+        output.print(worst_view(rows))
     if json_file is not None:
         errors.print(f"[dim]results: {json_file}[/]")
-    if report is not None and result.rows:
+    if report is not None and any(result.rows for result in found):
         from moestro.bench.report import write_report
 
-        write_report(report, [result], store)
+        write_report(report, found, store)
         errors.print(f"[dim]report: {report}[/]")
-    if result.interrupted:
+    if any(result.interrupted for result in found):
         raise typer.Exit(130)
-    runs.check_measured(result)
+    for result in found:
+        runs.check_measured(result)
 
 
 def _parse_peers(text: str, device: str) -> tuple[str, ...]:

@@ -127,7 +127,29 @@ RoutingOption = Annotated[
         "-r",
         metavar="NAME[:ARG]",
         rich_help_panel=LAYER,
-        help="Where tokens go: uniform, balanced, zipf:1.0, dirichlet:0.5, correlated:0.5, recorded:FILE.",
+        help="Where tokens go: uniform, balanced, zipf:1.0, dirichlet:0.5, correlated:0.5, trained, recorded:FILE.",
+    ),
+]
+BenchRoutingsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--routing",
+        "-r",
+        metavar="NAME[:ARG]",
+        rich_help_panel=LAYER,
+        help="Where tokens go: uniform, balanced, zipf:1.0, dirichlet:0.5, correlated:0.5, trained, recorded:FILE; "
+        "repeat for several and the worst ratio to each peer. Default: uniform.",
+    ),
+]
+BenchTokensOption = Annotated[
+    str | None,
+    typer.Option(
+        "--tokens",
+        "-n",
+        metavar="LIST",
+        rich_help_panel=LAYER,
+        help="Numbers of tokens: 1,16,64, or 1..1024 for the powers of two between. Default: 1..1024; with "
+        "--accuracy one, 64.",
     ),
 ]
 RoutingsOption = Annotated[
@@ -138,7 +160,7 @@ RoutingsOption = Annotated[
         metavar="NAME[:ARG]",
         rich_help_panel=LAYER,
         help="Probe: where tokens go while measuring, as in bench; repeat for several (the worst counts). "
-        "Default: uniform and zipf:1.0.",
+        "Default: uniform, zipf:1.0 and trained.",
     ),
 ]
 SeedOption = Annotated[

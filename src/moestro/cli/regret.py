@@ -162,6 +162,10 @@ def _measure(spec: Any, json_file: Path | None) -> bool:
             highlight=False,
         )
         output.print(_table((found.moestro, found.field)))
+        if clocks := found.clocks:
+            low, high = clocks.get("sm_mhz", (None, None))
+            held = ", ".join(clocks.get("throttle") or ()) or "nothing"
+            output.print(f"SM clock {low} to {high} MHz, held back by: {held}", style="dim", highlight=False)
     output.print(f"\n{LEGEND}", style="dim")
     if json_file is not None:
         conditions = dataclasses.asdict(

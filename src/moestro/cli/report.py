@@ -37,7 +37,7 @@ def report(
     [cyan]moestro report a.json b.json --store demo/store -o demo/report.html[/]
       from several, with the tuner's decisions
     """
-    from moestro.bench import results as files
+    from moestro.bench import worst as files
     from moestro.bench.report import write_report
 
     if not results and store is None:
@@ -45,5 +45,5 @@ def report(
     if store is not None and not store.is_dir():
         raise typer.BadParameter(f"no such folder: {store}", param_hint="--store")
     load_tactics()
-    write_report(out, [files.read(path) for path in results or []], store)
+    write_report(out, [one for path in results or [] for one in files.read(path)], store)
     output.print(f"wrote {out}")

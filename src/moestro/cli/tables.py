@@ -11,9 +11,10 @@ from rich.text import Text
 from moestro.bench.parity import Delta
 from moestro.bench.results import BenchResult, Row
 from moestro.bench.tune import TuneResult
+from moestro.bench.worst import Worst
 from moestro.cli.console import bytes_text, seconds_text
 
-__all__ = ["bench_view", "heading", "parity_view", "tune_view"]
+__all__ = ["bench_view", "heading", "parity_view", "tune_view", "worst_view"]
 
 
 def heading(result: BenchResult) -> Text:
@@ -204,6 +205,25 @@ def parity_view(found: Sequence[Delta], runs: Sequence[BenchResult]) -> Renderab
         "Δ = our median / the peer's - 1 per run: negative is faster. Spread: points between runs.", "dim"
     )
     return Group(heading(runs[0]), table, note)
+
+
+def worst_view(rows: Sequence[Worst]) -> RenderableType:
+    """The ratio to each peer under the routing where it is least, and under every one."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold")
+    names = list(dict.fromkeys(name for row in rows for name in row.ratios))
+    table.add_column("N", justify="right")
+    table.add_column("contender", no_wrap=True)
+    table.add_column("against", style="dim", no_wrap=True)
+    table.add_column("worst ×", justify="right")
+    for name in names:
+        table.add_column(name.partition("(")[0] if "@" in name else name, justify="right", style="dim")
+    for row in rows:
+        color = "green" if row.ratio >= 1 else "yellow" if row.ratio >= 0.95 else "red"
+        each = (f"{row.ratios[name]:.2f}" if name in row.ratios else "–" for name in names)
+        worst = Text(f"{row.ratio:.2f}", style=f"bold {color}")
+        table.add_row(str(row.tokens), row.contender, row.peer.removeprefix("transformers "), worst, *each)
+    note = Text("×: speed against the peer, 2.00 is twice as fast; the least of all routings.", "dim")
+    return Group(Text("\nThe worst of all routings", style="bold"), table, note)
 
 
 def tune_view(result: TuneResult) -> RenderableType:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from moestro.errors import TuningError
+from moestro.errors import RoutingError, TuningError
 from moestro.kernels.problem import MoeProblem
-from moestro.routing import Distribution, Recorded, Uniform, Zipf
+from moestro.routing import Distribution, Trained, Uniform, Zipf
 from moestro.tuning import (
     DynamicTensorSpec,
     OptimizationProfile,
@@ -21,17 +22,22 @@ from moestro.tuning import (
 )
 
 OP = "moestro.fused_moe"
-DEFAULT_ROUTING: tuple[Distribution, ...] = (Uniform(), Zipf(1.0))
-# Routing of a trained model, as `moestro record` writes it: a third probe for layers of as many experts and choices.
-RECORDINGS = Path(__file__).parents[1] / "routing" / "recordings"
+SYNTHETIC: tuple[Distribution, ...] = (Uniform(), Zipf(1.0))
+# Decisions made on these probes alone count as well: they serve, and are not measured again. The bundles that ship were.
+ACCEPTED = (tuple(distribution.name for distribution in SYNTHETIC),)
+
+log = logging.getLogger("moestro")
 
 
-def default_routing(problem: MoeProblem) -> tuple[Distribution, ...]:
-    """What a layer is tuned on: uniform, Zipf(1.0), and the recording that ships for its experts and top_k, if one
-    does (recordings/e<experts>-k<top_k>-<name>.npy, the first by name).
-    """
-    found = sorted(RECORDINGS.glob(f"e{problem.num_experts}-k{problem.top_k}-*.npy"))
-    return (*DEFAULT_ROUTING, *(Recorded(path) for path in found[:1]))
+@functools.cache
+def default_routing() -> tuple[Distribution, ...]:
+    """What a layer is tuned on: uniform, Zipf(1.0), and the routing of a trained model (moestro.routing.trained)."""
+    trained = Trained()
+    try:
+        return (*SYNTHETIC, trained) if trained.name else SYNTHETIC
+    except RoutingError as error:
+        log.warning("layers are tuned without a trained model's routing: %s", error)
+        return SYNTHETIC
 
 
 def tuning_config(
@@ -48,9 +54,12 @@ def tuning_config(
         gen_tuning_buckets=get_hybrid_num_tokens_buckets,
         map_to_tuning_buckets=map_to_hybrid_bucket_uncapped,
     )
-    if probes is None:
-        probes = [routing_probe(problem, distribution) for distribution in default_routing(problem)]
-    return TuningConfig(dynamic_tensor_specs=(spec,), use_cuda_graph=problem.cuda_graph, probes=tuple(probes))
+    return TuningConfig(
+        dynamic_tensor_specs=(spec,),
+        use_cuda_graph=problem.cuda_graph,
+        probes=tuple(as_probes(problem, default_routing()) if probes is None else probes),
+        accepts=ACCEPTED if probes is None else (),
+    )
 
 
 def routing_probe(problem: MoeProblem, distribution: Distribution) -> Probe:

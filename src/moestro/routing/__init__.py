@@ -20,6 +20,7 @@ from moestro.routing.recorded import Recorded
 from moestro.routing.recorded import record as _write
 from moestro.routing.recording import Recording, recording_of, replay
 from moestro.routing.router import METHODS, route
+from moestro.routing.trained import Trained
 
 __all__ = [
     "METHODS",
@@ -29,6 +30,7 @@ __all__ = [
     "Distribution",
     "Recorded",
     "Recording",
+    "Trained",
     "Uniform",
     "Zipf",
     "parse",

@@ -9,6 +9,7 @@ from typing import Final
 from moestro.errors import RoutingError, unknown_name
 from moestro.routing.distributions import Balanced, Correlated, Dirichlet, Distribution, Uniform, Zipf
 from moestro.routing.recorded import Recorded
+from moestro.routing.trained import Trained
 
 # name -> (what the argument is, or None; the class)
 KNOWN: Final[dict[str, tuple[str | None, Callable[..., Distribution]]]] = {
@@ -18,12 +19,13 @@ KNOWN: Final[dict[str, tuple[str | None, Callable[..., Distribution]]]] = {
     "dirichlet": ("effective_fraction", Dirichlet),
     "correlated": ("overlap", Correlated),
     "recorded": ("path", Recorded),
+    "trained": (None, Trained),
 }
 
 
 def parse(text: str) -> Distribution:
     """The distribution that `text` names: "balanced", "uniform", "zipf[:ALPHA]", "dirichlet[:FRACTION]",
-    "correlated[:OVERLAP]" or "recorded:PATH". "zipf(1.2)", as reports print it, is read as well.
+    "correlated[:OVERLAP]", "recorded:PATH" or "trained". "zipf(1.2)", as reports print it, is read as well.
 
     Raises RoutingError for an unknown name, with the nearest known ones, and for an argument that does not
     fit.

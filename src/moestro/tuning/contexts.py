@@ -83,7 +83,7 @@ class Options:
                 for s in config.dynamic_tensor_specs
             )
             config = replace(config, dynamic_tensor_specs=specs)
-        return config if self.probes is None else replace(config, probes=self.probes)
+        return config if self.probes is None else replace(config, probes=self.probes, accepts=())
 
 
 def _alone(size: int) -> tuple[int]:

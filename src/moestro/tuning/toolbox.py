@@ -130,7 +130,7 @@ class Toolbox:
         case = Case(
             key=book.key,
             record=record,
-            records=book.serving(record.probes, view.environment),
+            records=book.serving(record.probes, view.environment, view.accepts),
             sizes=sizes,
             within=within,
             source=record.source,

@@ -358,7 +358,7 @@ class AutoTuner(Toolbox):
                 spec.bucket_of(size)
                 for spec, size in zip(site.config.dynamic_tensor_specs, sizes, strict=True)
             )
-            known = functools.partial(book.records, view.probes, environment.name)
+            known = functools.partial(book.records, view.probes, environment.name, view.accepts)
             keep = functools.partial(decisions.keep, book, store, environment)
             campaign = Campaign(job, known, keep, first, book.too_large, options.crossover)
             if run_campaign(campaign, environment.name, {"tuning_buckets": options.buckets}):

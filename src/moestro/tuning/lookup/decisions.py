@@ -9,7 +9,7 @@ ours (FlashInfer's rule: a decision names its runner); another policy's.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -24,6 +24,7 @@ from moestro.tuning.store.store import Store
 __all__ = ["DecisionsOfKey", "Listener"]
 
 ByBucket = dict[Sizes, Record]
+Probes = tuple[str, ...]  # their names
 Table = dict[tuple[str, tuple[str, ...]], ByBucket]  # (environment, probes) -> bucket -> record
 MISSED_KEPT = 4096
 
@@ -134,17 +135,29 @@ class DecisionsOfKey:
         """Whether there is a record for exactly this."""
         return bucket in self._records.get((environment, probes), {})
 
-    def records(self, probes: tuple[str, ...], environment: str) -> Mapping[Sizes, Record]:
-        """What was measured with exactly these probes in this environment, by bucket."""
-        return self._records.get((environment, probes), {})
+    def records(
+        self, probes: Probes, environment: str, accepts: Sequence[Probes] = ()
+    ) -> Mapping[Sizes, Record]:
+        """What was measured with exactly these probes in this environment, by bucket; where there is none, what is
+        complete of the probes that are accepted as well.
+        """
+        mine = self._records.get((environment, probes), {})
+        others = [self._records.get((environment, names), {}) for names in reversed(accepts)]
+        theirs = {b: record for by in others for b, record in by.items() if record.complete}
+        return {**theirs, **mine} if theirs else mine
 
-    def serving(self, probes: tuple[str, ...], environment: str) -> Mapping[Sizes, Record]:
-        """What serves calls with these probes: their own records, else those of the probes tuned last."""
+    def serving(
+        self, probes: Probes, environment: str, accepts: Sequence[Probes] = ()
+    ) -> Mapping[Sizes, Record]:
+        """What serves calls with these probes: their own records and, where there is none, those of the probes that are
+        accepted; else those of the probes tuned last.
+        """
         for table, here in self._order(environment):
             found = {at: kept for at, by in table.items() if (at[0] == environment) is here
                      and (kept := self._allowed(by))}  # fmt: skip
-            if (environment, probes) in found:
-                return found[environment, probes]
+            mine = [found.get((environment, names), {}) for names in (*reversed(accepts), probes)]
+            if any(mine):
+                return {bucket: record for by in mine for bucket, record in by.items()}
             if found:
                 exact = {at: by for at, by in found.items() if at[1] == probes} or found
                 return max(exact.values(), key=lambda by: max(r.created for r in by.values()))

@@ -51,6 +51,7 @@ def _of_config(config: TuningConfig) -> tuple[Any, ...]:
     for probe in config.probes:
         parts += (probe.name, _of(probe.make))
     parts += (
+        config.accepts,
         config.use_cold_l2_cache,
         config.use_cold_l2_graph_replay,
         config.use_cuda_graph,

@@ -52,6 +52,7 @@ class Lookup:
         "_table",
         "_version",
         "_where",
+        "accepts",
         "book",
         "dims",
         "done",
@@ -65,6 +66,7 @@ class Lookup:
         self.book = book
         self.environment = environment  # where calls of this site are measured
         self.probes = tuple(probe.name for probe in site.config.probes)
+        self.accepts = site.config.accepts
         self.done: set[Sizes] = set()  # sizes that tuning has nothing left to do for
         self.dims = [(spec.input_idx[0], spec.dim_idx[0]) for spec in specs]
         self._where = self.dims[0] if self.dims else None
@@ -114,7 +116,8 @@ class Lookup:
         """The record that answers for these sizes, and whether they are within what was tuned."""
         if self._version != self.book.version:
             version = self.book.version
-            self._table = make_table(self.book.serving(self.probes, self.environment), self._rounds)
+            records = self.book.serving(self.probes, self.environment, self.accepts)
+            self._table = make_table(records, self._rounds)
             self._version = version
             self.validity.clear()
             self._publish()

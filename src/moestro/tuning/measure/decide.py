@@ -28,7 +28,7 @@ from moestro.tuning.spec.evidence import CandidateEvidence, Evidence, Record
 from moestro.tuning.spec.runner import DEFAULT_TACTIC, stored_tactic
 from moestro.tuning.spec.specs import Sizes
 
-__all__ = ["conclude", "measure", "nothing_yet", "race_of", "samplers_of", "without_choice"]
+__all__ = ["conclude", "measure", "merged", "nothing_yet", "race_of", "samplers_of", "without_choice"]
 
 FOR_WARM_UP = 0.5  # of a bucket's time, checks included: the rest is for the race
 FROM_SIZE = 1024  # rows: shorter calls do not load the device
@@ -257,20 +257,22 @@ def _read_conditions(trial: Trial) -> None:
 
 
 def _conditions(trial: Trial) -> dict[str, Any]:
-    """The readings as evidence keeps them: numbers as [least, most], lists as all that was in one."""
+    """The trial's readings as evidence keeps them, and the seconds of load before."""
+    found = merged(trial.conditions)
+    if trial.loaded_s:
+        found["loaded_s"] = round(trial.loaded_s, 3)
+    return found
+
+
+def merged(readings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Several readings in one: numbers as [least, most], lists as all that was in one."""
     found: dict[str, Any] = {}
-    for name in dict.fromkeys(name for reading in trial.conditions for name in reading):
-        values = [v for reading in trial.conditions if (v := _of(reading, name)) is not None]
+    for name in dict.fromkeys(name for reading in readings for name in reading):
+        values = [v for reading in readings if (v := reading.get(name)) is not None]
         if values and all(isinstance(v, int | float) for v in values):
             found[name] = [min(values), max(values)]
         elif values and all(isinstance(v, list | tuple) for v in values):
             found[name] = sorted({str(one) for v in values for one in v})
         else:
             found[name] = values[-1] if values else None
-    if trial.loaded_s:
-        found["loaded_s"] = round(trial.loaded_s, 3)
     return found
-
-
-def _of(reading: Mapping[str, Any], name: str) -> Any:
-    return reading.get(name)

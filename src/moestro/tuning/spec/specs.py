@@ -250,7 +250,8 @@ class TuningConfig:
     whether what is read comes from memory; None follows the policy. inputs_pre_hook(inputs) -> inputs: a
     single probe without a name. probes: one or more; the objective over several is the smallest worst-case
     ratio to the default. tune_max_num_tokens: buckets end there, and larger sizes count as this one.
-    exclude_from_cache: decisions stay in this process. The others are taken and not needed (NEEDLESS).
+    accepts: names of other sets of probes, whose complete decisions serve beside this configuration's own and are not
+    measured again. exclude_from_cache: decisions stay in this process. The others are taken and not needed (NEEDLESS).
     """
 
     dynamic_tensor_specs: tuple[DynamicTensorSpec, ...] = ()
@@ -260,6 +261,7 @@ class TuningConfig:
     use_cuda_graph: bool = False
     inputs_pre_hook: Callable[[list[Any]], Sequence[Any]] | None = None
     probes: tuple[Probe, ...] = ()
+    accepts: tuple[tuple[str, ...], ...] = ()
     tune_max_num_tokens: int | None = None
     exclude_from_cache: bool = False
     use_cold_l2_graph_replay: bool | None = None
