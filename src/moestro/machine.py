@@ -114,7 +114,7 @@ def cpu_name() -> str:
 
 
 def arm_name(cpuinfo: str) -> str | None:
-    """ "Arm Neoverse-N1" of an ARM's /proc/cpuinfo, "Arm Cortex-A76 + Cortex-A55" of two kinds; None of another's."""
+    """ "Arm Neoverse-N1" of an ARM's /proc/cpuinfo, "Arm Cortex-A55 + Cortex-A76" of two kinds; None of another's."""
     found = re.findall(r"^CPU (implementer|part)\s*:\s*(\S+)", cpuinfo, re.MULTILINE)
     who = next((value for key, value in found if key == "implementer"), None)
     if who is None:
