@@ -1,7 +1,12 @@
-"""The core's NEON kernels, and plain C++ on 64-bit ARM: the tests of this machine's instruction sets, run under qemu."""
+"""The core's NEON kernels, and plain C++ on 64-bit ARM: the tests of this machine's instruction sets, run under qemu.
+
+"neon_bf16" has all tables of "neon_dot" and one more, from the same text: these two and plain C++ are held by a few
+tests, unless MOESTRO_TEST_ARM=all asks for every test on all four (twice the time).
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,7 +51,8 @@ from test_sanitized import setup_module_of_the_package
 
 from moestro.kernels.cpu import CpuRunner, core
 
-ISAS = ("generic", "neon", "neon_dot", "neon_bf16")
+ALL = ("generic", "neon", "neon_dot", "neon_bf16")
+ISAS = ALL if os.environ.get("MOESTRO_TEST_ARM") == "all" else ("neon", "neon_bf16")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not())),
@@ -75,6 +81,29 @@ def isa(request: pytest.FixtureRequest, arm: EmulatedCore, monkeypatch: pytest.M
     return str(request.param)
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Emulated threads that wait for each other take what the others need; a test of threads asks for its own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("isa", [name for name in ALL if name not in ISAS], indirect=True)
+@pytest.mark.parametrize("num_tokens", [1, 21])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("fmt", core.FORMATS)
+def test_the_other_instruction_sets_agree_with_the_reference(
+    isa: str, fmt: str, dtype: torch.dtype, num_tokens: int
+) -> None:
+    case = Case(fmt, 96, 160, activation=GPT_OSS, biases=True, dtype=dtype)
+    w, call = case.weights(), case.call(num_tokens)
+    runner, expected = CpuRunner(case.problem, w), case.expected(call, w)
+    errors = {tactic: relative_error(run(runner, call, tactic), expected) for tactic in TACTICS}
+    assert max(errors.values()) < TOLERANCE, errors
+
+
 @pytest.mark.parametrize(
     ("processor", "expected"),
     [
@@ -97,7 +126,7 @@ def test_a_processor_has_the_instruction_sets_that_it_says(
     made.close()
 
 
-@pytest.mark.parametrize("isa", ISAS[1:], indirect=True)
+@pytest.mark.parametrize("isa", ALL[1:], indirect=True)
 @pytest.mark.parametrize("num_tokens", [1, 5, 33])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("fmt", ["nvfp4", "mxfp4"])
