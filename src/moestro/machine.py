@@ -50,8 +50,25 @@ CPU_FEATURES = {
     "amx_bf16": "bf16 tile products",
     "amx_int8": "int8 tile products",
     "asimd": "128-bit vectors (Arm)",
+    "asimddp": "int8 dot products (Arm)",
     "sve": "scalable vectors (Arm)",
     "bf16": "bf16 products (Arm)",
+}
+
+
+# Arm's own cores by the part number of /proc/cpuinfo (their manuals' MIDR_EL1); others are named by their numbers.
+ARM_IMPLEMENTERS = {
+    "0x41": "Arm",
+    "0x46": "Fujitsu",
+    "0x48": "HiSilicon",
+    "0x4e": "NVIDIA",
+    "0x51": "Qualcomm",
+}
+ARM_IMPLEMENTERS |= {"0x61": "Apple", "0xc0": "Ampere"}
+ARM_PARTS = {
+    **{"0xd03": "Cortex-A53", "0xd05": "Cortex-A55", "0xd08": "Cortex-A72", "0xd0b": "Cortex-A76"},
+    **{"0xd41": "Cortex-A78", "0xd0c": "Neoverse-N1", "0xd40": "Neoverse-V1", "0xd49": "Neoverse-N2"},
+    **{"0xd4f": "Neoverse-V2", "0xd84": "Neoverse-V3", "0xd8e": "Neoverse-N3"},
 }
 
 
@@ -91,8 +108,20 @@ def cpu() -> Cpu:
 
 @functools.cache
 def cpu_name() -> str:
-    """The processor's name."""
-    return _cpuinfo().get("model name") or platform.processor() or platform.machine() or "cpu"
+    """The processor's name; of an ARM, which states numbers alone, that of its kinds of cores."""
+    named = _cpuinfo().get("model name") or arm_name(_read("/proc/cpuinfo"))
+    return named or platform.processor() or platform.machine() or "cpu"
+
+
+def arm_name(cpuinfo: str) -> str | None:
+    """ "Arm Neoverse-N1" of an ARM's /proc/cpuinfo, "Arm Cortex-A55 + Cortex-A76" of two kinds; None of another's."""
+    found = re.findall(r"^CPU (implementer|part)\s*:\s*(\S+)", cpuinfo, re.MULTILINE)
+    who = next((value for key, value in found if key == "implementer"), None)
+    if who is None:
+        return None
+    parts = dict.fromkeys(value for key, value in found if key == "part")  # each once, in order
+    names = [ARM_PARTS.get(part, f"part {part}") if who == "0x41" else f"part {part}" for part in parts]
+    return f"{ARM_IMPLEMENTERS.get(who, f'implementer {who}')} {' + '.join(names)}".strip()
 
 
 def threads() -> int:

@@ -18,7 +18,7 @@ from moestro.bench.models import find
 from moestro.errors import BackendError
 from moestro.kernels import backends
 from moestro.kernels.cpu import core
-from moestro.kernels.cpu.machine import placement
+from moestro.kernels.cpu.placement import placement
 from moestro.kernels.problem import MoeProblem, MoeRunner
 from moestro.tuning.store import shipped
 from moestro.tuning.store.bundle import Bundle

@@ -86,17 +86,40 @@ def _threads(cpu: dict[str, Any]) -> str:
         "no cgroup limit" if cpu["quota"] is None else f"cgroups allow {cpu['quota']:g} cores' worth of time"
     )
     kinds = [f"{count} at {value:g}" for value, count in cpu["core_kinds"]]
-    hybrid = f"; cores of several kinds: {', '.join(kinds)} (MHz or capacity)" if len(kinds) > 1 else ""
-    return f"{cpu['threads']} for the cpu backend; {quota}{hybrid}"
+    hybrid = (
+        f"; CPUs of several kinds: {', '.join(kinds)} (MHz or capacity), the slower take less of the work"
+        if len(kinds) > 1
+        else ""
+    )
+    pinned = f"pinned by {cpu['pinned_by']}" if cpu["pinned_by"] else "not pinned"
+    return f"{cpu['threads']} for the cpu backend, {pinned}; {quota}{_siblings(cpu)}{hybrid}"
+
+
+def _siblings(cpu: dict[str, Any]) -> str:
+    """How many CPUs affinity and cpusets allow, and whether two are one core's."""
+    cpus, cores = cpu["cpus_allowed"], cpu["cores_allowed"]
+    if not cpus:
+        return ""
+    return f"; {cpus} CPUs allowed" + (f", threads of {cores} cores" if cores < cpus else ", a core each")
 
 
 def _pages(cpu: dict[str, Any]) -> str:
-    nodes = (
-        f", {cpu['numa_nodes']} NUMA nodes (weights lie where they were packed)"
-        if cpu["numa_nodes"] > 1
-        else ""
+    """The memory nodes and where weights will lie; huge pages and whether weights will ask for them."""
+    nodes = [f"{node['number']} ({node['cpus']} CPUs)" for node in cpu["numa_nodes"] if node["memory"]]
+    over = cpu["spread_nodes"]
+    where = (
+        f"weights are spread over nodes {', '.join(map(str, over))}"
+        if over
+        else "weights lie where they are packed"
     )
-    return f"{nodes}; transparent huge pages: {cpu['huge_pages'] or 'not known'}"
+    said = f", memory nodes {', '.join(nodes)}: {where}" if len(nodes) > 1 else ""
+    kind = cpu["huge_pages"]
+    asks = {
+        "always": "always",
+        "madvise": "madvise (packed weights ask for them)",
+        "never": "never (weights lie in small pages)",
+    }
+    return f"{said}; transparent huge pages: {asks.get(kind, kind or 'not known')}"
 
 
 def _machine_lines(found: dict[str, Any]) -> list[tuple[str, str]]:

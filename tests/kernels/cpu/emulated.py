@@ -159,14 +159,22 @@ class EmulatedCore:
         return int.from_bytes(found[:4], "little", signed=True)
 
     def rate(self, isa: str, arithmetic: str) -> float:
-        pieces = (core.ISAS.index(isa).to_bytes(4, "little"), core.ARITHMETICS.index(arithmetic).to_bytes(4, "little"))
+        pieces = (
+            core.ISAS.index(isa).to_bytes(4, "little"),
+            core.ARITHMETICS.index(arithmetic).to_bytes(4, "little"),
+        )
         return ctypes.c_double.from_buffer_copy(self.ask(RATE, *pieces, answer=8)).value
 
-    def pack(self, request: int, source: torch.Tensor, scale: torch.Tensor | None, gated: bool, columns: int) -> bytes:
+    def pack(
+        self, request: int, source: torch.Tensor, scale: torch.Tensor | None, gated: bool, columns: int
+    ) -> bytes:
         """An expert's panels, codes then scales; `columns` of the matrix."""
         rows, per_scale = len(source), columns // scale.shape[1] if scale is not None else 16
         sizes = b"".join(value.to_bytes(8, "little") for value in (rows, columns, per_scale, int(gated)))
-        tensors = [tensor(t.data_ptr() if t is not None else None, t.nbytes if t is not None else 0) for t in (source, scale)]
+        tensors = [
+            tensor(t.data_ptr() if t is not None else None, t.nbytes if t is not None else 0)
+            for t in (source, scale)
+        ]
         answer = source.nbytes + (scale.nbytes if scale is not None else 0)
         return self.ask(request, sizes, *tensors[0], *tensors[1], answer=answer)
 

@@ -1,7 +1,8 @@
 """The compiled core: found, loaded with ctypes, and asked which instruction sets this machine has.
 
-MOESTRO_CPU_ISA forces one of "amx", "avx512", "avx_vnni", "avx2", or on 64-bit ARM "neon_bf16", "neon_dot", "neon", or
-"generic"; otherwise the first of these that the machine has is used. "amx_emulated" runs the AMX path with its tile instructions in plain C++, for tests.
+MOESTRO_CPU_ISA forces one of "amx", "avx512", "avx_vnni", "avx2", on 64-bit ARM one of "neon_bf16", "neon_dot", "neon",
+or "generic"; otherwise the first of these that the machine has is used. "amx_emulated" runs the AMX path with its tile
+instructions in plain C++, for tests.
 Parallel regions run on the OpenMP runtime that torch brought into the process, if there is one.
 MOESTRO_CPU_CORE names another build of the core to load.
 """

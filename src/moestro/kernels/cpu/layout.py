@@ -19,7 +19,7 @@ from moestro.errors import DTypeError, FormatError, ShapeError
 from moestro.formats import BF16, MXFP4, NVFP4, FormatTensor, FP8Block
 from moestro.formats.fp8_block import BLOCK as FP8_BLOCK
 from moestro.formats.pages import release
-from moestro.kernels.cpu import core
+from moestro.kernels.cpu import core, memory
 
 PANEL = 16  # rows of a panel, columns of an NVFP4 block
 # source -> ((gated, versions), weak reference to its packed copy); a cache of identities
@@ -356,5 +356,5 @@ def _require_panels(shape: tuple[int, ...], gated: bool) -> None:
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     out = torch.empty(shape, dtype=dtype)
-    core.load().moestro_cpu_advise_huge(out.data_ptr(), out.nbytes)
+    memory.prepare(out)
     return out
