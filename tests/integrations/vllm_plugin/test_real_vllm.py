@@ -106,6 +106,11 @@ def test_a_model_without_experts_is_as_without_the_plugin(run: Run, models: Mode
     ours, theirs = run(tmp_path), run(tmp_path, plugin=False)
     assert (ours.tokens, ours.best) == (theirs.tokens, theirs.best)
     assert "moestro:" not in ours.log
+    assert not [
+        name
+        for name in ours.modules
+        if name.startswith(("moestro.kernels", "moestro.moe", "moestro.formats"))
+    ]
 
 
 def test_experts_that_are_left_to_vllm_are_as_without_the_plugin(run: Run, models: Models) -> None:
