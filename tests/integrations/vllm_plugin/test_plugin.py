@@ -295,8 +295,9 @@ def test_tuning_keeps_within_the_processs_seconds(monkeypatch: pytest.MonkeyPatc
     given: list[float] = []
 
     class Layer:
-        def tune(self, budget_s: float, progress: bool) -> None:
+        def tune(self, budget_s: float, progress: bool, group: object) -> None:
             given.append(budget_s)
+            assert group is None
 
     layer: Any = Layer()
     for _ in range(3):
