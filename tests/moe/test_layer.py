@@ -84,6 +84,15 @@ def test_results_are_new_unless_the_layer_is_for_a_cuda_graph() -> None:
     assert graph(*call).data_ptr() == graph(*other).data_ptr() == graph(*make_call(2)).data_ptr()
 
 
+def test_a_layer_for_a_graph_that_owns_no_output_makes_a_new_one_for_each_call() -> None:
+    layer = FusedMoE(make_weights(), K, use_cuda_graph=True, own_output=False)
+    first = layer(*make_call(9))
+    kept = first.clone()
+    layer(*make_call(9, seed=1))
+    assert torch.equal(first, kept)
+    assert layer._outputs.by_dtype == {}
+
+
 def test_a_layer_does_not_take_its_own_output_for_x() -> None:
     layer = FusedMoE(make_weights(), K, use_cuda_graph=True)
     x, ids, weights = make_call(9)

@@ -57,7 +57,8 @@ class FusedMoE(torch.nn.Module):
     top_k, max_num_tokens: K, and the largest N.
     use_cuda_graph: the layer will be captured. It then returns a view of an output that it owns, valid until
     its next call in the same thread (pass out= for your own), all scratch memory is there from the start, and only
-    tactics that never wait for the device take part.
+    tactics that never wait for the device take part. own_output=False: it owns none, a call without out= makes a new
+    tensor (one that always gets out= would hold max_num_tokens rows for nothing).
     activation, input_format, expert_offset, deterministic, batch_invariant, backend, tactic, num_experts: as in
     fused_moe.
     dtype: of x when it is not known yet (tuning); by default that of dense weights, else bf16.
@@ -90,6 +91,7 @@ class FusedMoE(torch.nn.Module):
         workspace: Workspace | None = None,
         tuner: AutoTuner | None = None,
         donate: bool = False,
+        own_output: bool = True,
     ) -> None:
         super().__init__()
         if not isinstance(w, ExpertWeights):
@@ -97,6 +99,7 @@ class FusedMoE(torch.nn.Module):
         self.top_k = as_count("top_k", top_k, RoutingError)
         self.max_num_tokens = as_count("max_num_tokens", max_num_tokens, ShapeError)
         self.use_cuda_graph = as_flag("use_cuda_graph", use_cuda_graph, BackendError)
+        self.own_output = self.use_cuda_graph and as_flag("own_output", own_output, BackendError)
         self.options = Options(
             activation,
             input_format,
@@ -131,7 +134,8 @@ class FusedMoE(torch.nn.Module):
         if self.use_cuda_graph:
             bound = self._call(self.dtype)
             bound.reserve(self._example(self.max_num_tokens, device="meta"))
-            self._owned(bound.problem.dtype)
+            if self.own_output:
+                self._owned(bound.problem.dtype)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedMoE:
         """Another layer with its own weights, and the same tuner."""
@@ -186,7 +190,7 @@ class FusedMoE(torch.nn.Module):
             bound = self._calls[x.dtype]  # type: ignore[union-attr]
         except (AttributeError, KeyError):
             bound = self._first(x, ids, weights)
-        if out is None and owned and self.use_cuda_graph:
+        if out is None and owned and self.own_output:
             check_call(bound.limits, x, ids, weights)  # before the owned output is cut to x's size
             out = self._output(x)
         return bound(x, ids, weights, out)

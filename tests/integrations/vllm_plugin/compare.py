@@ -47,3 +47,12 @@ def assert_same(a: Said, b: Said) -> None:
 
 def serves(said: Said, kind: str) -> bool:
     return f"moestro: serves {kind} experts" in said.log
+
+
+def assert_equal(a: Said, b: Said) -> None:
+    """In float32: at least 99 % of the tokens, and logprobs within 1e-3."""
+    equal, total = equal_tokens(a, b)
+    worst = worst_logprob(a, b)
+    print(f"{equal} of {total} tokens equal, logprobs within {worst:.6f}")
+    assert equal >= 0.99 * total
+    assert worst <= 1e-3

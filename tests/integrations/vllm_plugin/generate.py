@@ -34,6 +34,7 @@ def main(model: str, options: dict[str, Any]) -> None:
         + json.dumps(
             {
                 "rss_kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+                "modules": sorted(name for name in sys.modules if name.startswith("moestro")),
                 "outputs": [_read(o) for o in outputs],
             }
         )

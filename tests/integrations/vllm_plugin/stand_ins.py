@@ -1,6 +1,7 @@
 """Small stand-ins for the vLLM classes that the plugin touches: same names, constructor arguments, parameters.
 
-They have what vLLM 0.32's have where the plugin looks, and a computation that says "vLLM" instead of doing it.
+They have what vLLM 0.32's have where the plugin looks (test_stand_ins.py compares them with vLLM's own), and a
+computation that says "vLLM" instead of doing it.
 """
 
 from __future__ import annotations
@@ -86,8 +87,15 @@ def method_classes() -> SimpleNamespace:
             self.backend = "marlin"
 
         def create_weights(
-            self, layer: Any, experts: int, hidden: int, inter: int, dtype: Any, **extra: Any
+            self,
+            layer: Any,
+            num_experts: int,
+            hidden_size: int,
+            intermediate_size_per_partition: int,
+            params_dtype: Any,
+            **extra: Any,
         ) -> None:
+            experts, hidden, inter = num_experts, hidden_size, intermediate_size_per_partition
             shards = 2 if self.moe.is_act_and_mul else 1
             assert self.use_global_sf is False  # type: ignore[attr-defined]
             _add(layer, "w13_weight", (experts, shards * inter, hidden // 2), torch.uint8)
@@ -100,8 +108,15 @@ def method_classes() -> SimpleNamespace:
 
     class GptOssMxfp4MoEMethod(FusedMoEMethodBase):
         def create_weights(
-            self, layer: Any, experts: int, hidden: int, inter: int, dtype: Any, **extra: Any
+            self,
+            layer: Any,
+            num_experts: int,
+            hidden_size: int,
+            intermediate_size_per_partition: int,
+            params_dtype: Any,
+            **extra: Any,
         ) -> None:
+            experts, hidden, inter = num_experts, hidden_size, intermediate_size_per_partition
             _add(layer, "w13_weight", (experts, 2 * inter, hidden // 2), torch.uint8)
             _add(layer, "w2_weight", (experts, hidden, inter // 2), torch.uint8)
             _add(layer, "w13_weight_scale", (experts, 2 * inter, hidden // 32), torch.uint8)
@@ -112,19 +127,33 @@ def method_classes() -> SimpleNamespace:
 
     class UnquantizedFusedMoEMethod(FusedMoEMethodBase):
         def create_weights(
-            self, layer: Any, experts: int, hidden: int, inter: int, dtype: Any, **extra: Any
+            self,
+            layer: Any,
+            num_experts: int,
+            hidden_size: int,
+            intermediate_size_per_partition: int,
+            params_dtype: Any,
+            **extra: Any,
         ) -> None:
+            experts, hidden, inter = num_experts, hidden_size, intermediate_size_per_partition
             shards = 2 if self.moe.is_act_and_mul else 1
-            _add(layer, "w13_weight", (experts, shards * inter, hidden), dtype)
-            _add(layer, "w2_weight", (experts, hidden, inter), dtype)
+            _add(layer, "w13_weight", (experts, shards * inter, hidden), params_dtype)
+            _add(layer, "w2_weight", (experts, hidden, inter), params_dtype)
 
     class Fp8MoEMethod(FusedMoEMethodBase):
         def __init__(self, quant_config: Any, layer: Any) -> None:
             super().__init__(layer.moe_config)
 
         def create_weights(
-            self, layer: Any, experts: int, hidden: int, inter: int, dtype: Any, **extra: Any
+            self,
+            layer: Any,
+            num_experts: int,
+            hidden_size: int,
+            intermediate_size_per_partition: int,
+            params_dtype: Any,
+            **extra: Any,
         ) -> None:
+            experts, hidden, inter = num_experts, hidden_size, intermediate_size_per_partition
             assert self.weight_scale_name == "weight_scale_inv"  # type: ignore[attr-defined]
             assert self.weight_block_size == self.moe_block_shape == [128, 128]  # type: ignore[attr-defined]
             for name, rows, columns in (("w13", 2 * inter, hidden), ("w2", hidden, inter)):
@@ -156,8 +185,19 @@ class RoutedExperts(torch.nn.Module):
         self.quant_method, self.expert_map = method, expert_map
         self.apply_router_weight_on_input = weight_on_input
         self.activation = moe.activation
-        sizes = (moe.num_local_experts, moe.hidden_dim, moe.intermediate_size_per_partition)
-        method.create_weights(self, *sizes, moe.in_dtype, weight_loader=None)
+        hidden, inter = moe.hidden_dim, moe.intermediate_size_per_partition
+        kept = method.maybe_roundup_sizes(hidden, inter, moe.in_dtype, moe.moe_parallel_config)
+        assert kept == (hidden, inter)
+        method.create_weights(
+            layer=self,
+            num_experts=moe.num_local_experts,
+            hidden_size=hidden,
+            unpadded_hidden_size=moe.hidden_dim,
+            intermediate_size_per_partition=inter,
+            params_dtype=moe.in_dtype,
+            weight_loader=None,
+            global_num_experts=moe.num_experts,
+        )
 
 
 def quant_config(algo: str = "W4A16_NVFP4") -> SimpleNamespace:

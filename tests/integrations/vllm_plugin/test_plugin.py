@@ -98,6 +98,31 @@ def test_a_subclass_of_vllms_class_is_left_alone() -> None:
     assert type(other(Config())) is other
 
 
+def test_what_goes_wrong_while_a_layer_is_judged_leaves_it_to_vllm_with_one_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Older:
+        """A FusedMoEConfig of another vLLM."""
+
+    cls = hooked("bf16")
+    with caplog.at_level("WARNING", logger="vllm.moestro"):
+        assert type(cls(Older())) is cls
+    assert (
+        "UnquantizedFusedMoEMethod's experts are left to vLLM: AttributeError: 'Older' object has"
+        in caplog.text
+    )
+
+
+def test_hooks_import_nothing_that_runs_layers() -> None:
+    code = (
+        "import sys; from moestro.integrations.vllm import hooks, plugin, settings\n"
+        "hooks.install(type('M', (), {}), None, settings.Settings())\n"
+        "print(*[m for m in sys.modules if m.startswith(('moestro.kernels', 'moestro.moe', 'moestro.formats', 'torch'))])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
 def test_installing_twice_changes_nothing() -> None:
     cls = method_classes().bf16
     for settings in (Settings(), Settings(kinds=frozenset())):
@@ -270,8 +295,9 @@ def test_tuning_keeps_within_the_processs_seconds(monkeypatch: pytest.MonkeyPatc
     given: list[float] = []
 
     class Layer:
-        def tune(self, budget_s: float, progress: bool) -> None:
+        def tune(self, budget_s: float, progress: bool, group: object) -> None:
             given.append(budget_s)
+            assert group is None
 
     layer: Any = Layer()
     for _ in range(3):

@@ -101,9 +101,15 @@ def tokenizer(folder: Path) -> None:
 
 
 def nvfp4(
-    source: Path, packed: Path, dense: Path | None, layout: str = "modelopt", algo: str = "W4A16_NVFP4"
+    source: Path,
+    packed: Path,
+    dense: Path | None,
+    layout: str = "modelopt",
+    algo: str = "W4A16_NVFP4",
+    kept_layer: str = "no layer",
 ) -> None:
-    """The model of `source` with its experts in NVFP4, and one with what they stand for.
+    """The model of `source` with its experts in NVFP4, and one with what they stand for. kept_layer: this one's stay in
+    bf16, as the checkpoint's list of exclusions says.
 
     Global scales are powers of two, so that the dense model holds the values exactly in bf16.
     """
@@ -112,7 +118,7 @@ def nvfp4(
     values: dict[str, torch.Tensor] = {}
     for name, tensor in load_file(source / "model.safetensors").items():
         found = EXPERT.match(name)
-        if found is None:
+        if found is None or name.startswith(kept_layer):
             kept[name] = values[name] = tensor
             continue
         amax = tensor.float().abs().max()
@@ -120,6 +126,7 @@ def nvfp4(
         kept |= _pieces(found[1], q, layout, algo)
         values[name] = q.dequantize(torch.bfloat16)
     others = sorted({n.removesuffix(".weight") for n in kept if _is_linear(n) and ".experts." not in n})
+    others += [f"{kept_layer}.mlp.experts*"] * any(n.startswith(kept_layer) for n in kept)
     config["quantization_config"] = _config(layout, algo, others)
     _write(packed, kept, config)
     if dense is not None:

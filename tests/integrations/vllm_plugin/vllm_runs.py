@@ -30,6 +30,7 @@ class Said:
     best: list[list[list[tuple[float, int]]]]
     rss_kib: int
     log: str
+    modules: list[str]  # of ours, imported in that process
 
 
 Run = Callable[..., Said]
@@ -43,7 +44,7 @@ def said_of(log: str, status: int | None) -> Said:
         raise AssertionError(f"status {status}\n{errors[:4000]}\n...\n{log[-2000:]}")
     said = json.loads(line[7:])
     best = [[[tuple(pair) for pair in step] for step in o["best"]] for o in said["outputs"]]
-    return Said([o["tokens"] for o in said["outputs"]], best, said["rss_kib"], log)
+    return Said([o["tokens"] for o in said["outputs"]], best, said["rss_kib"], log, said["modules"])
 
 
 def run_vllm(

@@ -142,6 +142,7 @@ class MoestroMethod:
             workspace=_workspaces.setdefault(w.device, Workspace(w.device)),
             tuner=tuning.tuner(self.settings),
             donate=True,
+            own_output=False,  # a call of ours always has out=
             **options,
         )
 

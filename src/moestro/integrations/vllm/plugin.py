@@ -8,7 +8,7 @@ import os
 import types
 
 from moestro.errors import MoestroError
-from moestro.integrations.vllm import log
+from moestro.integrations.vllm import hooks, log
 from moestro.integrations.vllm.imports import when_imported
 from moestro.integrations.vllm.settings import CLASSES, Settings
 
@@ -39,9 +39,7 @@ def install() -> None:
 
 def _hook(module: types.ModuleType, method: str, settings: Settings) -> None:
     try:
-        hooks = importlib.import_module("moestro.integrations.vllm.hooks")
-        kinds = importlib.import_module("moestro.integrations.vllm.kinds")
-        hooks.install(getattr(module, method), kinds.KINDS[method], settings)
+        hooks.install(getattr(module, method), None, settings)
     except Exception as error:  # an import of vLLM's must not fail for us
         log.warning(f"{method}'s experts are left to vLLM: {type(error).__name__}: {error}")
 

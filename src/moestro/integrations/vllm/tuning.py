@@ -76,7 +76,7 @@ def _together(layer: FusedMoE, moe: Any, link: Link, left: float) -> bool:
 def _tune(layer: FusedMoE, seconds: float, link: Link | None = None) -> None:
     global _spent
     began = time.monotonic()
-    layer.tune(budget_s=seconds, progress=False, **({} if link is None else {"group": link}))
+    layer.tune(budget_s=seconds, progress=False, group=link)
     _spent += time.monotonic() - began
 
 
