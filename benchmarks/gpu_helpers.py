@@ -69,7 +69,9 @@ def random_weights(fmt: str, experts: int, rows: int, columns: int, groups: int,
         return BF16(dense)
     if fmt == "int4":  # zero points, and fp16 scales per 32
         shape = (experts, rows, columns // 32)
-        packed = torch.randint(0, 256, (experts, rows, columns // 2), dtype=torch.uint8, device=DEV, generator=gen)
+        packed = torch.randint(
+            0, 256, (experts, rows, columns // 2), dtype=torch.uint8, device=DEV, generator=gen
+        )
         scale = (torch.rand(shape, device=DEV, generator=gen) + 0.5) / (5 * columns**0.5)
         zero = torch.randint(6, 11, shape, dtype=torch.uint8, device=DEV, generator=gen)
         return INT4(packed, scale.half(), zero)

@@ -64,7 +64,9 @@ CALLS: dict[str, tuple[Step, ...]] = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", nargs="?", choices=[*CALLS, *CHECKS])
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "/tmp/gpu-session")))
     parser.add_argument("--list", action="store_true")
@@ -108,7 +110,12 @@ def run(step: Step, out: Path, dry: bool) -> bool:
     with (out / "session.json").open("a") as session:
         session.write(json.dumps(line) + "\n")
     tail = (out / f"{step.name}.log").read_text().splitlines()[-3:]
-    print(f"{step.name}: status {status} after {took} s", *(f"    {text[:200]}" for text in tail), sep="\n", flush=True)
+    print(
+        f"{step.name}: status {status} after {took} s",
+        *(f"    {text[:200]}" for text in tail),
+        sep="\n",
+        flush=True,
+    )
     return status == 0
 
 
@@ -185,7 +192,9 @@ def replay(formats: list[str], tokens: list[int]) -> int:
             count += 1
             if not torch.equal(want.view(torch.int16), got.view(torch.int16)):
                 bad += 1
-                print(f"{fmt} N={n} {tactic} call {seed}: {(want != got).sum().item()} of {got.numel()} differ")
+                print(
+                    f"{fmt} N={n} {tactic} call {seed}: {(want != got).sum().item()} of {got.numel()} differ"
+                )
     torch.cuda.synchronize()
     print(f"{count} calls, {used} replayed, {bad} differ")
     return int(bad > 0 or (module.why_plain() is None and used < count // 2))

@@ -101,8 +101,12 @@ def measured(weights: str, tokens: int) -> dict[str, Any]:
     version = ".".join(replay.triton.__version__.split(".")[:2])
     assert version in replay.KNOWN, version
     experts, top_k, hidden, inter = 32, 8, 2048, 768
-    dense = [torch.zeros(experts, r, c, dtype=torch.bfloat16) for r, c in ((2 * inter, hidden), (hidden, inter))]
-    layer = FusedMoE(ExpertWeights.from_dense(*dense, weights), top_k, max_num_tokens=tokens, backend="triton")
+    dense = [
+        torch.zeros(experts, r, c, dtype=torch.bfloat16) for r, c in ((2 * inter, hidden), (hidden, inter))
+    ]
+    layer = FusedMoE(
+        ExpertWeights.from_dense(*dense, weights), top_k, max_num_tokens=tokens, backend="triton"
+    )
     x = torch.zeros(tokens, hidden, dtype=torch.bfloat16)
     ids = torch.zeros(tokens, top_k, dtype=torch.int32)
     inputs = [x, ids, torch.zeros(tokens, top_k), torch.empty_like(x)]

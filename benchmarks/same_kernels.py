@@ -1,4 +1,4 @@
-"""PTX of every kernel that a tree ships decisions or defaults for, as digests: whether a change of device code changes a kernel.
+"""PTX of every kernel that a tree ships decisions or defaults for: whether a change of device code changes one.
 
     PYTHONPATH=/tmp/t36:OLD/src python benchmarks/same_kernels.py old.json     # /tmp/t36 holds triton 3.6.0
     PYTHONPATH=/tmp/t36:NEW/src python benchmarks/same_kernels.py new.json --against old.json
@@ -72,7 +72,9 @@ def runs(fmt: str, sizes: tuple[int, int, int, int], input_format: str | None) -
         default = choose.default(runner.problem, tokens)
         shipped = bundled() if fmt in SHIPPED else set()
         fitted = {choose.fitted(runner.problem, t) for t in shipped} | {default}
-        for tactic in sorted((t for t in fitted if choose.why_not(runner.problem, t, tokens) is None), key=repr):
+        for tactic in sorted(
+            (t for t in fitted if choose.why_not(runner.problem, t, tokens) is None), key=repr
+        ):
             yield runner, tokens, tactic
 
 
@@ -107,7 +109,9 @@ def runner_of(fmt: str, sizes: tuple[int, int, int, int], input_format: str | No
     from moestro.kernels.triton import TritonRunner
 
     experts, top_k, hidden, inter = sizes
-    dense = [torch.zeros(experts, r, c, dtype=torch.bfloat16) for r, c in ((2 * inter, hidden), (hidden, inter))]
+    dense = [
+        torch.zeros(experts, r, c, dtype=torch.bfloat16) for r, c in ((2 * inter, hidden), (hidden, inter))
+    ]
     gate_up, down = (formats.get(fmt).quantize(t) for t in dense)
     dtype = torch.bfloat16 if fmt == "bf16" else None
     p = MoeProblem(experts, experts, 0, top_k, hidden, inter, fmt, input_format=input_format, device="cuda",

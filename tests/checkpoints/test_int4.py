@@ -39,7 +39,11 @@ def drawn(r: int, c: int, group: int, g: torch.Generator, low: int = 0, high: in
 
 def awq(r: int, c: int, g: torch.Generator, group: int = 128) -> Any:
     codes, scale, zero, dense = drawn(r, c, group, g)
-    pieces = {"qweight": words(codes.T, ORDER), "qzeros": words(zero.T, ORDER), "scales": scale.T.contiguous()}
+    pieces = {
+        "qweight": words(codes.T, ORDER),
+        "qzeros": words(zero.T, ORDER),
+        "scales": scale.T.contiguous(),
+    }
     return pieces, dense
 
 
@@ -160,11 +164,17 @@ COMPRESSED = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
 @pytest.mark.parametrize(
     ("raw", "words"),
     [
-        ({"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True}, "desc_act of gptq must be False"),
+        (
+            {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True},
+            "desc_act of gptq must be False",
+        ),
         ({"quant_method": "gptq", "bits": 8, "group_size": 128}, "bits of gptq must be 4, got 8"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2"}, "checkpoint_format of gptq"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version of awq must be 'gemm', got 'gemv'"),
-        ({**COMPRESSED, "config_groups": {"g": {"weights": {"num_bits": 8}}}}, "num_bits of g must be 4, got 8"),
+        (
+            {**COMPRESSED, "config_groups": {"g": {"weights": {"num_bits": 8}}}},
+            "num_bits of g must be 4, got 8",
+        ),
         (
             {**COMPRESSED, "config_groups": {"g": {"weights": {"num_bits": 4, "actorder": "group"}}}},
             "actorder of g",

@@ -57,9 +57,7 @@ def from_awq(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor) 
     return INT4(_nibbles(codes.mT.contiguous()), scales.mT.contiguous(), zeros.mT.contiguous())
 
 
-def from_gptq(
-    qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor
-) -> INT4:
+def from_gptq(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor) -> INT4:
     """qweight int32 [C/8, R], qzeros int32 [C/G, R/8] (zero - 1), scales [C/G, R], g_idx int32 [C]."""
     words, rows = qweight.shape
     columns, groups = words * WORD, scales.shape[0]

@@ -35,7 +35,14 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.mark.parametrize(
     ("group", "symmetric", "dtype"),
-    [(32, True, BF16), (32, False, F16), (128, True, F16), (128, False, BF16), (384, False, F32), (192, True, F32)],
+    [
+        (32, True, BF16),
+        (32, False, F16),
+        (128, True, F16),
+        (128, False, BF16),
+        (384, False, F32),
+        (192, True, F32),
+    ],
 )
 def test_groups_scales_and_zero_points(isa: str, group: int, symmetric: bool, dtype: torch.dtype) -> None:
     case = Case("int4", 384, 384, experts=3, top_k=2)

@@ -16,7 +16,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moestro.formats import BF16, INT4, MXFP4, NVFP4, FP8Block
+from moestro.formats import BF16, MXFP4, NVFP4, FP8Block
 from moestro.kernels.activations import Activation, SwiGLU
 from moestro.kernels.problem import MoeProblem
 from moestro.kernels.triton import TritonRunner
@@ -106,6 +106,8 @@ def zeros(weight_format: str, experts: int, rows: int, columns: int) -> Any:
     if weight_format == "fp8_block":
         return FP8Block(data, torch.ones(experts, -(-rows // 128), -(-columns // 128)))
     if weight_format == "int4":
+        from moestro.formats import INT4  # benchmarks/same_kernels.py runs this with older trees, too
+
         return INT4.of(packed, torch.zeros(experts, rows, columns // 32, dtype=torch.bfloat16))
     return BF16(torch.zeros(experts, rows, columns, dtype=torch.bfloat16))
 

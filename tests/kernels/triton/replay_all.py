@@ -63,7 +63,9 @@ def call(driver: StubDriver, run: Any) -> list[tuple[Any, ...]]:
     return list(driver.launched)
 
 
-def plan_addresses(driver: StubDriver, runner: TritonRunner, n: int, tactic: Any, bound: Any, rng: Any) -> list[str]:
+def plan_addresses(
+    driver: StubDriver, runner: TritonRunner, n: int, tactic: Any, bound: Any, rng: Any
+) -> list[str]:
     """One call of a bound plan, against the ordinary one."""
     nbytes = runner.workspace_bytes(n, tactic)
     misaligned = rng.random() < 0.3
@@ -77,7 +79,9 @@ def plan_addresses(driver: StubDriver, runner: TritonRunner, n: int, tactic: Any
         got = call(driver, lambda: bound(inputs, workspace))
     if want != got:
         first = next((w[0], g[0]) for w, g in zip(want, got, strict=False) if w != g)
-        return [f"N={n} {tactic} {offsets=} stream={driver.stream}: {first} differ, of {len(want)} and {len(got)}"]
+        return [
+            f"N={n} {tactic} {offsets=} stream={driver.stream}: {first} differ, of {len(want)} and {len(got)}"
+        ]
     return []
 
 
@@ -108,7 +112,9 @@ def every_path(driver: StubDriver) -> list[str]:
     return bad
 
 
-def bound_and_warm(runner: TritonRunner, n: int, tactic: Any = -1) -> tuple[Any, list[torch.Tensor], torch.Tensor]:
+def bound_and_warm(
+    runner: TritonRunner, n: int, tactic: Any = -1
+) -> tuple[Any, list[torch.Tensor], torch.Tensor]:
     inputs, workspace = inputs_at(runner, n), aligned(runner.workspace_bytes(n, tactic), torch.uint8)
     bound = runner.bind(inputs, tactic)
     bound(inputs, workspace)

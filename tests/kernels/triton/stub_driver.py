@@ -52,9 +52,7 @@ class StubKernel:
     def run(self, g0: int, g1: int, g2: int, stream: int, function: Any, metadata: Any, *rest: Any) -> None:
         if self.driver.record:
             arguments = tuple(map(plain, rest[3:]))
-            self.driver.launched.append(
-                (self.name, (g0, g1, g2), stream, function, metadata, arguments)
-            )
+            self.driver.launched.append((self.name, (g0, g1, g2), stream, function, metadata, arguments))
 
 
 @contextmanager

@@ -11,8 +11,8 @@ import pytest
 
 pytest.importorskip("triton", minversion="3.6")
 
-from moestro.errors import BackendError  # noqa: E402
-from moestro.kernels.triton import replay  # noqa: E402
+from moestro.errors import BackendError
+from moestro.kernels.triton import replay
 
 
 def test_every_path_is_replayed_argument_by_argument() -> None:

@@ -35,7 +35,9 @@ class PanelINT4(PanelsFP4):
         rows, columns = first.shape
         codes = cls.room_of_codes(experts, rows, columns)
         scale = torch.empty((experts, rows // PANEL, first.scale.shape[-1], PANEL), dtype=first.scale.dtype)
-        return cls(codes, scale, codes.new_empty((experts, rows // PANEL, first.zero.shape[-1], PANEL)), gated)
+        return cls(
+            codes, scale, codes.new_empty((experts, rows // PANEL, first.zero.shape[-1], PANEL)), gated
+        )
 
     def put(self, index: int, source: FormatTensor) -> None:
         if not isinstance(source, INT4):
@@ -67,7 +69,9 @@ class PanelINT4(PanelsFP4):
             args = (rows, columns, 2 * columns, self.gated, torch.get_num_threads())
             core.load().moestro_cpu_unpack_fp4(*pieces, *args)
         back = self._order(rows).argsort()
-        by_row = (t.transpose(-1, -2).reshape(*lead, rows, -1 if t.numel() else 0) for t in (self.scale, self.zero))
+        by_row = (
+            t.transpose(-1, -2).reshape(*lead, rows, -1 if t.numel() else 0) for t in (self.scale, self.zero)
+        )
         scale, zero = (t.index_select(-2, back.to(t.device)) for t in by_row)
         return INT4(packed.view(*lead, rows, columns // 2).to(self.device), scale, zero)
 

@@ -142,9 +142,7 @@ def bind(launches: Sequence[Launch], compiled: Sequence[Any], origin: Origin) ->
     except _UnknownOriginError as error:
         return str(error)
     grids = [(*launch.grid, 1, 1)[:3] for launch in launches]
-    made = writer.function(
-        [(k.run, k.function, k.packed_metadata) for k in kernels], grids, arguments
-    )
+    made = writer.function([(k.run, k.function, k.packed_metadata) for k in kernels], grids, arguments)
     differs = _differs(writer, launches, kernels, grids, arguments, origin)
     return differs or Replay(made, origin.held, writer.counts)
 
@@ -178,10 +176,14 @@ class _Writer:
             given.append(self._constant(value) if constant else self._expression(value))
         return ", ".join(given)
 
-    def function(self, kernels: Sequence[tuple[Any, ...]], grids: Sequence[Any], arguments: Sequence[str]) -> Any:
+    def function(
+        self, kernels: Sequence[tuple[Any, ...]], grids: Sequence[Any], arguments: Sequence[str]
+    ) -> Any:
         """launches(stream, x, ids, weights, out, scratch, counters), which calls (run, function, metadata) of each."""
         lines, names = [], dict(self.constants)
-        for i, ((run, function, metadata), grid, given) in enumerate(zip(kernels, grids, arguments, strict=True)):
+        for i, ((run, function, metadata), grid, given) in enumerate(
+            zip(kernels, grids, arguments, strict=True)
+        ):
             names |= {f"run{i}": run, f"function{i}": function, f"metadata{i}": metadata}
             at = ", ".join(map(str, grid))
             lines.append(f"    run{i}({at}, stream, function{i}, metadata{i}, None, None, None, {given})")
@@ -246,8 +248,10 @@ def described(template: Any, address: int) -> Any:
 def plain(value: Any) -> Any:
     """An argument as a launcher reads it: addresses as integers, groups as tuples."""
     if isinstance(value, TensorDescriptor | GluonDescriptor):
-        return "descriptor", value.base.data_ptr(), *(
-            repr(v) for k, v in sorted(vars(value).items()) if k != "base"
+        return (
+            "descriptor",
+            value.base.data_ptr(),
+            *(repr(v) for k, v in sorted(vars(value).items()) if k != "base"),
         )
     if hasattr(value, "data_ptr"):
         return value.data_ptr()

@@ -220,7 +220,11 @@ class TritonRunner(MoeRunner):
         return run
 
     def _replay(
-        self, inputs: Sequence[Any], workspace: torch.Tensor, launches: Sequence[Launch], kernels: Sequence[Any]
+        self,
+        inputs: Sequence[Any],
+        workspace: torch.Tensor,
+        launches: Sequence[Launch],
+        kernels: Sequence[Any],
     ) -> replay.Replay | str | None:
         """The replay of launches that just ran; why there is none; None where the next call may have one."""
         if replay.hooked(triton.knobs.runtime) or any(
