@@ -120,7 +120,7 @@ def test_every_layout_stands_for_the_producers_values(tmp_path: Path, layout: st
     assert (layer.format, layer.layout) == ("int4", experts.layout)
 
 
-@pytest.mark.parametrize("group", [32, 128])
+@pytest.mark.parametrize("group", [32, 128, 256])  # 256: one group a row
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_compressed_tensors_reads_what_is_written_bit_for_bit(group: int, symmetric: bool) -> None:
     g = torch.Generator().manual_seed(1)
