@@ -5,9 +5,11 @@ A program of its own, because the test process interprets the kernels. Exit stat
 
 from __future__ import annotations
 
+import gc
 import random
 import sys
 import threading
+import weakref
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -17,6 +19,7 @@ import triton
 from offline import runner_of
 from stub_driver import StubDriver, stubbed
 
+import moestro
 from moestro.kernels.activations import ReLU2, SwiGLU
 from moestro.kernels.triton import TritonRunner, choose, replay
 
@@ -162,6 +165,27 @@ def print_nothing(*args: Any) -> None:
     """A profiler's hook."""
 
 
+def what_is_kept(driver: StubDriver) -> list[str]:
+    """Nothing of a call but its kernels: neither its tensors nor its scratch; and scratch must be large enough."""
+    bad, runner = [], runner_of(8, 2, 512, 256, "nvfp4")
+    for tactic in (-1, choose.fitted(runner.problem, choose.dequantized.LARGE)):
+        bound, inputs, workspace = bound_and_warm(runner, 700, tactic)
+        small = workspace[: workspace.numel() // 2]
+        try:
+            bound(inputs, small)
+            bad.append("a workspace that is too small was taken")
+        except moestro.ShapeError:
+            pass
+        alive = [weakref.ref(t) for t in (*inputs, workspace)]
+        storages = [t.untyped_storage().data_ptr() for t in (*inputs, workspace)]
+        del inputs, workspace, small
+        gc.collect()
+        held = {t.untyped_storage().data_ptr() for t in gc.get_objects() if isinstance(t, torch.Tensor)}
+        if any(reference() is not None for reference in alive) or held & set(storages):
+            bad.append(f"{tactic} keeps a call's memory")
+    return bad
+
+
 def what_is_refused(driver: StubDriver) -> list[str]:
     """A launch that the written function would not repeat exactly is found out before it is ever replayed."""
     bad = []
@@ -180,7 +204,7 @@ def what_is_refused(driver: StubDriver) -> list[str]:
     launches = runner.plan(temporary, -1, workspace)
     odd = replace(launches[0], args=(torch.zeros(64, dtype=torch.int32), *launches[0].args[1:]))
     held = replay.tensors_of([runner._experts.gate_up, runner._experts.down])
-    origin = replay.Origin(temporary, workspace, runner._counters.of(0), held)
+    origin = replay.Origin(temporary, workspace, runner._counters.of(0), held, workspace.numel())
     made = replay.bind([odd], [odd.run()], origin)
     if not isinstance(made, str) or "none of the call's" not in made:
         bad.append(f"a tensor made for one call was bound: {made}")
@@ -225,7 +249,7 @@ def main() -> list[str]:
     bad = []
     with stubbed() as driver, patch.object(replay, "KNOWN", (*replay.KNOWN, version)):
         replay.why_plain.cache_clear()
-        for part in (every_path, when_it_is_not_replayed, what_is_refused, threads):
+        for part in (every_path, when_it_is_not_replayed, what_is_kept, what_is_refused, threads):
             driver.device, driver.stream = 0, 0
             bad += [f"{part.__name__}: {b}" for b in part(driver)]
     return bad

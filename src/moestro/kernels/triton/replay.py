@@ -7,10 +7,10 @@ call runs as ever and keeps the kernels that it got; `bind` takes its arguments 
 addresses that calls Triton's own launchers. All else is a constant of it: grids, sizes, weights, descriptors.
 
 What may not be replayed is launched as ever. A Replay says so by None from `ready` (before anything ran): another
-device, an address that is not a multiple of 16 (Triton compiles another kernel then), weights that lie elsewhere now, a
-profiler's hook. `bind` refuses with its reason: an argument that it cannot tell the origin of (two inputs that are one
-tensor, a tensor made for this call alone), an unknown Triton. What it made is called once with recorders in the place of
-launchers, and must give what the ordinary launches were given, argument by argument.
+device, a workspace that is too small, an address that is not a multiple of 16 (Triton compiles another kernel then),
+weights that lie elsewhere now, a profiler's hook. `bind` refuses with its reason: an argument that it cannot tell the
+origin of (two inputs that are one tensor, a tensor made for this call alone), an unknown Triton. What it made is called
+once with recorders in the place of launchers, and must give what the ordinary launches were given, argument by argument.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ class Origin(NamedTuple):
     workspace: torch.Tensor
     counters: torch.Tensor  # of the stream
     held: Sequence[torch.Tensor]  # weights, scales, biases
+    nbytes: int  # of the workspace that a call needs
 
 
 class Ready(NamedTuple):
@@ -82,9 +83,11 @@ class Ready(NamedTuple):
 class Replay:
     """The launches of one layer, number of tokens, tactic and device; immutable, so for any number of threads."""
 
-    def __init__(self, launches: Callable[..., None], held: Sequence[torch.Tensor], counts: bool) -> None:
+    def __init__(
+        self, launches: Callable[..., None], held: Sequence[torch.Tensor], counts: bool, nbytes: int
+    ) -> None:
         active = triton.runtime.driver.active
-        self._launches, self._held, self.counts = launches, tuple(held), counts
+        self._launches, self._held, self.counts, self._nbytes = launches, tuple(held), counts, nbytes
         self._at = tuple(t.data_ptr() for t in held)
         self._device_now, self._stream_now = active.get_current_device, active.get_current_stream
         self._device = self._device_now()
@@ -96,7 +99,7 @@ class Replay:
         at = x.data_ptr(), ids.data_ptr(), weights.data_ptr(), out.data_ptr(), workspace.data_ptr()
         if (at[0] | at[1] | at[2] | at[3] | at[4]) % ALIGNMENT:
             return None
-        if self._device_now() != self._device or hooked(self._knobs):
+        if self._device_now() != self._device or workspace.numel() < self._nbytes or hooked(self._knobs):
             return None
         for tensor, address in zip(self._held, self._at, strict=True):
             if tensor.data_ptr() != address:
@@ -144,7 +147,7 @@ def bind(launches: Sequence[Launch], compiled: Sequence[Any], origin: Origin) ->
     grids = [(*launch.grid, 1, 1)[:3] for launch in launches]
     made = writer.function([(k.run, k.function, k.packed_metadata) for k in kernels], grids, arguments)
     differs = _differs(writer, launches, kernels, grids, arguments, origin)
-    return differs or Replay(made, origin.held, writer.counts)
+    return differs or Replay(made, origin.held, writer.counts, origin.nbytes)
 
 
 class _UnknownOriginError(Exception):
@@ -195,7 +198,7 @@ class _Writer:
         if isinstance(value, torch.Tensor):
             return self._address(value)
         if isinstance(value, TensorDescriptor | GluonDescriptor):
-            return f"described({self._constant(value)}, {self._address(value.base)})"
+            return f"described({self._constant(with_base(value, None))}, {self._address(value.base)})"
         if isinstance(value, tuple):
             return f"({''.join(f'{self._expression(v)}, ' for v in value)})"
         if value is None or type(value) in (int, bool):
@@ -239,8 +242,13 @@ class _At:
 
 def described(template: Any, address: int) -> Any:
     """A tensor descriptor like `template` of the memory at `address`."""
-    made = copy.copy(template)
-    object.__setattr__(made, "base", _At(address))
+    return with_base(template, _At(address))
+
+
+def with_base(descriptor: Any, base: Any) -> Any:
+    """The descriptor of other memory: one that is kept must not keep a call's scratch alive."""
+    made = copy.copy(descriptor)
+    object.__setattr__(made, "base", base)
     return made
 
 

@@ -214,7 +214,8 @@ class TritonRunner(MoeRunner):
                 launches = self.plan(inputs, tactic, workspace)
                 kernels = self._launched(launches)
             if bound is None:
-                bound = self._replay(inputs, workspace, launches, kernels)
+                nbytes = self.workspace_bytes(inputs[1].shape[0], tactic)
+                bound = self._replay(inputs, workspace, nbytes, launches, kernels)
             return True
 
         return run
@@ -223,6 +224,7 @@ class TritonRunner(MoeRunner):
         self,
         inputs: Sequence[Any],
         workspace: torch.Tensor,
+        nbytes: int,
         launches: Sequence[Launch],
         kernels: Sequence[Any],
     ) -> replay.Replay | str | None:
@@ -232,7 +234,7 @@ class TritonRunner(MoeRunner):
         ):
             return None
         held = replay.tensors_of(Held.of(self._experts))
-        origin = replay.Origin(inputs, workspace, self._counters.here(), held)
+        origin = replay.Origin(inputs, workspace, self._counters.here(), held, nbytes)
         made = replay.bind(launches, kernels, origin)
         if isinstance(made, str):
             log.debug("a call of %d tokens is launched as ever: %s", inputs[1].shape[0], made)
