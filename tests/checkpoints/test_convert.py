@@ -62,6 +62,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("mxfp8", "modelopt"),
         ("fp8_block", None),
         ("fp8_block", "compressed-tensors"),
+        ("int4", None),
     ],
 )
 def test_experts_are_quantised_and_everything_else_stays(

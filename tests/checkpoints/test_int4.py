@@ -39,7 +39,11 @@ def drawn(r: int, c: int, group: int, g: torch.Generator, low: int = 0, high: in
 
 def awq(r: int, c: int, g: torch.Generator, group: int = 128) -> Any:
     codes, scale, zero, dense = drawn(r, c, group, g)
-    pieces = {"qweight": words(codes.T, ORDER), "qzeros": words(zero.T, ORDER), "scales": scale.T.contiguous()}
+    pieces = {
+        "qweight": words(codes.T, ORDER),
+        "qzeros": words(zero.T, ORDER),
+        "scales": scale.T.contiguous(),
+    }
     return pieces, dense
 
 
@@ -116,7 +120,7 @@ def test_every_layout_stands_for_the_producers_values(tmp_path: Path, layout: st
     assert (layer.format, layer.layout) == ("int4", experts.layout)
 
 
-@pytest.mark.parametrize("group", [32, 128])
+@pytest.mark.parametrize("group", [32, 128, 256])  # 256: one group a row
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_compressed_tensors_reads_what_is_written_bit_for_bit(group: int, symmetric: bool) -> None:
     g = torch.Generator().manual_seed(1)
@@ -160,11 +164,17 @@ COMPRESSED = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
 @pytest.mark.parametrize(
     ("raw", "words"),
     [
-        ({"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True}, "desc_act of gptq must be False"),
+        (
+            {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True},
+            "desc_act of gptq must be False",
+        ),
         ({"quant_method": "gptq", "bits": 8, "group_size": 128}, "bits of gptq must be 4, got 8"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2"}, "checkpoint_format of gptq"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version of awq must be 'gemm', got 'gemv'"),
-        ({**COMPRESSED, "config_groups": {"g": {"weights": {"num_bits": 8}}}}, "num_bits of g must be 4, got 8"),
+        (
+            {**COMPRESSED, "config_groups": {"g": {"weights": {"num_bits": 8}}}},
+            "num_bits of g must be 4, got 8",
+        ),
         (
             {**COMPRESSED, "config_groups": {"g": {"weights": {"num_bits": 4, "actorder": "group"}}}},
             "actorder of g",

@@ -10,7 +10,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from moestro.formats import MXFP4, MXFP8, NVFP4, FP8Block
+from moestro.checkpoints.int4 import to_compressed_tensors
+from moestro.formats import INT4, MXFP4, MXFP8, NVFP4, FP8Block
 
 SMALL = {
     "vocab_size": 64,
@@ -145,6 +146,37 @@ def fp8_32x32(w: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     return {"weight": data, "weight_scale_inv": power.to(torch.float8_e8m0fnu)}, dense
 
 
+def int4_compressed(w: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    q = INT4.quantize(w.float())
+    return to_compressed_tensors(q), q.dequantize()
+
+
+def words(codes: torch.Tensor, order: tuple[int, ...] = tuple(range(8))) -> torch.Tensor:
+    """[A, 8 B] codes to int32 [A, B], nibble i from column order[i]."""
+    out = sum(codes[:, column::8].long() << 4 * i for i, column in enumerate(order))
+    assert isinstance(out, torch.Tensor)
+    return (out - ((out >> 31) << 32)).to(torch.int32)
+
+
+def of_codes(w: torch.Tensor) -> tuple[torch.Tensor, INT4]:
+    q = INT4.quantize(w.float(), symmetric=False, dtype=torch.float16)
+    return torch.stack([q.packed & 15, q.packed >> 4], -1).flatten(-2), q
+
+
+def int4_awq(w: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    (codes, q), order = of_codes(w), (0, 2, 4, 6, 1, 3, 5, 7)
+    pieces = {"qweight": words(codes.T, order), "qzeros": words(q.zero.T, order)}
+    return {**pieces, "scales": q.scale.T.contiguous()}, q.dequantize()
+
+
+def int4_gptq(w: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    codes, q = of_codes(w)
+    q = INT4(q.packed, q.scale, q.zero.clamp(min=1))  # zero - 1 is what is stored
+    pieces = {"qweight": words(codes).T.contiguous(), "qzeros": words((q.zero - 1).T)}
+    index = torch.arange(w.shape[1], dtype=torch.int32) // 32
+    return {**pieces, "scales": q.scale.T.contiguous(), "g_idx": index}, q.dequantize()
+
+
 MODELOPT = {"quant_method": "modelopt", "exclude_modules": ["lm_head"]}
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
 COMPRESSED = {
@@ -165,6 +197,12 @@ PER_EXPERT: dict[str, tuple[Any, dict[str, Any]]] = {
         mxfp4_compressed,
         {**COMPRESSED, "format": "mxfp4-pack-quantized", "config_groups": {}},
     ),
+    "compressed-tensors-int4": (
+        int4_compressed,
+        {**COMPRESSED, "format": "pack-quantized", "config_groups": {"g": {"weights": {"num_bits": 4}}}},
+    ),
+    "awq": (int4_awq, {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}),
+    "gptq": (int4_gptq, {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False}),
     "deepseek-fp8": (fp8_deepseek, {**FP8, "weight_block_size": [128, 128]}),
     "deepseek-fp8-ue8m0": (fp8_ue8m0, {**FP8, "weight_block_size": [128, 128], "scale_fmt": "ue8m0"}),
     "deepseek-v4-fp8-32x32": (fp8_32x32, {**FP8, "weight_block_size": [32, 32], "scale_fmt": "ue8m0"}),

@@ -55,7 +55,7 @@ def convert(
     calibration: Calibration | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Write the checkpoint folder `src` to `dst` with its experts in `format` ("nvfp4", "mxfp4", "mxfp8", "fp8_block", "int4").
+    """Write the checkpoint folder `src` to `dst` with its experts in `format` (moestro.formats, but "bf16").
 
     layout: "modelopt", "compressed-tensors", "deepseek" (fp8_block). Modules beside the experts that the source has
     quantised are dequantised. calibration: the largest inputs that experts have seen, for input scales (W4A4).

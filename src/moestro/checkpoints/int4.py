@@ -57,9 +57,7 @@ def from_awq(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor) 
     return INT4(_nibbles(codes.mT.contiguous()), scales.mT.contiguous(), zeros.mT.contiguous())
 
 
-def from_gptq(
-    qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor
-) -> INT4:
+def from_gptq(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor) -> INT4:
     """qweight int32 [C/8, R], qzeros int32 [C/G, R/8] (zero - 1), scales [C/G, R], g_idx int32 [C]."""
     words, rows = qweight.shape
     columns, groups = words * WORD, scales.shape[0]
@@ -80,7 +78,7 @@ def to_compressed_tensors(q: INT4) -> dict[str, torch.Tensor]:
     """The tensors of a projection [R, C] by suffix. FormatError for a zero point of 16, which 4 bits do not hold."""
     rows, columns = q.shape
     pieces = {
-        "weight_packed": q.packed.contiguous().view(torch.int32),
+        "weight_packed": _int32(q.packed),
         "weight_scale": q.scale,
         "weight_shape": torch.tensor([rows, columns]),
     }
@@ -88,13 +86,13 @@ def to_compressed_tensors(q: INT4) -> dict[str, torch.Tensor]:
         if int(q.zero.max()) > 15:
             raise FormatError("zero must be at most 15 for compressed-tensors, got 16 (from GPTQ)")
         padded = torch.nn.functional.pad(q.zero.mT, (0, -rows % WORD))  # [C/G, 8 · ceil(R/8)]
-        pieces["weight_zero_point"] = _nibbles(padded.contiguous()).view(torch.int32).mT.contiguous()
+        pieces["weight_zero_point"] = _int32(_nibbles(padded)).mT.contiguous()
     return pieces
 
 
 def unpacked(words: torch.Tensor, order: tuple[int, ...] = tuple(range(WORD))) -> torch.Tensor:
     """int32 [A, B] to its codes, uint8 [A, 8 B]: nibble i of a word at position order[i]."""
-    contiguous = words.contiguous().view(torch.uint8)
+    contiguous = words.reshape(-1).view(torch.uint8)
     codes = torch.stack([contiguous & 15, contiguous >> 4], -1).view(*words.shape, WORD)
     at = torch.tensor([order.index(i) for i in range(WORD)])
     return codes[..., at].flatten(-2)
@@ -103,6 +101,11 @@ def unpacked(words: torch.Tensor, order: tuple[int, ...] = tuple(range(WORD))) -
 def _nibbles(codes: torch.Tensor) -> torch.Tensor:
     """uint8 [A, C] of codes to [A, C/2], the low nibble first."""
     return codes[:, 0::2] | codes[:, 1::2] << 4
+
+
+def _int32(nibbles: torch.Tensor) -> torch.Tensor:
+    """uint8 [A, 4 B] to int32 [A, B]; through one dimension, since one row may have any stride."""
+    return nibbles.reshape(-1).view(torch.int32).view(len(nibbles), -1)
 
 
 def _require_zeros(qzeros: torch.Tensor, scales: torch.Tensor) -> None:

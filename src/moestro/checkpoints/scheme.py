@@ -120,7 +120,9 @@ def _integers(method: str, raw: dict[str, Any], excluded: tuple[str, ...]) -> Sc
     for key, known in INTEGERS[method].items():
         value = raw.get(key, raw.get("w_bit", known[0]) if key == "bits" else known[0])
         if (value.lower() if isinstance(value, str) else value) not in known:
-            raise FormatError(f"{key} of {method} must be {known[0]!r}, got {value!r}, which moestro does not read")
+            raise FormatError(
+                f"{key} of {method} must be {known[0]!r}, got {value!r}, which moestro does not read"
+            )
     group = raw.get("group_size", raw.get("q_group_size"))
     return Scheme(method.upper(), f"INT4 in groups of {group}", excluded=excluded)
 
@@ -128,7 +130,11 @@ def _integers(method: str, raw: dict[str, Any], excluded: tuple[str, ...]) -> Sc
 def _require_int4(name: str, group: Any) -> None:
     """A pack-quantized group must be of 4-bit integers whose groups are of columns in their order."""
     weights = (group.get("weights") or {}) if isinstance(group, dict) else {}
-    for key, known in {"num_bits": (4,), "type": ("int",), "actorder": (None, "static", "weight", False)}.items():
+    for key, known in {
+        "num_bits": (4,),
+        "type": ("int",),
+        "actorder": (None, "static", "weight", False),
+    }.items():
         value = weights.get(key, known[0])
         if (value.lower() if isinstance(value, str) else value) not in known:
             raise FormatError(

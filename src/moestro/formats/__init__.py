@@ -16,7 +16,18 @@ from moestro.formats.mxfp4 import MXFP4
 from moestro.formats.mxfp8 import MXFP8
 from moestro.formats.nvfp4 import NVFP4
 
-__all__ = ["BF16", "CHECKPOINT", "FORMATS", "INT4", "MXFP4", "MXFP8", "NVFP4", "FP8Block", "FormatTensor", "get"]
+__all__ = [
+    "BF16",
+    "CHECKPOINT",
+    "FORMATS",
+    "INT4",
+    "MXFP4",
+    "MXFP8",
+    "NVFP4",
+    "FP8Block",
+    "FormatTensor",
+    "get",
+]
 
 Format = type[BF16] | type[NVFP4] | type[MXFP4] | type[MXFP8] | type[FP8Block] | type[INT4]
 

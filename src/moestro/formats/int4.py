@@ -129,9 +129,10 @@ class INT4(Pieces):
     def check_scales(self, name: str) -> None:
         """FormatError for a scale that is negative or not finite, or a zero point beyond 16."""
         require_scale(f"{name}.scale", self.scale, zero=True)
-        if self.zero.numel() and not self.zero.is_meta and not torch.compiler.is_compiling():
-            if (most := int(self.zero.max())) > MOST_ZERO:
-                raise FormatError(f"{name}.zero must be at most {MOST_ZERO}, got {most}")
+        if not self.zero.numel() or self.zero.is_meta or torch.compiler.is_compiling():
+            return
+        if (most := int(self.zero.max())) > MOST_ZERO:
+            raise FormatError(f"{name}.zero must be at most {MOST_ZERO}, got {most}")
 
     def dequantize(self, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None) -> torch.Tensor:
         """(code - zero) · scale [..., R, C], in float32 (or float64) and then rounded to dtype."""

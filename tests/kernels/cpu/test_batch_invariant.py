@@ -25,7 +25,14 @@ def rows_alone(runner: CpuRunner, call: tuple[torch.Tensor, ...]) -> torch.Tenso
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
     ("fmt", "input_format"),
-    [("nvfp4", None), ("mxfp4", None), ("bf16", None), ("fp8_block", None), ("nvfp4", "int8")],
+    [
+        ("nvfp4", None),
+        ("mxfp4", None),
+        ("bf16", None),
+        ("fp8_block", None),
+        ("int4", None),
+        ("nvfp4", "int8"),
+    ],
 )
 def test_rows_do_not_depend_on_the_batch(
     isa: str, fmt: str, input_format: str | None, dtype: torch.dtype

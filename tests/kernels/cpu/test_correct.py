@@ -17,6 +17,7 @@ from moestro.kernels.activations import GeGLUTanh, ReLU2, SwiGLU
 from moestro.kernels.cpu import CpuRunner, CpuTactic, core
 
 TOLERANCE = 4e-3  # two roundings to bf16 (the intermediate, the result) give 1.7e-3; the issue allows 1e-2
+IN_32 = ("mxfp4", "int4")  # columns are multiples of 32
 ISAS = core.available_isas() if core.why_no_core() is None else ()
 GPT_OSS = SwiGLU(alpha=1.702, limit=7.0, up_shift=1.0)
 
@@ -34,9 +35,9 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 70])
-@pytest.mark.parametrize("fmt", ["nvfp4", "bf16", "mxfp4", "fp8_block"])
+@pytest.mark.parametrize("fmt", ["nvfp4", "bf16", "mxfp4", "fp8_block", "int4"])
 def test_every_path_agrees_with_the_reference(isa: str, fmt: str, num_tokens: int) -> None:
-    case = Case(fmt, 96, 160) if fmt == "mxfp4" else Case(fmt)
+    case = Case(fmt, 96, 160) if fmt in IN_32 else Case(fmt)
     w, call = case.weights(), case.call(num_tokens)
     runner = CpuRunner(case.problem, w)
     assert runner.isa == isa
@@ -96,11 +97,11 @@ def test_ids_out_of_any_range_are_ignored(isa: str) -> None:
 
 @pytest.mark.parametrize("num_tokens", [1, 37])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 6e-4), (torch.float32, 2e-6)])
-@pytest.mark.parametrize("fmt", ["nvfp4", "bf16", "mxfp4", "fp8_block"])
+@pytest.mark.parametrize("fmt", ["nvfp4", "bf16", "mxfp4", "fp8_block", "int4"])
 def test_float16_and_float32_lose_nothing_to_bf16(
     isa: str, fmt: str, dtype: torch.dtype, tolerance: float, num_tokens: int
 ) -> None:
-    sizes = (96, 160) if fmt == "mxfp4" else (80, 48)
+    sizes = (96, 160) if fmt in IN_32 else (80, 48)
     case = Case(fmt, *sizes, activation=GPT_OSS, biases=True, dtype=dtype)
     w, call = case.weights(), case.call(num_tokens)
     runner, expected = CpuRunner(case.problem, w), case.expected(call, w)

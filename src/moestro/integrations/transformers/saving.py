@@ -43,10 +43,14 @@ def checkpoint_state(model: Any, raw: dict[str, Any]) -> tuple[dict[str, torch.T
             f"experts of one checkpoint must have one format to be written, got {', '.join(written)}"
         )
     if len(groups) > 1:
-        raise FormatError(f"int4 experts must have one (group, symmetric) to be written, got {sorted(groups)}")
+        raise FormatError(
+            f"int4 experts must have one (group, symmetric) to be written, got {sorted(groups)}"
+        )
     of_groups = dict(zip(("group", "symmetric"), next(iter(groups), ()), strict=False))
     excluded = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
-    config = config_for(writer, excluded, activations=activations, **of_groups) if writer is not None else None
+    config = (
+        config_for(writer, excluded, activations=activations, **of_groups) if writer is not None else None
+    )
     return state, config or raw
 
 

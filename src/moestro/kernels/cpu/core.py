@@ -18,7 +18,7 @@ from typing import Any
 from moestro.errors import BackendError, unknown_name
 from moestro.kernels.activations import Code
 
-ABI = 5
+ABI = 6
 ISAS = (  # in the core's numbering
     *("generic", "avx2", "avx_vnni", "avx512", "amx", "amx_emulated"),
     *("neon", "neon_dot", "neon_bf16"),
@@ -31,7 +31,7 @@ ARITHMETICS = (
     "int8",
 )  # in the core's numbering: what moestro_cpu_rate multiplies
 ISA_VARIABLE = "MOESTRO_CPU_ISA"
-FORMATS = {"bf16": 0, "nvfp4": 1, "mxfp4": 2, "fp8_block": 3}
+FORMATS = {"bf16": 0, "nvfp4": 1, "mxfp4": 2, "fp8_block": 3, "int4": 4}
 INPUT_FORMATS: dict[str | None, int] = {None: 0, "int8": 1}
 ACTIVATIONS = frozenset({Code.SWIGLU, Code.GEGLU_TANH, Code.RELU2})  # of csrc/epilogue.h
 X_TYPES = ("bfloat16", "float16", "float32")  # torch's names, in the core's numbering
@@ -40,7 +40,10 @@ X_TYPES = ("bfloat16", "float16", "float32")  # torch's names, in the core's num
 class Matrix(ctypes.Structure):
     """MoestroMatrix of csrc/moestro_cpu.h."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in ("codes", "scales", "row_scale", "bias")]
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("codes", "scales", "row_scale", "bias", "zeros")),
+        *((name, ctypes.c_int32) for name in ("group", "scale_type")),
+    ]
 
 
 class Layer(ctypes.Structure):

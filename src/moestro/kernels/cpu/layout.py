@@ -180,8 +180,13 @@ class PanelsFP4(Panels):
     def room(experts: int, first: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """codes [E, R/16, C/16, 128] and scales [E, R/16, C/S, 16] for matrices like `first`."""
         rows, columns = first.shape
-        codes = _empty((experts, rows // PANEL, columns // PANEL, 128), torch.uint8)
+        codes = PanelsFP4.room_of_codes(experts, rows, columns)
         return codes, _empty((experts, rows // PANEL, first.scale.shape[-1], PANEL), torch.uint8)
+
+    @staticmethod
+    def room_of_codes(experts: int, rows: int, columns: int) -> torch.Tensor:
+        """codes [E, R/16, C/16, 128]."""
+        return _empty((experts, rows // PANEL, columns // PANEL, 128), torch.uint8)
 
     def put_codes(self, index: int, packed: torch.Tensor, scale: torch.Tensor) -> None:
         """Bytes [R, C/2] and [R, C/S] to the panels of an expert."""
@@ -268,6 +273,7 @@ class PanelMXFP4(PanelsFP4):
         return MXFP4(*self.take_codes())
 
 
+# By format; layout_int4.py adds its own.
 CLASSES: dict[str, type[Panels]] = {cls.format: cls for cls in (PanelBF16, PanelNVFP4, PanelMXFP4, PanelFP8)}
 
 

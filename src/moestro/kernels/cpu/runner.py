@@ -18,11 +18,12 @@ import torch
 from moestro.errors import BackendError, DTypeError, ShapeError
 from moestro.formats import FormatTensor
 from moestro.kernels import activations
-from moestro.kernels.cpu import core, layout, machine
+from moestro.kernels.cpu import core, layout, layout_int4, machine
 from moestro.kernels.problem import Experts, MoeProblem, MoeRunner, Replay
 from moestro.tuning.forks import Lock
 
 FP4 = ("nvfp4", "mxfp4")
+DECODED = (*FP4, "int4")  # in registers, or in cache first
 # What the core's scratch memory and its 32-bit numbers hold; a store may come from anywhere.
 MOST = {"token_tile": 4096, "row_tile": 1024, "dequant_from": 1 << 30, "wave": 1 << 30}
 DENSE_NEVER = 1 << 30
@@ -151,7 +152,7 @@ class CpuRunner(MoeRunner):
         num_tokens = inputs[0].shape[0]
         token_tiles = (64, 128, 256) if num_tokens > 64 else (64,)
         dequant_from: tuple[int, ...] = (DENSE_NEVER,)
-        if self.problem.weight_format in FP4 and num_tokens >= 8:
+        if self.problem.weight_format in DECODED and num_tokens >= 8:
             dequant_from = (DENSE_NEVER, 16, 24, 64) if num_tokens >= 32 else (DENSE_NEVER, 8)
             if self.isa in ("avx2", "avx_vnni") or self.isa.startswith("neon"):
                 dequant_from = (5, 9, DENSE_NEVER)
@@ -300,6 +301,11 @@ def _matrix(weights: FormatTensor, bias: torch.Tensor | None) -> core.Matrix:
         return core.Matrix(weights.codes.data_ptr(), weights.scale.data_ptr(), None, at)
     if isinstance(weights, layout.PanelFP8):
         return core.Matrix(weights.data.data_ptr(), weights.panel_scale.data_ptr(), None, at)
+    if isinstance(weights, layout_int4.PanelINT4):
+        scale_type = core.X_TYPES.index(_name(weights.scale.dtype))
+        zeros = weights.zero.data_ptr() if weights.zero.numel() else None
+        pieces = (weights.codes.data_ptr(), weights.scale.data_ptr(), None, at, zeros)
+        return core.Matrix(*pieces, weights.group, scale_type)
     assert isinstance(weights, layout.PanelNVFP4)
     pieces = (weights.codes, weights.scale, weights.row_scale)
     return core.Matrix(*(piece.data_ptr() for piece in pieces), at)

@@ -36,8 +36,9 @@ class Launch:
     args: tuple[Any, ...]
     meta: dict[str, Any]
 
-    def run(self) -> None:
-        self.kernel[self.grid](*self.args, **self.meta)
+    def run(self) -> Any:
+        """Launch; the compiled kernel, where Triton gives it."""
+        return self.kernel[self.grid](*self.args, **self.meta)
 
     def compile(self) -> Any:
         return self.kernel.warmup(*self.args, grid=self.grid, **self.meta)

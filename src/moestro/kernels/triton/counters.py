@@ -31,12 +31,15 @@ class Counters:
     def here(self) -> torch.Tensor:
         """Those of the current stream."""
         cuda = self._device.type == "cuda"
-        stream = int(torch.cuda.current_stream(self._device).cuda_stream) if cuda else 0
+        return self.of(int(torch.cuda.current_stream(self._device).cuda_stream) if cuda else 0)
+
+    def of(self, stream: int) -> torch.Tensor:
+        """Those of a stream, the current one."""
         found = self._of_stream.get(stream)
         if found is not None:
             return found
         with self._lock:
-            capturing = cuda and torch.cuda.is_current_stream_capturing()
+            capturing = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
             if capturing and self._spare is None:
                 return self._new()  # cleared by the graph itself, each time
             self._of_stream[stream] = self._spare if self._spare is not None else self._new()

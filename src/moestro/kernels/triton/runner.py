@@ -7,19 +7,21 @@ layout.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import triton
 
 from moestro.errors import BackendError
 from moestro.formats.base import CHECKPOINT, FormatTensor
 from moestro.kernels import activations
-from moestro.kernels.problem import Experts, MoeProblem, MoeRunner
+from moestro.kernels.problem import Experts, Held, MoeProblem, MoeRunner, Replay
 from moestro.kernels.scratch import carve, plan_bytes
-from moestro.kernels.triton import choose
+from moestro.kernels.triton import choose, replay
 from moestro.kernels.triton.call import Call, Launch
 from moestro.kernels.triton.chip import processors
 from moestro.kernels.triton.counters import Counters
@@ -29,6 +31,7 @@ from moestro.kernels.triton.layout import PACKED
 from moestro.kernels.triton.paths import PATHS
 from moestro.kernels.triton.tactic import Tactic
 
+log = logging.getLogger("moestro")
 # x in float16 becomes bfloat16 where weights are decoded to that: an error of up to 2^-9 of each value. Float32 would
 # lose sixteen bits, so it stays with the portable backend.
 X_DTYPES = (torch.bfloat16, torch.float16)
@@ -180,14 +183,62 @@ class TritonRunner(MoeRunner):
     ) -> torch.Tensor:
         out: torch.Tensor = inputs[3]
         if not do_preparation:
-            launches = self.plan(inputs, tactic, workspace)
-            try:
-                for launch in launches:
-                    launch.run()
-            except BaseException:
-                self._counters.clear()
-                raise
+            self._launched(self.plan(inputs, tactic, workspace))
         return out
+
+    def _launched(self, launches: Sequence[Launch]) -> list[Any]:
+        """Run launches; the kernels that they were compiled to."""
+        try:
+            return [launch.run() for launch in launches]
+        except BaseException:
+            self._counters.clear()
+            raise
+
+    def bind(self, inputs: Sequence[Any], tactic: Any) -> Replay:
+        """A call that is launched as ever once, and replayed from then on (replay.py), where it can be."""
+        if replay.why_plain() is not None or not inputs[1].shape[0]:
+            return super().bind(inputs, tactic)
+        bound: replay.Replay | str | None = None
+
+        def run(inputs: Sequence[Any], workspace: torch.Tensor) -> bool:
+            nonlocal bound
+            if isinstance(bound, replay.Replay) and (ready := bound.ready(inputs, workspace)) is not None:
+                counters = self._counters.of(ready.stream) if bound.counts else None
+                try:
+                    bound.run(ready, 0 if counters is None else counters.data_ptr())
+                except BaseException:
+                    self._counters.clear()
+                    raise
+                return True
+            with torch.no_grad():
+                launches = self.plan(inputs, tactic, workspace)
+                kernels = self._launched(launches)
+            if bound is None:
+                nbytes = self.workspace_bytes(inputs[1].shape[0], tactic)
+                bound = self._replay(inputs, workspace, nbytes, launches, kernels)
+            return True
+
+        return run
+
+    def _replay(
+        self,
+        inputs: Sequence[Any],
+        workspace: torch.Tensor,
+        nbytes: int,
+        launches: Sequence[Launch],
+        kernels: Sequence[Any],
+    ) -> replay.Replay | str | None:
+        """The replay of launches that just ran; why there is none; None where the next call may have one."""
+        if replay.hooked(triton.knobs.runtime) or any(
+            tensor.data_ptr() % replay.ALIGNMENT for tensor in (*inputs, workspace)
+        ):
+            return None
+        held = replay.tensors_of(Held.of(self._experts))
+        origin = replay.Origin(inputs, workspace, self._counters.here(), held, nbytes)
+        made = replay.bind(launches, kernels, origin)
+        if isinstance(made, str):
+            log.debug("a call of %d tokens is launched as ever: %s", inputs[1].shape[0], made)
+        return made
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -6,6 +6,7 @@
 #include <immintrin.h>
 
 #include "epilogue.h"
+#include "int4.h"
 #include "quantize.h"
 
 namespace moestro {
@@ -78,6 +79,35 @@ void decode_fp8(const Codes& from, int blocks, uint16_t* dense) {
     for (int i = 0; i < blocks * kBlock; ++i, codes += 16, dense += 16)
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(dense),
                           e4m3_to_bf16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))));
+  }
+}
+
+// The low nibble of each 16-bit lane less the zero point of its row, to bf16.
+inline __m256i integer_to_bf16(__m256i lanes, __m256i zero) {
+  const __m256i value = _mm256_sub_epi16(_mm256_and_si256(lanes, _mm256_set1_epi16(15)), zero);
+  const __m256 even = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(value, 16), 16));
+  const __m256 odd = _mm256_cvtepi32_ps(_mm256_srai_epi32(value, 16));
+  return _mm256_or_si256(_mm256_srli_epi32(_mm256_castps_si256(even), 16), _mm256_castps_si256(odd));
+}
+
+void decode_int4(const Codes& from, int blocks, uint16_t* dense) {
+  for (int p = 0; p < from.panels; ++p) {
+    const uint8_t* codes = from.codes + p * from.code_stride;
+    __m256i zero[2] = {_mm256_set1_epi16(kSymmetric), _mm256_set1_epi16(kSymmetric)};
+    for (int rows = 0; from.scales && rows < 2; ++rows) {
+      const auto* eight = reinterpret_cast<const __m128i*>(from.scales + p * from.scale_stride + 8 * rows);
+      const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64(eight));
+      zero[rows] = _mm256_or_si256(wide, _mm256_slli_epi32(wide, 16));
+    }
+    for (int half = 0; half < 2 * blocks; ++half, codes += 64, dense += 4 * kTileRows)
+      for (int rows = 0; rows < 2; ++rows) {
+        const __m256i line = load(codes + 32 * rows);
+        __m256i* to = reinterpret_cast<__m256i*>(dense) + rows;
+        _mm256_storeu_si256(to, integer_to_bf16(line, zero[rows]));
+        _mm256_storeu_si256(to + 2, integer_to_bf16(_mm256_srli_epi16(line, 4), zero[rows]));
+        _mm256_storeu_si256(to + 4, integer_to_bf16(_mm256_srli_epi16(line, 8), zero[rows]));
+        _mm256_storeu_si256(to + 6, integer_to_bf16(_mm256_srli_epi16(line, 12), zero[rows]));
+      }
   }
 }
 

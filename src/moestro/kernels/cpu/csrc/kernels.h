@@ -49,6 +49,8 @@ struct Codes {  // NVFP4, MXFP4 or FP8 panels, from some block on (an even one f
   }
 };
 
+struct Int4Codes;  // int4.h
+
 struct Dense {  // panels of bf16 or of what decode() made, from some pair of columns on
   const uint16_t* data;
   int64_t stride;  // elements from a panel to the next
@@ -100,6 +102,9 @@ struct Kernels {
   void (*decode)(const Codes&, int blocks, uint16_t* dense) = nullptr;
   // e4m3 * 2^-8 to bf16 panels
   void (*decode_fp8)(const Codes&, int blocks, uint16_t* dense) = nullptr;
+  // int4: integers to bf16 panels, of one group, null: in plain C++; and as `direct`, whole rows
+  void (*decode_int4)(const Codes&, int blocks, uint16_t* dense) = nullptr;
+  void (*direct_int4)(const Int4Codes&, const Tokens&, float* sums) = nullptr;
   // sums += dense * tokens over `blocks` blocks of 16 columns; meanwhile asks for all of `ahead`, may decode its codes
   void (*multiply)(const Dense&, int blocks, const Tokens&, float* sums, Ahead& ahead) = nullptr;
   // activation(sums * row_scale + bias) of gate panel and up panel, as half 0 or 1 of lines [T, line] ...

@@ -8,6 +8,7 @@ namespace {
 constexpr Kernels kFloat{.form = Form::kFloat,
                          .decode = decode,
                          .decode_fp8 = decode_fp8,
+                         .decode_int4 = decode_int4,
                          .multiply = multiply,
                          .activate_gated = activate_gated<FloatLine>,
                          .activate = activate<FloatLine>,

@@ -1,6 +1,7 @@
 // The tables of AVX-512, for the files that include this with its flags; AMX replaces a product.
 #pragma once
 #include "avx512.h"
+#include "avx512_int4.h"
 #include "avx512_int8.h"
 #include "epilogue.h"
 
@@ -12,6 +13,8 @@ constexpr Kernels bf16_table(void (*product)(const Dense&, int, const Tokens&, f
   return {.direct = in_registers,
           .decode = decode,
           .decode_fp8 = decode_fp8,
+          .decode_int4 = decode_int4,
+          .direct_int4 = in_registers == direct ? direct_int4 : nullptr,
           .multiply = product,
           .activate_gated = activate_gated<Bf16Line>,
           .activate = activate<Bf16Line>,

@@ -25,8 +25,8 @@
 extern "C" {
 #endif
 
-enum { MOESTRO_ABI = 5 };
-enum { MOESTRO_BF16 = 0, MOESTRO_NVFP4 = 1, MOESTRO_MXFP4 = 2, MOESTRO_FP8 = 3 };
+enum { MOESTRO_ABI = 6 };
+enum { MOESTRO_BF16 = 0, MOESTRO_NVFP4 = 1, MOESTRO_MXFP4 = 2, MOESTRO_FP8 = 3, MOESTRO_INT4 = 4 };
 enum { MOESTRO_X_BF16 = 0, MOESTRO_X_FP16 = 1, MOESTRO_X_FP32 = 2 };  // of x, of the intermediate and of the result
 enum { MOESTRO_INPUT_AS_IS = 0, MOESTRO_INPUT_INT8 = 1 };
 enum { MOESTRO_SWIGLU = 0, MOESTRO_GEGLU_TANH = 1, MOESTRO_RELU2 = 2 };
@@ -42,16 +42,20 @@ enum { MOESTRO_FLOAT32, MOESTRO_DOT_BF16, MOESTRO_DOT_INT16, MOESTRO_DOT_INT8, M
 enum { MOESTRO_OK = 0, MOESTRO_SMALL_WORKSPACE = 1, MOESTRO_NO_ISA = 2 };
 
 typedef struct {           // E matrices [R, C], R and C multiples of 16 (C of 32 for mxfp4)
-  const uint8_t* codes;    // fp4 [E, R/16, C/16, 128]; bf16 and fp8 [E, R/16, C/2, 16, 2] of bf16 or e4m3
+  const uint8_t* codes;    // fp4 and int4 [E, R/16, C/16, 128]; bf16 and fp8 [E, R/16, C/2, 16, 2] of bf16 or e4m3
   const uint8_t* scales;   // nvfp4 [E, R/16, C/16, 16] e4m3, not negative; mxfp4 [E, R/16, C/32, 16] e8m0; bf16: null;
-                           // fp8 [E, R/16, ceil(C/B)] of float32, 256 times the scale of a panel's B columns
+                           // fp8 [E, R/16, ceil(C/B)] of float32, 256 times the scale of a panel's B columns;
+                           // int4 [E, R/16, C/G, 16] of scale_type
   const float* row_scale;  // nvfp4 [E, R] in the panels' order: 256 times the global scale; others: null
   const float* bias;       // [E, R] in the panels' order, or null
+  const uint8_t* zeros;    // int4 [E, R/16, C/G, 16], 0 to 16, or null: all are 8
+  int32_t group;           // G of int4, a multiple of 32 that divides C
+  int32_t scale_type;      // of int4: MOESTRO_X_*
 } MoestroMatrix;
 
 typedef struct {
   int32_t isa;      // one of the MOESTRO_* instruction sets, which this machine must have
-  int32_t format;   // MOESTRO_BF16, MOESTRO_NVFP4, MOESTRO_MXFP4 or MOESTRO_FP8
+  int32_t format;   // MOESTRO_BF16, MOESTRO_NVFP4, MOESTRO_MXFP4, MOESTRO_FP8 or MOESTRO_INT4
   int32_t experts;  // L local ones: global ids [expert_offset, expert_offset + L)
   int32_t expert_offset;
   int32_t top_k;         // K
