@@ -100,21 +100,33 @@ def check_one(isa: str, fmt: str, input_format: str | None, dtype: torch.dtype, 
     return found
 
 
+DRAWN = 4  # experts of which all others are copies, with rows of their own in memory
+
+
 def random_weights(experts: int, hidden: int, inter: int, fmt: str) -> ExpertWeights:
-    """A layer of normal values; all experts beyond the fourth are those before with their rows moved, which is quick."""
-    return ExpertWeights.from_dense(*dense_weights(experts, hidden, inter), fmt)
+    """A layer of normal values, quantised and packed as the backend keeps it, which is quick for a few experts."""
+    few = ExpertWeights.from_dense(*dense_weights(min(experts, DRAWN), hidden, inter), fmt)
+    packed = CpuRunner.prepare(MoeProblem.of(few, top_k=1), few)
+    return ExpertWeights(*(repeated(panels, experts) for panels in packed))
+
+
+def repeated(panels: Any, experts: int) -> Any:
+    """Panels of so many experts: the first few over and over."""
+    pieces = {f.name: getattr(panels, f.name) for f in dataclasses.fields(panels)}
+    for name, piece in pieces.items():
+        if isinstance(piece, torch.Tensor):
+            whole = torch.empty((experts, *piece.shape[1:]), dtype=piece.dtype)
+            core.load().moestro_cpu_advise_huge(whole.data_ptr(), whole.nbytes)  # as the backend keeps them
+            for e in range(experts):
+                whole[e] = piece[e % len(piece)]
+            pieces[name] = whole
+    return type(panels)(**pieces)
 
 
 @functools.cache
 def dense_weights(experts: int, hidden: int, inter: int) -> tuple[torch.Tensor, torch.Tensor]:
     def normal(*shape: int) -> torch.Tensor:
-        out = torch.empty(shape, dtype=torch.bfloat16)
-        for e, matrix in enumerate(out):
-            if e < 4:
-                matrix.normal_(std=shape[-1] ** -0.5)
-            else:
-                matrix.copy_(out[e % 4].roll(e, 0))
-        return out
+        return (torch.randn(shape) * shape[-1] ** -0.5).bfloat16()
 
     return normal(experts, 2 * inter, hidden), normal(experts, hidden, inter)
 

@@ -237,11 +237,12 @@ MOESTRO_INLINE void multiply_block(const uint16_t* dense, const uint16_t* line, 
 }
 
 template <class Int, int T>
-inline void multiply_integers(const uint16_t* dense, int blocks, const Tokens& x, float* sums) {
+inline void multiply_integers(const uint16_t* dense, int blocks, const Tokens& x, float* sums, Ahead& ahead, int ask) {
   Totals<T> total(sums);
   const uint16_t* line = x.data;
   const int64_t stride = x.stride;
   for (int b = 0; b < blocks; b += 2, line += stride, dense += 2 * Int::kDecoded) {
+    ahead.ask(ask);
     multiply_block<Int, T>(dense, line, 0, total.of);
     if (b + 1 < blocks) multiply_block<Int, T>(dense + Int::kDecoded, line, 1, total.of);
   }
@@ -252,8 +253,8 @@ template <class Int>
 struct Tiles {
   template <int T>
   struct Of {
-    static void run(const uint16_t* line, int blocks, const Tokens& x, float* sums) {
-      multiply_integers<Int, T>(line, blocks, x, sums);
+    static void run(const uint16_t* line, int blocks, const Tokens& x, float* sums, Ahead& ahead, int ask) {
+      multiply_integers<Int, T>(line, blocks, x, sums, ahead, ask);
     }
   };
 };
