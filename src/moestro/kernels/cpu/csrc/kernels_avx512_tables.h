@@ -1,15 +1,15 @@
 // The tables of AVX-512, for the files that include this with its flags; AMX replaces a product.
 #pragma once
 #include "avx512.h"
+#include "avx512_blocks.h"
 #include "avx512_int8.h"
 #include "epilogue.h"
 
 namespace moestro {
 namespace {
 
-constexpr Kernels bf16_table(void (*product)(const Dense&, int, const Tokens&, float*, Ahead&),
-                             void (*in_registers)(const Codes&, int, const Tokens&, float*)) {
-  return {.direct = in_registers,
+constexpr Kernels bf16_table(void (*product)(const Dense&, int, const Tokens&, float*, Ahead&)) {
+  return {.direct = direct,
           .decode = decode,
           .decode_fp8 = decode_fp8,
           .multiply = product,
@@ -20,7 +20,17 @@ constexpr Kernels bf16_table(void (*product)(const Dense&, int, const Tokens&, f
           .store_result = store_result};
 }
 
-constexpr Kernels kBf16 = bf16_table(multiply, direct), kInvariant = bf16_table(multiply, direct_scaled);
+constexpr Kernels blocks_table() {
+  Kernels table = bf16_table(multiply_blocks);
+  table.decoded_block = kBlockAndScales;
+  table.decode = decode_blocks;
+  return table;
+}
+
+constexpr Kernels kBf16 = bf16_table(multiply), kInvariantCodes = blocks_table();
+
+// bf16 and FP8 have one path, which rounds the same for any number of tokens.
+const Kernels* invariant(const MoestroLayer& layer) { return is_fp4(layer.format) ? &kInvariantCodes : &kBf16; }
 
 constexpr Kernels kInt8{.form = Form::kInt8,
                         .decoded_block = kDecodedInt8,
