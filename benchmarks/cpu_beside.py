@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from cpu_layer import peer
-from cpu_machine import DRAWN, dense_weights, draw, random_weights
+from cpu_machine import DRAWN, EVICTED, dense_weights, draw, random_weights
 from cpu_peers import GgmlExperts, VllmExperts
 
 import moestro
@@ -35,7 +35,6 @@ from moestro.bench.models import MoeShape, find
 from moestro.kernels.cpu import core
 
 Run = Callable[..., torch.Tensor]
-EVICT_BYTES = 128 << 20
 SLOW_S, SLOW = 1.0, 4.0
 VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", core.ISA_VARIABLE)
 
@@ -67,7 +66,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ggml-types", default="nvfp4,mxfp4,q4_k")
     parser.add_argument("--vllm", type=Path, help="a folder with an unpacked CPU wheel of vLLM")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=15.0, help="of each number of tokens, at most; 2 rounds at least")
+    parser.add_argument(
+        "--seconds", type=float, default=15.0, help="of each number of tokens, at most; 2 rounds at least"
+    )
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
@@ -112,14 +113,13 @@ def inputs_of(name: str, run: Run, call: tuple[torch.Tensor, ...]) -> tuple[torc
 def measure(
     contenders: dict[str, Run], shape: MoeShape, tokens: int, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    evict = torch.zeros(EVICT_BYTES, dtype=torch.uint8)
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     names, end = list(contenders), time.monotonic() + args.seconds
     for i in range(args.rounds + 1):  # the first warms up
         call = draw(tokens, shape.num_experts, shape.top_k, shape.hidden_size)
         for name in names[i % len(names) :] + names[: i % len(names)]:
             inputs = inputs_of(name, contenders[name], call)
-            evict.add_(1)
+            EVICTED.add_(1)
             start = time.perf_counter()
             contenders[name](*inputs)
             samples[name].append(time.perf_counter() - start)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cpu_machine import draw, force, random_weights
+from cpu_machine import EVICTED, draw, force, random_weights
 
 import moestro
 from moestro import machine
@@ -85,7 +85,9 @@ def skewed_pool(dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 def in_chunks(runner: CpuRunner, call: list[torch.Tensor], rng: random.Random) -> torch.Tensor:
-    tactic = rng.choice((-1, CpuTactic(rng.randint(1, 64), rng.randint(1, 5), rng.randint(1, 40), rng.randint(0, 60))))
+    tactic = rng.choice(
+        (-1, CpuTactic(rng.randint(1, 64), rng.randint(1, 5), rng.randint(1, 40), rng.randint(0, 60)))
+    )
     before, parts, at = torch.get_num_threads(), [], 0
     torch.set_num_threads(rng.choice((1, before)))
     while at < len(call[0]):
@@ -117,9 +119,16 @@ def cost(args: argparse.Namespace) -> list[dict[str, Any]]:
             if invariant:
                 plain, taken = samples[isa, fmt, False], samples[isa, fmt, True]
                 ratio = statistics.median(b / a for a, b in zip(plain, taken, strict=True))
-                times = {"default_ms": statistics.median(plain) * 1e3, "invariant_ms": statistics.median(taken) * 1e3}
+                times = {
+                    "default_ms": statistics.median(plain) * 1e3,
+                    "invariant_ms": statistics.median(taken) * 1e3,
+                }
                 rows.append({"isa": isa, "format": fmt, "tokens": tokens, **times, "ratio": ratio})
-                print(f"N={tokens:5d} {isa:8s} {fmt:6s}", *(f"{k} {v:.3f}" for k, v in [*times.items(), ("ratio", ratio)]), flush=True)
+                print(
+                    f"N={tokens:5d} {isa:8s} {fmt:6s}",
+                    *(f"{k} {v:.3f}" for k, v in [*times.items(), ("ratio", ratio)]),
+                    flush=True,
+                )
     return rows
 
 
@@ -129,19 +138,11 @@ def alternate(runners: dict[Any, CpuRunner], shape: Any, tokens: int, rounds: in
     for i in range(rounds + 1):  # the first warms up
         call = list(draw(tokens, shape.num_experts, shape.top_k, shape.hidden_size))
         for key in names[i % len(names) :] + names[: i % len(names)]:
-            evict()
+            EVICTED.add_(1)
             start = time.perf_counter()
             run(runners[key], call)
             samples[key].append(time.perf_counter() - start)
     return {key: taken[1:] for key, taken in samples.items()}
-
-
-_evicted = torch.zeros(128 << 20, dtype=torch.uint8)
-
-
-def evict() -> None:
-    """Write four times the last-level cache, so that weights come from memory."""
-    _evicted.add_(1)
 
 
 def report(args: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any]:
