@@ -20,14 +20,18 @@ import torch
 from moestro.formats import NVFP4
 
 NVFP4_TYPE, FLOAT32_TYPE, INT32_TYPE = 40, 0, 26  # ggml.h
+QUANTIZED = {"nvfp4": NVFP4_TYPE, "mxfp4": 39, "q4_k": 12}
 SLACK = 64 << 20  # of a graph's memory, for its tensors' headers
 
 
 class VllmExperts:
     """vLLM's cpu_fused_moe on packed copies of gate_up [E, 2I, H] and down [E, H, I]."""
 
-    def __init__(self, folder: Path, gate_up: torch.Tensor, down: torch.Tensor) -> None:
-        torch.ops.load_library(str(folder / "vllm" / "_C.abi3.so"))
+    def __init__(
+        self, folder: Path, gate_up: torch.Tensor, down: torch.Tensor, library: str = "_C.abi3.so"
+    ) -> None:
+        """`library`: "_C_AVX2.abi3.so" has the same operators for processors with AVX2 alone."""
+        torch.ops.load_library(str(folder / "vllm" / library))
         self.isa = "amx" if torch.cpu._is_amx_tile_supported() else "vec"
         self._packed = [torch.empty_like(gate_up), torch.empty_like(down)]
         for dense, packed in zip((gate_up, down), self._packed, strict=True):
@@ -57,14 +61,30 @@ class GgmlExperts:
     """llama.cpp's experts in NVFP4; each matrix has one global scale for all experts."""
 
     def __init__(self, folder: Path, gate_up: NVFP4, down: NVFP4) -> None:
+        self._open(folder, gate_up.shape, down.shape, gate_up.nbytes + down.nbytes)
+        self._scales = [float(q.global_scale.unique().item()) for q in (gate_up, down)]
+        self._weights = [self._matrix(q) for q in (gate_up, down)]
+
+    @classmethod
+    def quantized(
+        cls, folder: Path, kind: str, gate_up: torch.Tensor, down: torch.Tensor, experts: int
+    ) -> GgmlExperts:
+        """A layer of so many experts in a type of QUANTIZED, by ggml's own quantiser: gate_up and down over and over."""
+        self = cls.__new__(cls)
+        bits_and_scales = 0.57  # bytes of a weight, at most
+        nbytes = int(bits_and_scales * experts * (gate_up[0].numel() + down[0].numel()))
+        self._open(folder, (experts, *gate_up.shape[1:]), (experts, *down.shape[1:]), nbytes)
+        self._scales = [1.0, 1.0]
+        self._weights = [self._quantize(QUANTIZED[kind], dense, experts) for dense in (gate_up, down)]
+        return self
+
+    def _open(self, folder: Path, gate_up: Any, down: Any, nbytes: int) -> None:
         self._base = ctypes.CDLL(str(folder / "libggml-base.so"), mode=ctypes.RTLD_GLOBAL)
         self._cpu = ctypes.CDLL(str(folder / "libggml-cpu.so"))
         self._declare()
         self._cpu.ggml_cpu_init()
-        (self._experts, _, self._hidden), self._inter = gate_up.shape, down.shape[2]
-        self._scales = [float(q.global_scale.unique().item()) for q in (gate_up, down)]
-        self._context = self._new_context(gate_up.nbytes + down.nbytes)
-        self._weights = [self._matrix(q) for q in (gate_up, down)]
+        (self._experts, _, self._hidden), self._inter = gate_up, down[2]
+        self._context = self._new_context(nbytes)
         self._graphs: dict[tuple[int, int], tuple[Any, ...]] = {}
 
     def __call__(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -118,6 +138,16 @@ class GgmlExperts:
             blocks[e, :, :, 4:] = (nibbles[..., :8] | nibbles[..., 8:] << 4).flatten(-2)
         return tensor
 
+    def _quantize(self, kind: int, dense: torch.Tensor, experts: int) -> Any:
+        few, rows, columns = dense.shape
+        tensor = self._base.ggml_new_tensor_3d(self._context, kind, columns, rows, experts)
+        at = self._base.ggml_get_data(tensor)
+        values = dense.float().contiguous()
+        done = self._base.ggml_quantize_chunk(kind, values.data_ptr(), at, 0, few * rows, columns, None)
+        for e in range(few, experts):
+            ctypes.memmove(at + done // few * e, at + done // few * (e % few), done // few)
+        return tensor
+
     def _new_context(self, nbytes: int) -> Any:
         return self._base.ggml_init(_InitParams(nbytes + SLACK, None, False))
 
@@ -140,6 +170,8 @@ class GgmlExperts:
         for name, types in arguments.items():
             function = getattr(self._base, name)
             function.argtypes, function.restype = types, pointer
+        self._base.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, i64, i64, i64, pointer]
+        self._base.ggml_quantize_chunk.restype = size
         self._cpu.ggml_graph_plan.argtypes = [pointer, ctypes.c_int, pointer]
         self._cpu.ggml_graph_plan.restype = _Plan
         self._cpu.ggml_graph_compute.argtypes = [pointer, pointer]

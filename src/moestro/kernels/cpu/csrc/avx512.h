@@ -296,57 +296,5 @@ void decode_fp8(const Codes& from, int blocks, uint16_t* dense) {
   }
 }
 
-// For batch invariance: the same operations in the same order as decode() and multiply(), with a block's weights in cache.
-template <int P, int T>
-inline void scaled_tile(const Codes& from, int blocks, const Tokens& x, float* sums) {
-  alignas(64) uint16_t dense[P][kBlock * kPanel];
-  __m512 c[P][T];
-#pragma GCC unroll 4
-  for (int t = 0; t < T; ++t)
-#pragma GCC unroll 2
-    for (int p = 0; p < P; ++p) c[p][t] = _mm512_loadu_ps(sums + t * kTileRows + p * kPanel);
-  for (int b = 0; b < blocks; ++b) {
-    ask_block<P>(from, blocks, b);
-#pragma GCC unroll 2
-    for (int p = 0; p < P; ++p)
-      decode_block(from.codes + p * from.code_stride + b * kCodeBytes, from.scale(p, b), from.mx, dense[p]);
-    const uint16_t* at = x.data + b / 2 * x.stride + b % 2 * kBlock;
-#pragma GCC unroll 8
-    for (int j = 0; j < kBlock / 2; ++j)
-#pragma GCC unroll 4
-      for (int t = 0; t < T; ++t) {
-        const __m512bh pair = pair_of(at + t * kChunk + 2 * j);
-#pragma GCC unroll 2
-        for (int p = 0; p < P; ++p)
-          c[p][t] = _mm512_dpbf16_ps(c[p][t], (__m512bh)_mm512_load_si512(dense[p] + j * kTileRows), pair);
-      }
-  }
-#pragma GCC unroll 4
-  for (int t = 0; t < T; ++t)
-#pragma GCC unroll 2
-    for (int p = 0; p < P; ++p) _mm512_storeu_ps(sums + t * kTileRows + p * kPanel, c[p][t]);
-}
-
-template <int P>
-void scaled_panels(const Codes& from, int blocks, const Tokens& x, float* sums) {
-  for (int t = 0; t < x.count; t += 4) {
-    const Tokens part{x.data + t * kChunk, x.stride, x.count - t};
-    float* to = sums + t * kTileRows;
-    switch (part.count) {
-      case 1: scaled_tile<P, 1>(from, blocks, part, to); break;
-      case 2: scaled_tile<P, 2>(from, blocks, part, to); break;
-      case 3: scaled_tile<P, 3>(from, blocks, part, to); break;
-      default: scaled_tile<P, 4>(from, blocks, part, to); break;
-    }
-  }
-}
-
-void direct_scaled(const Codes& from, int blocks, const Tokens& x, float* sums) {
-  if (from.panels == 2)
-    scaled_panels<2>(from, blocks, x, sums);
-  else
-    scaled_panels<1>(from, blocks, x, sums);
-}
-
 }  // namespace
 }  // namespace moestro

@@ -73,8 +73,9 @@ void decode_int8(const Codes& from, int blocks, uint16_t* dense) {
 }
 
 void multiply_int8(const Dense& w, int blocks, const Tokens& x, float* sums, Ahead& ahead) {
-  ahead.ask(ahead.lines);
+  const int ask = (ahead.lines + blocks - 1) / blocks;
   for (int b = 0; b < blocks; ++b) {  // a block's weights stay in registers for all tokens
+    ahead.ask(ask);
     const uint16_t* line = x.data + b / 2 * x.stride;
     __m512i weights[2][4];
     __m512 scale[2];

@@ -8,7 +8,7 @@ namespace moestro {
 namespace {
 
 constexpr Kernels tiled() {
-  Kernels table = bf16_table(multiply_tiles<multiply>, direct);
+  Kernels table = bf16_table(multiply_tiles<multiply>);
   table.enter = configure_tiles;
   table.leave = release_tiles;
   return table;
@@ -21,7 +21,7 @@ constexpr Kernels kTiles = tiled();
 // Batch invariance: how a tile orders its additions is not stated, so AVX-512 multiplies whatever the number of tokens.
 const Kernels* kernels_amx(const MoestroLayer& layer) {
   if (layer.input_format == MOESTRO_INPUT_INT8) return &kInt8;
-  return layer.batch_invariant ? &kInvariant : &kTiles;
+  return layer.batch_invariant ? invariant(layer) : &kTiles;
 }
 
 int64_t spin_amx(int arithmetic, int64_t rounds) {

@@ -30,7 +30,7 @@ struct Bytes512 {
 
 const Kernels* kernels_avx512(const MoestroLayer& layer) {
   if (layer.input_format == MOESTRO_INPUT_INT8) return &kInt8;
-  return layer.batch_invariant ? &kInvariant : &kBf16;
+  return layer.batch_invariant ? invariant(layer) : &kBf16;
 }
 
 int64_t spin_avx512(int arithmetic, int64_t rounds) {

@@ -5,6 +5,10 @@
 // columns, to nearest, ties to even. A block that holds infinity or NaN has the scale NaN: nothing vanishes.
 // Plain loops that the compiler vectorises for the instruction set of the file which includes this.
 #pragma once
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include "numbers.h"
 
 namespace moestro {
@@ -25,15 +29,44 @@ inline uint32_t largest_bits(const float* values) {  // of the magnitudes; at le
 constexpr uint32_t kNotFinite = 0x7F800000u;
 constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
 
+#if defined(__AVX2__)
+// GCC's code for the loops below took 55 cycles for 16 values, a twentieth of a layer of 256 tokens.
+inline int32_t largest_of(__m256i sizes) {
+  __m128i most = _mm_max_epi32(_mm256_castsi256_si128(sizes), _mm256_extracti128_si256(sizes, 1));
+  most = _mm_max_epi32(most, _mm_shuffle_epi32(most, 0x4E));
+  return _mm_cvtsi128_si32(_mm_max_epi32(most, _mm_shuffle_epi32(most, 0xB1)));
+}
+
+inline uint32_t largest_of_16(const float* values) {
+  const __m256i size = _mm256_set1_epi32(0x7FFFFFFF);
+  const auto* at = reinterpret_cast<const __m256i*>(values);
+  return static_cast<uint32_t>(largest_of(_mm256_max_epi32(_mm256_and_si256(_mm256_loadu_si256(at), size),
+                                                           _mm256_and_si256(_mm256_loadu_si256(at + 1), size))));
+}
+
+inline void round_to_int16(const float* values, float to_integer, uint16_t* to) {  // exact: powers of two, bf16 values
+  const __m256 factor = _mm256_set1_ps(to_integer);
+  const __m256i low = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(values), factor));
+  const __m256i high = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(values + 8), factor));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xD8));
+}
+#else
+inline uint32_t largest_of_16(const float* values) { return largest_bits<kPanel>(values); }
+
+inline void round_to_int16(const float* values, float to_integer, uint16_t* to) {
+  for (int i = 0; i < kPanel; ++i)
+    to[i] = static_cast<uint16_t>(bits_of(values[i] * to_integer + kRound) - bits_of(kRound));
+}
+#endif
+
 inline void put_int16(const float* values, int half, uint16_t* line) {  // 16 values, which bf16 holds
-  const uint32_t most = largest_bits<kPanel>(values);
+  const uint32_t most = largest_of_16(values);
   const uint32_t exponent = most >> 23 < 24 ? 24 : most >> 23;  // below 2^-103: as if it were that large
   const float unit = most >= kNotFinite ? float_of(0x7FC00000u) : float_of((exponent - 14 - 9) << 23);
-  const float to_integer = most >= kNotFinite ? 0.f : float_of((127 + 127 + 14 - exponent) << 23);
-  for (int i = 0; i < kPanel; ++i) {
-    const float value = most >= kNotFinite ? 0.f : values[i];
-    line[half * kPanel + i] = static_cast<uint16_t>(bits_of(value * to_integer + kRound) - bits_of(kRound));
-  }
+  if (most < kNotFinite)
+    round_to_int16(values, float_of((127 + 127 + 14 - exponent) << 23), line + half * kPanel);
+  else
+    std::memset(line + half * kPanel, 0, 2 * kPanel);
   std::memcpy(line + kChunk + 2 * half, &unit, 4);
 }
 
