@@ -40,5 +40,7 @@ class FrozenWeight(torch.Tensor):
 
 def _writes(name: str) -> bool:
     in_place = name.endswith("_") and not name.endswith("__")
-    operator = name.startswith("__i") and name.endswith("__") and name not in ("__invert__", "__index__", "__int__")
+    operator = (
+        name.startswith("__i") and name.endswith("__") and name not in ("__invert__", "__index__", "__int__")
+    )
     return name in WRITES or in_place or operator

@@ -59,7 +59,9 @@ class PackedLinear(torch.nn.Linear):
         if pre_scale is not None and tuple(pre_scale.shape) != (self.in_features,):
             raise ShapeError(f"pre_scale must be [{self.in_features}], got {list(pre_scale.shape)}")
         if input_format is not None and input_format not in INPUT_FORMATS:
-            raise FormatError(f"input_format must be None or one of {sorted(INPUT_FORMATS)}, got {input_format!r}")
+            raise FormatError(
+                f"input_format must be None or one of {sorted(INPUT_FORMATS)}, got {input_format!r}"
+            )
         if backend not in BACKENDS:
             raise BackendError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
         given = bias if isinstance(bias, torch.nn.Parameter) or bias is None else frozen(bias)
@@ -114,7 +116,9 @@ class PackedLinear(torch.nn.Linear):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The dense values [R, C] that x is multiplied by, with pre_scale in them."""
-        dense = self.unpacked().dequantize(torch.float32 if self.pre_scale is not None else dtype or self.dtype)
+        dense = self.unpacked().dequantize(
+            torch.float32 if self.pre_scale is not None else dtype or self.dtype
+        )
         return dense if self.pre_scale is None else (dense * self.pre_scale).to(dtype or self.dtype)
 
     @property
@@ -161,9 +165,7 @@ class PackedLinear(torch.nn.Linear):
     def _bind(self, dtype: torch.dtype) -> tuple[cpu.CpuLinear, Any]:
         assert isinstance(self._packed, layout.Panels)
         bias = self._parameters["bias"]
-        made = cpu.CpuLinear(
-            self._packed, self.out_features, self.in_features, bias, dtype, self._native
-        )
+        made = cpu.CpuLinear(self._packed, self.out_features, self.in_features, bias, dtype, self._native)
         self._runners[dtype] = made, bias
         return made, bias
 
@@ -179,6 +181,7 @@ class PackedLinear(torch.nn.Linear):
         return MoeProblem(
             num_experts=1,
             num_local_experts=1,
+            expert_offset=0,
             top_k=1,
             hidden_size=self.in_features,
             intermediate_size=self.out_features,
@@ -192,7 +195,7 @@ class PackedLinear(torch.nn.Linear):
 
     # --- moving, copying, saving ---
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         here = self._packed.device
         there = fn(torch.empty(0, dtype=self.dtype, device=here))
         for name in SIDE:
@@ -213,7 +216,7 @@ class PackedLinear(torch.nn.Linear):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         weight = state.pop("_packed")
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._hold(weight)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedLinear:
@@ -251,13 +254,15 @@ class PackedLinear(torch.nn.Linear):
         pieces = {name: value for name, value in parts.items() if name not in SIDE}
         weight = _from_state(pieces) if pieces else None if dense is None else BF16(dense)
         if weight is not None and weight.shape != (self.out_features, self.in_features):
-            errors.append(f"{prefix}weight must be {[self.out_features, self.in_features]}, got {list(weight.shape)}")
+            errors.append(
+                f"{prefix}weight must be {[self.out_features, self.in_features]}, got {list(weight.shape)}"
+            )
         elif weight is not None:
             self.input_scale, self.pre_scale = parts.get("input_scale"), parts.get("pre_scale")
             self._hold(weight.to(self._packed.device))
         elif strict:
             missing.append(f"{prefix}weight")
-        super()._load_from_state_dict(state, prefix, meta, strict, missing, unexpected, errors)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state, prefix, meta, strict, missing, unexpected, errors)
         self._runners = {}
 
     def extra_repr(self) -> str:
@@ -277,10 +282,13 @@ def frozen(tensor: torch.Tensor) -> torch.nn.Parameter:
 def _from_state(pieces: dict[str, torch.Tensor]) -> FormatTensor:
     name = next(iter(pieces)).partition(".")[0]
     made: Any = formats.get(name)
-    return made(*(pieces[f"{name}.{piece}"] for piece in made.piece_names))  # type: ignore[no-any-return]
+    weight: FormatTensor = made(*(pieces[f"{name}.{piece}"] for piece in made.piece_names))
+    return weight
 
 
 @functools.cache
 def say_once(format: str, reason: str) -> None:
     """That Linear layers of a format are dequantised for each call, and why."""
-    log.warning("Linear layers in %s are dequantised for every call, and multiplied by torch: %s", format, reason)
+    log.warning(
+        "Linear layers in %s are dequantised for every call, and multiplied by torch: %s", format, reason
+    )
