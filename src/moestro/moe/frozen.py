@@ -9,7 +9,6 @@ import torch
 from moestro.errors import BackendError
 
 WRITES = {"__set__", "__setitem__", "set_", "requires_grad_"}
-KEPT = {"requires_grad_"}
 
 
 class FrozenWeight(torch.Tensor):
@@ -24,7 +23,9 @@ class FrozenWeight(torch.Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        target = args[0] if args else None
+        target = (
+            args[0] if args else kwargs.get("tensor", kwargs.get("input"))
+        )  # torch.nn.init's, and torch's
         written = isinstance(kwargs.get("out"), cls) or (isinstance(target, cls) and _writes(name))
         if name == "requires_grad_" and not (args[1] if len(args) > 1 else kwargs.get("requires_grad", True)):
             written = False

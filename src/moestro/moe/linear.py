@@ -89,7 +89,7 @@ class PackedLinear(torch.nn.Linear):
         self._native = native
         self._packed = source if reason else cpu.pack(source)
         self._workspace = None if reason else shared(source.device)
-        self._runners: dict[torch.dtype, tuple[cpu.CpuLinear, Any]] = {}
+        self._runners: dict[tuple[torch.dtype, bool], cpu.CpuLinear] = {}  # by x's dtype and whether biasless
 
     def _why_not(self, source: FormatTensor, dense: torch.dtype | None, native: str | None) -> str | None:
         if self.backend == "portable":
@@ -156,18 +156,16 @@ class PackedLinear(torch.nn.Linear):
             x = through(self._problem(dtype), x, self._scale())
         if self._workspace is None or not x.is_cpu:
             return self._portable(x).to(dtype)
-        runner, bias = self._runners.get(x.dtype) or self._bind(x.dtype)
-        if bias is not self._parameters["bias"]:
-            runner, _ = self._bind(x.dtype)
-        y = runner(x if x.is_contiguous() else x.contiguous(), self._workspace)
+        bias = self._parameters["bias"]
+        runner = self._runners.get((x.dtype, bias is None)) or self._bind(x.dtype, bias is not None)
+        y = runner(x if x.is_contiguous() else x.contiguous(), self._workspace, bias)
         return y if y.dtype == dtype else y.to(dtype)
 
-    def _bind(self, dtype: torch.dtype) -> tuple[cpu.CpuLinear, Any]:
+    def _bind(self, dtype: torch.dtype, biased: bool) -> cpu.CpuLinear:
         assert isinstance(self._packed, layout.Panels)
-        bias = self._parameters["bias"]
-        made = cpu.CpuLinear(self._packed, self.out_features, self.in_features, bias, dtype, self._native)
-        self._runners[dtype] = made, bias
-        return made, bias
+        made = cpu.CpuLinear(self._packed, self.out_features, self.in_features, biased, dtype, self._native)
+        self._runners[dtype, not biased] = made
+        return made
 
     def _portable(self, x: torch.Tensor) -> torch.Tensor:
         if not x.is_floating_point():
@@ -205,7 +203,6 @@ class PackedLinear(torch.nn.Linear):
             self._hold(self.unpacked().to(there.device))
         if self.format != "bf16" and there.dtype.is_floating_point:
             self.dtype = there.dtype
-        self._runners = {}  # the bias may be another tensor
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -263,7 +260,6 @@ class PackedLinear(torch.nn.Linear):
         elif strict:
             missing.append(f"{prefix}weight")
         super()._load_from_state_dict(state, prefix, meta, strict, missing, unexpected, errors)
-        self._runners = {}
 
     def extra_repr(self) -> str:
         """As torch's, with the format and where it runs."""

@@ -98,7 +98,7 @@ def _more(piece: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 class CpuLinear:
     """Runs one Linear layer for x of one dtype.
 
-    panels: of `pack`. rows, columns: R and C. bias: [R] in any floating dtype, or None. input_format: None or "int8".
+    panels: of `pack`. rows, columns: R and C. biased: whether calls come with a bias. input_format: None or "int8".
     Raises BackendError for an x dtype that the core does not take.
     """
 
@@ -107,7 +107,7 @@ class CpuLinear:
         panels: layout.Panels,
         rows: int,
         columns: int,
-        bias: torch.Tensor | None,
+        biased: bool,
         dtype: torch.dtype,
         input_format: str | None = None,
     ) -> None:
@@ -117,8 +117,8 @@ class CpuLinear:
         self._core, self._isa = core.load(), core.choose_isa()
         self._panels, self.rows, self.columns, self.dtype = panels, rows, columns, dtype
         _, self._padded_rows, self._padded_columns = panels.shape
-        over = self._padded_rows - rows
-        self._bias = None if bias is None else torch.nn.functional.pad(bias.detach().float(), (0, over))
+        with torch.inference_mode(False):  # to be written in any mode
+            self._bias = torch.zeros(self._padded_rows) if biased else None
         self._layer = core.Layer(
             isa=core.ISAS.index(self._isa),
             format=core.FORMATS[panels.format],
@@ -136,8 +136,13 @@ class CpuLinear:
         self._run = self._core.moestro_cpu_linear
         self._plans: dict[int, Plan] = {}
 
-    def __call__(self, x: torch.Tensor, workspace: Any) -> torch.Tensor:
-        """[..., R] of a contiguous x [..., C]; workspace: has `take` and `give`."""
+    def __call__(self, x: torch.Tensor, workspace: Any, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """[..., R] of a contiguous x [..., C]; workspace: has `take` and `give`.
+
+        bias: [R] in any floating dtype. It is read anew in each call: whoever wrote it need not tell.
+        """
+        if bias is not None and self._bias is not None:
+            self._bias[: self.rows].copy_(bias.detach())
         tokens = x.numel() // self.columns
         if self._padded_columns != self.columns:
             x = torch.nn.functional.pad(x, (0, self._padded_columns - self.columns))
