@@ -133,7 +133,7 @@ def load(folder: Path, row: str) -> Any:
             mt.restore_experts(module, dtype)
             del module.__dict__[LAYER]
         model.set_experts_implementation("eager")
-        model = model.to(dtype)
+        torch.nn.Module.to(model, dtype)  # Transformers' own refuses models from quantised checkpoints
     gc.collect()
     return model
 

@@ -115,7 +115,7 @@ def _finalize(theirs: Any, model: Any, load_config: Any, loading_info: Any) -> A
             module.__dict__[NAME_IN_MODEL] = name
             if settings.release and _loaded(module):
                 pack(module, settings)
-    if wanted(model):
+    if wanted(model) and not isinstance(load_config.hf_quantizer, MoestroQuantizer):
         report = pack_linears(model)
         for line in report:
             log.info("%s", line)

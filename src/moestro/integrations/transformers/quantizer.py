@@ -22,7 +22,7 @@ from moestro.checkpoints.files import Safetensors
 from moestro.checkpoints.renamed import Renamed
 from moestro.checkpoints.scheme import METHODS, parse
 from moestro.errors import BackendError, FormatError
-from moestro.integrations.transformers.linears import ASKED, settings_of
+from moestro.integrations.transformers.linears import ASKED, pack_linears, settings_of, wanted
 from moestro.integrations.transformers.load_experts import Report, load_experts
 from moestro.integrations.transformers.load_linear import QuantisedLinear, load_linear, quantised_linears
 from moestro.integrations.transformers.modules import experts_modules, weight_names
@@ -103,6 +103,7 @@ class MoestroQuantizer(HfQuantizer):  # type: ignore[misc]
         assert self._tensors is not None
         self.report = load_experts(model, self._experts, self._tensors, settings_of(model))
         self.report += load_linear(model, self._linears, self._tensors)
+        self.report += pack_linears(model) if wanted(model) else []
         self._tensors = None
         for line in self.report:
             log.info("%s", line)
