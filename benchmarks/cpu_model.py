@@ -1,25 +1,28 @@
 """A model of Qwen3-30B-A3B's shapes from an NVFP4 checkpoint, in Transformers: tokens a second, memory, whose time.
 
     python benchmarks/cpu_model.py make DIR [--layers 4 --vocab 32768]
-    python benchmarks/cpu_model.py measure DIR ROW [--out FILE.json]      # one row a process; see ROWS
+    python benchmarks/cpu_model.py compare DIR [--out FILE.json] [--rounds 10] [--lock FILE ...]
 
 The checkpoint (ModelOpt W4A16_NVFP4: experts and attention; head, routers and embedding in bf16) has random weights.
-Transformers' rows run the dequantised values of the same checkpoint. Prefill: 512 tokens into an empty cache, logits
-of the last one, as generate() does. Decode: one token after those 512, the cache growing. Medians; a row's split is
-measured in passes of its own, with a clock around each experts module and each Linear layer. Memory is that of the
-weights, and the process's anonymous pages beside it. Logits of 16 fixed tokens go to DIR, for the difference between
-rows. MOESTRO_CPU_ISA=avx2 alone limits Moestro; ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 limit torch.
+Transformers' rows run the dequantised values of the same checkpoint in bf16. All models are in one process and take
+turns, round by round, so that whatever else the machine does meets all of them; medians, and ratios of medians.
+Prefill: 512 tokens into an empty cache, logits of the last one, as generate() does. Decode: one token after those.
+The split is measured in passes of its own, with a clock around each experts module and each Linear layer. Memory is
+that of the weights. --lock: files to lock exclusively, in this order, between loading and measuring.
+MOESTRO_CPU_ISA=avx2 limits Moestro alone; ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 limit torch.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import fcntl
 import gc
 import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +32,15 @@ from safetensors.torch import save_file
 
 import moestro
 import moestro.integrations.transformers as mt
-from moestro.bench.results import environment
+from moestro.bench.results import environment, now
 from moestro.integrations.transformers.bound import LAYER, bound_to
+from moestro.integrations.transformers.linears import pack_linears, packed_linears
 from moestro.integrations.transformers.modules import experts_modules
-from moestro.moe.linear import PackedLinear
 
-PROMPT, STEPS = 512, 24
+PROMPT, STEPS = 512, 6
 BF16 = torch.bfloat16
 LIMITS = ("MOESTRO_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
-# row -> (moestro_linear, what is done to the loaded model)
-ROWS: dict[str, tuple[bool | None, str]] = {
-    "transformers-bf16": (False, "dequantise"),
-    "transformers-float32": (False, "dequantise32"),
-    "experts": (False, ""),
-    "linear": (None, ""),
-    "linear-all": (True, ""),
-    "linear-head": (None, "head"),
-}
+IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 
 
 def config_of(layers: int, vocab: int) -> Any:
@@ -120,65 +115,35 @@ def _quantised(name: str, rows: int, columns: int) -> Iterator[tuple[str, torch.
     yield f"{name}.weight_scale_2", torch.tensor(columns**-0.5 / 3)
 
 
-# --- a row -----------------------------------------------------------------------------------------------
-def load(folder: Path, row: str) -> Any:
-    """The model of a row."""
-    linear, then = ROWS[row]
-    model = moestro.load(folder, moestro_linear=linear, report=False)
-    if then == "head":
-        mt.quantize_linear(model, "nvfp4", exclude=())
-    if then.startswith("dequantise"):
-        dtype = torch.float32 if then.endswith("32") else BF16
-        for _, module in experts_modules(model):
-            mt.restore_experts(module, dtype)
-            del module.__dict__[LAYER]
-        model.set_experts_implementation("eager")
-        torch.nn.Module.to(model, dtype)  # Transformers' own refuses models from quantised checkpoints
+# --- models ----------------------------------------------------------------------------------------------
+def models(folder: Path) -> dict[str, Any]:
+    """Row -> model. Packed weights are shared between rows, dense ones are each row's own."""
+    ours = moestro.load(folder, report=False)
+    every = copy.deepcopy(ours)
+    pack_linears(every)
+    head = copy.deepcopy(ours)
+    mt.quantize_linear(head, "nvfp4", exclude=())
+    experts = copy.deepcopy(ours)
+    for name, layer in list(packed_linears(experts)):
+        dense = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        dense.weight = torch.nn.Parameter(layer.dequantize(BF16), requires_grad=False)
+        parent, _, leaf = name.rpartition(".")
+        setattr(experts.get_submodule(parent), leaf, dense)
+    theirs = copy.deepcopy(experts)
+    for _, module in experts_modules(theirs):
+        mt.restore_experts(module, BF16)
+        del module.__dict__[LAYER]
+    theirs.set_experts_implementation("eager")
     gc.collect()
-    return model
+    return {"transformers": theirs, "experts": experts, "linear": ours, "linear, head bf16": every,
+            "linear, head nvfp4": head}  # fmt: skip
 
 
 def nbytes(model: Any) -> int:
     """Of all weights."""
-    packed = [m.nbytes for m in model.modules() if isinstance(m, PackedLinear)]
+    packed = [m.nbytes for _, m in packed_linears(model)]
     packed += [found.weights.nbytes for _, m in experts_modules(model) if (found := bound_to(m)) is not None]
     return sum(p.nbytes for p in model.parameters()) + sum(packed)
-
-
-def anonymous_pages() -> int:
-    """RssAnon of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
-
-
-def seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-class Run:
-    """Prefills and decodes of one model."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self._generator = torch.Generator().manual_seed(1)
-
-    def tokens(self, count: int) -> torch.Tensor:
-        return torch.randint(0, self.model.config.vocab_size, (1, count), generator=self._generator)
-
-    def prefill(self) -> tuple[float, Any]:
-        cache, tokens = transformers.DynamicCache(), self.tokens(PROMPT)
-        took = seconds(lambda: self.model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1))
-        return took, cache
-
-    def decode(self, cache: Any, steps: int) -> list[float]:
-        return [
-            seconds(
-                lambda: self.model(self.tokens(1), past_key_values=cache, use_cache=True, logits_to_keep=1)
-            )
-            for _ in range(steps)
-        ]
 
 
 class Clocks:
@@ -201,74 +166,101 @@ class Clocks:
 
         return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
 
-    def shares(self, total: float) -> dict[str, float]:
-        """Of a whole time: experts, Linear layers, and what is Transformers' own."""
+    def parts(self, total: float) -> dict[str, float]:
+        """Milliseconds of a whole time: experts, Linear layers, and what is Transformers' own."""
         for hook in self._hooks:
             hook.remove()
-        parts = {name: round(value / total, 3) for name, value in self.spent.items()}
-        return {**parts, "rest": round(1 - sum(parts.values()), 3)}
+        parts = {name: round(1e3 * value, 2) for name, value in self.spent.items()}
+        return {**parts, "rest": round(1e3 * total - sum(parts.values()), 2)}
 
 
-def measured(model: Any, implementation: str) -> dict[str, Any]:
-    """One implementation's figures."""
-    run = Run(model)
-    prefill = implementation != "batched_mm"  # it copies the experts of every pair: 38 GB at 512 tokens
-    if prefill:
-        run.prefill()
-        times = [run.prefill() for _ in range(4)]
-        cache = times[-1][1]
-    else:
+# --- rounds ----------------------------------------------------------------------------------------------
+class Contender:
+    """One row in one implementation, with a cache of 512 tokens to decode after."""
+
+    def __init__(self, row: str, model: Any, implementation: str) -> None:
+        self.name = row if row != "transformers" else f"transformers {implementation}"
+        self._model, self._implementation, self._row = model, implementation, row
+        self._generator = torch.Generator().manual_seed(1)
+        self.prefills: list[float] = []
+        self.steps: list[float] = []
+        self.can_prefill = (
+            implementation != "batched_mm"
+        )  # copies the experts of every pair: 38 GB at 512 tokens
+
+    def _call(self, count: int, cache: Any) -> float:
+        tokens = torch.randint(0, self._model.config.vocab_size, (1, count), generator=self._generator)
+        start = time.perf_counter()
+        self._model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return time.perf_counter() - start
+
+    def _filled(self) -> tuple[Any, float]:
         cache = transformers.DynamicCache()
-        for _ in range(PROMPT // 16):
-            model(run.tokens(16), past_key_values=cache, use_cache=True, logits_to_keep=1)
-    run.decode(cache, 4)
-    steps = run.decode(cache, STEPS)
-    clocks = Clocks(model)
-    found = {
-        "decode_tokens_per_s": 1 / statistics.median(steps),
-        "decode_ms": [round(1e3 * s, 2) for s in statistics.quantiles(steps, n=4)],
-        "decode_split": clocks.shares(sum(run.decode(cache, 8))),
-    }
-    if prefill:
-        clocks = Clocks(model)
-        found["prefill_tokens_per_s"] = PROMPT / statistics.median(t for t, _ in times)
-        found["prefill_ms"] = sorted(round(1e3 * t, 1) for t, _ in times)
-        found["prefill_split"] = clocks.shares(run.prefill()[0])
-    return found
+        if self._row == "transformers":
+            self._model.set_experts_implementation(self._implementation)
+        step = PROMPT if self.can_prefill else 16
+        return cache, sum(self._call(step, cache) for _ in range(PROMPT // step))
+
+    def round(self) -> None:
+        cache, took = self._filled()
+        self.prefills.append(took)
+        self._call(1, cache)  # weights of another contender are in the caches
+        self.steps += [self._call(1, cache) for _ in range(STEPS)]
+
+    def split(self) -> dict[str, dict[str, float]]:
+        """Milliseconds by whose they are, of one prefill and of a mean step."""
+        cache, _ = self._filled()
+        clocks = Clocks(self._model)
+        prefill = clocks.parts(self._filled()[1])
+        clocks = Clocks(self._model)
+        steps = clocks.parts(sum(self._call(1, cache) for _ in range(8)))
+        return {"prefill_ms": prefill, "decode_ms": {name: round(ms / 8, 2) for name, ms in steps.items()}}
+
+    def result(self) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "decode_tokens_per_s": 1 / statistics.median(self.steps),
+            "decode_ms": [
+                round(1e3 * s, 2) for s in (min(self.steps), *statistics.quantiles(self.steps, n=4))
+            ],
+        }
+        if self.can_prefill:
+            found["prefill_tokens_per_s"] = PROMPT / statistics.median(self.prefills)
+            found["prefill_ms"] = [
+                round(1e3 * s, 1) for s in (min(self.prefills), *statistics.quantiles(self.prefills, n=4))
+            ]
+        return found
 
 
-def measure(folder: Path, row: str, implementations: list[str]) -> dict[str, Any]:
-    """A row: every implementation that its model has, memory, and the logits beside the checkpoint."""
+def compare(folder: Path, rounds: int, locks: list[Path]) -> dict[str, Any]:
+    """All rows: tokens a second, ratios to the best of Transformers', memory, splits, differences of the logits."""
     torch.set_num_threads(2)
-    before = anonymous_pages()
-    started = time.perf_counter()
-    model = load(folder, row)
-    loaded = time.perf_counter() - started
-    found: dict[str, Any] = {
-        "load_s": round(loaded, 1),
-        "weight_bytes": nbytes(model),
-        "anonymous_bytes": anonymous_pages() - before,
-        "implementations": {},
-    }
+    loaded = models(folder)
+    held = [path.open("w") for path in locks]
+    for file in held:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    contenders = [Contender("transformers", loaded["transformers"], name) for name in IMPLEMENTATIONS]
+    contenders += [Contender(row, model, "moestro") for row, model in loaded.items() if row != "transformers"]
     with torch.inference_mode():
-        logits = model(torch.arange(16)[None] * 7).logits.float()
-        torch.save(logits, folder / f"logits-{row}.pt")
-        for name in implementations:
-            if row.startswith("transformers"):
-                model.set_experts_implementation(name)
-            found["implementations"][name] = measured(model, name)
-    found["differences"] = differences(folder, row)
-    return found
-
-
-def differences(folder: Path, row: str) -> dict[str, float]:
-    """Relative norms of this row's logits against the rows measured before."""
-    mine = torch.load(folder / f"logits-{row}.pt")
-    found = {}
-    for path in sorted(folder.glob("logits-*.pt")):
-        theirs = torch.load(path)
-        found[path.stem.removeprefix("logits-")] = float((mine - theirs).norm() / theirs.norm())
-    return found
+        logits = {row: model(torch.arange(16)[None] * 7).logits.float() for row, model in loaded.items()}
+        for _ in range(rounds):
+            for contender in contenders:
+                contender.round()
+        splits = {c.name: c.split() for c in contenders if c.can_prefill}
+    truth = logits["transformers"]
+    rows = {
+        c.name: {**c.result(), **{f"split_{k}": v for k, v in splits.get(c.name, {}).items()}}
+        for c in contenders
+    }
+    theirs = [row for name, row in rows.items() if name.startswith("transformers")]
+    for name, row in rows.items():
+        for what in ("decode_tokens_per_s", "prefill_tokens_per_s"):
+            if what in row:
+                row[f"{what}_ratio"] = row[what] / max(r[what] for r in theirs if what in r)
+        key = "transformers" if name.startswith("transformers") else name
+        row["weight_bytes"] = nbytes(loaded[key])
+        row["memory_ratio"] = row["weight_bytes"] / nbytes(loaded["transformers"])
+        row["logits_difference"] = float((logits[key] - truth).norm() / truth.norm())
+    return rows
 
 
 def main() -> None:
@@ -278,27 +270,33 @@ def main() -> None:
     making.add_argument("folder", type=Path)
     making.add_argument("--layers", type=int, default=4)
     making.add_argument("--vocab", type=int, default=32768)
-    measuring = commands.add_parser("measure")
-    measuring.add_argument("folder", type=Path)
-    measuring.add_argument("row", choices=ROWS)
-    measuring.add_argument("--implementations", default="eager,batched_mm,grouped_mm")
-    measuring.add_argument("--out", type=Path)
+    comparing = commands.add_parser("compare")
+    comparing.add_argument("folder", type=Path)
+    comparing.add_argument("--out", type=Path)
+    comparing.add_argument("--rounds", type=int, default=10)
+    comparing.add_argument("--lock", type=Path, nargs="*", default=[])
     args = parser.parse_args()
     if args.command == "make":
         make(args.folder, args.layers, args.vocab)
         return
-    ours = not args.row.startswith("transformers")
-    names = ["moestro"] if ours else args.implementations.split(",")
-    result = measure(args.folder, args.row, names)
-    print(json.dumps(result, indent=1))
+    result = {
+        "command": "python benchmarks/cpu_model.py compare",
+        "date": now(),
+        "environment": environment("cpu"),
+        "limits": {name: os.environ[name] for name in LIMITS if name in os.environ},
+        "config": json.loads((args.folder / "config.json").read_text()),
+        "rounds": args.rounds,
+        "load_average_before": os.getloadavg(),
+        "rows": compare(args.folder, args.rounds, args.lock),
+        "load_average_after": os.getloadavg(),
+    }
+    print(
+        json.dumps(
+            {name: result[name] for name in ("rows", "load_average_before", "load_average_after")}, indent=1
+        )
+    )
     if args.out is not None:
-        limits = {name: os.environ[name] for name in LIMITS if name in os.environ}
-        held = json.loads(args.out.read_text()) if args.out.exists() else {"rows": {}}
-        held["environment"] = environment("cpu")
-        held["limits"] = limits
-        held["config"] = json.loads((args.folder / "config.json").read_text())
-        held["rows"][args.row] = result
-        args.out.write_text(json.dumps(held, indent=1) + "\n")
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
