@@ -109,6 +109,7 @@ def test_copies_pickles_and_states_give_the_same_bits(format: str) -> None:
     y = layer(x)
     twin = copy.deepcopy(layer)
     twin.bias.data.zero_()  # its own
+    assert torch.equal(twin(torch.zeros(1, 64)), torch.zeros(1, 40))
     assert torch.equal(layer(x), y)
     file = io.BytesIO()
     torch.save(layer, file)

@@ -7,6 +7,7 @@ weight, summed in float32. The weight is frozen: x (and the bias) get gradients,
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 from typing import Any
@@ -28,6 +29,7 @@ log = logging.getLogger("moestro")
 BACKENDS = ("auto", "cpu", "portable")
 PREFIX = "moestro."  # of packed tensors in a state dict
 SIDE = ("input_scale", "pre_scale")
+OWN = ("_runners", "_workspace", linear_op.KEY)  # of a module, not of its copies
 
 
 class PackedLinear(torch.nn.Linear):
@@ -207,7 +209,7 @@ class PackedLinear(torch.nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        for name in ("_runners", "_workspace", linear_op.KEY):
+        for name in OWN:
             state.pop(name, None)
         return {**state, "_packed": self.unpacked()}
 
@@ -218,15 +220,11 @@ class PackedLinear(torch.nn.Linear):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedLinear:
         """A copy with a bias of its own; the packed weight is never written, and shared."""
-        bias = self.bias
-        if bias is not None:
-            bias = torch.nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
         made = type(self).__new__(type(self))
-        torch.nn.Module.__init__(made)
-        kept = {n: v for n, v in self.__dict__.items() if n not in made.__dict__ and n != linear_op.KEY}
-        made.__dict__.update(kept, training=self.training, _runners={})
-        made.register_parameter("bias", bias)
-        memo[id(self)] = made
+        memo |= {id(self): made, id(self._packed): self._packed}
+        kept = {n: v for n, v in self.__dict__.items() if n not in OWN}
+        made.__dict__.update({n: copy.deepcopy(v, memo) for n, v in kept.items()})
+        made.__dict__.update(_runners={}, _workspace=self._workspace)
         return made
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
