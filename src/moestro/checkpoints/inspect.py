@@ -22,6 +22,7 @@ from moestro.errors import FormatError
 from moestro.formats import NVFP4, FormatTensor
 from moestro.kernels import backends
 from moestro.kernels.activations import ReLU2, SwiGLU
+from moestro.kernels.cpu import linear as cpu
 from moestro.kernels.problem import MoeProblem
 
 SUBNORMAL = 0x08  # e4m3 codes below it, but 0, are subnormal
@@ -53,7 +54,7 @@ class Inspection:
     scheme: str | None
     layers: list[Layer]
     other_bytes: int
-    quantised_modules: dict[str, str]  # beside the experts: module -> layout
+    quantised_modules: dict[str, str]  # beside the experts: module -> layout, and what becomes of it here
     faults: list[str]
 
     @property
@@ -86,10 +87,25 @@ def inspect(path: str | Path, device: str = "cpu") -> Inspection:
         layer = _layer(prefix, experts, first, device)
         layers.append(layer)
         faults |= dict.fromkeys(text for text, seen in FAULTS.items() if seen(layer, experts, first))
-    others = {name: row.name for name, (row, _) in quantised_modules(tensors, prefixes).items()}
+    others = _others(tensors, prefixes, device)
     below = tuple(f"{prefix}." for prefix in prefixes)
     rest = sum(_bytes(tensors, name) for name in tensors if not name.startswith(below))
     return Inspection(str(path), scheme, layers, rest, others, list(faults))
+
+
+def _others(tensors: Safetensors, prefixes: list[str], device: str) -> dict[str, str]:
+    """Quantised modules beside the experts; one of each layout is read, to see what it becomes."""
+    words: dict[str, str] = {}
+    found = {}
+    for name, (row, pieces) in quantised_modules(tensors, prefixes).items():
+        if row.name not in words:
+            weight = row.read(name, {suffix: tensors[pieces[suffix]] for suffix in row.pieces})
+            packed = device == "cpu" and cpu.why_not(weight.format, None) is None
+            words[row.name] = (
+                f"{row.name} -> {f'{weight.format} on cpu' if packed else 'dequantised on torch'}"
+            )
+        found[name] = words[row.name]
+    return found
 
 
 def _bytes(tensors: Safetensors, name: str) -> int:

@@ -15,6 +15,7 @@ written since (watch.py says what is seen and what is not; `refresh` drops the l
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from transformers.integrations.moe import ExpertsInterface
 from moestro.errors import BackendError
 from moestro.integrations.transformers import forward, hooks
 from moestro.integrations.transformers.bound import LAYER, NAME_IN_MODEL, bind, bound_to
+from moestro.integrations.transformers.linears import EXCLUDED, quantise
 from moestro.integrations.transformers.modules import experts_modules, weight_names
 from moestro.integrations.transformers.packed import pack, restore
 from moestro.integrations.transformers.quantizer import (
@@ -40,7 +42,15 @@ from moestro.integrations.transformers.settings import (
 )
 from moestro.moe.layer import FusedMoE
 
-__all__ = ["LAYER", "prepare", "quantize_experts", "refresh", "register", "restore_experts"]
+__all__ = [
+    "LAYER",
+    "prepare",
+    "quantize_experts",
+    "quantize_linear",
+    "refresh",
+    "register",
+    "restore_experts",
+]
 
 # Where configs say how many experts a token goes to.
 TOP_K_NAMES = (
@@ -67,17 +77,21 @@ def register(
     format: str | None = None,
     max_num_tokens: int = 8192,
     release: bool = True,
+    moestro_linear: bool | None = None,
     **options: Any,
 ) -> None:
     """Make an experts implementation known to Transformers under `name`.
 
     format: of the weights; None (or "bf16"): as the model or the checkpoint has them. max_num_tokens: the largest
     batch of a layer; longer ones are cut. release: whether from_pretrained lets go of a dense model's own
-    parameters once they are packed. options: keywords of FusedMoE (backend=, input_format=, deterministic=, ...).
+    parameters once they are packed. moestro_linear: which Linear layers run on Moestro: None those that the
+    checkpoint has quantised, True all that the core can run, in their own dtype, False none; from_pretrained takes
+    the keyword, too. options: keywords of FusedMoE (backend=, input_format=, deterministic=, ...); input_format is
+    that of quantised Linear layers, too.
 
     Raises FormatError, ShapeError or TypeError for what no layer could have.
     """
-    settings = Settings(format, max_num_tokens, release, options)
+    settings = Settings(format, max_num_tokens, release, options, moestro_linear)
     called = functools.partial(forward.experts_forward, name)
     functools.update_wrapper(called, forward.experts_forward)
     setattr(called, SETTINGS, settings)
@@ -160,6 +174,7 @@ def quantize_experts(model: torch.nn.Module, format: str = "nvfp4", **options: A
         format,
         options.pop("max_num_tokens", old.max_num_tokens),
         options={**old.options, **options},
+        linear=old.linear,
     )
     modules = list(experts_modules(model))
     if not modules:
@@ -175,6 +190,28 @@ def quantize_experts(model: torch.nn.Module, format: str = "nvfp4", **options: A
     return lines
 
 
+def quantize_linear(
+    model: torch.nn.Module,
+    format: str = "nvfp4",
+    *,
+    exclude: Iterable[str] = EXCLUDED,
+    input_format: str | None = None,
+) -> list[str]:
+    """Quantise and pack the Linear layers of a loaded model, one after the other; their own weights are let go.
+
+    For dense models and for what stands around experts. exclude: patterns of module names (fnmatch) that stay; by
+    default heads and routers. Returns a line for each layer; those that stay are named in the log with the reason.
+    save_pretrained writes a quantised checkpoint. Raises FormatError for an unknown format, BackendError where no
+    Linear was quantised.
+    """
+    settings = Settings(options={} if input_format is None else {"input_format": input_format})
+    made = quantise(model, format, exclude, settings)
+    if not made:
+        raise BackendError(f"{type(model).__name__} has no Linear layer that can be quantised to {format}")
+    _mark_saved(model)
+    return [str(line) for line in made]
+
+
 def _mark(model: Any, name: str) -> None:
     """The model's implementation, and the quantiser that writes its checkpoint."""
     if hasattr(model, "set_experts_implementation"):
@@ -182,6 +219,10 @@ def _mark(model: Any, name: str) -> None:
     for _, module in experts_modules(model):
         if module.config._experts_implementation not in REGISTERED:
             module.config._experts_implementation = name
+    _mark_saved(model)
+
+
+def _mark_saved(model: Any) -> None:
     config = getattr(model, "config", None)
     if config is None or getattr(config, "quantization_config", None) is not None:
         return

@@ -21,10 +21,11 @@ from transformers.integrations.moe import ExpertsInterface
 from moestro.checkpoints.scheme import raw_scheme
 from moestro.errors import BackendError
 from moestro.integrations.transformers.bound import NAME_IN_MODEL, bound_to, module_activation, named_errors
+from moestro.integrations.transformers.linears import ASKED, pack_linears, wanted
 from moestro.integrations.transformers.modules import experts_modules, weight_names
 from moestro.integrations.transformers.packed import pack, restore
 from moestro.integrations.transformers.quantizer import MoestroQuantizer, quantizer_for
-from moestro.integrations.transformers.settings import REGISTERED, of_model
+from moestro.integrations.transformers.settings import REGISTERED, Settings, of_model
 
 log = logging.getLogger("moestro")
 DONE = "_moestro"
@@ -39,7 +40,8 @@ def install() -> None:
     _wrap(modeling_utils.PreTrainedModel, "_finalize_model_loading", _finalize, static=True)
     _wrap(modeling_utils.PreTrainedModel, "get_correct_experts_implementation", _choose)
     _wrap(ExpertsInterface, "get_interface", _get_interface)
-    _wrap_config()
+    _wrap_class_method(PreTrainedConfig, "get_config_dict", _get_config_dict)
+    _wrap_class_method(modeling_utils.PreTrainedModel, "from_pretrained", _from_pretrained)
 
 
 def _wrap(owner: Any, name: str, ours: Callable[..., Any], static: bool = False) -> None:
@@ -64,12 +66,25 @@ def _method(theirs: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..
     return wrapped
 
 
-def _wrap_config() -> None:
-    theirs = PreTrainedConfig.get_config_dict.__func__
+def _wrap_class_method(owner: Any, name: str, ours: Callable[..., Any]) -> None:
+    theirs = getattr(owner, name).__func__
     if not getattr(theirs, DONE, False):
-        wrapped = _method(theirs, _get_config_dict)
+        wrapped = _method(theirs, ours)
         setattr(wrapped, DONE, True)
-        PreTrainedConfig.get_config_dict = classmethod(wrapped)
+        setattr(owner, name, classmethod(wrapped))
+
+
+def _from_pretrained(
+    theirs: Any, cls: Any, *args: Any, moestro_linear: bool | None = None, **kwargs: Any
+) -> Any:
+    """Transformers' own, with a keyword of ours; a call inside another one has the outer one's."""
+    if moestro_linear is None:
+        return theirs(cls, *args, **kwargs)
+    token = ASKED.set(Settings(linear=moestro_linear).linear)
+    try:
+        return theirs(cls, *args, **kwargs)
+    finally:
+        ASKED.reset(token)
 
 
 def _get_config_dict(theirs: Any, cls: Any, path: Any, **kwargs: Any) -> Any:
@@ -91,7 +106,7 @@ def _get_hf_quantizer(
 
 
 def _finalize(theirs: Any, model: Any, load_config: Any, loading_info: Any) -> Any:
-    """After the weights are there: pack the experts, a layer at a time."""
+    """After the weights are there: pack the experts, a layer at a time, and Linear layers where that was asked for."""
     result = theirs(model, load_config, loading_info)
     chosen = of_model(model)
     if chosen is not None and not isinstance(load_config.hf_quantizer, MoestroQuantizer):
@@ -100,6 +115,10 @@ def _finalize(theirs: Any, model: Any, load_config: Any, loading_info: Any) -> A
             module.__dict__[NAME_IN_MODEL] = name
             if settings.release and _loaded(module):
                 pack(module, settings)
+    if wanted(model) and not isinstance(load_config.hf_quantizer, MoestroQuantizer):
+        report = pack_linears(model)
+        for line in report:
+            log.info("%s", line)
     return result
 
 

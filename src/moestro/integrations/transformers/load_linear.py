@@ -1,4 +1,4 @@
-"""Linear layers that a checkpoint has quantised: dequantised to the model's dtype, for Transformers' own Linear.
+"""Linear layers that a checkpoint has quantised: kept packed, or dequantised to the model's dtype (see linears.py).
 
 Their tensors are recognised by the same table as experts' projections.
 """
@@ -15,10 +15,13 @@ import torch
 from moestro.checkpoints.finding import CACHE_SCALES, is_quantised
 from moestro.checkpoints.layouts import MODULES, Layout, recognise
 from moestro.checkpoints.renamed import Renamed
-from moestro.checkpoints.side import checked_pre_scale
+from moestro.checkpoints.side import INPUT_SCALES, checked_pre_scale
 from moestro.errors import FormatError
+from moestro.formats import BF16, FormatTensor
+from moestro.integrations.transformers.linears import put, settings_of, wanted, why_dense
 from moestro.integrations.transformers.load_experts import Report, device_of, dtype_of
 from moestro.integrations.transformers.modules import experts_modules
+from moestro.integrations.transformers.settings import Settings
 
 log = logging.getLogger("moestro")
 
@@ -68,6 +71,7 @@ def load_linear(
     model: Any, linears: list[QuantisedLinear], tensors: Mapping[str, torch.Tensor]
 ) -> list[Report]:
     """Fill the quantised Linear layers of a model."""
+    tied = bool(getattr(model.config.get_text_config(decoder=True), "tie_word_embeddings", False))
     made = []
     for linear in linears:
         module = model.get_submodule(linear.name)
@@ -79,9 +83,56 @@ def load_linear(
             raise FormatError(
                 f"{linear.name} must be [{module.out_features}, {module.in_features}], got {list(weight.shape)}"
             )
-        dense = weight.dequantize(torch.float32)
+        pre_scale = None
         if (name := linear.tensors.get("pre_quant_scale")) is not None:
-            dense *= checked_pre_scale(tensors[name], name).to(device)
-        module.weight = torch.nn.Parameter(dense.to(dtype), requires_grad=False)
-        made.append(Report(linear.name, linear.row.name, "dequantised", "torch", module.weight.nbytes))
+            pre_scale = checked_pre_scale(tensors[name], name).to(device)
+        is_head = tied and module is model.get_output_embeddings()
+        side = {"pre_scale": pre_scale, "input_scale": _input_scale(linear, tensors, device)}
+        made.append(_fill(model, linear, weight, dtype, side, wanted(model) if not is_head else False))
     return made
+
+
+def _fill(
+    model: Any,
+    linear: QuantisedLinear,
+    weight: FormatTensor,
+    dtype: torch.dtype,
+    side: Any,
+    mode: bool | None,
+) -> Report:
+    """One layer: packed where `mode` (moestro_linear) and the core allow it; else dense, in torch's Linear."""
+    settings = settings_of(model)
+    reason = why_dense(weight, weight.device, settings)
+    if mode and reason is not None and (values := _as_bf16(weight, settings)) is not None:
+        weight, reason = values, None
+    if mode or (mode is None and reason is None):
+        done = put(model, linear.name, weight, settings, dtype=dtype, **side)
+        return Report(linear.name, linear.row.name, done.format, done.on, done.nbytes)
+    module = model.get_submodule(linear.name)
+    dense = weight.dequantize(torch.float32)
+    if side["pre_scale"] is not None:
+        dense *= side["pre_scale"]
+    module.weight = torch.nn.Parameter(dense.to(dtype), requires_grad=False)
+    return Report(linear.name, linear.row.name, "dequantised", "torch", module.weight.nbytes)
+
+
+def _as_bf16(weight: FormatTensor, settings: Settings) -> BF16 | None:
+    """The weight in bf16, where that has its values and the core runs it."""
+    dense = weight.dequantize(torch.float32)
+    values = BF16(dense.to(torch.bfloat16))
+    same = why_dense(values, weight.device, settings) is None and torch.equal(values.data.float(), dense)
+    return values if same else None
+
+
+def _input_scale(
+    linear: QuantisedLinear, tensors: Mapping[str, torch.Tensor], device: torch.device
+) -> torch.Tensor | None:
+    """The calibrated global scale of NVFP4 activations, where the checkpoint has a usable one."""
+    for suffix, divides in INPUT_SCALES.items():
+        if "NVFP4" not in linear.row.name.upper() or (name := linear.tensors.get(suffix)) is None:
+            continue
+        scale = tensors[name].float().reshape(()).to(device)
+        if not bool(torch.isfinite(scale)) or float(scale) <= 0:
+            raise FormatError(f"{name} must be positive and finite, got {float(scale)}")
+        return 1 / scale if divides else scale
+    return None

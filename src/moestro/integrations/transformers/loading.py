@@ -13,6 +13,7 @@ from moestro.checkpoints.scheme import raw_scheme
 from moestro.errors import BackendError, FormatError
 from moestro.integrations import transformers as integration
 from moestro.integrations.transformers.bound import bound_to
+from moestro.integrations.transformers.linears import packed_linears
 from moestro.integrations.transformers.modules import experts_modules
 from moestro.integrations.transformers.settings import NAME, REGISTERED, Settings
 
@@ -27,6 +28,7 @@ def load(
     dtype: torch.dtype | str = "auto",
     max_num_tokens: int | None = None,
     report: bool = True,
+    moestro_linear: bool | None = None,
     auto_class: Any = None,
     **options: Any,
 ) -> Any:
@@ -34,7 +36,8 @@ def load(
 
     format: what dense experts become ("nvfp4", ...); None: they stay as they are. device: "cuda" where there is one,
     else the CPU. dtype: of everything else; "auto": the checkpoint's. report: print a line a layer of what runs
-    where. options: keywords of register() (backend=, input_format=, ...).
+    where. moestro_linear: which Linear layers run on Moestro, as in register(). options: keywords of register()
+    (backend=, input_format=, ...).
 
     Raises FormatError for a folder that is no checkpoint, or has what no layout has a place for.
     """
@@ -46,7 +49,9 @@ def load(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cls = auto_class or _class_of(folder)
     placed = {} if device.type == "cpu" else {"device_map": {"": device}}
-    model = cls.from_pretrained(folder, experts_implementation=name, dtype=dtype, **placed).eval()
+    model = cls.from_pretrained(
+        folder, experts_implementation=name, dtype=dtype, moestro_linear=moestro_linear, **placed
+    ).eval()
     for line in describe(model):
         if report:
             print(line, flush=True)
@@ -89,6 +94,7 @@ def describe(model: Any) -> list[str]:
     lines = []
     quantizer = getattr(model, "hf_quantizer", None)
     told = {line.name: str(line) for line in getattr(quantizer, "report", [])}
+    known = set(told)
     for name, module in experts_modules(model):
         found = bound_to(module)
         if name in told:
@@ -98,6 +104,13 @@ def describe(model: Any) -> list[str]:
             lines.append(f"{name}: {w.format} in {w.layout}, {w.nbytes / 2**20:.1f} MiB")
         else:
             lines.append(f"{name}: its own parameters, packed at the first call")
+    lines += told.values()
+    for name, linear in packed_linears(model):
+        if name not in known:
+            lines.append(f"{name}: {linear.format} on {linear.on}, {linear.nbytes / 2**20:.1f} MiB")
     if not lines:
-        raise BackendError(f"{type(model).__name__} has no experts that run through Transformers' interface")
-    return lines + list(told.values())
+        raise BackendError(
+            f"{type(model).__name__} has no experts that run through Transformers' interface, and no Linear layers "
+            "that its checkpoint has quantised; moestro_linear=True runs those that it has"
+        )
+    return lines

@@ -22,6 +22,7 @@ from moestro.checkpoints.files import Safetensors
 from moestro.checkpoints.renamed import Renamed
 from moestro.checkpoints.scheme import METHODS, parse
 from moestro.errors import BackendError, FormatError
+from moestro.integrations.transformers.linears import ASKED, pack_linears, settings_of, wanted
 from moestro.integrations.transformers.load_experts import Report, load_experts
 from moestro.integrations.transformers.load_linear import QuantisedLinear, load_linear, quantised_linears
 from moestro.integrations.transformers.modules import experts_modules, weight_names
@@ -69,7 +70,7 @@ class MoestroQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> Any:
-        if of_model(model) is None:
+        if of_model(model) is None and any(experts_modules(model)):
             raise BackendError(
                 f"a {self.scheme} checkpoint loads with experts_implementation={'|'.join(REGISTERED) or 'moestro'!r}, "
                 f"got {getattr(model.config, '_experts_implementation', None)!r}; "
@@ -99,11 +100,10 @@ class MoestroQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        chosen = of_model(model)
-        assert chosen is not None
         assert self._tensors is not None
-        self.report = load_experts(model, self._experts, self._tensors, chosen[1])
+        self.report = load_experts(model, self._experts, self._tensors, settings_of(model))
         self.report += load_linear(model, self._linears, self._tensors)
+        self.report += pack_linears(model) if wanted(model) else []
         self._tensors = None
         for line in self.report:
             log.info("%s", line)
@@ -136,7 +136,8 @@ def register_modelopt() -> None:
 def quantizer_for(config: Any, asked: Any, device_map: Any) -> MoestroQuantizer | None:
     """Our quantiser, where the experts of this config are ours and the checkpoint is quantised in a way we read."""
     configs = [config, config.get_text_config(decoder=True)]
-    if not any(getattr(c, "_experts_implementation", None) in REGISTERED for c in configs):
+    ours = any(getattr(c, "_experts_implementation", None) in REGISTERED for c in configs)
+    if not ours and not ASKED.get():
         return None
     if asked is not None and getattr(asked, "dequantize", False):
         return None  # to be dequantised by Transformers: dense experts, packed afterwards

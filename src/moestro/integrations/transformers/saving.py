@@ -1,11 +1,14 @@
 """What save_pretrained writes for packed experts: the layout that the model came in, or that its format has.
 
-Linear layers that were dequantised when they were loaded are saved as they are, and named in the config's list of
-modules without quantisation.
+Packed Linear layers of the same format are written in the same layout. Those of another format, or with a scale of
+their input (AWQ), are written dequantised; with those that are dense they are named in the config's list of modules
+without quantisation.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,9 +17,14 @@ from moestro.checkpoints.writers import Writer, config_for, expert_tensors, writ
 from moestro.errors import FormatError
 from moestro.formats import INT4, FormatTensor
 from moestro.integrations.transformers.bound import SIDE, bound_to
+from moestro.integrations.transformers.linears import packed_linears
 from moestro.integrations.transformers.modules import experts_modules
 from moestro.integrations.transformers.packed import PREFIX
+from moestro.moe.linear import PREFIX as LINEAR_PREFIX
+from moestro.moe.linear import PackedLinear
 from moestro.moe.weights import ExpertWeights
+
+log = logging.getLogger("moestro")
 
 
 def checkpoint_state(model: Any, raw: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -47,11 +55,46 @@ def checkpoint_state(model: Any, raw: dict[str, Any]) -> tuple[dict[str, torch.T
             f"int4 experts must have one (group, symmetric) to be written, got {sorted(groups)}"
         )
     of_groups = dict(zip(("group", "symmetric"), next(iter(groups), ()), strict=False))
-    excluded = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    linears = dict(packed_linears(model))
+    if writer is None:
+        writer = _writer_of_linears(linears.values(), raw)
+    quantised = _put_linears(state, linears, writer)
+    activations = activations or any(linears[name].input_scale is not None for name in quantised)
+    excluded = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n not in quantised]
     config = (
         config_for(writer, excluded, activations=activations, **of_groups) if writer is not None else None
     )
     return state, config or raw
+
+
+def _writer_of_linears(linears: Iterable[PackedLinear], raw: dict[str, Any]) -> Writer | None:
+    """The row for a model without packed experts: of its Linear layers' first format."""
+    for linear in linears:
+        if linear.format != "bf16":
+            return writer_for(_layout(raw, linear.format), linear.format)
+    return None
+
+
+def _put_linears(
+    state: dict[str, torch.Tensor], linears: dict[str, PackedLinear], writer: Writer | None
+) -> set[str]:
+    """Packed Linear layers in a checkpoint's layout instead of ours; the names of those that are quantised there."""
+    quantised = set()
+    for name, linear in linears.items():
+        for key in [key for key in state if key.startswith(f"{name}.{LINEAR_PREFIX}")]:
+            del state[key]
+        if linear.format == "bf16":
+            continue
+        if writer is None or linear.format != writer.format or linear.pre_scale is not None:
+            state[f"{name}.weight"] = linear.dequantize()
+            log.warning("%s: %s is written dequantised, as %s", name, linear.format, linear.dtype)
+            continue
+        pieces = writer.pieces(linear.unpacked())
+        if linear.input_scale is not None:
+            pieces |= writer.input_scale(linear.input_scale.clone())
+        state.update({f"{name}.{suffix}": piece.contiguous() for suffix, piece in pieces.items()})
+        quantised.add(name)
+    return quantised
 
 
 def each(w: ExpertWeights) -> Any:

@@ -36,6 +36,7 @@ class Settings:
     max_num_tokens: int = 8192
     release: bool = True  # let go of a loaded model's own parameters once they are packed
     options: dict[str, Any] = field(default_factory=dict)
+    linear: bool | None = None  # moestro_linear: see linears.py
 
     def __post_init__(self) -> None:
         if self.format is not None:
@@ -45,11 +46,15 @@ class Settings:
         size = self.max_num_tokens
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ShapeError(f"max_num_tokens must be a positive integer, got {size!r}")
+        if self.linear is not None and not isinstance(self.linear, bool):
+            raise TypeError(f"moestro_linear must be True, False or None, got {self.linear!r}")
         known = set(inspect.signature(FusedMoE.__init__).parameters) - OURS
         for name in self.options:
             if name not in known:
                 raise TypeError(
-                    unknown_name("keyword of register", name, known | {"format", "max_num_tokens"})
+                    unknown_name(
+                        "keyword of register", name, known | {"format", "max_num_tokens", "moestro_linear"}
+                    )
                 )
 
     @property
