@@ -47,7 +47,7 @@ def convert(
         def step(name: str, done: int, of: int) -> None:
             bar.update(task, completed=done, total=of, description=name)
 
-        checkpoints.convert(src, dst, format, layout, calibration=seen, progress=step)
+        checkpoints.convert(src, dst, format, layout, calibration=seen, tensors=step)
     found = checkpoints.inspect(dst)
     output.print(
         f"{dst}: {len(found.layers)} layers of experts as {found.scheme}, "
