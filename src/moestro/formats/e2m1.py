@@ -41,7 +41,12 @@ def encode(ratio: torch.Tensor, buffers: Buffers | None = None) -> torch.Tensor:
 
 def pack(codes: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """Codes [..., C] (uint8, 0..15) to bytes [..., C/2], the even column in the low nibble."""
-    if not codes.is_contiguous() or codes.storage_offset() % 2 or not codes.numel():  # no view of pairs
+    if (
+        torch.compiler.is_compiling()
+        or not codes.is_contiguous()
+        or codes.storage_offset() % 2
+        or not codes.numel()
+    ):
         return torch.bitwise_left_shift(codes[..., 1::2], 4, out=out).bitwise_or_(codes[..., 0::2])
     pairs = codes.view(torch.int16)  # little-endian: the even column below; the cast keeps the low byte
     both = pairs.bitwise_right_shift(4).bitwise_or_(pairs)
