@@ -124,8 +124,12 @@ def run(
     timer_of: Callable[[Contender], Timer],
     command: str,
     listener: Listener | None = None,
+    keep: Callable[[BenchResult], None] | None = None,
 ) -> BenchResult:
-    """Measure everything that `spec` names. KeyboardInterrupt ends it; the result holds what was measured."""
+    """Measure everything that `spec` names. KeyboardInterrupt ends it; the result holds what was measured.
+
+    keep: given the result so far after each case, so that a process that is killed has written it.
+    """
     listener = listener or Listener()
     listener.stage("measuring this machine's ceilings", 1)
     ceilings = roofline.measure_ceilings(spec.device)
@@ -151,7 +155,7 @@ def run(
         skipped=[{"tokens": None, **entry} for entry in missing],
     )
     truth = References(sources[0]) if spec.device.startswith("cuda") else None
-    return _measure(spec, contenders, ceilings, timer_of, truth, result, listener)
+    return _measure(spec, contenders, ceilings, timer_of, truth, result, listener, keep)
 
 
 def _measure(
@@ -162,6 +166,7 @@ def _measure(
     truth: Truth | None,
     result: BenchResult,
     listener: Listener,
+    keep: Callable[[BenchResult], None] | None,
 ) -> BenchResult:
     """The result with its rows. A CPU's ceilings are measured again before each case: its memory is shared with
     others, and its rate at the start was below what a layer reached later (43 and 50 GB/s in one run).
@@ -193,10 +198,25 @@ def _measure(
                 )
             if outcome.interrupted:
                 raise KeyboardInterrupt
+            if keep is not None:
+                keep(_with_rows(spec, contenders, ceilings, outcomes, result, interrupted=True))
             listener.done()
+        ceilings = _high_enough(spec, contenders, ceilings, outcomes)
     except KeyboardInterrupt:
         interrupted = True
-    ceilings = _high_enough(spec, contenders, ceilings, outcomes)
+    return _with_rows(spec, contenders, ceilings, outcomes, result, interrupted)
+
+
+def _with_rows(
+    spec: BenchSpec,
+    contenders: Sequence[Contender],
+    ceilings: roofline.Ceilings,
+    outcomes: Sequence[tuple[Case, Outcome]],
+    result: BenchResult,
+    interrupted: bool,
+) -> BenchResult:
+    """A result of its own with the rows of these outcomes."""
+    result = dataclasses.replace(result, rows=[*result.rows], failed=[*result.failed])
     for case, outcome in outcomes:
         rows = _rows(spec.shape, contenders, case, ceilings, outcome)
         wrong = [row for row in rows if row.roofline > roofline.MOST and not spec.device.startswith("cuda")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -108,16 +109,25 @@ def bench(
         peer_memory=round(peer_memory * 2**30),
         plan=Plan(min_rounds=rounds, max_rounds=max(rounds, 101), seconds=seconds),
     )
-    result = _run(spec)
+    result = _run(spec, json_file)
     _deliver(result, json_file, report, store)
 
 
-def _run(spec: Any) -> Any:
+def _run(spec: Any, json_file: Path | None) -> Any:
+    """The result; what is measured so far is in the file after every case, marked as interrupted."""
     from moestro.bench import results, timing
     from moestro.bench import run as runs
 
     with progress() as bar, quiet():
-        return runs.run(spec, timing.timer_for(spec.device), results.command_line(), ProgressListener(bar))
+        keep = None if json_file is None else functools.partial(_keep, json_file)
+        clock, command = timing.timer_for(spec.device), results.command_line()
+        return runs.run(spec, clock, command, ProgressListener(bar), keep)
+
+
+def _keep(json_file: Path, result: Any) -> None:
+    from moestro.bench import results
+
+    results.write(result, json_file)
 
 
 def _deliver(result: Any, json_file: Path | None, report: Path | None, store: Path | None) -> None:
