@@ -10,11 +10,13 @@ model that has one: greedy tokens in float32 equal to eager's. What is refused s
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import importlib
 import inspect
 import logging
 import pkgutil
+import signal
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,13 +24,13 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import models
+from transformers import PreTrainedModel, models
 
 import moestro.integrations.transformers as mt
 from moestro.formats import get
 from moestro.integrations.transformers.modules import experts_modules, from_matrices, matrices
 
-MOST = 20_000_000  # parameters of a model that is made
+MOST = 30_000_000  # parameters of a model that is made
 E, K, H, I, N = 8, 2, 64, 32, 9  # noqa: E741
 SIZES = {
     **dict.fromkeys(("hidden_size", "d_model", "moe_hidden_size", "n_embd", "moe_latent_size"), H),
@@ -179,38 +181,117 @@ def quantised_error(module: Any) -> float:
         return error(packed(x, ids, weights).float(), theirs)
 
 
-def greedy(folder: str) -> str:
-    """Whether the folder's causal language model generates eager's tokens in float32."""
+# What some configurations need beside SIZES to be a small model that runs; by folder.
+OWN: dict[str, dict[str, Any]] = {
+    "dots1": {"n_shared_experts": 1},
+    "glm4v_moe": {"head_dim": 128},
+    "nemotron_h": {"layers_block_type": ["mamba", "moe"], "layer_types": ["mamba", "moe"]},
+    "gemma4": {"vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 16, "enable_moe_block": True},
+    "dots3_note": {"head_dim": 64, "vocab_size_per_layer_input": 64},
+    "mistral4": {"head_dim": 32},
+    "lfm2_moe": {"layer_types": ["full_attention", "full_attention"]},
+    "deepseek_ocr2": {"mlp_layer_types": ["sparse", "sparse"]},
+    "hy_v4": {"indexer_types": ["full", "full"]},
+    "hy_v4_vl": {"indexer_types": ["full", "full"]},
+    "mimo_v2_flash": {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 4},
+    "ernie4_5_vl_moe": {"head_dim": 128},
+}
+LIMIT_S = 40  # for one folder's models
+
+
+def whole_models(folder: str, cls: type) -> Iterator[Any]:
+    """Tiny models of the folder that hold experts of this class: causal language models first, then text models."""
     module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
-    names = [n for n in vars(module) if n.endswith(("ForCausalLM", "TextModelForCausalLM"))]
-    for name in names:
-        for config in configs(folder):
-            try:
-                if not is_small(getattr(module, name), config):
-                    continue
-                torch.manual_seed(0)
-                model = getattr(module, name)(config).eval()
-                if not list(experts_modules(model)):
-                    continue
-                made = {}
-                for implementation in ("eager", "moestro"):
-                    model.set_experts_implementation(implementation)
-                    tokens = torch.arange(1, 9)[None]
-                    with torch.no_grad():
-                        made[implementation] = model.generate(tokens, max_new_tokens=8, do_sample=False)
-                return "equal" if torch.equal(made["eager"], made["moestro"]) else "**differ**"
-            except mt.BackendError as refused:
-                return f"refused: {refused}"
-            except Exception:
-                continue
-    return "–"
+    classes = [
+        c
+        for c in vars(module).values()
+        if inspect.isclass(c) and c.__module__ == module.__name__ and issubclass(c, PreTrainedModel)
+    ]
+    ends = ("ForCausalLM", "TextModel", "Model")
+    for end in ends:
+        for made in [c for c in classes if c.__name__.endswith(end) and "PreTrained" not in c.__name__]:
+            for config in configs(folder):
+                for name, value in OWN.get(folder, {}).items():
+                    with contextlib.suppress(Exception):
+                        setattr(config, name, value)
+                try:
+                    if not is_small(made, config):
+                        LAST.setdefault(folder, f"{made.__name__} is too large to make")
+                        continue
+                    torch.manual_seed(0)
+                    model = made(config).eval()
+                    if any(isinstance(m, cls) for _, m in experts_modules(model)):
+                        run_model(model, "eager", 1)
+                        yield model
+                except TimeoutError:
+                    raise
+                except Exception as error:
+                    LAST.setdefault(folder, f"{made.__name__}: {type(error).__name__} {str(error)[:100]}")
+
+
+LAST: dict[str, str] = {}  # why the last model of a folder could not be made
+
+
+def run_model(model: Any, implementation: str, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(greedy tokens after a prompt of 8, logits of the last step); a text model's head is its embedding."""
+    model.set_experts_implementation(implementation)
+    tokens = torch.arange(1, 9)[None]
+    for _ in range(steps):
+        with torch.no_grad():
+            result = model(input_ids=tokens, use_cache=False)
+            logits = getattr(result, "logits", None)
+            if logits is None:
+                logits = result.last_hidden_state @ model.get_input_embeddings().weight.T.to(model.dtype)
+        tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], dim=1)
+    return tokens, logits.float()
+
+
+def greedy(folder: str, cls: type) -> list[str]:
+    """Greedy tokens in float32 against eager's, logits in bf16, and greedy tokens of NVFP4 experts."""
+    signal.signal(signal.SIGALRM, _too_long)
+    signal.alarm(LIMIT_S)
+    try:
+        return _greedy(folder, cls)
+    except TimeoutError:
+        return [f"not made: takes over {LIMIT_S} s", "", ""]
+    finally:
+        signal.alarm(0)
+
+
+def _too_long(*_: Any) -> None:
+    raise TimeoutError
+
+
+def _greedy(folder: str, cls: type) -> list[str]:
+    for model in whole_models(folder, cls):
+        try:
+            (tokens, _), (ours, _) = run_model(model, "eager", 8), run_model(model, "moestro", 8)
+            exact = "equal" if torch.equal(tokens, ours) else "**differ**"
+            half = copy.deepcopy(model).to(torch.bfloat16)
+            rough = error(run_model(half, "moestro", 1)[1], run_model(half, "eager", 1)[1])
+            return [f"{exact} ({type(model).__name__})", f"{rough:.1e}", quantised_greedy(model)]
+        except mt.BackendError as refused:
+            return [f"refused: {str(refused)[:140]}", "", ""]
+    return [f"not made: {LAST.get(folder, 'no model')[:120]}", "", ""]
+
+
+def quantised_greedy(model: Any) -> str:
+    """Tokens after quantize_experts against those of the model whose experts are the dequantised values."""
+    dense = copy.deepcopy(model)
+    for _, module in experts_modules(dense):
+        values = [get("nvfp4").quantize(t.data).dequantize() for t in matrices(module)]
+        for name, value in from_matrices(module, *values).items():
+            module._parameters[name].data.copy_(value)
+    truth, _ = run_model(dense, "eager", 8)
+    mt.quantize_experts(model, "nvfp4")
+    return "equal" if torch.equal(truth, run_model(model, "moestro", 8)[0]) else "**differ**"
 
 
 def row(folder: str, cls: type) -> list[str]:
     try:
         module = module_of(folder, cls)
     except Exception as failed:
-        return [folder, cls.__name__, str(failed)[:90], "", "", ""]
+        return [folder, cls.__name__, str(failed)[:90], "", "", *greedy(folder, cls)]
     try:
         truth = run(module, "eager", torch.float32)
         exact = f"{error(run(module, 'moestro', torch.float32), truth):.1e}"
@@ -218,8 +299,8 @@ def row(folder: str, cls: type) -> list[str]:
         half = module.to(torch.bfloat16)
         rough = f"{error(run(half, 'moestro', torch.bfloat16), run(half, 'eager', torch.bfloat16)):.1e}"
     except Exception as refused:
-        return [folder, cls.__name__, f"refused: {str(refused)[:140]}", "", "", greedy(folder)]
-    return [folder, cls.__name__, exact, rough, quantised, greedy(folder)]
+        return [folder, cls.__name__, f"refused: {str(refused)[:140]}", "", "", *greedy(folder, cls)]
+    return [folder, cls.__name__, exact, rough, quantised, *greedy(folder, cls)]
 
 
 HEAD = """# Models
@@ -227,11 +308,12 @@ HEAD = """# Models
 Every experts class that Transformers {version} runs through its experts interface, made tiny with random weights,
 by `python benchmarks/model_table.py`. Errors are relative, of the module's result against Transformers' eager
 experts: in float32, in bf16, and of NVFP4 experts (`quantize_experts`) against their dequantised values. Greedy: 8
-tokens of the folder's causal language model in float32, against eager's; – where it has none that a tiny
-configuration makes.
+tokens in float32 of a whole model with these experts against eager's (a text model without a head uses its embedding),
+its logits in bf16 against eager's, and 8 tokens after `quantize_experts` against those of the model whose experts hold
+the dequantised values.
 
-| model | class | float32 | bf16 | NVFP4 | greedy |
-|---|---|---|---|---|---|
+| model | class | float32 | bf16 | NVFP4 | greedy | logits bf16 | greedy NVFP4 |
+|---|---|---|---|---|---|---|---|
 """
 
 
@@ -251,9 +333,9 @@ def main() -> None:
             rows.append(row(folder, cls))
             print(" | ".join(rows[-1]), flush=True)
     fine = sum(r[2][:1].isdigit() for r in rows)
-    equal = sum(r[5] == "equal" for r in rows)
+    equal = sum(r[5].startswith("equal") and r[7] == "equal" for r in rows)
     lines = "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in r)} |" for r in rows)
-    tail = f"\n\n{fine} of {len(rows)} classes run; {equal} models generate eager's tokens.\n"
+    tail = f"\n\n{fine} of {len(rows)} classes run; whole models of {equal} generate eager's tokens, and the dequantised model's in NVFP4.\n"
     if options.only is None:
         options.out.write_text(HEAD.format(version=transformers.__version__) + lines + tail)
 

@@ -8,6 +8,7 @@ MoestroError
 ├── RoutingError    routing that cannot be: top_k > E, unknown method, ids out of range (also a ValueError)
 ├── BackendError    an unknown backend, or one that cannot run this call (also a ValueError)
 ├── ModelError      an unknown model name                          (also a ValueError)
+├── FileError       a file that cannot be made or written          (also an OSError)
 └── TuningError     a tuner that was set up wrongly, or a miss where tuning is not allowed (also a RuntimeError)
     └── GroupError  ranks that work together have lost one, or one did not come in time; it names the rank
 
@@ -29,6 +30,7 @@ __all__ = [
     "CheckpointWarning",
     "DTypeError",
     "DeviceError",
+    "FileError",
     "FormatError",
     "GroupError",
     "ModelError",
@@ -74,6 +76,10 @@ class BackendError(MoestroError, ValueError):
 
 class ModelError(MoestroError, ValueError):
     """An unknown model name."""
+
+
+class FileError(MoestroError, OSError):
+    """A file that cannot be made or written: no room, no permission."""
 
 
 class TuningError(MoestroError, RuntimeError):

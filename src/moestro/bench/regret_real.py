@@ -23,8 +23,8 @@ import numpy as np
 from moestro.bench.regret import Pick, Summary, summarise
 from moestro.errors import TuningError
 from moestro.tuning import AutoTuner, MeasurementPolicy, TuningConfig
-from moestro.tuning.measure.scope import measured
 from moestro.tuning.measure.decide import merged
+from moestro.tuning.measure.scope import measured
 from moestro.tuning.measure.timers import Timer
 from moestro.tuning.race.rounds import Rounds
 from moestro.tuning.race.statistics import gaps

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 import shlex
 import statistics
@@ -109,10 +110,15 @@ def write(result: BenchResult, path: Path) -> None:
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write an object as JSON, making the folder. Raises MoestroError if it cannot be written."""
+    """Write an object as JSON, as a whole or not at all, making the folder. Raises MoestroError if it cannot."""
+    partial = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(data, indent=1) + "\n")
+        if path.exists() and not path.is_file():  # a device, a pipe: nothing to rename over
+            path.write_text(json.dumps(data, indent=1) + "\n")
+            return
+        partial.write_text(json.dumps(data, indent=1) + "\n")
+        os.replace(partial, path)
     except OSError as error:
         raise MoestroError(f"json: cannot write {path}: {error.strerror or error}") from error
 

@@ -124,9 +124,14 @@ def run(
     timer_of: Callable[[Contender], Timer],
     command: str,
     listener: Listener | None = None,
+    keep: Callable[[BenchResult], None] | None = None,
 ) -> BenchResult:
-    """Measure everything that `spec` names. KeyboardInterrupt ends it; the result holds what was measured."""
-    return run_each(spec, (spec.routing,), timer_of, command, listener)[0]
+    """Measure everything that `spec` names. KeyboardInterrupt ends it; the result holds what was measured.
+
+    keep: given the result so far after each case, so that a process that is killed has written it.
+    """
+    first = None if keep is None else (lambda found: keep(found[0]))
+    return run_each(spec, (spec.routing,), timer_of, command, listener, first)[0]
 
 
 def run_each(
@@ -135,8 +140,12 @@ def run_each(
     timer_of: Callable[[Contender], Timer],
     command: str,
     listener: Listener | None = None,
+    keep: Callable[[list[BenchResult]], None] | None = None,
 ) -> list[BenchResult]:
-    """The same contenders under each routing, one result each. KeyboardInterrupt ends it with what was measured."""
+    """The same contenders under each routing, one result each. KeyboardInterrupt ends it with what was measured.
+
+    keep: given the results so far after each case.
+    """
     listener = listener or Listener()
     listener.stage("measuring this machine's ceilings", 1)
     ceilings = roofline.measure_ceilings(spec.device)
@@ -150,10 +159,15 @@ def run_each(
     for routing in routings:
         one = dataclasses.replace(spec, routing=routing)
         result = _empty(one, command, contenders, missing, ceilings)
-        found.append(_measure(one, contenders, ceilings, timer_of, truth, result, listener))
+        so_far = None if keep is None else functools.partial(_kept, keep, tuple(found))
+        found.append(_measure(one, contenders, ceilings, timer_of, truth, result, listener, so_far))
         if found[-1].interrupted:
             break
     return found
+
+
+def _kept(keep: Callable[[list[BenchResult]], None], before: Sequence[BenchResult], now: BenchResult) -> None:
+    keep([*before, now])
 
 
 def _empty(
@@ -190,6 +204,7 @@ def _measure(
     truth: Truth | None,
     result: BenchResult,
     listener: Listener,
+    keep: Callable[[BenchResult], None] | None,
 ) -> BenchResult:
     """The result with its rows. A CPU's ceilings are measured again before each case: its memory is shared with
     others, and its rate at the start was below what a layer reached later (43 and 50 GB/s in one run).
@@ -221,10 +236,25 @@ def _measure(
                 )
             if outcome.interrupted:
                 raise KeyboardInterrupt
+            if keep is not None:
+                keep(_with_rows(spec, contenders, ceilings, outcomes, result, interrupted=True))
             listener.done()
+        ceilings = _high_enough(spec, contenders, ceilings, outcomes)
     except KeyboardInterrupt:
         interrupted = True
-    ceilings = _high_enough(spec, contenders, ceilings, outcomes)
+    return _with_rows(spec, contenders, ceilings, outcomes, result, interrupted)
+
+
+def _with_rows(
+    spec: BenchSpec,
+    contenders: Sequence[Contender],
+    ceilings: roofline.Ceilings,
+    outcomes: Sequence[tuple[Case, Outcome]],
+    result: BenchResult,
+    interrupted: bool,
+) -> BenchResult:
+    """A result of its own with the rows of these outcomes."""
+    result = dataclasses.replace(result, rows=[*result.rows], failed=[*result.failed])
     for case, outcome in outcomes:
         rows = _rows(spec.shape, contenders, case, ceilings, outcome)
         wrong = [row for row in rows if row.roofline > roofline.MOST and not spec.device.startswith("cuda")]

@@ -1,49 +1,42 @@
 """Checkpoints in another format: the experts quantised anew, everything else as it is; shard by shard.
 
-A shard of the source gives one of the result, with what its tensors become: written to a temporary file, synced,
-then renamed. A run that was killed leaves whole shards and its plan (PLAN) behind; the next one with the same plan
-writes the missing ones, and the result is what an unbroken run gives, byte for byte. Gate and up of an expert get
-one global scale, the larger: engines that read only gate's (vLLM) are right then, too.
+A shard of the source gives one of the result, with what its tensors become: written tensor by tensor to a temporary
+file (stream.py), by as many threads as torch has, synced, then renamed. A run that was killed leaves whole shards and
+its plan (PLAN) behind; the next one with the same plan writes the missing ones, and the result is what an unbroken run
+gives, byte for byte. Gate and up of an expert get one global scale, the larger: engines that read only gate's (vLLM)
+are right then, too.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from moestro import formats
 from moestro.checkpoints.experts import Experts
 from moestro.checkpoints.files import INDEX, Safetensors
 from moestro.checkpoints.finding import expert_prefixes, quantised_modules
-from moestro.checkpoints.layouts import Layout
+from moestro.checkpoints.requantise import Calibration, Source, Step, steps
+from moestro.checkpoints.stream import TensorFile
 from moestro.checkpoints.writers import Writer, config_for, writer_for
-from moestro.errors import FormatError
-from moestro.formats import NVFP4
-from moestro.formats.nvfp4 import dynamic_global_scale
-from moestro.formats.pieces import magnitude
+from moestro.errors import FileError, FormatError
 
 PLAN = ".moestro-convert.json"
 Progress = Callable[[str, int, int], None]  # (what is done, of how many)
-# prefix -> {"gate_up": amax of x [E], "down": amax of the intermediate [E]}: what calibration has seen
-Calibration = dict[str, dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
-class _Job:
-    tensors: Safetensors
-    experts: dict[str, Experts]
-    biases: dict[str, dict[str, torch.Tensor]]  # by prefix
-    others: dict[str, tuple[Layout, dict[str, str]]]
-    writer: Writer
-    calibration: Calibration
-    dtype: torch.dtype
+class _Listener:
+    shards: Progress | None
+    tensors: Progress | None
 
 
 def convert(
@@ -54,15 +47,17 @@ def convert(
     *,
     calibration: Calibration | None = None,
     progress: Progress | None = None,
+    tensors: Progress | None = None,
 ) -> Path:
     """Write the checkpoint folder `src` to `dst` with its experts in `format` (moestro.formats, but "bf16").
 
     layout: "modelopt", "compressed-tensors", "deepseek" (fp8_block). Modules beside the experts that the source has
     quantised are dequantised. calibration: the largest inputs that experts have seen, for input scales (W4A4).
-    progress: called after each shard. Returns dst. At most one shard is in memory.
+    progress: called after each shard as (file, shards done, of); tensors: after each tensor of the source, likewise.
+    Returns dst. In memory are a few tensors for each thread, of which there are torch.get_num_threads().
 
     Raises FormatError for a source that is not whole or not known, a combination that there is not, or a `dst` that
-    holds something else.
+    holds something else; FileError where dst cannot be written, or has no room for a shard.
     """
     src, dst = Path(src), Path(dst)
     writer = writer_for(layout, format)
@@ -70,26 +65,42 @@ def convert(
         raise FormatError(f"src must be a folder of a checkpoint, got {src}")
     if src.resolve() == dst.resolve():
         raise FormatError(f"dst must be another folder than src, got {dst}")
-    tensors = Safetensors(src)
-    prefixes = expert_prefixes(tensors)
-    if not prefixes:
-        raise FormatError(f"{src} has no experts (tensors named ...experts.0.gate_proj.weight, ...)")
-    experts = {prefix: Experts(tensors, prefix) for prefix in prefixes}
-    others = quantised_modules(tensors, prefixes)
-    biases = {prefix: one.biases() for prefix, one in experts.items()}
-    job = _Job(tensors, experts, biases, others, writer, calibration or {}, _dtype(src))
-    _begin(src, dst, writer, bool(calibration))
-    _write_shards(job, dst, progress)
-    _write_configs(job, src, dst)
+    source = _source(src, writer, calibration or {})
+    _begin(src, dst, writer, calibration)
+    _write_shards(source, dst, _Listener(progress, tensors))
+    _write_configs(source, src, dst)
     (dst / PLAN).unlink()
     return dst
 
 
-def _begin(src: Path, dst: Path, writer: Writer, calibrated: bool) -> None:
+def _source(src: Path, writer: Writer, calibration: Calibration) -> Source:
+    tensors = Safetensors(src)
+    prefixes = expert_prefixes(tensors)
+    if not prefixes:
+        raise FormatError(f"{src} has no experts (tensors named ...experts.0.gate_proj.weight, ...)")
+    if unknown := sorted(set(calibration) - set(prefixes)):
+        raise FormatError(
+            f"calibration must be of experts in {src}, got {unknown[0]}; there are {prefixes[:3]}"
+        )
+    experts = {prefix: Experts(tensors, prefix) for prefix in prefixes}
+    others = quantised_modules(tensors, prefixes)
+    biases = {prefix: one.biases() for prefix, one in experts.items()}
+    return Source(tensors, experts, biases, others, writer, calibration, _dtype(src))
+
+
+def _begin(src: Path, dst: Path, writer: Writer, calibration: Calibration | None) -> None:
     """Make dst and its plan; go on with one that is the same."""
     files = {file.name: file.stat().st_size for file in sorted(src.glob("*.safetensors"))}
-    plan = {"format": writer.format, "layout": writer.layout, "calibrated": calibrated, "files": files}
-    dst.mkdir(parents=True, exist_ok=True)
+    plan = {
+        "format": writer.format,
+        "layout": writer.layout,
+        "calibrated": _digest(calibration) if calibration else False,
+        "files": files,
+    }
+    try:
+        dst.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"dst {dst} cannot be made: {error}") from error
     if (dst / PLAN).is_file():
         try:
             found = json.loads((dst / PLAN).read_text())
@@ -104,117 +115,58 @@ def _begin(src: Path, dst: Path, writer: Writer, calibrated: bool) -> None:
     _write(dst / PLAN, json.dumps(plan).encode())
 
 
-def _write_shards(job: _Job, dst: Path, progress: Progress | None) -> None:
-    from safetensors.torch import save_file
+def _digest(calibration: Calibration) -> str:
+    """What tells one calibration from another: shards of two must not meet in one result."""
+    digest = hashlib.sha256()
+    for prefix in sorted(calibration):
+        for part, amax in sorted(calibration[prefix].items()):
+            digest.update(f"{prefix} {part}".encode() + amax.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
-    files = sorted({job.tensors.file_of(name) for name in job.tensors})
+
+# --- shards ----------------------------------------------------------------------------------------------
+def _write_shards(source: Source, dst: Path, listener: _Listener) -> None:
+    files = sorted({source.tensors.file_of(name) for name in source.tensors})
     for i, file in enumerate(files, 1):
         target = dst / file.name
         if not target.exists():
             partial = target.with_suffix(".partial")
-            save_file(dict(_shard(job, file)), partial, metadata={"format": "pt"})
+            _write_shard(source, list(steps(source, file)), partial, listener)
             _publish(partial, target)
-        if progress is not None:
-            progress(file.name, i, len(files))
+        if listener.shards is not None:
+            listener.shards(file.name, i, len(files))
 
 
-def _shard(job: _Job, file: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """What the tensors of a source file become."""
-    mine = [name for name in job.tensors if job.tensors.file_of(name) == file]
-    owners = {name: prefix for prefix in job.experts for name in job.tensors.under(prefix)}
-    consumed = {tensor: module for module, (_, pieces) in job.others.items() for tensor in pieces.values()}
-    main = {
-        experts.main_tensor(e, projection): (prefix, e, projection)
-        for prefix, experts in job.experts.items()
-        for projection in experts.projections
-        for e in (range(1) if experts.stacked else range(len(experts)))
-    }
-    for name in mine:
-        if name in main:
-            yield from _expert(job, *main[name])
-        elif name in owners:
-            continue  # a scale or bias, which goes with its weight
-        elif name in consumed:
-            yield from _dequantised(job, consumed[name], name)
-        else:
-            yield name, job.tensors[name]
+def _write_shard(source: Source, todo: list[Step], partial: Path, listener: _Listener) -> None:
+    """Every step's tensors into the file. Each thread runs torch's operations alone: a step's are small."""
+    threads, done, rest = torch.get_num_threads(), 0, iter(todo)
+    layout = {name: shape for step in todo for name, shape in step.makes.items()}
+    try:
+        with (
+            TensorFile(partial, layout) as file,
+            ThreadPoolExecutor(threads, "convert", torch.set_num_threads, (1,)) as pool,
+        ):
+            running = {pool.submit(_run, source, step, file) for step in islice(rest, 2 * threads)}
+            while running:
+                ended, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    future.result()
+                    done += 1
+                    if listener.tensors is not None:
+                        listener.tensors(partial.stem, done, len(todo))
+                running |= {pool.submit(_run, source, step, file) for step in islice(rest, len(ended))}
+    finally:
+        torch.set_num_threads(threads)  # for threads that start later; set in one, it is their default
 
 
-def _dequantised(job: _Job, module: str, name: str) -> Iterator[tuple[str, torch.Tensor]]:
-    row, pieces = job.others[module]
-    if name == pieces.get("bias"):
-        yield name, job.tensors[name]
-    elif name == pieces[next(iter(row.pieces))]:
-        weight = row.read(module, {suffix: job.tensors[pieces[suffix]] for suffix in row.pieces})
-        dense = weight.dequantize(torch.float32)
-        if "pre_quant_scale" in pieces:
-            dense = dense * job.tensors[pieces["pre_quant_scale"]].float()
-        yield f"{module}.weight", dense.to(job.dtype)
-
-
-# --- experts ---------------------------------------------------------------------------------------------
-def _expert(job: _Job, prefix: str, expert: int, projection: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """One projection of an expert (of all experts, where they are stacked) in the new format."""
-    experts = job.experts[prefix]
-    biases = job.biases[prefix]
-    for e in range(len(experts)) if experts.stacked else (expert,):
-        dense = experts.dense(e, projection)
-        parts = dense.chunk(2) if projection == "gate_up_proj" else [dense]
-        names = _names(projection, len(parts))
-        scale = _shared_scale(experts, e, projection) if job.writer.format == "nvfp4" else None
-        for i, (name, part) in enumerate(zip(names, parts, strict=True)):
-            where = f"{prefix}.{e}.{name}"
-            for suffix, piece in job.writer.pieces(_quantised(job, part, scale)).items():
-                yield f"{where}.{suffix}", piece.contiguous()
-            yield from _calibrated(job, prefix, e, name, where)
-            yield from _bias(experts, biases, e, projection, where, i, len(parts))
-
-
-def _names(projection: str, parts: int) -> tuple[str, ...]:
-    return ("gate_proj", "up_proj") if parts == 2 else (projection,)
-
-
-def _quantised(job: _Job, dense: torch.Tensor, scale: torch.Tensor | None) -> Any:
-    if scale is not None:
-        return NVFP4.quantize(dense, scale)
-    return formats.get(job.writer.format).quantize(dense)
-
-
-def _shared_scale(experts: Experts, e: int, projection: str) -> torch.Tensor:
-    """The global scale of a projection: the same for gate and up."""
-    ups = experts.projections[:-1]
-    names = ups if projection in ups else (projection,)
-    return dynamic_global_scale(torch.stack([magnitude(experts.dense(e, n), (-2, -1)) for n in names]).amax())
-
-
-def _calibrated(job: _Job, prefix: str, e: int, name: str, where: str) -> Iterator[tuple[str, torch.Tensor]]:
-    seen = job.calibration.get(prefix)
-    if seen is None:
-        return
-    amax = seen["down" if name in ("down_proj", "w2") else "gate_up"]
-    # An expert that no token went to takes the largest of the others.
-    value = amax[e] if float(amax[e]) > 0 else amax.amax()
-    yield from (
-        (f"{where}.{s}", v) for s, v in job.writer.input_scale(dynamic_global_scale(value.float())).items()
-    )
-
-
-def _bias(
-    experts: Experts, biases: dict[str, torch.Tensor], e: int, projection: str, where: str, i: int, parts: int
-) -> Iterator[tuple[str, torch.Tensor]]:
-    *ups, down = experts.projections
-    bias = biases.get("down_bias" if projection == down else "gate_up_bias")
-    if bias is None:
-        return
-    row = bias[e]
-    if projection != down:
-        count = parts if parts == 2 else len(ups)
-        row = row.chunk(count)[i if parts == 2 else ups.index(projection)]
-    yield f"{where}.bias", row.contiguous().clone()
+def _run(source: Source, step: Step, file: TensorFile) -> None:
+    for name, tensor in step.run():
+        file.write(name, tensor)
+    source.tensors.done_with(source.tensors[name] for name in step.reads)
 
 
 # --- files -----------------------------------------------------------------------------------------------
-def _write_configs(job: _Job, src: Path, dst: Path) -> None:
+def _write_configs(source: Source, src: Path, dst: Path) -> None:
     written = Safetensors(sorted(dst.glob("*.safetensors")))
     sizes = {name: written.info(name) for name in written}
     total = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in sizes.values())
@@ -222,10 +174,10 @@ def _write_configs(job: _Job, src: Path, dst: Path) -> None:
     if set(where.values()) != {"model.safetensors"}:
         index = {"metadata": {"total_size": total}, "weight_map": where}
         _write(dst / INDEX, json.dumps(index, indent=2).encode())
-    experts = tuple(f"{prefix}." for prefix in job.experts)
+    experts = tuple(f"{prefix}." for prefix in source.experts)
     plain = [n for n, (_, shape) in sizes.items() if n.endswith(".weight") and len(shape) == 2]
     excluded = sorted(n.removesuffix(".weight") for n in plain if not n.startswith(experts))
-    raw = config_for(job.writer, excluded, activations=bool(job.calibration))
+    raw = config_for(source.writer, excluded, activations=bool(source.calibration))
     for file in sorted(src.iterdir()):
         skipped = file.suffix in (".safetensors", ".bin", ".pt") or file.name in (
             INDEX,
@@ -253,7 +205,10 @@ def _dtype(src: Path) -> torch.dtype:
 
 def _write(path: Path, content: bytes) -> None:
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(content)
+    try:
+        partial.write_bytes(content)
+    except OSError as error:
+        raise FileError(f"{path} cannot be written: {error}") from error
     _publish(partial, path)
 
 

@@ -6,6 +6,7 @@ with what was measured kept. Commands live beside this file and import torch onl
 
 from __future__ import annotations
 
+import signal
 from typing import Annotated, Any
 
 import typer
@@ -96,5 +97,6 @@ def _root(
 
 
 def main() -> None:
-    """The entry point of the console script."""
+    """The entry point of the console script. A request to end (SIGTERM) is taken as Ctrl-C: what is measured is kept."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     app(prog_name="moestro")

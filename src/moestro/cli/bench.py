@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -139,7 +140,7 @@ def bench(
         peer_memory=round(peer_memory * 2**30),
         plan=Plan(min_rounds=rounds, max_rounds=max(rounds, 101), seconds=seconds),
     )
-    _deliver(_run(spec, routings), json_file, report, store)
+    _deliver(_run(spec, routings, json_file), json_file, report, store)
 
 
 def _the_one(option: str, values: list[Any]) -> Any:
@@ -149,25 +150,33 @@ def _the_one(option: str, values: list[Any]) -> Any:
     return values[0]
 
 
-def _run(spec: Any, routings: list[Any]) -> Any:
+def _run(spec: Any, routings: list[Any], json_file: Path | None) -> Any:
+    """The results; what is measured so far is in the file after every case, marked as interrupted."""
     from moestro.bench import results, timing
     from moestro.bench import run as runs
 
     with progress() as bar, quiet():
-        timer_of, listener = timing.timer_for(spec.device), ProgressListener(bar)
-        return runs.run_each(spec, routings, timer_of, results.command_line(), listener)
+        keep = None if json_file is None else functools.partial(_write, json_file)
+        clock, command = timing.timer_for(spec.device), results.command_line()
+        return runs.run_each(spec, routings, clock, command, ProgressListener(bar), keep)
+
+
+def _write(json_file: Path, found: list[Any]) -> None:
+    from moestro.bench import results, worst
+
+    if len(found) == 1:
+        results.write(found[0], json_file)
+    else:
+        worst.write(found, json_file)
 
 
 def _deliver(found: list[Any], json_file: Path | None, report: Path | None, store: Path | None) -> None:
-    from moestro.bench import results, worst
     from moestro.bench import run as runs
+    from moestro.bench import worst
     from moestro.cli.tables import bench_view, worst_view
 
     if json_file is not None:  # first: nothing that goes wrong later may lose what was measured
-        if len(found) == 1:
-            results.write(found[0], json_file)
-        else:
-            worst.write(found, json_file)
+        _write(json_file, found)
     for result in found:
         output.print(bench_view(result))
     if len(found) > 1 and (rows := worst.worst_ratios(found)):

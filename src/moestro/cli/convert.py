@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moestro.cli.console import output, progress
+from moestro.cli.console import errors, output, progress
 
 __all__ = ["EXAMPLES", "convert"]
 
@@ -47,7 +47,11 @@ def convert(
         def step(name: str, done: int, of: int) -> None:
             bar.update(task, completed=done, total=of, description=name)
 
-        checkpoints.convert(src, dst, format, layout, calibration=seen, progress=step)
+        try:
+            checkpoints.convert(src, dst, format, layout, calibration=seen, tensors=step)
+        except KeyboardInterrupt:
+            errors.print(f"interrupted; whole shards are in {dst}, and the same command goes on from there")
+            raise typer.Exit(130) from None
     found = checkpoints.inspect(dst)
     output.print(
         f"{dst}: {len(found.layers)} layers of experts as {found.scheme}, "

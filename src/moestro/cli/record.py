@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moestro.cli.console import output
+from moestro.cli.console import errors, output
 
 __all__ = ["record"]
 
@@ -34,9 +34,18 @@ def record(
         raise typer.BadParameter(f"must be a file, got {text}", param_hint="--text")
     ready = load(model, report=False)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    with routing.record(ready) as recording, torch.no_grad():
-        for batch in text_batches(tokenizer, text.read_text(), length, calls):
-            ready(batch.to(ready.device))
+    interrupted = False
+    try:
+        with routing.record(ready) as recording, torch.no_grad():
+            for batch in text_batches(tokenizer, text.read_text(), length, calls):
+                ready(batch.to(ready.device))
+    except KeyboardInterrupt:  # the calls before it are whole
+        interrupted = True
+        if not len(recording.ids):
+            raise
     recording.save(out)
     ids = recording.ids
     output.print(f"{out}: {list(ids.shape)} [sequence, layers, K], experts 0 to {int(ids.max())}")
+    if interrupted:
+        errors.print("interrupted; the file holds the calls before")
+        raise typer.Exit(130)

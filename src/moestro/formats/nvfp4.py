@@ -29,7 +29,15 @@ from moestro.formats.checks import (
     require_scale,
     require_shape,
 )
-from moestro.formats.pieces import Pieces, dense_out, in_blocks, join_rows, magnitude, row_chunks
+from moestro.formats.pieces import (
+    QUANTISE_CHUNK,
+    Pieces,
+    dense_out,
+    in_blocks,
+    join_rows,
+    magnitude,
+    row_chunks,
+)
 
 BLOCK = 16
 SCALE_MAX = 448.0  # the largest e4m3
@@ -115,7 +123,7 @@ class NVFP4(Pieces):
         out = cls(packed, scale, global_scale)
         row_scale = out.row_global_scale().expand(*outer, 1)
         buffers = Buffers(dense.device)
-        for x, g, p, s in row_chunks(dense, row_scale, packed, scale):
+        for x, g, p, s in row_chunks(dense, row_scale, packed, scale, chunk=QUANTISE_CHUNK):
             _quantize_chunk(x, g, p, s, buffers)
         return out
 

@@ -14,7 +14,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moestro.errors import BackendError, DTypeError, FormatError, RoutingError, ShapeError, as_count, as_flag
+from moestro.errors import (
+    BackendError,
+    DTypeError,
+    FormatError,
+    MoestroError,
+    RoutingError,
+    ShapeError,
+    as_count,
+    as_flag,
+)
 from moestro.formats import NVFP4
 from moestro.kernels.activations import Activation
 from moestro.kernels.problem import MoeRunner
@@ -22,6 +31,7 @@ from moestro.moe import devices, flat
 from moestro.moe.call import BoundCall, as_inputs, cache_of, gradients_wanted
 from moestro.moe.checks import check_call, check_out, result_dtype
 from moestro.moe.options import Options, limits_of, make_problem
+from moestro.moe.sources import Sources
 from moestro.moe.torch_op import call_operator, layer_text, recorded
 from moestro.moe.tuning_config import OP, as_probes
 from moestro.moe.weights import ExpertWeights
@@ -31,7 +41,15 @@ from moestro.tuning import AutoTuner, Decision, Probe, TuningConfig
 from moestro.tuning.progress import Progress
 
 Kind = torch.dtype | str  # of x: its dtype, or "nvfp4"
-OF_PROCESS = {"tuner", "workspace", "_calls", "_outputs", "_text"}  # what no copy and no pickle has
+OF_PROCESS = {
+    "tuner",
+    "workspace",
+    "_calls",
+    "_outputs",
+    "_text",
+    "_sources",
+    "_refreshing",
+}  # what no copy and no pickle has
 
 
 class Facts(NamedTuple):
@@ -53,7 +71,8 @@ class FusedMoE(torch.nn.Module):
     """The experts of an MoE layer: y = layer(x, ids, weights).
 
     w: the experts' weights. They are repacked for the preferred backend (`layer.weights`); drop `w` to keep
-    one copy. They are no parameters: the layer stays where they are, and module.to() does not move it.
+    one copy. They are no parameters: the layer stays where they are, and module.to() does not move it. While the
+    tensors of `w` live, a write to them that torch counts is followed (see refresh); `donate` ends that.
     top_k, max_num_tokens: K, and the largest N.
     use_cuda_graph: the layer will be captured. It then returns a view of an output that it owns, valid until
     its next call in the same thread (pass out= for your own), all scratch memory is there from the start, and only
@@ -112,22 +131,55 @@ class FusedMoE(torch.nn.Module):
         )
         self.dtype = dtype or w.dense_dtype or torch.bfloat16
         make_problem(w, self.options, top_k=self.top_k, dtype=self.dtype)  # before the work of repacking
-        self.weights = w.prepare(
-            backend,
-            activation=activation,
-            input_format=input_format,
-            top_k=self.top_k,
-            dtype=self.dtype,
-            batch_invariant=bool(batch_invariant),
-            donate=donate,
-        )
+        self.weights = self._packed(w, donate)
+        self._sources = None if donate else Sources.of(w, self.weights)
+        self._copied = self.weights is not w
         self.tuner = tuner if tuner is not None else AutoTuner.get()
         self.workspace = workspace if workspace is not None else shared(w.device)
         self._bind()
 
+    def _packed(self, w: ExpertWeights, donate: bool = False) -> ExpertWeights:
+        options = self.options
+        return w.prepare(
+            options.backend,
+            activation=options.activation,
+            input_format=options.input_format,
+            top_k=self.top_k,
+            dtype=self.dtype,
+            batch_invariant=options.batch_invariant,
+            donate=donate,
+        )
+
+    def refresh(self) -> None:
+        """Pack the weights again from the tensors that this layer was made from, into the memory that it has.
+
+        A call does it by itself where torch has counted a write to one of them (copy_, mul_, an optimiser's step);
+        call it after writes that are not counted (through `.data`, under inference_mode) and before replaying a
+        captured CUDA graph. A layer that runs its weights as they are has nothing to do. Raises MoestroError where
+        the tensors are gone, or were donated.
+        """
+        if self._sources is None:
+            if self._copied:
+                raise MoestroError(
+                    "the layer's source tensors are not known: they were donated, or it is a copy"
+                )
+            return
+        with self._refreshing:
+            fresh = self._packed(self._sources.again())
+            for mine, new in zip(self.weights.tensors, fresh.tensors, strict=True):
+                if mine is not new and mine.data_ptr() != new.data_ptr():
+                    mine.copy_(new)
+
+    def _follow(self) -> None:
+        """What refresh() does, for a thread that finds the weights written."""
+        with self._refreshing:
+            if self._sources is not None and self._sources.changed():
+                self.refresh()
+
     def _bind(self) -> None:
         """What is made of the rest, also of a layer that was pickled."""
         self._calls: dict[Kind, BoundCall] = {}
+        self._refreshing = threading.RLock()
         self._outputs = _Outputs()
         self._text = layer_text(self.options, self.top_k, self.max_num_tokens, self.use_cuda_graph)
         flat.remember(self.weights.tensors, self._text, self)
@@ -151,6 +203,7 @@ class FusedMoE(torch.nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._sources, self._copied = None, True  # its weights are its own
         self.tuner = state.get("tuner") or AutoTuner.get()
         self.workspace = shared(self.weights.device)
         self._bind()
@@ -186,6 +239,8 @@ class FusedMoE(torch.nn.Module):
         owned: bool = True,
     ) -> torch.Tensor:
         """forward, never as an operator. owned=False: the result is a new tensor in any case."""
+        if self._sources is not None and self._sources.changed():
+            self._follow()
         try:
             bound = self._calls[x.dtype]  # type: ignore[union-attr]
         except (AttributeError, KeyError):

@@ -69,10 +69,11 @@ class ExpertWeights:
     gate_up_pre_scale: torch.Tensor | None = None
     up_has_down_pre_scale: bool = False
     # What follows is derived: the tensors for operators (see flat.py), and those that wanted a gradient when the
-    # weights were made from them.
+    # weights were made from them. given: the caller's own tensors, of which bf16 weights are views.
     tensors: list[torch.Tensor] = dataclasses.field(init=False, repr=False)
     spec: str = dataclasses.field(init=False, repr=False)
     origins: tuple[tuple[str, weakref.ref[torch.Tensor]], ...] = dataclasses.field(init=False, repr=False)
+    given: tuple[weakref.ref[torch.Tensor], ...] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("gate_up", "down"):
@@ -104,6 +105,7 @@ class ExpertWeights:
         object.__setattr__(self, "spec", spec)
         flat.remember(tensors, spec, self)
         object.__setattr__(self, "origins", ())
+        object.__setattr__(self, "given", ())
         for name, part in self._parts().items():
             self._note(name, *(part.pieces if hasattr(part, "pieces") else (part,)))
 
@@ -180,6 +182,7 @@ class ExpertWeights:
             made = cls.from_experts(Quantized(quantize, gate_up.detach(), down.detach()), backend, **side)
         made._note("gate_up", gate_up)
         made._note("down", down)
+        object.__setattr__(made, "given", (weakref.ref(gate_up), weakref.ref(down)))
         return made
 
     @classmethod

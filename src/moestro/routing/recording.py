@@ -85,7 +85,10 @@ def moe_layers(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
 
 @contextmanager
 def recording_of(model: torch.nn.Module) -> Iterator[Recording]:
-    """Inside, every call of the model's layers is recorded (on the host)."""
+    """Inside, every call of the model's layers is recorded (on the host).
+
+    Where an exception breaks a call off, what some layers saw of it is dropped: the whole calls before it stay.
+    """
     layers = moe_layers(model)
     recording = Recording([name for name, _ in layers], _num_experts(layers[0][1]))
     recording._ids = {name: [] for name, _ in layers}
@@ -102,6 +105,12 @@ def recording_of(model: torch.nn.Module) -> Iterator[Recording]:
         handles.append(module.register_forward_pre_hook(see, with_kwargs=True))
     try:
         yield recording
+    except BaseException:
+        whole = min(map(len, recording._ids.values()))
+        for seen in (recording._ids, recording._weights):
+            for calls in seen.values():
+                del calls[whole:]
+        raise
     finally:
         for handle in handles:
             handle.remove()
