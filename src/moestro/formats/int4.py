@@ -126,9 +126,9 @@ class INT4(Pieces):
         """Whether there are no zero points: all are 8."""
         return self.zero.shape[-1] == 0
 
-    def check_scales(self, name: str) -> None:
-        """FormatError for a scale that is negative or not finite, or a zero point beyond 16."""
-        require_scale(f"{name}.scale", self.scale, zero=True)
+    def check_scales(self, name: str, start: int = 0) -> None:
+        """FormatError for a scale that is negative or not finite, naming the expert, or a zero point beyond 16."""
+        require_scale(f"{name}.scale", self.scale, zero=True, start=start)
         if not self.zero.numel() or self.zero.is_meta or torch.compiler.is_compiling():
             return
         if (most := int(self.zero.max())) > MOST_ZERO:

@@ -54,16 +54,16 @@ def checkpoint_state(model: Any, raw: dict[str, Any]) -> tuple[dict[str, torch.T
         raise FormatError(
             f"int4 experts must have one (group, symmetric) to be written, got {sorted(groups)}"
         )
-    of_groups = dict(zip(("group", "symmetric"), next(iter(groups), ()), strict=False))
+    group, symmetric = next(iter(groups), (32, True))
     linears = dict(packed_linears(model))
     if writer is None:
         writer = _writer_of_linears(linears.values(), raw)
     quantised = _put_linears(state, linears, writer)
     activations = activations or any(linears[name].input_scale is not None for name in quantised)
     excluded = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n not in quantised]
-    config = (
-        config_for(writer, excluded, activations=activations, **of_groups) if writer is not None else None
-    )
+    config = None
+    if writer is not None:
+        config = config_for(writer, excluded, activations=activations, group=group, symmetric=symmetric)
     return state, config or raw
 
 

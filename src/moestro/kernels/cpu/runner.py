@@ -304,8 +304,8 @@ def _matrix(weights: FormatTensor, bias: torch.Tensor | None) -> core.Matrix:
     if isinstance(weights, layout_int4.PanelINT4):
         scale_type = core.X_TYPES.index(_name(weights.scale.dtype))
         zeros = weights.zero.data_ptr() if weights.zero.numel() else None
-        pieces = (weights.codes.data_ptr(), weights.scale.data_ptr(), None, at, zeros)
-        return core.Matrix(*pieces, weights.group, scale_type)
+        codes, scale = weights.codes.data_ptr(), weights.scale.data_ptr()
+        return core.Matrix(codes, scale, None, at, zeros, weights.group, scale_type)
     assert isinstance(weights, layout.PanelNVFP4)
     pieces = (weights.codes, weights.scale, weights.row_scale)
     return core.Matrix(*(piece.data_ptr() for piece in pieces), at)
