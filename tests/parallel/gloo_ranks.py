@@ -15,6 +15,7 @@ from typing import Any
 
 SIZES = (2, 4)
 TIMEOUT_S = 60
+START_S = 280  # four processes that import torch, on a machine that is busy with other things
 
 
 def _work(rank: int, size: int, rendezvous: str, pipe: Any) -> None:
@@ -24,7 +25,9 @@ def _work(rank: int, size: int, rendezvous: str, pipe: Any) -> None:
 
     torch.set_num_threads(1)
     how = {"timeout": timedelta(seconds=TIMEOUT_S)}
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size, **how)
+    dist.init_process_group(
+        "gloo", f"file://{rendezvous}", timedelta(seconds=START_S), rank=rank, world_size=size
+    )
     groups = {n: dist.new_group(list(range(n)), **how) for n in SIZES if n <= size}
     pipe.send("ready")
     while (job := pipe.recv()) is not None:
@@ -52,10 +55,10 @@ class Ranks:
             self.pipes.append(mine)
             self.processes.append(process)
         for pipe in self.pipes:
-            assert pipe.poll(120), "a rank did not start"
+            assert pipe.poll(START_S), "a rank did not start"
             pipe.recv()
 
-    def run(self, function: Callable[..., Any], *args: Any, size: int = 2, wait_s: float = 120) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, size: int = 2, wait_s: float = 250) -> list[Any]:
         """What the function gives on each rank. Fails with the traceback of a rank where it raises."""
         for pipe in self.pipes[:size]:
             pipe.send((function, args, size))
