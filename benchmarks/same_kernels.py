@@ -22,6 +22,7 @@ os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "kernels" / "triton"))
 
 FORMATS = ("nvfp4", "bf16", "mxfp4", "fp8_block", "mxfp8")
+DECODING = ("moe_gemm", "moe_chain", "wide_gemm", "expand", "fp8_gemm", "fp4_fp8_gemm")
 SHIPPED = ("nvfp4", "bf16")  # formats that bundles have decisions for
 SIZES = ((8, 2, 512, 320), (4, 2, 160, 96))  # E, K, H, I
 TOKENS = (1, 4, 16, 60, 256, 700, 4096, 16384)
@@ -31,9 +32,15 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--against", type=Path)
+    parser.add_argument("--sample", action="store_true", help="one kernel of each name and format that decodes weights")
     options = parser.parse_args()
     found = json.loads(options.out.read_text()) if options.out.exists() else {}
+    sampled = set()
     for name, launch in launches():
+        kind = " ".join(name.split()[:2])
+        if options.sample and (kind in sampled or kind.split()[1] not in DECODING):
+            continue
+        sampled.add(kind)
         if name not in found:
             found[name] = digest(launch)
             options.out.write_text(json.dumps(found, indent=0))

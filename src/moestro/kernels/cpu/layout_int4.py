@@ -54,7 +54,7 @@ class PanelINT4(PanelsFP4):
         core.load().moestro_cpu_pack_fp4(*(t.data_ptr() for t in pieces), *args)
         order = self._order(rows)
         for mine, theirs in ((self.scale, source.scale), (self.zero, source.zero)):
-            mine[index] = theirs[order].view(-1, PANEL, theirs.shape[-1]).transpose(1, 2)
+            mine[index] = theirs[order].view(rows // PANEL, PANEL, theirs.shape[-1]).transpose(1, 2)
 
     def _order(self, rows: int) -> torch.Tensor:
         """The checkpoint's row of each of the panels' rows."""
