@@ -54,6 +54,18 @@ def test_rows_do_not_depend_on_the_batch(
         assert torch.equal(alone, run(runner, call, tactic)), tactic
 
 
+@pytest.mark.parametrize("fmt", ["nvfp4", "mxfp4"])
+def test_few_tokens_have_the_bits_they_have_without_it(isa: str, fmt: str) -> None:
+    """Invariance is the path of few tokens for all of them: up to 24 of an expert it costs nothing (docs/cpu.md)."""
+    if isa.startswith("amx"):
+        pytest.skip("tiles are left alone only when invariance is asked for")
+    results = []
+    for invariant in (False, True):
+        case = Case(fmt, 544, 160, activation=GPT_OSS, batch_invariant=invariant, biases=True)
+        results.append(run(CpuRunner(case.problem, case.weights()), case.call(9)))
+    assert torch.equal(*results)
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     isa=st.sampled_from(ISAS or ("generic",)),
