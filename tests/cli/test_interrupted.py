@@ -103,7 +103,7 @@ def test_a_killed_bench_has_written_the_cases_before(tmp_path: Path) -> None:
 def test_tune_keeps_what_it_decided(tmp_path: Path) -> None:
     arguments = ["tune", *TINY, "--tokens", "1,2", "--store", "st", "--budget", "60", "--json", "t.json"]
     status, said = interrupted(
-        tmp_path, "moestro.tuning.measure.campaign", "measure", arguments, after=1
+        tmp_path, "moestro.tuning.measure.campaign", "measure", arguments, after=2
     )
     assert status == 130, said
     assert "Traceback" not in said
