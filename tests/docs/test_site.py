@@ -1,4 +1,4 @@
-"""The documents as a site: built strictly, so that a link or a docstring that leads nowhere fails; errors all have a cure."""
+"""The documents as a site, built strictly: a link that leads nowhere fails, and so does an error without a cure."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     api = (tmp_path / "api" / "index.html").read_text()
-    for name in ("moestro.moe.layer.FusedMoE", "moestro.checkpoints.convert.convert", "moestro.errors.FormatError"):
+    for name in (
+        "moestro.moe.layer.FusedMoE",
+        "moestro.checkpoints.convert.convert",
+        "moestro.errors.FormatError",
+    ):
         assert f'id="{name}"' in api
     assert "refresh" in api
 
