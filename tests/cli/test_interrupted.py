@@ -102,9 +102,7 @@ def test_a_killed_bench_has_written_the_cases_before(tmp_path: Path) -> None:
 
 def test_tune_keeps_what_it_decided(tmp_path: Path) -> None:
     arguments = ["tune", *TINY, "--tokens", "1,2", "--store", "st", "--budget", "60", "--json", "t.json"]
-    status, said = interrupted(
-        tmp_path, "moestro.tuning.measure.campaign", "measure", arguments, after=1
-    )
+    status, said = interrupted(tmp_path, "moestro.tuning.measure.campaign", "measure", arguments, after=2)
     assert status == 130, said
     assert "Traceback" not in said
     data = json.loads((tmp_path / "t.json").read_text())
@@ -134,7 +132,11 @@ def test_convert_goes_on_after_ctrl_c(tmp_path: Path) -> None:
     assert len(list(dst.glob("*.safetensors"))) == 2
     assert list(dst.glob("*.partial")) == []
     done = subprocess.run(
-        [sys.executable, "-m", "moestro", *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "moestro", *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert len(list(dst.glob("*.safetensors"))) == 3
@@ -146,9 +148,17 @@ def test_a_recording_that_is_broken_off_keeps_whole_calls() -> None:
     w = ExpertWeights.from_dense(torch.ones(4, 64, 32), torch.ones(4, 32, 32), "bf16")
     model = torch.nn.ModuleList([FusedMoE(w, 2), FusedMoE(w, 2)])
     call = torch.ones(3, 32), torch.tensor([[0, 1]] * 3, dtype=torch.int32), torch.ones(3, 2)
-    with pytest.raises(KeyboardInterrupt), routing.record(model) as recording:
-        for layer in model:
-            layer(*call)
-        model[0](*call)
-        raise KeyboardInterrupt
+    recording = None
+
+    def broken_off() -> None:
+        nonlocal recording
+        with routing.record(model) as recording:
+            for layer in model:
+                layer(*call)
+            model[0](*call)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        broken_off()
+    assert recording is not None
     assert recording.ids.shape == (3, 2, 2)
