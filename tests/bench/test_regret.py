@@ -191,9 +191,7 @@ def test_the_command_fails_when_a_target_does(monkeypatch: pytest.MonkeyPatch) -
     assert "FAILS samples at most" in done.output
 
 
-@pytest.mark.parametrize(
-    ("sustains", "seconds", "runs"), [(True, 2.0, 8), (True, 0.0, 0), (False, 2.0, 0)]
-)
+@pytest.mark.parametrize(("sustains", "seconds", "runs"), [(True, 2.0, 8), (True, 0.0, 0), (False, 2.0, 0)])
 def test_the_oracle_begins_on_a_loaded_device_where_the_timer_says_that_it_slows_down(
     monkeypatch: pytest.MonkeyPatch, sustains: bool, seconds: float, runs: int
 ) -> None:

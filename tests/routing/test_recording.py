@@ -162,7 +162,9 @@ def test_tokens_are_in_the_order_of_the_calls_in_generation_too() -> None:
     tokens = torch.arange(1, 8).view(1, 7)  # without the token that stands for padding
     with torch.no_grad(), record(model) as recording:
         made = model.generate(tokens, max_new_tokens=4, do_sample=False, pad_token_id=0)
-    assert recording.ids.shape == (7 + 3, 2, K), "the prompt, then a token a step; the last one is never put in"
+    assert recording.ids.shape == (7 + 3, 2, K), (
+        "the prompt, then a token a step; the last one is never put in"
+    )
     with torch.no_grad(), record(model) as whole:
         model(made[:, :-1], use_cache=False)
     assert torch.equal(whole.ids, recording.ids)

@@ -61,7 +61,7 @@ class AccuracyResult:
     conditions: dict[str, Any]
     layer: list[LayerRow] = field(default_factory=list)
     model: list[Any] = field(default_factory=list)  # model_accuracy.ModelRow
-    reference: dict[str, Any] | None = None  # of the model: its perplexity, tokens, dtype
+    reference: dict[str, Any] = field(default_factory=dict)  # of the model: its perplexity, tokens, dtype
 
     def to_json(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **asdict(self)}

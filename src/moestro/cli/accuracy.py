@@ -145,8 +145,6 @@ def measure(spec: AccuracySpec, json_file: Path | None) -> None:
 
 def _measured(spec: AccuracySpec, result: AccuracyResult, step: Any) -> AccuracyResult:
     """The result with its rows, which are added one by one: what is in it stays if the run breaks off."""
-    import dataclasses
-
     from moestro.bench import accuracy, model_accuracy
 
     if spec.shape is not None:
@@ -159,7 +157,7 @@ def _measured(spec: AccuracySpec, result: AccuracyResult, step: Any) -> Accuracy
     if spec.model_dir is not None:
         step("reference model")
         known = model_accuracy.open_model(spec.model_dir, spec.text or spec.model_dir / "held_out.txt")
-        result = dataclasses.replace(result, reference=known.to_json())
+        result.reference.update(known.to_json())  # in place: kept if the run breaks off
         for one in model_accuracy.model_rows(
             known, spec.formats, spec.inputs, backend=spec.backend, step=step
         ):
@@ -175,7 +173,7 @@ def accuracy_view(result: AccuracyResult) -> RenderableType:
         title = "{name}  E{num_experts} K{top_k} H{hidden_size} I{intermediate_size}".format(**problem)
         where = f" · {result.conditions['tokens']} tokens, routing {result.conditions['routing']}"
         parts += [Text(title + where, style="bold"), _layer_table(result.layer), Text(LAYER_LEGEND, "dim")]
-    if result.reference is not None:
+    if result.reference:
         known = result.reference
         title = (
             f"{known['folder']} · {known['tokens']} tokens · perplexity in float32 {known['perplexity']:.4f}"
