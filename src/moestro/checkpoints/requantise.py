@@ -118,7 +118,7 @@ def _expert_steps(
     parts = 2 if projection == "gate_up_proj" else 1
     blank = source.writer.pieces(_blank(source.writer.format, rows // parts, columns))
     for e in range(len(experts)) if experts.stacked else (expert,):
-        makes = {}
+        makes: dict[str, Shape] = {}
         for i, part in enumerate(_names(projection, parts)):
             where = f"{prefix}.{e}.{part}"
             beside = [
