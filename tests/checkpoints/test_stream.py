@@ -40,7 +40,7 @@ def test_what_does_not_fit_its_place_is_named_and_leaves_no_file(tmp_path: Path)
         ({"c": torch.ones(2)}, "c must be None"),
         ({"a": torch.ones(2)}, "must get b"),
     ):
-        with pytest.raises(FormatError, match=match), TensorFile(tmp_path / "f", layout) as file:
+        with pytest.raises(FormatError, match=match), TensorFile(tmp_path / "f", layout) as file:  # noqa: PT012
             for name, tensor in tensors.items():
                 file.write(name, tensor)
         assert not (tmp_path / "f").exists()

@@ -73,7 +73,7 @@ class TensorFile:
             raise FormatError(f"{name} has been written to {self.path} before")
         if tensor.numel():
             flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            self._write(flat.numpy().data, self._places[name])
+            self._write(memoryview(flat.numpy().data), self._places[name])
         self._missing.discard(name)
 
     def __enter__(self) -> TensorFile:
