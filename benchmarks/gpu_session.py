@@ -57,8 +57,8 @@ CALLS: dict[str, tuple[Step, ...]] = {
     "times": (
         Step("eager", f"{PYTHON} {HERE}/gpu_session.py eager", 90),
         Step("layers", f"{PYTHON} {HERE}/gpu_formats.py layers --json {{out}}/layers.json", 230),
-        Step("peers", f"{PYTHON} {HERE}/several.py 'bench --model deepseek-v3 --ep 8 --local-pairs --format nvfp4 --device cuda --tokens 1,16,256,4096 "
-             "--json {out}/peers.json'", 230),
+        Step("peers", f"{PYTHON} {HERE}/several.py 'bench --model deepseek-v3 --ep 8 --local-pairs "
+             "--format nvfp4 --device cuda --tokens 1,16,256,4096 --json {out}/peers.json'", 230),
     ),
 }  # fmt: skip
 
