@@ -13,9 +13,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.moestro-installed
 
 <<<<<<< HEAD
-.PHONY: test test-vllm smoke-vllm lint demo clean
+.PHONY: test test-vllm smoke-vllm lint docs demo clean
 =======
-.PHONY: test test-vllm lint docs demo clean
 >>>>>>> hf
 
 $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard src/moestro/kernels/cpu/csrc/*)

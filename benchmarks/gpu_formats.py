@@ -47,8 +47,6 @@ LAYERS: dict[str, tuple[tuple[int, int, int, int], str, dict[str, Any]]] = {  # 
     "mixtral-fp8": ((8, 2, 4096, 14336), "fp8_block", {}),
     "qwen3-fp8": ((128, 8, 2048, 768), "fp8_block", {}),
     "nemotron-mxfp4": ((128, 6, 2688, 1856), "mxfp4", {"act": ReLU2()}),
-    "kimi-int4": ((48, 8, 7168, 2048), "int4", {}),
-    "qwen3-int4": ((128, 8, 2048, 768), "int4", {}),
     "qwen3-next-fp8": ((512, 10, 2048, 512), "fp8_block", {}),
 }
 
@@ -64,7 +62,7 @@ def tactics_of(runner: TritonRunner, n: int) -> list[Tactic]:
 def check(fmt: str) -> int:
     """Biases, experts of other ranks, invalid ids, all activations, float16; every tactic twice, bit for bit."""
     bad, worst, count = 0, 0.0, 0
-    wide = fmt.startswith("mx") or fmt == "int4"
+    wide = fmt.startswith("mx")
     small = (8, 2, 288, 160) if wide else (8, 2, 272, 176)
     cases: list[tuple[Any, ...]] = [
         (small, SwiGLU(), True, torch.bfloat16, (1, 3, 33, 257)),

@@ -1,7 +1,7 @@
 """A session on a GPU machine in few calls: all that was never run on a GPU is checked first, then timed beside peers.
 
     python benchmarks/gpu_session.py --list                 the calls, their steps and limits
-    python benchmarks/gpu_session.py check   --out DIR      1: compiled in parallel, INT4, the replay of launches, tests/gpu
+    python benchmarks/gpu_session.py check   --out DIR      1: compiled in parallel, the replay of launches, MXFP8, tests/gpu
     python benchmarks/gpu_session.py streams --out DIR      2: formats on two streams and in graphs, memcheck
     python benchmarks/gpu_session.py times   --out DIR      3: host time, layers, peers
     python benchmarks/gpu_session.py check --dry-run        what would run; here: whether each step's program starts
@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
 PYTHON = shlex.quote(sys.executable)
-FORMATS = ("nvfp4", "mxfp4", "mxfp8", "fp8_block", "int4", "bf16")
+FORMATS = ("nvfp4", "mxfp4", "mxfp8", "fp8_block", "bf16")
 REPLAYED = (1, 3, 16, 64, 257, 1024)  # tokens
 LIMIT_S = 560  # of a call
 
@@ -42,7 +42,7 @@ class Step(NamedTuple):
 CALLS: dict[str, tuple[Step, ...]] = {
     "check": (
         Step("compile", f"{PYTHON} {HERE}/gpu_session.py compile", 200),
-        Step("int4", f"{PYTHON} {HERE}/gpu_formats.py check int4", 90),
+        Step("mxfp8", f"{PYTHON} {HERE}/gpu_formats.py check mxfp8", 90),
         Step("replay", f"{PYTHON} {HERE}/gpu_session.py replay", 120),
         Step("tests", f"{PYTHON} -m pytest -q -n 0 -p no:cacheprovider {HERE.parent}/tests/gpu", 140),
     ),
@@ -52,13 +52,13 @@ CALLS: dict[str, tuple[Step, ...]] = {
         Step("memcheck", f"compute-sanitizer --tool memcheck --error-exitcode 9 {PYTHON} {HERE}/gpu_formats.py quick",
              180),
         Step("memcheck-replay", f"compute-sanitizer --tool memcheck --error-exitcode 9 {PYTHON} {HERE}/gpu_session.py "
-             "replay --formats int4,nvfp4 --tokens 3,64", 170),
+             "replay --formats mxfp8,nvfp4 --tokens 3,64", 170),
     ),
     "times": (
         Step("eager", f"{PYTHON} {HERE}/gpu_session.py eager", 90),
         Step("layers", f"{PYTHON} {HERE}/gpu_formats.py layers --json {{out}}/layers.json", 230),
-        Step("peers", f"{PYTHON} {HERE}/several.py 'bench --model deepseek-v3-ep8 --device cuda --tokens 1,16,256,4096 "
-             "--json {out}/peers.json'", 230),
+        Step("peers", f"{PYTHON} {HERE}/several.py 'bench --model deepseek-v3 --ep 8 --local-pairs "
+             "--format nvfp4 --device cuda --tokens 1,16,256,4096 --json {out}/peers.json'", 230),
     ),
 }  # fmt: skip
 

@@ -32,7 +32,9 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--against", type=Path)
-    parser.add_argument("--sample", action="store_true", help="one kernel of each name and format that decodes weights")
+    parser.add_argument(
+        "--sample", action="store_true", help="one kernel of each name and format that decodes weights"
+    )
     options = parser.parse_args()
     found = json.loads(options.out.read_text()) if options.out.exists() else {}
     sampled = set()

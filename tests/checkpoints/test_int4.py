@@ -173,7 +173,7 @@ COMPRESSED = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version of awq must be 'gemm', got 'gemv'"),
         (
             {**COMPRESSED, "config_groups": {"g": {"weights": {"num_bits": 8}}}},
-            "num_bits of g must be 4, got 8",
+            "num_bits of g must be 4 for pack-quantized, got 8",
         ),
         (
             {**COMPRESSED, "config_groups": {"g": {"weights": {"num_bits": 4, "actorder": "group"}}}},

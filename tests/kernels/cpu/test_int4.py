@@ -89,4 +89,5 @@ def test_from_dense_and_the_operator_take_it() -> None:
         w = ExpertWeights.from_dense(gate_up, down, "int4", backend=backend)
         y = moestro.fused_moe(x, ids, torch.ones(5, 2), w, backend=backend)
         want = moestro.reference.fused_moe(x, ids, torch.ones(5, 2), w)
-        assert relative_error(y, want) < TOLERANCE
+        # the portable backend multiplies in x's dtype: weights are rounded to bf16
+        assert relative_error(y, want) < (TOLERANCE if backend == "cpu" else 1e-2)
