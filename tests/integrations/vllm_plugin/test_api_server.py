@@ -22,7 +22,7 @@ from vllm_runs import NO_VLLM, vllm_is_there
 if not vllm_is_there():
     pytest.skip(NO_VLLM, allow_module_level=True)
 
-START_S = 120
+START_S = 300  # on a machine that does other things, too
 PROMPTS = [[3, 10, 17, 24, 31], [11, 400, 23, 99, 250, 7]]
 
 
@@ -85,7 +85,7 @@ def complete(url: str, prompt: list[int]) -> str:
     return str(answer["choices"][0]["text"])
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_two_clients_at_once_and_a_killed_server_started_again(
     models: Callable[[str], Path], tmp_path: Path
 ) -> None:
