@@ -197,9 +197,11 @@ class Contender:
     def _filled(self) -> tuple[Any, float]:
         cache = transformers.DynamicCache()
         if self._row == "transformers":
+            self._model.set_experts_implementation(self._implementation if self.can_prefill else "grouped_mm")
+        took = self._call(PROMPT, cache)
+        if self._row == "transformers":
             self._model.set_experts_implementation(self._implementation)
-        step = PROMPT if self.can_prefill else 16
-        return cache, sum(self._call(step, cache) for _ in range(PROMPT // step))
+        return cache, took
 
     def round(self) -> None:
         cache, took = self._filled()
@@ -233,8 +235,9 @@ class Contender:
 
 def compare(folder: Path, rounds: int, locks: list[Path]) -> dict[str, Any]:
     """All rows: tokens a second, ratios to the best of Transformers', memory, splits, differences of the logits."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # while others may use the machine, threads wait for each other
     loaded = models(folder)
+    torch.set_num_threads(2)
     held = [path.open("w") for path in locks]
     for file in held:
         fcntl.flock(file, fcntl.LOCK_EX)
