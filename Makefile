@@ -1,21 +1,15 @@
 # make test: everything CI runs.  make demo: tune and measure one Qwen3-30B-A3B layer on this machine.
-<<<<<<< HEAD
 # make test-vllm: the vLLM plugin in vLLM itself, on the CPU, in an environment of its own (.venv-vllm; about 15 minutes).
 # make smoke-vllm: one model of it (make test ends with that); skipped, and said so, where vLLM cannot be had in time.
-=======
 # make docs: the site, in site/.
 # make test-vllm: the vLLM plugin in vLLM itself, on the CPU, in an environment of its own (.venv-vllm; about 12 minutes).
->>>>>>> hf
 # Each makes the virtual environment it needs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.moestro-installed
 
-<<<<<<< HEAD
 .PHONY: test test-vllm smoke-vllm lint docs demo clean
-=======
->>>>>>> hf
 
 $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard src/moestro/kernels/cpu/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -335,7 +335,10 @@ def main() -> None:
     fine = sum(r[2][:1].isdigit() for r in rows)
     equal = sum(r[5].startswith("equal") and r[7] == "equal" for r in rows)
     lines = "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in r)} |" for r in rows)
-    tail = f"\n\n{fine} of {len(rows)} classes run; whole models of {equal} generate eager's tokens, and the dequantised model's in NVFP4.\n"
+    tail = (
+        f"\n\n{fine} of {len(rows)} classes run; whole models of {equal} generate eager's tokens, "
+        "and the dequantised model's in NVFP4.\n"
+    )
     if options.only is None:
         options.out.write_text(HEAD.format(version=transformers.__version__) + lines + tail)
 

@@ -30,7 +30,13 @@ __all__ = ["GPUS", "Gpu", "PlanRow", "PlannedLayer", "best", "collective_seconds
 
 SAMPLED = 8192  # tokens whose routing is drawn at most; loads of more are these, scaled
 RUN_WITH = 2  # ranks that were run here
-BYTES = {"nvfp4": 0.5625, "mxfp4": 0.53125, "fp8_block": 1.0, "int4": 0.5625, "bf16": 2.0}  # of a weight, scales included
+BYTES = {
+    "nvfp4": 0.5625,
+    "mxfp4": 0.53125,
+    "fp8_block": 1.0,
+    "int4": 0.5625,
+    "bf16": 2.0,
+}  # of a weight, scales included
 
 
 @dataclass(frozen=True)
