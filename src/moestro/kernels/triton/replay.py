@@ -8,7 +8,7 @@ addresses that calls Triton's own launchers. All else is a constant of it: grids
 
 What may not be replayed is launched as ever. A Replay says so by None from `ready` (before anything ran): another
 device, a workspace that is too small, an address that is not a multiple of 16 (Triton compiles another kernel then),
-weights that lie elsewhere now, a profiler's hook. `bind` refuses with its reason: an argument that it cannot tell the
+weights that lie elsewhere now, a profiler's hook, a CUDA graph being captured (host time is nothing there). `bind` refuses with its reason: an argument that it cannot tell the
 origin of (two inputs that are one tensor, a tensor made for this call alone), an unknown Triton. What it made is called
 once with recorders in the place of launchers, and must give what the ordinary launches were given, argument by argument.
 """
@@ -90,6 +90,7 @@ class Replay:
         self._launches, self._held, self.counts, self._nbytes = launches, tuple(held), counts, nbytes
         self._at = tuple(t.data_ptr() for t in held)
         self._device_now, self._stream_now = active.get_current_device, active.get_current_stream
+        self._capturing = torch.cuda.is_current_stream_capturing
         self._device = self._device_now()
         self._knobs = triton.knobs.runtime
 
@@ -100,6 +101,8 @@ class Replay:
         if (at[0] | at[1] | at[2] | at[3] | at[4]) % ALIGNMENT:
             return None
         if self._device_now() != self._device or workspace.numel() < self._nbytes or hooked(self._knobs):
+            return None
+        if self._capturing():
             return None
         for tensor, address in zip(self._held, self._at, strict=True):
             if tensor.data_ptr() != address:
