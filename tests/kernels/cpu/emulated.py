@@ -188,10 +188,14 @@ def tensor(at: int | None, nbytes: int) -> tuple[bytes, bytes]:
 def matrix_pieces(layer: Any, matrix: Any, rows: int, columns: int) -> list[bytes]:
     weights, name = layer.experts * rows * columns, list(core.FORMATS)[layer.format]
     codes = {"bf16": 2 * weights, "fp8_block": weights}.get(name, weights // 2)
-    per_panel = -(-columns // (layer.scale_columns or 1))
-    scales = {"nvfp4": weights // 16, "mxfp4": weights // 32, "bf16": 0}.get(
-        name, layer.experts * rows // 16 * per_panel * 4
-    )
-    sizes = codes, scales, 4 * layer.experts * rows, 4 * layer.experts * rows
-    fields = matrix.codes, matrix.scales, matrix.row_scale, matrix.bias
+    groups = weights // (matrix.group or weights)  # of int4
+    scales = {
+        "bf16": 0,
+        "nvfp4": weights // 16,
+        "mxfp4": weights // 32,
+        "fp8_block": layer.experts * rows // 16 * -(-columns // (layer.scale_columns or 1)) * 4,
+        "int4": groups * (4 if matrix.scale_type == core.X_TYPES.index("float32") else 2),
+    }[name]
+    sizes = codes, scales, 4 * layer.experts * rows, 4 * layer.experts * rows, groups
+    fields = matrix.codes, matrix.scales, matrix.row_scale, matrix.bias, matrix.zeros
     return [piece for at, nbytes in zip(fields, sizes, strict=True) for piece in tensor(at, nbytes)]

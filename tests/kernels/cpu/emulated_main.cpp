@@ -46,12 +46,12 @@ struct Tensors {  // what a call points to
     get(kept.back().get(), static_cast<size_t>(bytes));
     return reinterpret_cast<T*>(kept.back().get());
   }
-  MoestroMatrix matrix() {
-    MoestroMatrix found{};
+  MoestroMatrix matrix(MoestroMatrix found) {  // whose numbers stay
     found.codes = next<const uint8_t>();
     found.scales = next<const uint8_t>();
     found.row_scale = next<const float>();
     found.bias = next<const float>();
+    found.zeros = next<const uint8_t>();
     return found;
   }
 };
@@ -62,8 +62,8 @@ void moe() {
   auto call = get<MoestroCall>();
   const auto out_bytes = get<int64_t>();
   Tensors tensors;
-  layer.gate_up = tensors.matrix();
-  layer.down = tensors.matrix();
+  layer.gate_up = tensors.matrix(layer.gate_up);
+  layer.down = tensors.matrix(layer.down);
   call.x = tensors.next<const void>();
   call.ids = tensors.next<const int32_t>();
   call.weights = tensors.next<const float>();

@@ -49,6 +49,8 @@ from test_integers import (  # noqa: F401
 )
 from test_sanitized import setup_module_of_the_package
 
+from moestro import ExpertWeights
+from moestro.formats import INT4
 from moestro.kernels.cpu import CpuRunner, core
 
 ALL = ("generic", "neon", "neon_dot", "neon_bf16")
@@ -141,7 +143,14 @@ def test_every_path_gives_the_same_bits(isa: str, fmt: str, dtype: torch.dtype, 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
     ("fmt", "input_format"),
-    [("nvfp4", None), ("mxfp4", None), ("bf16", None), ("fp8_block", None), ("nvfp4", "int8")],
+    [
+        ("nvfp4", None),
+        ("mxfp4", None),
+        ("bf16", None),
+        ("fp8_block", None),
+        ("int4", None),
+        ("nvfp4", "int8"),
+    ],
 )
 def test_rows_do_not_depend_on_the_batch(
     isa: str, fmt: str, input_format: str | None, dtype: torch.dtype
@@ -151,6 +160,32 @@ def test_rows_do_not_depend_on_the_batch(
     alone = torch.cat([run(runner, tuple(t[i : i + 1] for t in call)) for i in range(11)])
     for tactic in TACTICS:
         assert torch.equal(alone, run(runner, call, tactic)), tactic
+
+
+@pytest.mark.parametrize("isa", ALL, indirect=True)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("scale_type", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_int4_with_any_codes_scales_and_zero_points(
+    isa: str, dtype: torch.dtype, scale_type: torch.dtype, symmetric: bool
+) -> None:
+    """gate_up and down have groups of their own, the one's longer than a piece that is decoded."""
+    g = torch.Generator().manual_seed(1)
+
+    def drawn(rows: int, columns: int, group: int) -> INT4:
+        packed = torch.randint(0, 256, (3, rows, columns // 2), dtype=torch.uint8, generator=g)
+        scale = (torch.rand(3, rows, columns // group, generator=g) + 0.1) * columns**-0.5 / 4
+        zero = torch.randint(0, 17, scale.shape, dtype=torch.uint8, generator=g)
+        return INT4.of(packed, scale.to(scale_type), None if symmetric else zero)
+
+    case = Case("int4", 768, 96, experts=3, top_k=2, dtype=dtype)
+    w = ExpertWeights(drawn(192, 768, 768), drawn(768, 96, 32))
+    runner = CpuRunner(case.problem, w)
+    for num_tokens in (1, 19):
+        call = case.call(num_tokens)
+        expected = case.expected(call, w)
+        errors = {tactic: relative_error(run(runner, call, tactic), expected) for tactic in TACTICS}
+        assert max(errors.values()) < (TOLERANCE if dtype == torch.bfloat16 else 2e-6), errors
 
 
 @pytest.mark.parametrize("outlier", ["none", "a channel", "all bits set"])

@@ -1,5 +1,6 @@
-// NEON with dot products of bf16 as well (Neoverse V1, N2, Apple M2, Cortex-A710, and newer): for bf16 and FP8 weights with
-// a bf16 x. 4-bit weights stay integers, whose decoding costs an eighth; a float16 or float32 x is multiplied exactly.
+// NEON with dot products of bf16 as well (Neoverse V1, N2, Apple M2, Cortex-A710, and newer): for bf16, FP8 and INT4
+// weights with a bf16 x. NVFP4 and MXFP4 stay integers, whose decoding costs an eighth; a float16 or float32 x is
+// multiplied exactly.
 //
 // bfdot adds two products, rounding to odd, which errs no more than a rounding to nearest does, and takes subnormal bf16
 // for zero. Panels of pairs and lines of bf16 are its operands as they lie.
@@ -51,6 +52,7 @@ void multiply_bf16(const Dense& w, int blocks, const Tokens& x, float* sums, Ahe
 
 constexpr Kernels kBf16{.decode = decode,
                         .decode_fp8 = decode_fp8,
+                        .decode_int4 = decode_int4,
                         .multiply = multiply_bf16,
                         .activate_gated = activate_gated<Bf16Line>,
                         .activate = activate<Bf16Line>,

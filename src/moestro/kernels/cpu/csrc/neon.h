@@ -8,6 +8,7 @@
 #include <arm_neon.h>
 
 #include "epilogue.h"
+#include "int4.h"
 #include "quantize.h"
 
 namespace moestro {
@@ -46,9 +47,34 @@ struct Scales {  // of a block's 16 rows
   }
 };
 
+struct IntegerBytes {  // of the bf16 of -16 to 15
+  uint8_t low[32], high[32];
+
+  constexpr IntegerBytes() : low{}, high{} {
+    for (int i = 0; i < 32; ++i) {
+      const int value = i - 16, size = value < 0 ? -value : value;
+      int exponent = 0;
+      while (size >> (exponent + 1)) ++exponent;
+      const int bits = size ? (127 + exponent) << 7 | (size << (7 - exponent) & 127) | (value < 0 ? 0x8000 : 0) : 0;
+      low[i] = static_cast<uint8_t>(bits & 255), high[i] = static_cast<uint8_t>(bits >> 8);
+    }
+  }
+};
+constexpr IntegerBytes kIntegerBytes;
+
 // Four rows of half a block, eight columns: four bf16 pairs of each row, without the scale.
 struct Quad {
   uint32x4_t pairs[4];
+
+  // int4: `shift` is 16 less the zero point, of each byte's row
+  MOESTRO_INLINE Quad(const uint8_t* codes, uint8x16_t shift) {
+    const uint8x16x2_t low = {vld1q_u8(kIntegerBytes.low), vld1q_u8(kIntegerBytes.low + 16)};
+    const uint8x16x2_t high = {vld1q_u8(kIntegerBytes.high), vld1q_u8(kIntegerBytes.high + 16)};
+    const uint8x16_t line = vld1q_u8(codes);
+    const uint8x16_t first = vaddq_u8(vandq_u8(line, vdupq_n_u8(15)), shift);
+    const uint8x16_t second = vaddq_u8(vshrq_n_u8(line, 4), shift);
+    zip(vqtbl2q_u8(low, first), vqtbl2q_u8(high, first), vqtbl2q_u8(low, second), vqtbl2q_u8(high, second));
+  }
 
   MOESTRO_INLINE explicit Quad(const uint8_t* codes) {
     constexpr uint8_t kLow[16] = {0, 0, 0x80, 0xC0, 0, 0x40, 0x80, 0xC0, 0, 0, 0x80, 0xC0, 0, 0x40, 0x80, 0xC0};
@@ -56,8 +82,11 @@ struct Quad {
                                    0x80, 0xBF, 0xBF, 0xBF, 0xC0, 0xC0, 0xC0, 0xC0};
     const uint8x16_t low = vld1q_u8(kLow), high = vld1q_u8(kHigh), line = vld1q_u8(codes);
     const uint8x16_t first = vandq_u8(line, vdupq_n_u8(15)), second = vshrq_n_u8(line, 4);
-    const uint8x16_t low0 = vqtbl1q_u8(low, first), high0 = vqtbl1q_u8(high, first);
-    const uint8x16_t low1 = vqtbl1q_u8(low, second), high1 = vqtbl1q_u8(high, second);
+    zip(vqtbl1q_u8(low, first), vqtbl1q_u8(high, first), vqtbl1q_u8(low, second), vqtbl1q_u8(high, second));
+  }
+
+ private:
+  MOESTRO_INLINE void zip(uint8x16_t low0, uint8x16_t high0, uint8x16_t low1, uint8x16_t high1) {
     pairs[0] = vreinterpretq_u32_u8(vtrn1q_u8(low0, high0));
     pairs[1] = vreinterpretq_u32_u8(vtrn1q_u8(low1, high1));
     pairs[2] = vreinterpretq_u32_u8(vtrn2q_u8(low0, high0));
@@ -91,6 +120,22 @@ void decode_fp8(const Codes& from, int blocks, uint16_t* dense) {
       const uint16x8_t low = vreinterpretq_u16_f32(vcvt_f32_f16(vget_low_f16(halves)));
       vst1q_u16(dense, vuzp2q_u16(low, vreinterpretq_u16_f32(vcvt_high_f32_f16(halves))));
     }
+  }
+}
+
+void decode_int4(const Codes& from, int blocks, uint16_t* dense) {
+  constexpr uint8_t kRows[16] = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3};  // of a line's bytes
+  for (int p = 0; p < from.panels; ++p) {
+    const uint8_t* codes = from.codes + p * from.code_stride;
+    const uint8x16_t zeros = from.scales ? vld1q_u8(from.scales + p * from.scale_stride) : vdupq_n_u8(kSymmetric);
+    uint8x16_t shift[kQuads];
+    for (int q = 0; q < kQuads; ++q)
+      shift[q] = vqtbl1q_u8(vsubq_u8(vdupq_n_u8(16), zeros), vaddq_u8(vld1q_u8(kRows), vdupq_n_u8(4 * q)));
+    for (int half = 0; half < 2 * blocks; ++half, dense += 4 * kTileRows)
+      for (int q = 0; q < kQuads; ++q, codes += 16) {
+        const Quad quad(codes, shift[q]);
+        for (int j = 0; j < 4; ++j) vst1q_u16(dense + j * kTileRows + 8 * q, vreinterpretq_u16_u32(quad.pairs[j]));
+      }
   }
 }
 
