@@ -242,7 +242,8 @@ def run_model(model: Any, implementation: str, steps: int) -> tuple[torch.Tensor
             logits = getattr(result, "logits", None)
             if logits is None:
                 logits = result.last_hidden_state @ model.get_input_embeddings().weight.T.to(model.dtype)
-        tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], dim=1)
+        known = model.get_input_embeddings().weight.shape[0]  # Inkling2's head is wider
+        tokens = torch.cat([tokens, logits[:, -1:, :known].argmax(-1)], dim=1)
     return tokens, logits.float()
 
 
@@ -272,6 +273,8 @@ def _greedy(folder: str, cls: type) -> list[str]:
             return [f"{exact} ({type(model).__name__})", f"{rough:.1e}", quantised_greedy(model)]
         except mt.BackendError as refused:
             return [f"refused: {str(refused)[:140]}", "", ""]
+        except (RuntimeError, IndexError, TypeError) as broken:
+            return [f"**broke**: {type(broken).__name__} {str(broken)[:120]}", "", ""]
     return [f"not made: {LAST.get(folder, 'no model')[:120]}", "", ""]
 
 

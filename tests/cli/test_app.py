@@ -46,7 +46,7 @@ def fail(*_: object, **__: object) -> None:
 
 
 def test_an_error_of_ours_is_one_message_and_status_1(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moestro.bench.run.run", fail)
+    monkeypatch.setattr("moestro.bench.run.run_each", fail)
     done = run("bench", *TINY, *QUICK)
     assert done.exit_code == 1
     assert "TuningError" in done.output
@@ -56,7 +56,7 @@ def test_an_error_of_ours_is_one_message_and_status_1(run: Run, monkeypatch: pyt
 
 @pytest.mark.parametrize("place", ["before", "after"])
 def test_debug_shows_where_it_happened(run: Run, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
-    monkeypatch.setattr("moestro.bench.run.run", fail)
+    monkeypatch.setattr("moestro.bench.run.run_each", fail)
     arguments = ["bench", *TINY, *QUICK]
     done = run(*(["--debug", *arguments] if place == "before" else [*arguments, "--debug"]))
     assert isinstance(done.exception, TuningError)

@@ -18,9 +18,10 @@ from moestro.bench import plots
 
 # Runs the command line, and says on stdout when `what` has been done `after` times; then it waits for the signal there.
 CHILD = """
-import sys, time
-import {module} as module
+import importlib, signal, sys, time
 from moestro.cli.app import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what it puts into the background without
+module = importlib.import_module("{module}")  # "convert" is a function of its package too
 real, count = module.{what}, 0
 def watched(*args, **kwargs):
     global count

@@ -99,7 +99,7 @@ def make(
 ) -> Case:
     """A case of E experts (those from offset to 3 before the last, if there is an offset)."""
     g = torch.Generator().manual_seed(seed)
-    hidden, inter = (96, 160) if fmt.startswith("mx") else (48, 80)
+    hidden, inter = (96, 160) if formats.get(fmt).block == 32 else (48, 80)
     act = resolve_activation(activation)
     held = local or (E - offset - 3 if offset else E)
     rows = 2 * inter if act.gated else inter

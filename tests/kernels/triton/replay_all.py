@@ -137,6 +137,9 @@ def when_it_is_not_replayed(driver: StubDriver) -> list[str]:
         hooks.add(print_nothing)
         bound(inputs, workspace)
         hooks.remove(print_nothing)
+        with patch.object(replay, "_never", lambda: True):  # a graph is being captured
+            captured, at, room = bound_and_warm(runner, 17)
+            captured(at, room)
         driver.device = 1
         bound(inputs, workspace)
         driver.device = 0

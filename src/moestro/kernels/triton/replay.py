@@ -8,9 +8,10 @@ addresses that calls Triton's own launchers. All else is a constant of it: grids
 
 What may not be replayed is launched as ever. A Replay says so by None from `ready` (before anything ran): another
 device, a workspace that is too small, an address that is not a multiple of 16 (Triton compiles another kernel then),
-weights that lie elsewhere now, a profiler's hook, a CUDA graph being captured (host time is nothing there). `bind` refuses with its reason: an argument that it cannot tell the
-origin of (two inputs that are one tensor, a tensor made for this call alone), an unknown Triton. What it made is called
-once with recorders in the place of launchers, and must give what the ordinary launches were given, argument by argument.
+weights that lie elsewhere now, a profiler's hook, a CUDA graph being captured (host time is nothing there). `bind`
+refuses with its reason: an argument that it cannot tell the origin of (two inputs that are one tensor, a tensor made
+for this call alone), an unknown Triton. What it made is called once with recorders in the place of launchers, and must
+give what the ordinary launches were given, argument by argument.
 """
 
 from __future__ import annotations
@@ -90,7 +91,8 @@ class Replay:
         self._launches, self._held, self.counts, self._nbytes = launches, tuple(held), counts, nbytes
         self._at = tuple(t.data_ptr() for t in held)
         self._device_now, self._stream_now = active.get_current_device, active.get_current_stream
-        self._capturing = torch.cuda.is_current_stream_capturing
+        # in front of a stubbed driver torch has no CUDA
+        self._capturing = torch.cuda.is_current_stream_capturing if torch.cuda.is_available() else _never
         self._device = self._device_now()
         self._knobs = triton.knobs.runtime
 
@@ -112,6 +114,10 @@ class Replay:
     def run(self, ready: Ready, counters: int) -> None:
         """Launch. counters: the address of the stream's."""
         self._launches(ready.stream, *ready.addresses, counters)
+
+
+def _never() -> bool:
+    return False
 
 
 def hooked(knobs: Any) -> bool:
