@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from moestro import ExpertWeights, reference
+from moestro import ExpertWeights, formats, reference
 
 E, K, H, I = 7, 3, 48, 80  # noqa: E741
 
@@ -20,9 +20,9 @@ def make_weights(
     seed: int = 0,
     **extra: Any,
 ) -> ExpertWeights:
-    """Random weights of E experts, H=48, I=80 (mxfp4, mxfp8: 96, 160)."""
+    """Random weights of E experts, H=48, I=80 (formats in blocks of 32: 96, 160)."""
     g = torch.Generator().manual_seed(seed)
-    hidden, inter = (2 * H, 2 * I) if fmt.startswith("mx") else (H, I)
+    hidden, inter = (2 * H, 2 * I) if formats.get(fmt).block == 32 else (H, I)
     gate_up = torch.randn(experts, 2 * inter if gated else inter, hidden, generator=g) * 0.2
     down = torch.randn(experts, hidden, inter, generator=g) * 0.2
     return ExpertWeights.from_dense(gate_up.to(dtype), down.to(dtype), fmt, **extra)

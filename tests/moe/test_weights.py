@@ -21,7 +21,7 @@ FORMATS = sorted(formats.FORMATS)
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_says_what_it_holds(fmt: str) -> None:
     w = make_weights(fmt)
-    scale = 2 if fmt.startswith("mx") else 1
+    scale = 2 if formats.get(fmt).block == 32 else 1
     assert (w.format, w.num_experts, w.hidden_size, w.intermediate_size) == (fmt, E, H * scale, I * scale)
     assert w.device == torch.device("cpu")
     assert w.nbytes == w.gate_up.nbytes + w.down.nbytes
@@ -55,7 +55,7 @@ def test_bf16_keeps_the_tensors_without_a_copy_and_without_gradients() -> None:
 
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_moves_to_a_device(fmt: str) -> None:
-    w = make_weights(fmt, down_bias=torch.zeros(E, 2 * H if fmt.startswith("mx") else H))
+    w = make_weights(fmt, down_bias=torch.zeros(E, 2 * H if formats.get(fmt).block == 32 else H))
     assert w.to("cpu") is w
     moved = w.to("meta")
     assert {t.device.type for t in moved.tensors} == {"meta"}

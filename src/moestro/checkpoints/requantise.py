@@ -21,7 +21,7 @@ from moestro.checkpoints.layouts import Layout
 from moestro.checkpoints.stream import Shape
 from moestro.checkpoints.writers import Writer
 from moestro.errors import FormatError
-from moestro.formats import MXFP4, MXFP8, NVFP4, FP8Block
+from moestro.formats import INT4, MXFP4, MXFP8, NVFP4, FP8Block
 from moestro.formats.nvfp4 import dynamic_global_scale
 from moestro.formats.pieces import magnitude
 
@@ -162,7 +162,11 @@ def _blank(format: str, rows: int, columns: int) -> Any:
         return MXFP4(empty(u8, rows, columns // 2), empty(u8, rows, columns // 32))
     if format == "mxfp8":
         return MXFP8(empty(e4m3, rows, columns), empty(u8, rows, columns // 32))
-    return FP8Block(empty(e4m3, rows, columns), empty(f32, -(-rows // 128), -(-columns // 128)))
+    if format == "int4":
+        return INT4.of(empty(u8, rows, columns // 2), empty(torch.bfloat16, rows, columns // INT4.block))
+    if format == "fp8_block":
+        return FP8Block(empty(e4m3, rows, columns), empty(f32, -(-rows // 128), -(-columns // 128)))
+    raise FormatError(f"format must be one that is written, got {format!r}")
 
 
 def _quantised(source: Source, dense: torch.Tensor, scale: torch.Tensor | None) -> Any:

@@ -48,6 +48,7 @@ OF_PROCESS = {
     "_outputs",
     "_text",
     "_sources",
+    "_marks",
     "_refreshing",
 }  # what no copy and no pickle has
 
@@ -133,6 +134,7 @@ class FusedMoE(torch.nn.Module):
         make_problem(w, self.options, top_k=self.top_k, dtype=self.dtype)  # before the work of repacking
         self.weights = self._packed(w, donate)
         self._sources = None if donate else Sources.of(w, self.weights)
+        self._marks = () if self._sources is None else self._sources.marks
         self._copied = self.weights is not w
         self.tuner = tuner if tuner is not None else AutoTuner.get()
         self.workspace = workspace if workspace is not None else shared(w.device)
@@ -169,6 +171,7 @@ class FusedMoE(torch.nn.Module):
             for mine, new in zip(self.weights.tensors, fresh.tensors, strict=True):
                 if mine is not new and mine.data_ptr() != new.data_ptr():
                     mine.copy_(new)
+            self._marks = self._sources.marks
 
     def _follow(self) -> None:
         """What refresh() does, for a thread that finds the weights written."""
@@ -203,7 +206,7 @@ class FusedMoE(torch.nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._sources, self._copied = None, True  # its weights are its own
+        self._sources, self._marks, self._copied = None, (), True  # its weights are its own
         self.tuner = state.get("tuner") or AutoTuner.get()
         self.workspace = shared(self.weights.device)
         self._bind()
@@ -239,8 +242,11 @@ class FusedMoE(torch.nn.Module):
         owned: bool = True,
     ) -> torch.Tensor:
         """forward, never as an operator. owned=False: the result is a new tensor in any case."""
-        if self._sources is not None and self._sources.changed():
-            self._follow()
+        for reference, version in self._marks:  # here, for its time: 0.07 us a tensor
+            tensor = reference()
+            if tensor is not None and tensor._version != version:
+                self._follow()
+                break
         try:
             bound = self._calls[x.dtype]  # type: ignore[union-attr]
         except (AttributeError, KeyError):

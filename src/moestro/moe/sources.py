@@ -44,13 +44,21 @@ class Sources:
         """None where there is nothing to follow: the layer runs `w` as it is."""
         return None if packed is w else cls(w)
 
+    @property
+    def marks(self) -> tuple[tuple[weakref.ref[torch.Tensor], int], ...]:
+        """(reference, version) of every matrix whose writes are counted: what a call looks at."""
+        return tuple(
+            (reference, followed.version)
+            for followed in self._matrices
+            for reference in followed.references
+            if followed.version is not None
+        )
+
     def changed(self) -> bool:
-        """Whether a matrix that lives was written since; a fraction of a microsecond."""
-        for followed in self._matrices:
-            tensor = followed.tensor()
-            if tensor is not None and followed.version is not None and tensor._version != followed.version:
-                return True
-        return False
+        """Whether a matrix that lives was written since."""
+        return any(
+            (t := reference()) is not None and t._version != version for reference, version in self.marks
+        )
 
     def again(self) -> ExpertWeights:
         """The weights as they are now. Raises MoestroError where a tensor is gone."""
