@@ -315,9 +315,9 @@ tokens in float32 of a whole model with these experts against eager's (a text mo
 its logits in bf16 against eager's, and 8 tokens after `quantize_experts` against those of the model whose experts hold
 the dequantised values.
 
-Three rows lie above 2e-2 in bf16: axk1, where Transformers' own grouped_mm and batched_mm lie 2.0e-1 from eager too (a router
-takes another expert after the first layer's rounding), and beam and glm4_moe_lite, where eager in bf16 is 8.7e-2 and 2.3e-2 from
-float32 and Moestro 1.5e-2 and 4.9e-3.
+Three rows lie above 2e-2 in bf16: axk1, where Transformers' own grouped_mm and batched_mm lie 2.0e-1 from eager too
+(a router takes another expert after the first layer's rounding), and beam and glm4_moe_lite, where eager in bf16 is
+8.7e-2 and 2.3e-2 from float32 and Moestro 1.5e-2 and 4.9e-3.
 
 | model | class | float32 | bf16 | NVFP4 | greedy | logits bf16 | greedy NVFP4 |
 |---|---|---|---|---|---|---|---|
