@@ -221,64 +221,72 @@ struct Share {  // of what is ahead, for each chunk of columns of each tile of t
 
 // P panels by T tokens of sums in registers: 2 x 12 leave room for the weights and the broadcast pair, and need
 // 14 loads for 24 dot products.
-template <int P, int T>
-inline void multiply_tile(const Dense& w, int blocks, const Tokens& x, float* sums, Ahead& ahead, Share work) {
-  __m512 c[P][T];
+struct PanelTile {
+  static constexpr int kMost = 12;
+
+  template <int P, int T>
+  static inline void run(const Dense& w, int blocks, const Tokens& x, float* sums, Ahead& ahead, Share work) {
+    __m512 c[P][T];
 #pragma GCC unroll 12
-  for (int t = 0; t < T; ++t)
+    for (int t = 0; t < T; ++t)
 #pragma GCC unroll 2
-    for (int p = 0; p < P; ++p) c[p][t] = _mm512_loadu_ps(sums + t * kTileRows + p * kPanel);
-  const uint16_t* line = w.data;
-  const uint16_t* chunk = x.data;
-  for (int left = blocks * 8; left > 0; left -= 16, chunk += x.stride) {
-    const int pairs = left < 16 ? left : 16;
-    ahead.ask(work.ask);
-    decode_some(ahead.next, work.decode);
+      for (int p = 0; p < P; ++p) c[p][t] = _mm512_loadu_ps(sums + t * kTileRows + p * kPanel);
+    const uint16_t* line = w.data;
+    const uint16_t* chunk = x.data;
+    for (int left = blocks * 8; left > 0; left -= 16, chunk += x.stride) {
+      const int pairs = left < 16 ? left : 16;
+      ahead.ask(work.ask);
+      decode_some(ahead.next, work.decode);
 #pragma GCC unroll 12
-    for (int t = 0; t < T; ++t)  // T lines, then a jump: a pattern that hardware does not follow
-      _mm_prefetch(reinterpret_cast<const char*>(chunk + x.stride + t * kChunk), _MM_HINT_T0);
-    for (int j = 0; j < pairs; ++j, line += kTileRows) {
-      __m512bh row[P];
+      for (int t = 0; t < T; ++t)  // T lines, then a jump: a pattern that hardware does not follow
+        _mm_prefetch(reinterpret_cast<const char*>(chunk + x.stride + t * kChunk), _MM_HINT_T0);
+      for (int j = 0; j < pairs; ++j, line += kTileRows) {
+        __m512bh row[P];
 #pragma GCC unroll 2
-      for (int p = 0; p < P; ++p) row[p] = (__m512bh)_mm512_loadu_si512(line + p * w.stride);
+        for (int p = 0; p < P; ++p) row[p] = (__m512bh)_mm512_loadu_si512(line + p * w.stride);
 #pragma GCC unroll 12
-      for (int t = 0; t < T; ++t) {
-        const __m512bh pair = pair_of(chunk + t * kChunk + 2 * j);
+        for (int t = 0; t < T; ++t) {
+          const __m512bh pair = pair_of(chunk + t * kChunk + 2 * j);
 #pragma GCC unroll 2
-        for (int p = 0; p < P; ++p) c[p][t] = _mm512_dpbf16_ps(c[p][t], row[p], pair);
+          for (int p = 0; p < P; ++p) c[p][t] = _mm512_dpbf16_ps(c[p][t], row[p], pair);
+        }
       }
     }
-  }
 #pragma GCC unroll 12
-  for (int t = 0; t < T; ++t)
+    for (int t = 0; t < T; ++t)
 #pragma GCC unroll 2
-    for (int p = 0; p < P; ++p) _mm512_storeu_ps(sums + t * kTileRows + p * kPanel, c[p][t]);
-}
+      for (int p = 0; p < P; ++p) _mm512_storeu_ps(sums + t * kTileRows + p * kPanel, c[p][t]);
+  }
+};
 
-constexpr int kMostTokens = 12;
-
-template <int P, int T>
-void multiply_count(const Dense& w, int blocks, const Tokens& x, float* sums, Ahead& ahead, Share work) {
+// All of x's tokens, as tiles of at most Tile::kMost; Tile::run<P, T> multiplies one of P panels by T tokens.
+template <class Tile, int P, int T>
+void tile_of(const Dense& w, int blocks, const Tokens& x, float* sums, Ahead& ahead, Share work) {
   if constexpr (T == 1) {
-    multiply_tile<P, 1>(w, blocks, x, sums, ahead, work);
+    Tile::template run<P, 1>(w, blocks, x, sums, ahead, work);
   } else {
-    if (x.count == T) return multiply_tile<P, T>(w, blocks, x, sums, ahead, work);
-    multiply_count<P, T - 1>(w, blocks, x, sums, ahead, work);
+    if (x.count == T) return Tile::template run<P, T>(w, blocks, x, sums, ahead, work);
+    tile_of<Tile, P, T - 1>(w, blocks, x, sums, ahead, work);
   }
 }
 
-void multiply(const Dense& w, int blocks, const Tokens& x, float* sums, Ahead& ahead) {
-  const int pieces = (x.count + kMostTokens - 1) / kMostTokens;
+template <class Tile>
+void in_tiles(const Dense& w, int blocks, const Tokens& x, float* sums, Ahead& ahead) {
+  const int pieces = (x.count + Tile::kMost - 1) / Tile::kMost;
   const int chunks = pieces * ((blocks + 1) / 2);
   const Share work{(ahead.lines + chunks - 1) / chunks, (ahead.next.left() + chunks - 1) / chunks};
   for (int i = 0; i < pieces; ++i) {  // of equal size, give or take one
     const int from = x.count * i / pieces, count = x.count * (i + 1) / pieces - from;
     const Tokens part{x.data + from * kChunk, x.stride, count};
     if (w.panels == 2)
-      multiply_count<2, kMostTokens>(w, blocks, part, sums + from * kTileRows, ahead, work);
+      tile_of<Tile, 2, Tile::kMost>(w, blocks, part, sums + from * kTileRows, ahead, work);
     else
-      multiply_count<1, kMostTokens>(w, blocks, part, sums + from * kTileRows, ahead, work);
+      tile_of<Tile, 1, Tile::kMost>(w, blocks, part, sums + from * kTileRows, ahead, work);
   }
+}
+
+void multiply(const Dense& w, int blocks, const Tokens& x, float* sums, Ahead& ahead) {
+  in_tiles<PanelTile>(w, blocks, x, sums, ahead);
 }
 
 // e4m3 has the bits of a half of 2^-8 times its value; bf16 holds that exactly.

@@ -10,7 +10,6 @@ namespace moestro {
 namespace {
 
 constexpr int kBlockAndScales = kBlock * kPanel + 2 * kPanel;  // uint16 of a block of a panel
-constexpr int kBlockTokens = 6;
 
 MOESTRO_INLINE void decode_with_scales(const Codes& from, int p, int b, uint16_t* dense) {
   __m512i w[8];
@@ -60,50 +59,34 @@ MOESTRO_INLINE void add_blocks(const uint16_t* dense, int64_t stride, const uint
   }
 }
 
-template <int P, int T>
-inline void blocks_tile(const Dense& w, int blocks, const Tokens& x, float* sums, Ahead& ahead, Share work) {
-  __m512 total[T][P];
-#pragma GCC unroll 6
-  for (int t = 0; t < T; ++t)
-#pragma GCC unroll 2
-    for (int p = 0; p < P; ++p) total[t][p] = _mm512_loadu_ps(sums + t * kTileRows + p * kPanel);
-  const uint16_t *dense = w.data, *line = x.data;
-  for (int b = 0; b < blocks; b += 2, line += x.stride, dense += 2 * kBlockAndScales) {
-    ahead.ask(work.ask);
-    decode_some_blocks(ahead.next, work.decode);
-#pragma GCC unroll 6
-    for (int t = 0; t < T; ++t) _mm_prefetch(reinterpret_cast<const char*>(line + x.stride + t * kChunk), _MM_HINT_T0);
-    add_blocks<P, T>(dense, w.stride, line, total);
-    if (b + 1 < blocks) add_blocks<P, T>(dense + kBlockAndScales, w.stride, line + kBlock, total);
-  }
-#pragma GCC unroll 6
-  for (int t = 0; t < T; ++t)
-#pragma GCC unroll 2
-    for (int p = 0; p < P; ++p) _mm512_storeu_ps(sums + t * kTileRows + p * kPanel, total[t][p]);
-}
+struct BlocksTile {
+  static constexpr int kMost = 6;
 
-template <int P, int T>
-void blocks_count(const Dense& w, int blocks, const Tokens& x, float* sums, Ahead& ahead, Share work) {
-  if constexpr (T == 1) {
-    blocks_tile<P, 1>(w, blocks, x, sums, ahead, work);
-  } else {
-    if (x.count == T) return blocks_tile<P, T>(w, blocks, x, sums, ahead, work);
-    blocks_count<P, T - 1>(w, blocks, x, sums, ahead, work);
+  template <int P, int T>
+  static inline void run(const Dense& w, int blocks, const Tokens& x, float* sums, Ahead& ahead, Share work) {
+    __m512 total[T][P];
+#pragma GCC unroll 6
+    for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+      for (int p = 0; p < P; ++p) total[t][p] = _mm512_loadu_ps(sums + t * kTileRows + p * kPanel);
+    const uint16_t *dense = w.data, *line = x.data;
+    for (int b = 0; b < blocks; b += 2, line += x.stride, dense += 2 * kBlockAndScales) {
+      ahead.ask(work.ask);
+      decode_some_blocks(ahead.next, work.decode);
+#pragma GCC unroll 6
+      for (int t = 0; t < T; ++t) _mm_prefetch(reinterpret_cast<const char*>(line + x.stride + t * kChunk), _MM_HINT_T0);
+      add_blocks<P, T>(dense, w.stride, line, total);
+      if (b + 1 < blocks) add_blocks<P, T>(dense + kBlockAndScales, w.stride, line + kBlock, total);
+    }
+#pragma GCC unroll 6
+    for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+      for (int p = 0; p < P; ++p) _mm512_storeu_ps(sums + t * kTileRows + p * kPanel, total[t][p]);
   }
-}
+};
 
 void multiply_blocks(const Dense& w, int blocks, const Tokens& x, float* sums, Ahead& ahead) {
-  const int pieces = (x.count + kBlockTokens - 1) / kBlockTokens;
-  const int chunks = pieces * ((blocks + 1) / 2);
-  const Share work{(ahead.lines + chunks - 1) / chunks, (ahead.next.left() + chunks - 1) / chunks};
-  for (int i = 0; i < pieces; ++i) {  // of equal size, give or take one
-    const int from = x.count * i / pieces, count = x.count * (i + 1) / pieces - from;
-    const Tokens part{x.data + from * kChunk, x.stride, count};
-    if (w.panels == 2)
-      blocks_count<2, kBlockTokens>(w, blocks, part, sums + from * kTileRows, ahead, work);
-    else
-      blocks_count<1, kBlockTokens>(w, blocks, part, sums + from * kTileRows, ahead, work);
-  }
+  in_tiles<BlocksTile>(w, blocks, x, sums, ahead);
 }
 
 }  // namespace
