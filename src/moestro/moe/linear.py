@@ -21,7 +21,7 @@ from moestro.kernels.cpu import layout
 from moestro.kernels.cpu import linear as cpu
 from moestro.kernels.portable.quantize import through
 from moestro.kernels.problem import INPUT_FORMATS, MoeProblem
-from moestro.moe import linear_op
+from moestro.moe import keyed, linear_op
 from moestro.moe.frozen import FrozenWeight
 from moestro.moe.workspace import shared
 
@@ -29,7 +29,7 @@ log = logging.getLogger("moestro")
 BACKENDS = ("auto", "cpu", "portable")
 PREFIX = "moestro."  # of packed tensors in a state dict
 SIDE = ("input_scale", "pre_scale")
-OWN = ("_runners", "_workspace", linear_op.KEY)  # of a module, not of its copies
+OWN = ("_runners", "_workspace", keyed.KEY)  # of a module, not of its copies
 
 
 class PackedLinear(torch.nn.Linear):

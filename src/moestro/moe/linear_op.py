@@ -6,48 +6,22 @@ with the dequantised weight in x's dtype; quantised activations count as what th
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
 
-from moestro.errors import BackendError
-
-KEY = "_moestro_key"
-_modules: weakref.WeakValueDictionary[str, torch.nn.Module] = weakref.WeakValueDictionary()
+from moestro.moe.keyed import key_of, module_of
 
 
 def call(module: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """module.product(x), differentiable in x and bias."""
-    # id() makes Dynamo guard on the module, whose key is a constant to it.
-    key = key_of(module) if id(module) else ""
-    result: torch.Tensor = torch.ops.moestro.linear(x, bias, key, module.out_features)
+    result: torch.Tensor = torch.ops.moestro.linear(x, bias, key_of(module), module.out_features)
     return result
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def key_of(module: Any) -> str:
-    """What the operator finds a module by: one for each module, another one for its copy."""
-    key: str | None = module.__dict__.get(KEY)
-    if key is None or _modules.get(key) is not module:
-        key = f"linear {id(module)}"
-        module.__dict__[KEY] = key
-        _modules[key] = module
-    return key
-
-
-def _module(key: str) -> Any:
-    module = _modules.get(key)
-    if module is None:
-        raise BackendError(
-            "the Linear of this graph is gone; compile the model again (torch._dynamo.reset())"
-        )
-    return module
 
 
 @torch.library.custom_op("moestro::linear", mutates_args=())
 def _linear(x: torch.Tensor, bias: torch.Tensor | None, key: str, rows: int) -> torch.Tensor:
-    result: torch.Tensor = _module(key).product(x)
+    result: torch.Tensor = module_of(key).product(x)
     return result
 
 
@@ -58,7 +32,7 @@ def _(x: torch.Tensor, bias: torch.Tensor | None, key: str, rows: int) -> torch.
 
 @torch.library.custom_op("moestro::linear_backward", mutates_args=())
 def _gradient(grad: torch.Tensor, key: str, columns: int) -> torch.Tensor:
-    result: torch.Tensor = grad @ _module(key).dequantize(grad.dtype)
+    result: torch.Tensor = grad @ module_of(key).dequantize(grad.dtype)
     return result
 
 

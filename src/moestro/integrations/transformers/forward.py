@@ -8,7 +8,6 @@ dequantised for that, a layer at a time, and give the gradients of x and of the 
 
 from __future__ import annotations
 
-import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,11 +19,8 @@ from moestro.integrations.transformers.bound import bind, bound_to
 from moestro.integrations.transformers.modules import weight_names
 from moestro.integrations.transformers.packed import dense_parameters
 from moestro.integrations.transformers.settings import REGISTERED, Settings
+from moestro.moe.keyed import key_of, module_of
 from moestro.moe.layer import FusedMoE
-
-KEY = "_moestro_key"
-
-_modules: weakref.WeakValueDictionary[str, torch.nn.Module] = weakref.WeakValueDictionary()
 
 
 def experts_forward(
@@ -91,17 +87,6 @@ def _differentiable(module: Any) -> list[torch.Tensor]:
 
 
 # --- the operator ----------------------------------------------------------------------------------------
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def key_of(module: Any) -> str:
-    """What the operator finds a module by: one for each module, another one for its copy."""
-    key: str | None = module.__dict__.get(KEY)
-    if key is None or _modules.get(key) is not module:
-        key = f"experts {id(module)}"
-        module.__dict__[KEY] = key
-        _modules[key] = module
-    return key
-
-
 def _operator(
     name: str,
     module: Any,
@@ -110,26 +95,15 @@ def _operator(
     weights: torch.Tensor,
     params: list[torch.Tensor],
 ) -> torch.Tensor:
-    # id() makes Dynamo guard on the module, whose key is a constant to it.
-    key = key_of(module) if id(module) else ""
-    result: torch.Tensor = torch.ops.moestro.experts(x, ids, weights, params, key, name)
+    result: torch.Tensor = torch.ops.moestro.experts(x, ids, weights, params, key_of(module), name)
     return result
-
-
-def _module(key: str) -> Any:
-    module = _modules.get(key)
-    if module is None:
-        raise BackendError(
-            "the experts module of this graph is gone; compile the model again (torch._dynamo.reset())"
-        )
-    return module
 
 
 @torch.library.custom_op("moestro::experts", mutates_args=())
 def _experts(
     x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, params: list[torch.Tensor], key: str, name: str
 ) -> torch.Tensor:
-    module = _module(key)
+    module = module_of(key)
     return run(module, x, ids, weights, REGISTERED[name])
 
 
@@ -163,7 +137,7 @@ def _gradients(
     key: str,
 ) -> list[torch.Tensor]:
     """Of x, weights and params, by way of Transformers' own experts."""
-    module = _module(key)
+    module = module_of(key)
     with torch.inference_mode(False), torch.enable_grad():
         leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in (x, weights, *params)]
         y = _theirs(module, leaves[0], ids, leaves[1], leaves[2:])
@@ -210,7 +184,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> Any:
     x, ids, weights, *params = ctx.saved_tensors
     if params and REGISTERED[ctx.name].quantises:
         raise BackendError(
-            f"the parameters of {type(_module(ctx.key)).__name__} want a gradient, and its experts run as "
+            f"the parameters of {type(module_of(ctx.key)).__name__} want a gradient, and its experts run as "
             f'{REGISTERED[ctx.name].format}: train with experts_implementation="eager", freeze them '
             '(requires_grad_(False)), or register(format="bf16")'
         )
