@@ -4,6 +4,7 @@
 
 #include "avx2_dots.h"
 #include "kernels.h"
+#include "spin_loop.h"
 
 namespace moestro {
 namespace {
@@ -31,21 +32,7 @@ struct Bytes256 {
 
 template <class Arithmetic>
 int64_t spin(int64_t rounds) {
-  constexpr int kSums = 12, kSteps = 8;
-  typename Arithmetic::Register sum[kSums], a = Arithmetic::zero(), b = Arithmetic::zero();
-  for (auto& one : sum) one = Arithmetic::zero();
-  __asm__ volatile("" : "+v"(b));
-  for (int64_t i = 0; i < rounds; ++i) {
-    for (int step = 0; step < kSteps; ++step) {
-#pragma GCC unroll 12
-      for (int s = 0; s < kSums; ++s) {
-        sum[s] = Arithmetic::step(sum[s], a, b);
-        __asm__ volatile("" : "+v"(a));  // not known to be the same as before: no product serves two sums
-      }
-    }
-  }
-  for (auto& one : sum) __asm__ volatile("" : : "v"(one));
-  return rounds * kSteps * kSums * Arithmetic::kOperations;
+  return spin_sums<Arithmetic, 12>(rounds);
 }
 
 }  // namespace

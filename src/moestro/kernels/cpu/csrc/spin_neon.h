@@ -4,6 +4,7 @@
 
 #include "kernels.h"
 #include "neon_dots.h"
+#include "spin_loop.h"
 
 namespace moestro {
 namespace {
@@ -33,21 +34,7 @@ struct Int16s {  // in two planes of bytes
 
 template <class Arithmetic>
 int64_t spin(int64_t rounds) {
-  constexpr int kSums = 20, kSteps = 8;
-  typename Arithmetic::Register sum[kSums], a = Arithmetic::zero(), b = Arithmetic::zero();
-  for (auto& one : sum) one = Arithmetic::zero();
-  __asm__ volatile("" : "+w"(b));
-  for (int64_t i = 0; i < rounds; ++i) {
-    for (int step = 0; step < kSteps; ++step) {
-#pragma GCC unroll 20
-      for (int s = 0; s < kSums; ++s) {
-        sum[s] = Arithmetic::step(sum[s], a, b);
-        __asm__ volatile("" : "+w"(a));  // not known to be the same as before: no product serves two sums
-      }
-    }
-  }
-  for (auto& one : sum) __asm__ volatile("" : : "w"(one));
-  return rounds * kSteps * kSums * Arithmetic::kOperations;
+  return spin_sums<Arithmetic, 20>(rounds);
 }
 
 }  // namespace
