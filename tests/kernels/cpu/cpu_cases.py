@@ -103,3 +103,18 @@ def relative_error(y: torch.Tensor, expected: torch.Tensor) -> float:
 
 def with_layout(problem: MoeProblem, w: ExpertWeights) -> MoeProblem:
     return replace(problem, weight_layout=w.layout, weight_dtype=w.dense_dtype)
+
+
+INVARIANT = [  # (format, input format) of which rows do not depend on their batch
+    ("nvfp4", None),
+    ("mxfp4", None),
+    ("bf16", None),
+    ("fp8_block", None),
+    ("int4", None),
+    ("nvfp4", "int8"),
+]
+
+
+def rows_alone(runner: CpuRunner, call: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Each token of the call in a call of its own."""
+    return torch.cat([run(runner, tuple(t[i : i + 1] for t in call)) for i in range(len(call[0]))])

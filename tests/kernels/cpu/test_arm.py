@@ -14,7 +14,7 @@ from typing import Any
 import emulated
 import pytest
 import torch
-from cpu_cases import TACTICS, Case, relative_error, run
+from cpu_cases import INVARIANT, TACTICS, Case, relative_error, rows_alone, run
 from emulated import EmulatedCore
 
 # These take the fixture `isa` of the module that they are in: here, ARM's.
@@ -141,23 +141,13 @@ def test_every_path_gives_the_same_bits(isa: str, fmt: str, dtype: torch.dtype, 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(
-    ("fmt", "input_format"),
-    [
-        ("nvfp4", None),
-        ("mxfp4", None),
-        ("bf16", None),
-        ("fp8_block", None),
-        ("int4", None),
-        ("nvfp4", "int8"),
-    ],
-)
+@pytest.mark.parametrize(("fmt", "input_format"), INVARIANT)
 def test_rows_do_not_depend_on_the_batch(
     isa: str, fmt: str, input_format: str | None, dtype: torch.dtype
 ) -> None:
     case = Case(fmt, 96, 160, dtype=dtype, input_format=input_format, batch_invariant=True, biases=True)
     runner, call = CpuRunner(case.problem, case.weights()), case.call(11)
-    alone = torch.cat([run(runner, tuple(t[i : i + 1] for t in call)) for i in range(11)])
+    alone = rows_alone(runner, call)
     for tactic in TACTICS:
         assert torch.equal(alone, run(runner, call, tactic)), tactic
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cpu_cases import TACTICS, Case, run
+from cpu_cases import INVARIANT, TACTICS, Case, rows_alone, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_correct import GPT_OSS, ISAS
@@ -18,22 +18,8 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(request.param)
 
 
-def rows_alone(runner: CpuRunner, call: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    return torch.cat([run(runner, tuple(t[i : i + 1] for t in call)) for i in range(len(call[0]))])
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(
-    ("fmt", "input_format"),
-    [
-        ("nvfp4", None),
-        ("mxfp4", None),
-        ("bf16", None),
-        ("fp8_block", None),
-        ("int4", None),
-        ("nvfp4", "int8"),
-    ],
-)
+@pytest.mark.parametrize(("fmt", "input_format"), INVARIANT)
 def test_rows_do_not_depend_on_the_batch(
     isa: str, fmt: str, input_format: str | None, dtype: torch.dtype
 ) -> None:
