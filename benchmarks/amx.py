@@ -81,7 +81,7 @@ class Run:
         }
         with tempfile.TemporaryFile("w+") as output:
             try:
-                status = subprocess.run(
+                status: int | None = subprocess.run(
                     command, cwd=ROOT, env=env, stdout=output, stderr=output, timeout=max(1.0, seconds)
                 ).returncode
             except subprocess.TimeoutExpired:
@@ -94,7 +94,7 @@ def flags_of_setup() -> tuple[str, dict[str, str]]:
     """COMMON and X86 of setup.py, which sets up a package when it is imported: its plain assignments alone are run."""
     names = {"COMMON", "AVX512", "QUIET", "X86", "ARM"}
     tree = ast.parse((ROOT / "setup.py").read_text())
-    kept = [
+    kept: list[ast.stmt] = [
         node
         for node in tree.body
         if isinstance(node, ast.Assign)
