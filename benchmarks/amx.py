@@ -58,7 +58,7 @@ class Run:
         args.out.mkdir(parents=True, exist_ok=True)
 
     def left(self) -> float:
-        return self.args.seconds - (time.monotonic() - self.start)
+        return float(self.args.seconds) - (time.monotonic() - self.start)
 
     def step(self, step: Any) -> bool:
         before, name = time.monotonic(), step.__name__
