@@ -198,8 +198,9 @@ def test_layers_of_one_scratch_are_captured_in_one_graph_at_falling_sizes() -> N
 
 def test_a_reload_is_refused_under_graphs_and_served_without() -> None:
     moe = Config(device="cuda", max_capture_size=64, **SIZES)  # type: ignore[arg-type]
+    method = make("nvfp4", moe)[0].quant_method
     with torch.device("cuda"):
-        again = RoutedExperts(make("nvfp4", moe)[0].quant_method)
+        again = RoutedExperts(method)
     with pytest.raises(BackendError, match="must not be reloaded where CUDA graphs"):
         again.quant_method.process_weights_after_loading(again)
     eager = dataclasses.replace(moe, max_capture_size=0)
