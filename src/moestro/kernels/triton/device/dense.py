@@ -209,7 +209,7 @@ def _gather(ring, call, m, e, start, count, stage, phase, HOW: gl.constexpr, TIL
     """
     TURN: gl.constexpr = TILE.turn
     EVEN: gl.constexpr = HOW.even
-    columns = call.size.columns
+    columns = call.size.columns // 8 * 8  # which tells the compiler that 16 bytes may be copied at once
     XL: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     i = gl.arange(0, W, gl.SliceLayout(1, XL))
     k = gl.arange(0, 64, gl.SliceLayout(0, XL))

@@ -26,7 +26,7 @@ from moestro.kernels.triton.paths.warp_specialized import (
 from moestro.kernels.triton.tactic import SHARED_BYTES, Tactic, Tile, gated, sizes
 
 NAME = "dense"
-REGISTERS = {4: (200, 56), 8: (216, 72)}  # of each thread of (a consumer, the producer), by the warps that multiply
+REGISTERS = {4: (200, 56), 8: (208, 88)}  # of each thread of (a consumer, the producer), by the warps that multiply
 PIECE = 64  # pairs that are copied at once, at most
 
 
