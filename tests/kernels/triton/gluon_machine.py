@@ -227,9 +227,7 @@ class Program:
         assert is_async
         assert self.here.fenced, "a wgmma reads what cp.async wrote without a fence of the proxies"
         result, left = Tensor(None), a if isinstance(a, Shared) else Tensor(a.data)
-        self.here.running.append(
-            lambda: result.complete(acc.data + left.data.float() @ b.data.float())
-        )
+        self.here.running.append(lambda: result.complete(acc.data + left.data.float() @ b.data.float()))
         self.here.pause()
         return result
 

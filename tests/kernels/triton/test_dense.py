@@ -63,3 +63,70 @@ def test_dense_activations(act: Activation, dtype: torch.dtype, on_machine: Any)
     on_machine(1)
     runner, plain = make((3, 2, 136, 88), "bf16", act, dtype=dtype)
     assert error(runner, plain, inputs_of(runner, 70), TALL) < TOLERANCE
+
+
+@pytest.mark.parametrize("tile", [TALL, FLATTER], ids=name)
+def test_every_interleaving_gives_the_same_bits(tile: Tactic, on_machine: Any) -> None:
+    """Stages of the ring are used several times over, tiles follow each other in a program."""
+    runner, plain = make((3, 2, 640, 320), "bf16")
+    inputs = inputs_of(runner, 150)
+    results = []
+    for seed in range(5):
+        on_machine(seed)
+        assert error(runner, plain, inputs, tile) < TOLERANCE
+        results.append(inputs[3].clone())
+    assert all(torch.equal(results[0], r) for r in results)
+
+
+def test_every_tile_gives_the_same_bits(on_machine: Any) -> None:
+    """The sum over the columns has one order, whatever the tile."""
+    runner, plain = make((3, 2, 328, 104), "bf16", biases=True)
+    inputs = inputs_of(runner, 200)
+    results = []
+    for tile in TILES:
+        on_machine(0)
+        assert error(runner, plain, inputs, tile) < TOLERANCE
+        results.append(inputs[3].clone())
+    assert all(torch.equal(results[0], r) for r in results)
+
+
+MUTANTS = {  # function, its text, the wrong text, the tile, tokens (two thirds of them are an expert's pairs)
+    "a stage is read before it is full": (
+        "_multiply", "mbarrier.wait(ring.full.index(stage), phase)", "pass", TALL, 120),
+    "gathered rows: a stage is filled before it is empty": (
+        "_gather", "mbarrier.wait(ring.empty.index(stage), phase)", "pass", TALL, 120),
+    "rows in order: a stage is filled before it is empty": (
+        "_copy", "mbarrier.wait(ring.empty.index(stage), phase)", "pass", TALL, 120),
+    "64 rows give a stage back while a product reads it": (
+        "_retire", "wait(RUNNING, deps=[acc])", "wait(RUNNING + 1, deps=[acc])", FLAT, 340),
+    "128 rows give a stage back while a product reads it": (
+        "_retire", "wait(2 * RUNNING, deps=[acc, accb])", "wait(2 * RUNNING + 1, deps=[acc, accb])", TALL, 60),
+    "the same where a tile is three quarters wide": (
+        "_retire", "wait(4 * RUNNING", "wait(4 * RUNNING + 1", TALL, 120),
+    "the pairs beyond 256 are not gathered": (
+        "_gather", "copy_async(ring.more_x.index(stage).slice(0, W2), xp2 + u * 64)", "pass", FLATTER, 400),
+    "fewer bytes are expected than come": (
+        "_copy", "(TILE.rows + W + W2) * 128", "(TILE.rows + W) * 128", FLATTER, 400),
+    "the proxies are not fenced": ("_multiply", "fence_async_shared()", "pass", TALL, 120),
+    "up's rows in the place of another expert's gate": (
+        "_copy_weights", "e * (call.size.rows // 8)", "e * (call.size.rows // 16)", TALL, 120),
+    "too narrow a tile": ("_consume", "count <= 2 * Q", "count <= 3 * Q", TALL, 120),
+    "pairs beyond 64 in too narrow a tile": (
+        "_consume", "count <= BN + EXTRA // 2", "count <= BN + EXTRA", SLIM, 135),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_machine_notices_a_kernel_that_is_wrong(name: str, on_machine: Any) -> None:
+    function, old, new, tile, num_tokens = MUTANTS[name]
+    runner, plain = make((3, 2, 640, 320), "bf16")
+    inputs = inputs_of(runner, num_tokens)
+
+    def wrong(seed: int) -> bool:
+        on_machine(seed, **{function: (old, new)})
+        try:
+            return not error(runner, plain, inputs, tile) < TOLERANCE
+        except AssertionError:
+            return True
+
+    assert any(wrong(seed) for seed in range(12))

@@ -106,7 +106,9 @@ def dense_wide_gemm(x, x_desc, w_desc, routing, stride, w, out, size, HOW: gl.co
     if EXTRA > 0:
         xe = gl.allocate_shared_memory(dtype, [STAGES, EXTRA, 64], X)
     if HOW.gated:
-        ws = gl.allocate_shared_memory(dtype, [STAGES, ROWS // 16, 2, 8, 64], gl.NVMMASharedLayout(128, 16, 4))
+        ws = gl.allocate_shared_memory(
+            dtype, [STAGES, ROWS // 16, 2, 8, 64], gl.NVMMASharedLayout(128, 16, 4)
+        )
     else:
         ws = gl.allocate_shared_memory(dtype, [STAGES, ROWS, 64], X)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

@@ -26,7 +26,16 @@ no TABLE names are refused by runner.why_not.
 
 from __future__ import annotations
 
-from moestro.kernels.triton.paths import chain, dense, dequantized, fp4, fp8, fp8_once, fused, warp_specialized
+from moestro.kernels.triton.paths import (
+    chain,
+    dense,
+    dequantized,
+    fp4,
+    fp8,
+    fp8_once,
+    fused,
+    warp_specialized,
+)
 from moestro.kernels.triton.paths.path import Path, kind_of
 
 PATHS: dict[str, Path] = {

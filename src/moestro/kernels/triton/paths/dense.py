@@ -23,10 +23,11 @@ from moestro.kernels.triton.paths.warp_specialized import (
     THREADS,
     programs,
 )
-from moestro.kernels.triton.tactic import SHARED_BYTES, Tactic, Tile, gated, sizes
+from moestro.kernels.triton.tactic import SHARED_BYTES, Tactic, Tile, gated
 
 NAME = "dense"
-REGISTERS = {4: (200, 56), 8: (208, 88)}  # of each thread of (a consumer, the producer), by the warps that multiply
+# of each thread of (a consumer, the producer), by the warps that multiply
+REGISTERS = {4: (200, 56), 8: (208, 88)}
 PIECE = 64  # pairs that are copied at once, at most
 
 
@@ -113,7 +114,8 @@ def _product(call: Call, stage: int, rows: Rows, out: torch.Tensor) -> None:
     groups, each = tile.warps // 4, programs(tile.warps)
     consumer, producer = REGISTERS[tile.warps]
     width, extra = path.parts(pairs)
-    piece = min(extra // 2 if width < 128 and extra > 16 else extra or PIECE, width // 2, PIECE)  # see dense._produce
+    parts = extra // 2 if width < 128 and extra > 16 else extra  # what is copied at least: dense._produce
+    piece = min(parts or PIECE, width // 2, PIECE)
     narrow = {"": kernels.WHOLE, "halves": kernels.HALVES, "quarters": kernels.QUARTERS}[call.tactic.narrow]
     grid = kernels.Grid(tile.rows, width, extra, piece, groups, tile.k_blocks, tile.stages, call.tactic.raster_group,
                         narrow.value, consumer, producer)  # fmt: skip
