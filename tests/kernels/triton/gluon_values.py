@@ -123,6 +123,9 @@ class Shared:
         assert start + length <= len(self.data)
         return Shared(self.data[start : start + length], self.place)
 
+    def reshape(self, shape: Sequence[int]) -> Shared:
+        return Shared(self.data.view(*shape), self.place)
+
     def permute(self, order: Sequence[int]) -> Shared:
         return Shared(self.data.permute(*order), self.place)
 

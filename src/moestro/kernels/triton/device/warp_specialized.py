@@ -145,19 +145,32 @@ def _zero(x):
 
 @gluon.jit
 def _total(call, GROUP: gl.constexpr):
-    return gl.cdiv(call.tiles, GROUP) * GROUP * call.strips
+    """Of tiles, rounded up to the same number for each program."""
+    programs = gl.num_programs(0)
+    return gl.cdiv(call.tiles * call.strips, programs) * programs
 
 
 @gluon.jit
-def _tile(call, tile, GROUP: gl.constexpr):
-    """(strip of rows, expert, first place, pairs up to the end of the expert; 0 where there is no tile)."""
-    table, stride = call.routing.table, call.stride
+def _tile(call, number, GROUP: gl.constexpr):
+    """(strip of rows, expert, first place, pairs up to the end of the expert; 0 where there is no tile).
+
+    Every other round goes through the programs backwards: the table ends with its smallest tiles (sort.py), and those
+    are for the programs that had the later, so the smaller ones of the round before.
+    """
+    programs = gl.num_programs(0)
+    turn = number // programs
+    back = (2 * turn + 1) * programs - 1 - number
+    tile = number + turn % 2 * (back - number)
     walk = GROUP * call.strips
-    t = tile // walk * GROUP + tile % GROUP
-    works = t < call.tiles
+    group = tile // walk
+    within = tile - group * walk
+    wide = gl.maximum(gl.minimum(call.tiles - group * GROUP, GROUP), 1)  # the last group may be narrower
+    t = group * GROUP + within % wide
+    works = tile < call.tiles * call.strips
+    table, stride = call.routing.table, call.stride
     start = gl.load(table + stride + t, works, other=0)
     end = gl.load(table + 2 * stride + t, works, other=0)
-    return tile % walk // GROUP, gl.load(table + t, works, other=0), start, end - start
+    return within // wide, gl.load(table + t, works, other=0), start, end - start
 
 
 @gluon.jit

@@ -134,6 +134,7 @@ def quantized(call: Call, rows: torch.Tensor, name: str, gather: bool = False, b
 
 def launch(call: Call) -> None:
     call.weighted = False  # the sum does it
+    call.by_size = True
     call.sort()
     _product(call, 1, quantized(call, call.x, "x", gather=True), call.s["act"])
     _product(call, 2, quantized(call, call.s["act"], "act"), call.s["partial"])
