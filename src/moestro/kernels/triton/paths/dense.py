@@ -104,6 +104,7 @@ def scratch(problem: MoeProblem, num_tokens: int, tactic: Tactic, x_rows: int) -
 
 def launch(call: Call) -> None:
     call.weighted = False  # the sum does it: a routing weight would need registers here
+    call.by_size = True
     call.two_products(_product)
 
 
