@@ -30,6 +30,7 @@ from moestro.kernels.triton.device.warp_specialized import (
     _exit,
     _of_rows,
     _pairs,
+    _results,
     _rows,
     _tile,
     _total,
@@ -367,4 +368,19 @@ def _write_piece(acc, of_rows, call, at, row, HOW: gl.constexpr, FIRST: gl.const
                  M: gl.constexpr):  # fmt: skip
     i = gl.arange(0, P, gl.SliceLayout(0, M)) + at.zero + FIRST
     acc *= gl.expand_dims(gl.load(call.x.scale + _rows(call, at.start, at.count, i, HOW)), 0)
-    _epilogue(acc, of_rows, call, at, row, _pairs(call, at, HOW, FIRST, P), HOW, P, M)
+    if HOW.stage == 2:
+        _epilogue(acc, of_rows, call, at, row, _pairs(call, at, HOW, FIRST, P), HOW, P, M)
+    else:
+        v = _results(acc, of_rows, call, HOW, P, M)
+        _write_intermediate(v, call, at, row // 2 if HOW.gated else row, i, HOW)
+
+
+@gluon.jit
+def _write_intermediate(v, call, at, row, i, HOW: gl.constexpr):
+    """float32 by place, from the registers where it is: eight lanes write 32 bytes."""
+    S: gl.constexpr = v.type.layout
+    j = row + (gl.arange(0, 32 if HOW.gated else 64, gl.SliceLayout(1, S)) + at.zero)
+    real = j < (call.size.rows // 2 if HOW.gated else call.size.rows)
+    i = gl.convert_layout(i, gl.SliceLayout(0, S))
+    to = (at.start + i).to(gl.int64) * call.size.out_stride
+    gl.store(call.out + to[None, :] + j[:, None], v, (i < at.count)[None, :] & real[:, None])

@@ -42,10 +42,8 @@ TABLE: Mapping[str, tuple[Tactic, ...]] = {
         tactic(96, Tile(256, 2, 8, 7), "halves"),
         tactic(128, Tile(128, 2, 8, 8), "halves"),
         tactic(128, Tile(256, 2, 8, 6), "halves"),
-        tactic(144, Tile(256, 2, 8, 5), "halves"),
         tactic(192, Tile(128, 2, 8, 6), "halves"),
         tactic(256, Tile(128, 2, 8, 5), "halves"),
-        tactic(288, Tile(128, 2, 8, 4), "halves"),
     ),
 }
 
@@ -111,7 +109,8 @@ def cost(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> float:
 def scratch(problem: MoeProblem, num_tokens: int, tactic: Tactic, x_rows: int) -> Plan:
     p, pairs = problem, num_tokens * problem.top_k
     plan = dict(calls.scratch(problem, num_tokens, tactic, x_rows, half=True))
-    plan["act"] = ((pairs, p.intermediate_size), torch.bfloat16)
+    # in float32: where bfloat16 rounds first, one value in 64 is rounded to another e4m3, 1.1 % of the result
+    plan["act"] = ((pairs, p.intermediate_size), torch.float32)
     for name, rows, columns in (("x", num_tokens, p.hidden_size), ("act", pairs, p.intermediate_size)):
         plan[f"{name}_values"] = ((rows, _whole(columns)), torch.float8_e4m3fn)
         plan[f"{name}_scale"] = ((rows,), torch.float32)
