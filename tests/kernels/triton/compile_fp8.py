@@ -8,12 +8,13 @@ from __future__ import annotations
 import re
 import sys
 
+from inflight import overwritten, parse
 from offline import compile_launch, inputs_of, runner_of
 
 from moestro.kernels.activations import GeGLUTanh, ReLU2, SwiGLU
 from moestro.kernels.triton import choose
 from moestro.kernels.triton.call import Launch
-from moestro.kernels.triton.paths import fp8, fp8_once
+from moestro.kernels.triton.paths import fp8, fp8_once, fp8_registers
 
 PRODUCT = "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3"
 

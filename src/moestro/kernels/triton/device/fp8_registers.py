@@ -70,6 +70,7 @@ class Grid(NamedTuple):
     stages: int
     group: int  # tiles of pairs that walk the strips of rows together
     narrow: int
+    overlap: bool  # operands are decoded while the ones before them are multiplied
     registers: int  # of a consumer's thread
     producer_registers: int
 
@@ -232,14 +233,21 @@ def _run(ring, call, at, stage, phase, HOW: gl.constexpr, TILE: gl.constexpr, RO
     upper = _of_rows(call, at.expert, r, HOW)
     blocks = gl.cdiv(call.size.columns, 128)
     acc = _nothing(W, W2, P, M)
-    if PARTS == 1:
+    if PARTS == 1 and TILE.overlap:
+        acc, stage, phase = _overlapped_64(ring, stage, phase, blocks, acc, ROW, W, W2, P, TILE.stages)
+    elif PARTS == 1:
         acc, stage, phase = _sums_of_64(ring, stage, phase, blocks, acc, ROW, W, W2, P, TILE.stages)
     else:
         lower = _of_rows(call, at.expert, r + 64, HOW)
         below = _nothing(W, W2, P, M)
-        acc, below, stage, phase = _sums_of_128(
-            ring, stage, phase, blocks, acc, below, ROW, W, W2, P, TILE.stages
-        )
+        if TILE.overlap:
+            acc, below, stage, phase = _overlapped_128(
+                ring, stage, phase, blocks, acc, below, ROW, W, W2, P, TILE.stages
+            )
+        else:
+            acc, below, stage, phase = _sums_of_128(
+                ring, stage, phase, blocks, acc, below, ROW, W, W2, P, TILE.stages
+            )
         _write(below, lower, call, at, at.row + 64, HOW, W, W2, P, M)
     _write(acc, upper, call, at, at.row, HOW, W, W2, P, M)
     return stage, phase
@@ -307,10 +315,36 @@ def _product(a, ring, stage, FIRST: gl.constexpr, P: gl.constexpr):
 
 
 @gluon.jit
+def _arrived(ring, stage, phase):
+    """A stage, once it is there; cp.async, which wrote it, is of another proxy than wgmma."""
+    mbarrier.wait(ring.full.index(stage), phase)
+    fence_async_shared()
+
+
+@gluon.jit
 def _added(acc, a, ring, stage, W: gl.constexpr, W2: gl.constexpr, P: gl.constexpr):
     """Sums of all pieces, and a stage's products."""
-    more = ()
-    for i in gl.static_range(W // P):
+    part = _product(a, ring, stage, 0, P)
+    return _rest(acc, part, a, ring, stage, W, W2, P)
+
+
+@gluon.jit
+def _step(acc, a, ring, stage, after, phase, ROW: gl.constexpr, WAIT: gl.constexpr, W: gl.constexpr,
+          W2: gl.constexpr, P: gl.constexpr):  # fmt: skip
+    """`_added`, and the next operand, rows ROW of stage `after`, which is decoded while the first product runs."""
+    part = _product(a, ring, stage, 0, P)
+    if WAIT:
+        _arrived(ring, after, phase)
+    b = _operand(ring, after, ROW)
+    return _rest(acc, part, a, ring, stage, W, W2, P), b
+
+
+@gluon.jit
+def _rest(acc, part, a, ring, stage, W: gl.constexpr, W2: gl.constexpr, P: gl.constexpr):
+    """Sums of all pieces, the first of whose products runs: `part`."""
+    part = warpgroup_mma_wait(0, deps=[part])
+    more = (acc[0] + part,)
+    for i in gl.static_range(1, W // P):
         part = _product(a, ring, stage, i * P, P)
         part = warpgroup_mma_wait(0, deps=[part])
         more = more + (acc[i] + part,)
@@ -325,8 +359,7 @@ def _added(acc, a, ring, stage, W: gl.constexpr, W2: gl.constexpr, P: gl.constex
 def _sums_of_64(ring, stage, phase, blocks, acc, ROW: gl.constexpr, W: gl.constexpr, W2: gl.constexpr,
                 P: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     for _ in range(blocks):
-        mbarrier.wait(ring.full.index(stage), phase)
-        fence_async_shared()
+        _arrived(ring, stage, phase)
         a = _operand(ring, stage, ROW)
         acc = _added(acc, a, ring, stage, W, W2, P)
         mbarrier.arrive(ring.empty.index(stage))
@@ -338,14 +371,58 @@ def _sums_of_64(ring, stage, phase, blocks, acc, ROW: gl.constexpr, W: gl.conste
 def _sums_of_128(ring, stage, phase, blocks, acc, below, ROW: gl.constexpr, W: gl.constexpr, W2: gl.constexpr,
                  P: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     for _ in range(blocks):
-        mbarrier.wait(ring.full.index(stage), phase)
-        fence_async_shared()
+        _arrived(ring, stage, phase)
         a = _operand(ring, stage, ROW)
         acc = _added(acc, a, ring, stage, W, W2, P)
         a = _operand(ring, stage, ROW + 64)
         below = _added(below, a, ring, stage, W, W2, P)
         mbarrier.arrive(ring.empty.index(stage))
         stage, phase = following(stage, phase, STAGES)
+    return acc, below, stage, phase
+
+
+@gluon.jit
+def _overlapped_64(ring, stage, phase, blocks, acc, ROW: gl.constexpr, W: gl.constexpr, W2: gl.constexpr,
+                   P: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """`_sums_of_64`, where each operand is decoded while the one before it is multiplied; two take turns."""
+    _arrived(ring, stage, phase)
+    a = _operand(ring, stage, ROW)
+    for _ in range((blocks - 1) // 2):
+        after, turned = following(stage, phase, STAGES)
+        acc, b = _step(acc, a, ring, stage, after, turned, ROW, True, W, W2, P)
+        mbarrier.arrive(ring.empty.index(stage))
+        stage, phase = following(after, turned, STAGES)
+        acc, a = _step(acc, b, ring, after, stage, phase, ROW, True, W, W2, P)
+        mbarrier.arrive(ring.empty.index(after))
+    if blocks % 2 == 0:
+        after, turned = following(stage, phase, STAGES)
+        acc, a = _step(acc, a, ring, stage, after, turned, ROW, True, W, W2, P)
+        mbarrier.arrive(ring.empty.index(stage))
+        stage = after
+        phase = turned
+    acc = _added(acc, a, ring, stage, W, W2, P)
+    mbarrier.arrive(ring.empty.index(stage))
+    stage, phase = following(stage, phase, STAGES)
+    return acc, stage, phase
+
+
+@gluon.jit
+def _overlapped_128(ring, stage, phase, blocks, acc, below, ROW: gl.constexpr, W: gl.constexpr, W2: gl.constexpr,
+                    P: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """`_sums_of_128`, where each operand is decoded while the one before it is multiplied."""
+    _arrived(ring, stage, phase)
+    a = _operand(ring, stage, ROW)
+    for _ in range(1, blocks):
+        acc, b = _step(acc, a, ring, stage, stage, phase, ROW + 64, False, W, W2, P)
+        after, turned = following(stage, phase, STAGES)
+        below, a = _step(below, b, ring, stage, after, turned, ROW, True, W, W2, P)
+        mbarrier.arrive(ring.empty.index(stage))
+        stage = after
+        phase = turned
+    acc, b = _step(acc, a, ring, stage, stage, phase, ROW + 64, False, W, W2, P)
+    below = _added(below, b, ring, stage, W, W2, P)
+    mbarrier.arrive(ring.empty.index(stage))
+    stage, phase = following(stage, phase, STAGES)
     return acc, below, stage, phase
 
 

@@ -29,9 +29,9 @@ BESIDE = 10_240  # shared bytes beside the ring: barriers, and what turns result
 ROW_BYTES = 72  # codes and scales of a row of a stage
 
 
-def tactic(pairs: int, tile: Tile, narrow: str = "") -> Tactic:
+def tactic(pairs: int, tile: Tile, narrow: str = "", overlap: bool = False) -> Tactic:
     """A tactic of this path, with one tile for both products; tile.k_blocks is the stages of a producer's turn."""
-    return Tactic(NAME, "sorted", pairs, tile, tile, narrow)
+    return Tactic(NAME, "sorted", pairs, tile, tile, narrow, overlap_steps=overlap)
 
 
 TABLE: Mapping[str, tuple[Tactic, ...]] = {
@@ -62,9 +62,11 @@ def registers(warps: int) -> tuple[int, int]:
     return (224, 56) if warps == 8 else (200, 56)
 
 
-def piece(rows: int, width: int, consumers: int) -> int:
-    """Pairs of one product: its result stands beside all sums in registers."""
-    return 64 if rows // consumers // 64 * width > 256 else 128
+def piece(tactic: Tactic, stage: int) -> int:
+    """Pairs of one product: its result, and one operand or two, stand beside all sums in registers."""
+    tile, width = tactic.of_stage(stage)
+    sums = tile.rows // (16 * tile.warps) * width
+    return 64 if sums > (192 if tactic.overlap_steps else 256) else 128
 
 
 def why_not(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> str | None:
@@ -72,6 +74,8 @@ def why_not(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> str | None:
     reason = unfit_for_fp8(problem, tactic, ("nvfp4", "mxfp4"), narrow=True)
     if reason is not None:
         return reason
+    if problem.batch_invariant:  # another order of columns, and of roundings of the intermediate
+        return "its sums are not those of paths 'fp8' and 'fp8_once' bit by bit, which batch-invariant problems keep to"
     for stage in (1, 2):
         tile, width = tactic.of_stage(stage)
         per_group = 16 * tile.warps
@@ -150,8 +154,8 @@ def _product(call: Call, stage: int, x: Rows, out: torch.Tensor) -> None:
     assert isinstance(call.packed(stage), TritonFP4)
     routing, stride = call.routing(stage)
     narrow = {"": kernels.WHOLE, "halves": kernels.HALVES, "quarters": kernels.QUARTERS}[call.tactic.narrow]
-    grid = kernels.Grid(tile.rows, width, extra, piece(tile.rows, pairs, groups), groups, tile.k_blocks, tile.stages,
-                        call.tactic.raster_group, narrow.value, consumer, producer)  # fmt: skip
+    grid = kernels.Grid(tile.rows, width, extra, piece(call.tactic, stage), groups, tile.k_blocks, tile.stages,
+                        call.tactic.raster_group, narrow.value, call.tactic.overlap_steps, consumer, producer)  # fmt: skip
     call.add(
         kernels.fp4_fp8_registers, (call.processors * each,), x, routing, stride, call.weights_of(stage), out,
         call.size(stage), HOW=call.product(stage), TILE=grid, num_warps=4,
