@@ -101,11 +101,16 @@ def run(
     inputs = torch.broadcast_tensors(*inputs)
     groups = [tensor.reshape(-1, pack) for tensor in inputs]
     registers: dict[str, torch.Tensor] = {}
+    outputs = sum(pack if dtype.itemsize == 4 else 1 for dtype in dtypes)
     for group in groups:
         small = group.element_size() == 2
         for values in group.split(2, 1) if small else group.split(1, 1):
-            registers[f"${len(dtypes) + len(registers)}"] = _joined(values)
+            registers[f"${outputs + len(registers)}"] = _joined(values)
     execute(text, registers)
+    if outputs > len(dtypes):  # one tensor of 32 bits, several elements at a time
+        assert len(dtypes) == 1
+        parts = [_parted(registers[f"${i}"], dtypes[0], 1) for i in range(pack)]
+        return [torch.stack(parts, 1).view(inputs[0].shape)]
     return [_parted(registers[f"${i}"], dtype, pack).view(inputs[0].shape) for i, dtype in enumerate(dtypes)]
 
 

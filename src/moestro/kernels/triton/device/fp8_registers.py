@@ -267,12 +267,15 @@ def _nothing(W: gl.constexpr, W2: gl.constexpr, P: gl.constexpr, M: gl.constexpr
 
 @gluon.jit
 def _operand(ring, stage, ROW: gl.constexpr):
-    """64 rows of the stage's weights as an A operand, e4m3 [64, 128], columns in their order of products."""
+    """64 rows of the stage's weights as int32 [64, 32]: four e4m3 each, of columns 4 c .. 4 c + 3.
+
+    As bytes they would be taken apart where a loop carries them.
+    """
     w = ring.w.index(stage).slice(ROW, 64).load(CODES)
     s = ring.scales.index(stage).slice(ROW, 64).load(PAIRS_OF_SCALES).to(gl.int32)
     low, high = _table(s & 255)
     low2, high2 = _table((s >> 8) & 255)
-    a0, a1, a2, a3 = gl.inline_asm_elementwise(
+    return gl.inline_asm_elementwise(
         """{
         .reg .b32 m, n;
         and.b32 m, $4, 0x77777777; shr.u32 n, m, 16;
@@ -284,6 +287,19 @@ def _operand(ring, stage, ROW: gl.constexpr):
         }""",
         "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r,r",
         [w, _of_words(low, low2), _of_words(high, high2)],
+        dtype=gl.int32,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@gluon.jit
+def _bytes(a):
+    """`_operand` as e4m3 [64, 128], columns in their order of products; no instruction."""
+    a0, a1, a2, a3 = gl.inline_asm_elementwise(
+        "mov.b32 $0, $4; mov.b32 $1, $5; mov.b32 $2, $6; mov.b32 $3, $7;",
+        "=r,=r,=r,=r,r,r,r,r",
+        [a],
         dtype=(gl.int8, gl.int8, gl.int8, gl.int8),
         is_pure=True,
         pack=4,
@@ -306,7 +322,7 @@ def _product(a, ring, stage, FIRST: gl.constexpr, P: gl.constexpr):
     """Start a @ x of P pairs from FIRST on; those beyond the first part of the ring are in its second."""
     BN: gl.constexpr = ring.x.shape[1]
     M: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, P, 32])
-    a = gl.convert_layout(a, gl.DotOperandLayout(0, M, 4))
+    a = gl.convert_layout(_bytes(a), gl.DotOperandLayout(0, M, 4))
     if FIRST < BN:
         b = ring.x.index(stage).slice(FIRST, P).permute((1, 0))
     else:
@@ -342,15 +358,15 @@ def _step(acc, a, ring, stage, after, phase, ROW: gl.constexpr, WAIT: gl.constex
 @gluon.jit
 def _rest(acc, part, a, ring, stage, W: gl.constexpr, W2: gl.constexpr, P: gl.constexpr):
     """Sums of all pieces, the first of whose products runs: `part`."""
-    part = warpgroup_mma_wait(0, deps=[part])
+    part, a = warpgroup_mma_wait(0, deps=[part, a])
     more = (acc[0] + part,)
     for i in gl.static_range(1, W // P):
         part = _product(a, ring, stage, i * P, P)
-        part = warpgroup_mma_wait(0, deps=[part])
+        part, a = warpgroup_mma_wait(0, deps=[part, a])
         more = more + (acc[i] + part,)
     if W2 > 0:
         part = _product(a, ring, stage, W, W2)
-        part = warpgroup_mma_wait(0, deps=[part])
+        part, a = warpgroup_mma_wait(0, deps=[part, a])
         more = more + (acc[W // P] + part,)
     return more
 

@@ -36,8 +36,8 @@ def tactic(pairs: int, tile: Tile, narrow: str = "", overlap: bool = False) -> T
 
 TABLE: Mapping[str, tuple[Tactic, ...]] = {
     "fp8": (
-        tactic(16, Tile(256, 2, 8, 10)),
-        tactic(32, Tile(256, 2, 8, 9)),
+        tactic(16, Tile(256, 2, 8, 10), overlap=True),
+        tactic(32, Tile(256, 2, 8, 9), overlap=True),
         tactic(64, Tile(256, 2, 8, 8), "halves"),
         tactic(96, Tile(256, 2, 8, 7), "halves"),
         tactic(128, Tile(128, 2, 8, 8), "halves"),
