@@ -197,7 +197,9 @@ class Program:
         assert is_async
         assert self.here.fenced, "a wgmma reads what cp.async wrote without a fence of the proxies"
         result, left = Tensor(None), a.data.float()
-        self.here.running.append(lambda: result.complete(left @ b.data.float() + (acc.data if use_acc else 0)))
+        self.here.running.append(
+            lambda: result.complete(left @ b.data.float() + (acc.data if use_acc else 0))
+        )
         self.here.pause()
         return result
 

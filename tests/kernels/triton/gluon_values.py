@@ -150,7 +150,9 @@ class Gl:
     float32, bfloat16, float8e4nv = torch.float32, torch.bfloat16, torch.float8_e4m3fn
     static_range = range
     BlockedLayout = gluon_language.BlockedLayout
-    SliceLayout = staticmethod(lambda dim, parent: (dim, parent))  # of any layout, one that is not known here too
+    SliceLayout = staticmethod(
+        lambda dim, parent: (dim, parent)
+    )  # of any layout, one that is not known here too
     DotOperandLayout = gluon_language.DotOperandLayout
     DistributedLinearLayout = gluon_language.DistributedLinearLayout
     NVMMADistributedLayout = gluon_language.NVMMADistributedLayout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,13 +13,14 @@ pytest.importorskip("triton")
 import gluon_machine
 from test_kernels import inputs_of, make, poisoned
 
-from moestro.kernels.activations import Activation, GeGLUTanh, ReLU2, SwiGLU
+from moestro.kernels.problem import MoeProblem
+from moestro.kernels.triton import choose
 from moestro.kernels.triton.device import fp8_registers as kernels
 from moestro.kernels.triton.device.fp8 import Recipe, quantize_fp8
 from moestro.kernels.triton.paths import fp8 as fp8_path
 from moestro.kernels.triton.paths import fp8_registers
-from moestro.kernels.triton.paths.fp8_registers import TABLE, tactic
-from moestro.kernels.triton.tactic import Tactic, Tile
+from moestro.kernels.triton.paths.fp8_registers import TABLE
+from moestro.kernels.triton.tactic import Tactic
 from moestro.moe import reference
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the GPU itself: tests/gpu")
@@ -62,9 +64,7 @@ def on_machine(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def start(seed: int, **mutants: tuple[str, str]) -> None:
         monkeypatch.setattr(fp8_path, "has_wgmma", lambda: True)
-        monkeypatch.setattr(
-            kernels, "fp4_fp8_registers", gluon_machine.GluonMachine(kernel, seed, mutants)
-        )
+        monkeypatch.setattr(kernels, "fp4_fp8_registers", gluon_machine.GluonMachine(kernel, seed, mutants))
         monkeypatch.setattr(fp8_registers, "quantize_fp8", Quantize())
 
     return start
@@ -90,3 +90,34 @@ def test_products_match_the_reference_on_odd_sizes(tile: Tactic, on_machine: Any
             inputs[1][inputs[1] == 2] = 3
             inputs[1][n - 1] = torch.tensor([-7, 1])
             assert error(runner, plain, inputs, tile) < TOLERANCE
+
+
+def test_rows_are_quantised_in_the_order_of_products() -> None:
+    """Places of a block hold its columns in the order that a wgmma's A registers give them; the last block ends in zeros."""
+    x = torch.randn(3, 144).bfloat16()
+    ids, scales = torch.zeros(3, 2, dtype=torch.int32), torch.zeros(3)
+    data = torch.full((3, 256), 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    quantize_fp8[(3,)](
+        x, ids, ids, data, scales, 144, HOW=Recipe(False, False, 2, 0, 4, 256, True), PDL=False
+    )
+    exact = torch.zeros(3, 256)
+    exact[:, :144] = x.float()
+    found, wanted = data.float() * scales[:, None], exact[:, turned(144)]
+    assert torch.all(found[wanted == 0] == 0)
+    assert float(((found - wanted).abs() < 0.07 * wanted.abs() + 1e-3).float().mean()) > 0.95  # see Quantize
+
+
+@pytest.mark.parametrize("num_tokens", [1, 16, 256, 4096, 16384])
+def test_batch_invariant_problems_keep_to_paths_whose_bits_agree(
+    num_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fp8_path, "has_wgmma", lambda: True)
+    p = MoeProblem(32, 32, 0, 8, 7168, 2048, "nvfp4", input_format="fp8")
+    free, bound = (
+        choose.candidates(p, num_tokens),
+        choose.candidates(replace(p, batch_invariant=True), num_tokens),
+    )
+    assert any(t.path == "fp8_registers" for t in free)
+    assert {t.path for t in bound} == {"fp8", "fp8_once"}
+    assert choose.default(replace(p, batch_invariant=True), num_tokens) in bound
+    assert choose.default(p, num_tokens) in free

@@ -14,7 +14,7 @@ As in fp8.py, each 128 columns are a product of their own, added in float32 regi
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -76,14 +76,18 @@ class Grid(NamedTuple):
 
 
 @gluon.jit(do_not_specialize=["stride"])
-def fp4_fp8_registers(x, routing, stride, w, out, size, HOW: gl.constexpr, TILE: gl.constexpr, PDL: gl.constexpr):
+def fp4_fp8_registers(
+    x, routing, stride, w, out, size, HOW: gl.constexpr, TILE: gl.constexpr, PDL: gl.constexpr
+):
     """As warp_specialized.wide_gemm; x: Rows of e4m3, by token (stage 1) or place, blocks of 128 columns turned, and
     a scale a row; weights in TritonFP4's layout. TILE: Grid.
     """
     STAGES: gl.constexpr = TILE.stages
     XS: gl.constexpr = gl.NVMMASharedLayout(128, 8, 2)
     xs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, TILE.pairs, 128], XS)
-    ws = gl.allocate_shared_memory(gl.int16, [STAGES, TILE.rows, 32], gl.SwizzledSharedLayout(8, 1, 1, [1, 0]))
+    ws = gl.allocate_shared_memory(
+        gl.int16, [STAGES, TILE.rows, 32], gl.SwizzledSharedLayout(8, 1, 1, [1, 0])
+    )
     ss = gl.allocate_shared_memory(gl.int16, [STAGES, TILE.rows, 4], gl.SwizzledSharedLayout(4, 1, 1, [1, 0]))
     if TILE.extra > 0:
         xe = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, TILE.extra, 128], XS)
@@ -258,10 +262,10 @@ def _nothing(W: gl.constexpr, W2: gl.constexpr, P: gl.constexpr, M: gl.constexpr
     """Zeros for the sums of each piece, one after the other, and of the W2 pairs beyond."""
     acc = ()
     for _ in gl.static_range(W // P):
-        acc = acc + (gl.zeros([64, P], gl.float32, M),)
+        acc = acc + (gl.zeros([64, P], gl.float32, M),)  # noqa: RUF005
     if W2 > 0:
         M2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, W2, 32])
-        acc = acc + (gl.zeros([64, W2], gl.float32, M2),)
+        acc = acc + (gl.zeros([64, W2], gl.float32, M2),)  # noqa: RUF005
     return acc
 
 
@@ -363,11 +367,11 @@ def _rest(acc, part, a, ring, stage, W: gl.constexpr, W2: gl.constexpr, P: gl.co
     for i in gl.static_range(1, W // P):
         part = _product(a, ring, stage, i * P, P)
         part, a = warpgroup_mma_wait(0, deps=[part, a])
-        more = more + (acc[i] + part,)
+        more = more + (acc[i] + part,)  # noqa: RUF005
     if W2 > 0:
         part = _product(a, ring, stage, W, W2)
         part, a = warpgroup_mma_wait(0, deps=[part, a])
-        more = more + (acc[W // P] + part,)
+        more = more + (acc[W // P] + part,)  # noqa: RUF005
     return more
 
 

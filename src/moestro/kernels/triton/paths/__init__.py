@@ -39,7 +39,8 @@ from moestro.kernels.triton.paths import (
 from moestro.kernels.triton.paths.path import Path, kind_of
 
 PATHS: dict[str, Path] = {
-    path.NAME: path for path in (fused, chain, warp_specialized, dequantized, fp4, fp8_registers, fp8, fp8_once)
+    path.NAME: path
+    for path in (fused, chain, warp_specialized, dequantized, fp4, fp8_registers, fp8, fp8_once)
 }
 
 __all__ = ["PATHS", "Path", "kind_of"]
