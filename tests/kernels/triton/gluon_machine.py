@@ -223,6 +223,7 @@ class Program:
         if self._current is not None:
             self.here.fenced = True
 
+<<<<<<< HEAD
     def multiply(self, a: Tensor | Shared, b: Shared, acc: Tensor, is_async: bool) -> Tensor:
         assert is_async
         assert self.here.fenced, "a wgmma reads what cp.async wrote without a fence of the proxies"
@@ -236,6 +237,23 @@ class Program:
         while len(self.here.running) > running:
             self.here.running.popleft()()
         return deps if len(deps) > 1 else deps[0]
+=======
+    def multiply(self, a: Tensor, b: Shared, acc: Tensor, is_async: bool, use_acc: bool = True) -> Tensor:
+        assert is_async
+        assert self.here.fenced, "a wgmma reads what cp.async wrote without a fence of the proxies"
+        result, left = Tensor(None), a.data.float()
+        self.here.running.append(
+            lambda: result.complete(left @ b.data.float() + (acc.data if use_acc else 0))
+        )
+        self.here.pause()
+        return result
+
+    def retire(self, running: int, deps: Sequence[Tensor]) -> Tensor | Sequence[Tensor]:
+        self.here.pause()
+        while len(self.here.running) > running:
+            self.here.running.popleft()()
+        return deps[0] if len(deps) == 1 else deps
+>>>>>>> fp8reg
 
 
 class Bound(ast.NodeTransformer):
@@ -245,12 +263,13 @@ class Bound(ast.NodeTransformer):
         self.generic_visit(node)
         if isinstance(node.func, ast.Attribute) and node.func.attr == "to":
             name = ast.copy_location(ast.Name("_to", ast.Load()), node)
-            return ast.copy_location(ast.Call(name, [node.func.value, *node.args], []), node)
+            return ast.copy_location(ast.Call(name, [node.func.value, *node.args], node.keywords), node)
         return node
 
 
-def _to(value: Any, dtype: torch.dtype) -> Tensor:
-    return Tensor(torch.as_tensor(plain(value)).to(dtype))
+def _to(value: Any, dtype: torch.dtype, bitcast: bool = False) -> Tensor:
+    known = torch.as_tensor(plain(value))
+    return Tensor(known.view(dtype) if bitcast else known.to(dtype))
 
 
 class Code:

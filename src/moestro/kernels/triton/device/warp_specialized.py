@@ -363,9 +363,8 @@ def _pairs(call, at, HOW: gl.constexpr, FIRST: gl.constexpr, W: gl.constexpr):
 
 
 @gluon.jit
-def _epilogue(acc, of_rows, call, at, row, pairs, HOW: gl.constexpr, W: gl.constexpr, M: gl.constexpr):
-    """Scales, bias, the activation of the first product, and out."""
-    out = call.out
+def _results(acc, of_rows, call, HOW: gl.constexpr, W: gl.constexpr, M: gl.constexpr):
+    """Sums [64, W] -> scales, bias, the activation of the first product: [32, W] with a gate."""
     scale, shift = of_rows
     scale = gl.expand_dims(gl.convert_layout(scale, gl.SliceLayout(1, M)), 1)
     if call.w.bias is not None:  # rounded as fused.epilogue does
@@ -375,11 +374,20 @@ def _epilogue(acc, of_rows, call, at, row, pairs, HOW: gl.constexpr, W: gl.const
     if HOW.gated:
         gate, up = gl.split(gl.permute(gl.reshape(acc, [4, 2, 8, W]), (0, 2, 3, 1)))
         acc = gl.reshape(activate(gate, up, HOW), [32, W])
+    elif HOW.stage == 1:
+        acc = activate(acc, acc, HOW)
+    return acc
+
+
+@gluon.jit
+def _epilogue(acc, of_rows, call, at, row, pairs, HOW: gl.constexpr, W: gl.constexpr, M: gl.constexpr):
+    """Scales, bias, the activation of the first product, and out."""
+    out = call.out
+    acc = _results(acc, of_rows, call, HOW, W, M)
+    if HOW.gated:
         j = row // 2 + (gl.arange(0, 32, gl.SliceLayout(1, TURNED)) + at.zero)
         real = j < call.size.rows // 2
     else:
-        if HOW.stage == 1:
-            acc = activate(acc, acc, HOW)
         j = row + (gl.arange(0, 64, gl.SliceLayout(1, TURNED)) + at.zero)
         real = j < call.size.rows
     v = gl.convert_layout(acc.to(out.dtype.element_ty), TURNED)
