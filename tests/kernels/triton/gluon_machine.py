@@ -223,12 +223,15 @@ class Program:
         if self._current is not None:
             self.here.fenced = True
 
-<<<<<<< HEAD
-    def multiply(self, a: Tensor | Shared, b: Shared, acc: Tensor, is_async: bool) -> Tensor:
+    def multiply(
+        self, a: Tensor | Shared, b: Shared, acc: Tensor, is_async: bool, use_acc: bool = True
+    ) -> Tensor:
         assert is_async
         assert self.here.fenced, "a wgmma reads what cp.async wrote without a fence of the proxies"
         result, left = Tensor(None), a if isinstance(a, Shared) else Tensor(a.data)
-        self.here.running.append(lambda: result.complete(acc.data + left.data.float() @ b.data.float()))
+        self.here.running.append(
+            lambda: result.complete(left.data.float() @ b.data.float() + (acc.data if use_acc else 0))
+        )
         self.here.pause()
         return result
 
@@ -237,23 +240,6 @@ class Program:
         while len(self.here.running) > running:
             self.here.running.popleft()()
         return deps if len(deps) > 1 else deps[0]
-=======
-    def multiply(self, a: Tensor, b: Shared, acc: Tensor, is_async: bool, use_acc: bool = True) -> Tensor:
-        assert is_async
-        assert self.here.fenced, "a wgmma reads what cp.async wrote without a fence of the proxies"
-        result, left = Tensor(None), a.data.float()
-        self.here.running.append(
-            lambda: result.complete(left @ b.data.float() + (acc.data if use_acc else 0))
-        )
-        self.here.pause()
-        return result
-
-    def retire(self, running: int, deps: Sequence[Tensor]) -> Tensor | Sequence[Tensor]:
-        self.here.pause()
-        while len(self.here.running) > running:
-            self.here.running.popleft()()
-        return deps[0] if len(deps) == 1 else deps
->>>>>>> fp8reg
 
 
 class Bound(ast.NodeTransformer):

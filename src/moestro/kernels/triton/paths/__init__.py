@@ -28,30 +28,30 @@ from __future__ import annotations
 
 from moestro.kernels.triton.paths import (
     chain,
-<<<<<<< HEAD
     dense,
-=======
->>>>>>> fp8reg
     dequantized,
     fp4,
     fp8,
     fp8_once,
-<<<<<<< HEAD
-=======
     fp8_registers,
->>>>>>> fp8reg
     fused,
     warp_specialized,
 )
 from moestro.kernels.triton.paths.path import Path, kind_of
 
 PATHS: dict[str, Path] = {
-<<<<<<< HEAD
-    path.NAME: path for path in (fused, chain, warp_specialized, dense, dequantized, fp4, fp8, fp8_once)
-=======
     path.NAME: path
-    for path in (fused, chain, warp_specialized, dequantized, fp4, fp8_registers, fp8, fp8_once)
->>>>>>> fp8reg
+    for path in (
+        fused,
+        chain,
+        warp_specialized,
+        dense,
+        dequantized,
+        fp4,
+        fp8_registers,
+        fp8,
+        fp8_once,
+    )
 }
 
 __all__ = ["PATHS", "Path", "kind_of"]
