@@ -4,7 +4,7 @@
 |---|---|---|---|
 | humming, humming_mxfp4 | humming-kernels | nvfp4, mxfp4 | as they are |
 | humming_fp8 | humming-kernels | mxfp4 | fp8, a scale a token |
-| triton_kernels, triton_kernels_mxfp4 | Triton's repository (not the package of that name on PyPI) | bf16, mxfp4 | as they are |
+| triton_kernels, triton_kernels_mxfp4 | Triton's repository (PyPI has another of that name) | bf16, mxfp4 | as they are |
 | deep_gemm | DeepGEMM | fp8_block | fp8, a scale per 128 columns |
 | deep_gemm_products | DeepGEMM | fp8_block | the same; the two products alone: a bound, not a peer |
 | marlin, vllm_triton | vllm | nvfp4, bf16 | as they are |
