@@ -23,7 +23,7 @@ from moestro.formats import NVFP4
 from moestro.kernels import backends
 from moestro.kernels.problem import Held, MoeProblem, MoeRunner, Replay, dense_dtype
 from moestro.moe import devices
-from moestro.moe.checks import check_call, check_id_range, check_out, debugging, result_dtype
+from moestro.moe.checks import check_call, check_id_range, check_out, debugging, overlap, result_dtype
 from moestro.moe.guard import CallGuard
 from moestro.moe.options import Options, limits_of, make_problem
 from moestro.moe.tuning_config import OP, tuning_config
@@ -89,13 +89,21 @@ class BoundCall:
         ids: torch.Tensor,
         weights: torch.Tensor,
         out: torch.Tensor | None = None,
+        owned: Callable[[Any], torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """[N, H], in `out` where it is given; see fused_moe. Raises, naming the argument, before any work."""
+        """[N, H], in `out` where it is given, else in owned(x) where that is; see fused_moe.
+
+        Raises, naming the argument, before any work.
+        """
         usual = self._guard.holds(x, ids, weights)
         if not usual:
             check_call(self.limits, x, ids, weights)
             self._guard.learn(x, ids, weights)
-        if out is None:
+        if out is None and owned is not None:
+            out = owned(x)
+            if overlap(out, ids) or overlap(out, weights):
+                check_out(x, out, ids=ids, weights=weights)
+        elif out is None:
             dtype = x.dtype if usual else result_dtype(x)  # type: ignore[union-attr]
             out = torch.empty(x.shape, dtype=dtype, device=self.device)
         else:

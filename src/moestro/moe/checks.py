@@ -122,12 +122,12 @@ def check_out(x: torch.Tensor | NVFP4, out: torch.Tensor, **read: torch.Tensor) 
         raise DeviceError(f"out must be on {piece.device}, where x is, got {out.device}")
     if not out.is_contiguous():
         raise ShapeError(f"out must be contiguous, got strides {out.stride()}")
-    if not torch.compiler.is_compiling() and _overlap(out, piece):
+    if not torch.compiler.is_compiling() and overlap(out, piece):
         raise ShapeError(
             "out must not overlap x, whose rows are still read when the first results are written"
         )
     for name, tensor in read.items():
-        if not torch.compiler.is_compiling() and _overlap(out, tensor):
+        if not torch.compiler.is_compiling() and overlap(out, tensor):
             raise ShapeError(f"out must not overlap {name}, which are still read when it is written")
     if out.requires_grad and torch.is_grad_enabled():
         raise BackendError("out must not want a gradient: what is written there has none; pass out.detach()")
@@ -143,7 +143,8 @@ def check_id_range(ids: torch.Tensor, num_experts: int | None) -> None:
         raise RoutingError(f"ids must be at least 0{bound}, got values from {low} to {high}")
 
 
-def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two contiguous tensors share memory."""
     first, second = a.data_ptr(), b.data_ptr()
     return first < second + b.nbytes and second < first + a.nbytes
 

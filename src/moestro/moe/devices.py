@@ -29,4 +29,8 @@ def elsewhere(device: torch.device) -> Callable[[], bool] | None:
     if device.type != "cuda" or device.index is None:
         return None
     index = device.index
-    return lambda: torch.cuda.current_device() != index
+    now = (
+        getattr(torch._C, "_cuda_getDevice", None) or torch.cuda.current_device
+    )  # without a look at CUDA's start
+
+    return lambda: now() != index

@@ -92,7 +92,7 @@ class Replay:
         self._at = tuple(t.data_ptr() for t in held)
         self._device_now, self._stream_now = active.get_current_device, active.get_current_stream
         # in front of a stubbed driver torch has no CUDA
-        self._capturing = torch.cuda.is_current_stream_capturing if torch.cuda.is_available() else _never
+        self._capturing = _capturing() if torch.cuda.is_available() else _never
         self._device = self._device_now()
         self._knobs = triton.knobs.runtime
 
@@ -118,6 +118,14 @@ class Replay:
 
 def _never() -> bool:
     return False
+
+
+def _capturing() -> Callable[[], bool]:
+    """What says whether a graph is being captured: torch's own function, without its look at CUDA's start."""
+    found: Callable[[], bool] = getattr(torch._C, "_cuda_isCurrentStreamCapturing", None) or (
+        torch.cuda.is_current_stream_capturing
+    )
+    return found
 
 
 def hooked(knobs: Any) -> bool:
@@ -172,7 +180,7 @@ class _Writer:
         self._workspace, self._counters = origin.workspace, origin.counters
         self._held = {_storage(tensor) for tensor in origin.held}
         self.counts = False  # whether the counters are used
-        self.constants: dict[str, Any] = {"described": described}
+        self.constants: dict[str, Any] = {}
 
     def arguments(self, launch: Launch) -> str:
         """All arguments of a launch, in the order of the kernel's parameters."""
@@ -207,7 +215,7 @@ class _Writer:
         if isinstance(value, torch.Tensor):
             return self._address(value)
         if isinstance(value, TensorDescriptor | GluonDescriptor):
-            return f"described({self._constant(with_base(value, None))}, {self._address(value.base)})"
+            return f"{self._constant(Described(with_base(value, None)))}({self._address(value.base)})"
         if isinstance(value, tuple):
             return f"({''.join(f'{self._expression(v)}, ' for v in value)})"
         if value is None or type(value) in (int, bool):
@@ -249,9 +257,23 @@ class _At:
         return self._address
 
 
-def described(template: Any, address: int) -> Any:
-    """A tensor descriptor like `template` of the memory at `address`."""
-    return with_base(template, _At(address))
+class Described:
+    """Tensor descriptors like `template`, by the address that they describe; the last one is kept: a call's scratch
+    memory mostly lies where the last call's did.
+    """
+
+    __slots__ = ("_last", "_template")
+
+    def __init__(self, template: Any) -> None:
+        self._template = template
+        self._last: tuple[int, Any] = (-1, None)
+
+    def __call__(self, address: int) -> Any:
+        known, made = self._last  # read and written at once: threads may share this
+        if known != address:
+            made = with_base(self._template, _At(address))
+            self._last = address, made
+        return made
 
 
 def with_base(descriptor: Any, base: Any) -> Any:
