@@ -31,6 +31,7 @@ FLOORS = (
     "paths",
     "choose",
     "counters",
+    "graphs",
     "replay",
     "runner",
 )  # each on those before

@@ -51,5 +51,5 @@ def test_the_switch_turns_it_off_and_takes_two_words(fresh: pytest.MonkeyPatch) 
     assert replay.why_plain() == f"{replay.VARIABLE}=plain"
     replay.why_plain.cache_clear()
     fresh.setenv(replay.VARIABLE, "fast")
-    with pytest.raises(BackendError, match="must be replay or plain, got 'fast'"):
+    with pytest.raises(BackendError, match="must be graphs or replay or plain, got 'fast'"):
         replay.why_plain()

@@ -29,12 +29,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDes
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moestro.errors import BackendError
+from moestro.kernels.triton import graphs
 from moestro.kernels.triton.call import Launch
 from moestro.kernels.triton.device.common import INTERPRETED
 
 log = logging.getLogger("moestro")
 VARIABLE = "MOESTRO_TRITON_LAUNCH"
-WAYS = ("replay", "plain")
+WAYS = ("graphs", "replay", "plain")
 # run(grid 0, 1, 2, stream, function, packed metadata, launch metadata, enter hook, exit hook, *arguments), pointers as
 # integers or objects with data_ptr(): read in the sources of 3.6.0 and 3.7.1.
 KNOWN = ("3.6", "3.7")
@@ -42,13 +43,18 @@ INPUTS = ("x", "ids", "weights", "out")
 ALIGNMENT = 16  # Triton specialises on it
 
 
+def way() -> str:
+    """How calls are launched, as far as MOESTRO_TRITON_LAUNCH says. Raises BackendError for a bad switch."""
+    found = os.environ.get(VARIABLE) or WAYS[0]
+    if found not in WAYS:
+        raise BackendError(f"{VARIABLE} must be {' or '.join(WAYS)}, got {found!r}")
+    return found
+
+
 @functools.cache
 def why_plain() -> str | None:
     """Why calls are launched as ever in this process; None if they are replayed. Raises BackendError for a bad switch."""
-    way = os.environ.get(VARIABLE) or WAYS[0]
-    if way not in WAYS:
-        raise BackendError(f"{VARIABLE} must be {' or '.join(WAYS)}, got {way!r}")
-    if way == "plain":
+    if way() == "plain":
         return f"{VARIABLE}=plain"
     if INTERPRETED:
         return "kernels are interpreted"
@@ -94,6 +100,8 @@ class Replay:
         # in front of a stubbed driver torch has no CUDA
         self._capturing = _capturing() if torch.cuda.is_available() else _never
         self._device = self._device_now()
+        cuda = graphs.driver() if way() == "graphs" and torch.cuda.is_available() else None
+        self._graphs = None if cuda is None else graphs.Graphs(cuda, self._device, launches)
         self._knobs = triton.knobs.runtime
 
     def ready(self, inputs: Sequence[Any], workspace: torch.Tensor) -> Ready | None:
@@ -113,7 +121,9 @@ class Replay:
 
     def run(self, ready: Ready, counters: int) -> None:
         """Launch. counters: the address of the stream's."""
-        self._launches(ready.stream, *ready.addresses, counters)
+        whole = self._graphs
+        if whole is None or whole.broken or not whole.launch(ready.stream, *ready.addresses, counters):
+            self._launches(ready.stream, *ready.addresses, counters)
 
 
 def _never() -> bool:
