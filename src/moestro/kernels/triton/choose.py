@@ -136,13 +136,13 @@ _MOST = (
     (2000.0, warp_specialized.tactic(256, Tile(128, 4, 8, 5), "halves")),
     (float("inf"), warp_specialized.tactic(256, Tile(128, 4, 8, 5), "")),
 )
-_LARGE = (*_MANY, (275.0, warp_specialized.tactic(288, Tile(128, 4, 8, 5), "halves")), *_MOST)
+# Of about 256 pairs an expert a tile of 288 is up to 4 % faster than two of 144 where each has as many, and up to 20 %
+# slower under skewed routing (benchmarks/results/h200-routing.json).
+_LARGE = (*_MANY, (275.0, _WS144), *_MOST)
 PACKED_DEFAULTS = (
     (5.0, chain.tactic(8, Tile(128, 2, 4, 3))),
     (24.0, _CHAIN32),
-    *_MANY,
-    (275.0, _WS144),
-    *_MOST,
+    *_LARGE,
 )
 DEEP = 6144  # columns of a first product whose tiles last long enough for more stages
 DEEP_DEFAULTS = ((5.0, chain.tactic(8, Tile(128, 2, 4, 5))), (24.0, _CHAIN32), *_LARGE)
