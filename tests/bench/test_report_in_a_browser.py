@@ -19,6 +19,7 @@ from tuning_fakes import Kernel, config, inputs, quiet_clock, tuner
 from moestro.bench import plots
 from moestro.bench.report import page, write_report
 from moestro.bench.results import BenchResult
+from moestro.machine import bytes_text
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 16384)
 WIDTHS = [1280, 390]
@@ -187,8 +188,8 @@ def test_small_layers_have_a_size(tmp_path: Path) -> None:
     text = page([some_result()])
     assert "27 KiB" in text
     assert "0 MiB" not in text
-    assert [plots.bytes_text(n) for n in (12, 27648, 342_000_000, 1.2e9)] == [
-        "12 bytes",
+    assert [bytes_text(n) for n in (12, 27648, 342_000_000, 1.2e9)] == [
+        "12 B",
         "27 KiB",
         "326 MiB",
         "1.12 GiB",

@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from moestro.bench.results import BenchResult, Row
+from moestro.machine import bytes_text
 from moestro.tuning.show.svg import Mark, inline, strips
 
-__all__ = ["bytes_text", "latency", "memory", "ratio", "roofline", "seconds_text", "why_not"]
+__all__ = ["latency", "memory", "ratio", "roofline", "seconds_text", "why_not"]
 
 OURS = {"bf16": "#0b6e4f", "nvfp4": "#c8553d", "mxfp4": "#3d5a98", "fp8_block": "#8a5a9e", "int4": "#b08900"}
 MORE = ("#b8860b", "#0e7490", "#7c2d12")
@@ -116,15 +117,6 @@ def memory(result: BenchResult) -> str:
 
 
 # --- words -----------------------------------------------------------------------------------------------
-def bytes_text(count: float) -> str:
-    """A count of bytes in the unit that leaves it 1 or more."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            value = count / size
-            return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
-    return f"{count:.0f} bytes"
-
-
 def seconds_text(*seconds: float) -> str:
     """Milliseconds, or microseconds where the first is below one, with three significant digits: "4 ms", and what
     follows in brackets, in the same unit: "4 ms (3.6 to 4.4)".

@@ -13,6 +13,7 @@ from pathlib import Path
 from moestro.bench import plots
 from moestro.bench.results import BenchResult, Row
 from moestro.errors import MoestroError
+from moestro.machine import bytes_text
 from moestro.tuning.show import svg
 
 __all__ = ["page", "write_report"]
@@ -143,9 +144,7 @@ def _cards(result: BenchResult) -> str:
             )
     for entry in result.memory:
         if entry["contender"].startswith("moestro") and entry["format"] != "bf16":
-            text = (
-                f"{entry['contender']}: weights of a layer against bf16, {plots.bytes_text(entry['bytes'])}"
-            )
+            text = f"{entry['contender']}: weights of a layer against bf16, {bytes_text(entry['bytes'])}"
             cards.append((f"{entry['ratio_to_bf16']:.3f}×", text))
     ceilings = result.ceilings
     cards.append(

@@ -27,6 +27,7 @@ from moestro.integrations.transformers.bound import (
 from moestro.integrations.transformers.modules import up_name
 from moestro.integrations.transformers.packed import hold
 from moestro.integrations.transformers.settings import Settings
+from moestro.machine import bytes_text
 from moestro.moe.weights import ExpertWeights
 
 log = logging.getLogger("moestro")
@@ -43,7 +44,7 @@ class Report:
     nbytes: int
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.layout} -> {self.format} on {self.backend}, {self.nbytes / 2**20:.1f} MiB"
+        return f"{self.name}: {self.layout} -> {self.format} on {self.backend}, {bytes_text(self.nbytes)}"
 
 
 Expert = tuple[FormatTensor, FormatTensor]  # gate_up, down
