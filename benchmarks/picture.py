@@ -1,6 +1,6 @@
 """Draws the README's picture from a recorded result:
 
-python benchmarks/picture.py benchmarks/results/cpu-qwen3-30b-a3b.json docs/img/cpu-qwen3-30b-a3b.svg
+python benchmarks/picture.py benchmarks/results/cpu_bench_qwen3-30b-a3b.json docs/img/cpu_bench_qwen3-30b-a3b.svg
 """
 
 from __future__ import annotations

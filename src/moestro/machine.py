@@ -2,7 +2,7 @@
 
 Facts only, each read in one place from where the system keeps it; what cannot be read is None. Environments of
 decisions, the timers that flush caches, `moestro doctor` and recorded results all ask here, so that they say the
-same. Nothing here imports torch but `gpus`; where torch is loaded it is asked.
+same, and counts of bytes in the same words. Nothing here imports torch but `gpus`; where torch is loaded it is asked.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ __all__ = [
     "Cpu",
     "Gpu",
     "Memory",
+    "bytes_text",
     "compiler",
     "cpu",
     "cpu_name",
@@ -254,3 +255,12 @@ def _read(path: str | Path) -> str:
         return Path(path).read_text()
     except OSError:
         return ""
+
+
+def bytes_text(count: float) -> str:
+    """Binary units with three significant digits or so: 324 MiB, 1.13 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1000 or unit == "GiB":
+            return f"{count:.0f} {unit}" if count >= 100 or unit == "B" else f"{count:.3g} {unit}"
+        count /= 1024
+    raise AssertionError("unreachable")

@@ -158,6 +158,25 @@ def test_calibrated_scales_are_written_and_read(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("amax", "message"),
+    [
+        (
+            [0.0, 0, 0, 0],
+            r"must reach an expert of model\.layers\.0\.mlp\.experts, got 0 for gate_up of all 4",
+        ),
+        ([1.0, float("nan"), 1, 1], "must be finite, got nan for gate_up of expert 1"),
+    ],
+)
+def test_a_calibration_that_gives_no_scale_is_an_error(
+    tmp_path: Path, amax: list[float], message: str
+) -> None:
+    seen = {"model.layers.0.mlp.experts": {"gate_up": torch.tensor(amax), "down": torch.ones(E)}}
+    with pytest.raises(FormatError, match=message):
+        checkpoints.convert(source(tmp_path / "src"), tmp_path / "dst", "nvfp4", calibration=seen)
+    assert not (tmp_path / "dst").exists()
+
+
 def test_inspect_tells_what_runs_and_what_others_get_wrong(tmp_path: Path) -> None:
     src = source(tmp_path / "src")
     found = checkpoints.inspect(src)

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import moestro
-from moestro.errors import BackendError, FormatError
+from moestro.errors import BackendError, CheckpointWarning, FormatError
+from moestro.kernels.cpu import core
 from moestro.tuning import AutoTuner
 
 transformers = pytest.importorskip("transformers", minversion="5.7")
@@ -125,6 +126,16 @@ def spoil(tmp_path: Path, change: Any) -> Any:
 
 
 EXPERT = "model.layers.1.mlp.experts.2"
+
+
+def narrow(tensors: Any, name: str) -> None:
+    """Half of the intermediate size, in every tensor alike."""
+    value, halved = tensors[name], tensors[name]
+    if value.ndim == 2:
+        halved = value[:, : value.shape[1] // 2] if "down_proj" in name else value[: value.shape[0] // 2]
+    tensors[name] = halved.contiguous()
+
+
 SPOILT = {
     "a scale is missing": (
         lambda t: t.pop(f"{EXPERT}.up_proj.weight_scale_2"),
@@ -146,6 +157,14 @@ SPOILT = {
         lambda t: t.update({f"{EXPERT}.up_proj.rotation": torch.ones(1)}),
         "rotation",
     ),
+    "all experts are narrower than the config says": (
+        lambda t: [narrow(t, n) for n in list(t) if ".experts." in n],
+        r"gate_up of an expert of model\.layers\.0\.mlp\.experts must be \[64, 64\] .*, got \[32, 64\]",
+    ),
+    "block scales that are all zero": (
+        lambda t: t[f"{EXPERT}.up_proj.weight_scale"].view(torch.uint8).zero_(),
+        r"2\.up_proj\.weight_scale must hold a scale above 0, got 0 in all",
+    ),
     "all experts are missing": (
         lambda t: [t.pop(n) for n in list(t) if ".1.mlp.experts." in n],
         r"no experts for model\.layers\.1\.mlp\.experts",
@@ -159,6 +178,62 @@ def test_what_is_wrong_is_an_error_while_loading(tmp_path: Path, what: str) -> N
     cls = spoil(tmp_path, change)
     with pytest.raises(FormatError, match=message):
         cls.from_pretrained(tmp_path, experts_implementation="moestro")
+
+
+def test_biases_that_one_of_two_products_lacks_and_those_of_nan_are_named(tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.experts.down_proj_bias"
+    tiny.write_gpt_oss(tmp_path, (model := tiny.random_model(tiny.gpt_oss)))
+    tensors = load_file(tmp_path / "model.safetensors")
+    without = {n: t for n, t in tensors.items() if n != name}
+    spoilt = tensors[name].clone()
+    spoilt[2, 5] = torch.inf
+    neither = {n: t for n, t in without.items() if ".0.mlp.experts." not in n or not n.endswith("_bias")}
+    for written, message in (
+        (without, r"layers\.0\.mlp\.experts\.down_proj_bias is missing"),
+        ({**tensors, name: spoilt}, r"experts\.down_proj_bias\[2\] must be finite"),
+        (neither, "must have biases, but its experts in the checkpoint have none"),
+    ):
+        save_file(written, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(FormatError, match=message):
+            type(model).from_pretrained(tmp_path, experts_implementation="moestro")
+
+
+def test_fp8_weights_of_nan_are_named_with_their_file(tmp_path: Path) -> None:
+    if core.why_no_core() is not None:
+        pytest.skip("the core that refuses them is not compiled")
+    model = tiny.random_model(lambda: tiny.qwen3(128, 128))
+    tiny.write_per_expert(tmp_path, model, "deepseek-fp8")
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[f"{EXPERT}.up_proj.weight"].view(torch.uint8)[3, 5] = 0xFF
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    mt.register()
+    with pytest.raises(
+        FormatError, match=r"model\.safetensors: .*experts\.2\.up_proj\.weight must hold no NaN"
+    ):
+        type(model).from_pretrained(tmp_path, experts_implementation="moestro")
+
+
+def test_a_config_that_says_another_format_than_the_tensors_have_is_warned_of(tmp_path: Path) -> None:
+    model = tiny.random_model(tiny.qwen3, F32)
+    truth = tiny.write_per_expert(tmp_path, model, "modelopt-nvfp4")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["quant_algo"] = "MXFP8"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.warns(
+        CheckpointWarning, match=r"config says modelopt MXFP8 \(mxfp8\), .* are ModelOpt NVFP4"
+    ):
+        ours = type(model).from_pretrained(tmp_path, experts_implementation="moestro", dtype=F32)
+    assert tiny.error(tiny.logits(ours), tiny.logits(truth, "eager")) < 1e-5
+
+
+def test_a_scale_of_a_linear_layer_is_named_with_its_file(tmp_path: Path) -> None:
+    model = tiny.random_model(tiny.qwen3)
+    tiny.write_per_expert(tmp_path, model, "modelopt-nvfp4", linears=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.weight_scale_2"] *= torch.nan
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FormatError, match=r"model\.safetensors: .*q_proj\.weight_scale_2 must be positive"):
+        type(model).from_pretrained(tmp_path, experts_implementation="moestro")
 
 
 def test_an_algorithm_that_nobody_knows_is_named(tmp_path: Path) -> None:

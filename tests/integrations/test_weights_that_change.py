@@ -313,6 +313,14 @@ def test_unknown_options_are_named_when_registering() -> None:
         mt.register(format="nvpf4")
     with pytest.raises(ShapeError, match="max_num_tokens"):
         mt.register(max_num_tokens=0)
+    with pytest.raises(FormatError, match="unknown input_format 'nvfp5'; did you mean 'nvfp4'"):
+        mt.register(input_format="nvfp5")
+    with pytest.raises(BackendError, match="unknown backend 'gpu'"):
+        mt.register(backend="gpu")
+    with pytest.raises(BackendError, match="deterministic must be"):
+        mt.register(deterministic="no")
+    with pytest.raises(BackendError, match="unknown backend 'gpu'"):
+        mt.quantize_experts(tiny.random_model(tiny.qwen3), "nvfp4", backend="gpu")
 
 
 def test_prepare_asks_for_top_k_that_no_config_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -27,25 +26,45 @@ def tuned(store: Path) -> Path:
     return store
 
 
-def svgs(page: str) -> list[str]:
-    return [base64.b64decode(code).decode() for code in re.findall(r"svg\+xml;base64,([^\"]+)", page)]
+def svgs(page: str) -> list[ET.Element]:
+    return [ET.fromstring(text) for text in re.findall(r"<svg.*?</svg>", page, re.DOTALL)]
+
+
+def words(svg: ET.Element) -> list[list[str]]:
+    """What the marks of a plot say, in lines."""
+    marks = [e for e in svg.iter() if e.get("class") == "mark"]
+    return ["".join(mark.itertext()).split("\n") for mark in marks]
 
 
 def test_the_section_has_four_plots_and_a_table_of_every_decision(tuned: Path) -> None:
     page = section(tuned)
     assert len(svgs(page)) == 4
-    for svg in svgs(page):
-        assert ET.fromstring(svg).tag.endswith("svg")
     assert page.count("<tr>") == 1 + len(list(tuned.rglob("[0-9]*.json")))
     assert "&lt;swap&gt;" in page
     assert "<swap>" not in page
 
 
 @pytest.mark.parametrize("plot", [heat_map, crossover_plot, chosen_plot, time_plot])
-def test_each_plot_stands_alone(tuned: Path, plot: object) -> None:
+def test_each_plot_stands_alone_and_says_its_figures_for_every_size(tuned: Path, plot: object) -> None:
     (family,) = families(Store(tuned).entries())
     assert callable(plot)
-    assert len(svgs(plot(family))) == 1
+    (svg,) = svgs(plot(family))
+    assert svg.get("aria-label")
+    sizes = {str(bucket[0]) for bucket in family.records}
+    said = {lines[0].split(":")[0].removeprefix("size ") for lines in words(svg)}
+    assert said == sizes
+    stops = [e for e in svg.iter() if e.get("tabindex") == "0"]
+    assert len(stops) == len(sizes)
+    assert all(e.get("aria-label") for e in stops)
+
+
+def test_a_cell_says_its_tactic_and_ratio_and_whether_it_was_chosen(tuned: Path) -> None:
+    (family,) = families(Store(tuned).entries())
+    said = words(svgs(heat_map(family))[0])
+    cells = [lines for lines in said if lines[0] == "size 64"]
+    assert ["chosen" in lines for lines in cells if "('<swap>', 64)" in lines] == [True]
+    assert sum("chosen" in lines for lines in cells) == 1
+    assert any(line.endswith("of the default's time") for line in cells[0])
 
 
 def test_an_empty_store_says_so(store: Path) -> None:

@@ -1,7 +1,7 @@
 """report.html: bench results and the tuner's decisions as one self-contained page.
 
-Plots are inline SVG, styles are in the page, nothing is loaded from elsewhere, so that the file can be
-mailed.
+Plots are inline SVG, styles and the script that shows their labels are in the page, nothing is loaded from elsewhere,
+so that the file can be mailed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from pathlib import Path
 from moestro.bench import plots
 from moestro.bench.results import BenchResult, Row
 from moestro.errors import MoestroError
+from moestro.machine import bytes_text
+from moestro.tuning.show import svg
 
 __all__ = ["page", "write_report"]
 
@@ -31,12 +33,14 @@ p { margin: 4px 0 12px; max-width: 78ch; } .soft { color: var(--soft); }
 .card b { display: block; font-size: 25px; letter-spacing: -0.02em; }
 .card span { color: var(--soft); font-size: 13px; display: block; line-height: 1.4; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(480px, 100%), 1fr)); gap: 26px 30px; }
-.plots svg { width: 100%; height: auto; }
+figure { overflow-x: auto; } .plots figure { margin: 0; }
+.plots svg { display: block; width: 100%; max-width: 500px; height: auto; }
 .tuning { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(480px, 100%), 1fr)); gap: 8px 30px;
   align-items: start; }
-.tuning > :not(figure) { grid-column: 1 / -1; } .tuning figure { margin: 8px 0; }
+.tuning > :not(figure), .tuning > .wide { grid-column: 1 / -1; } .tuning figure { margin: 8px 0; }
 .tuning figcaption { font-weight: 600; margin-bottom: 6px; }
-.tuning svg, .tuning img { max-width: 100%; height: auto; }
+.tuning svg { display: block; width: 100%; max-width: 640px; height: auto; }
+.tuning .wide svg { max-width: 900px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13.5px;
   margin: 6px 0 10px; }
@@ -47,7 +51,8 @@ th:first-child, td:first-child, .figures th:nth-child(2), .figures td:nth-child(
 table.facts td { text-align: left; white-space: normal; overflow-wrap: anywhere; } table.facts td:first-child
 { color: var(--soft); white-space: nowrap; padding-right: 24px; vertical-align: top; }
 .good { color: var(--good); font-weight: 600; } .bad { color: var(--bad); font-weight: 600; }
-code { font: 13px ui-monospace, "DejaVu Sans Mono", monospace; }
+code { font: 13px ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
+@media (max-width: 640px) { body { padding: 24px 14px 60px; } h2 { margin-top: 36px; } }
 """
 
 
@@ -74,9 +79,9 @@ def page(results: Sequence[BenchResult], tuning: str = "") -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Moestro report</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{STYLE}</style></head><body><h1>Moestro</h1>"
+        f"<style>{STYLE}{svg.STYLE}</style></head><body><h1>Moestro</h1>"
         f'<p class="soft">Mixture-of-Experts layers: measured, compared, tuned.</p>{sections}{tuning}'
-        "</body></html>\n"
+        f"{svg.SCRIPT}</body></html>\n"
     )
 
 
@@ -107,9 +112,7 @@ def _section(result: BenchResult) -> str:
         f"{_text(where['torch'])}, {_text(result.date)}</p>",
         _busy(result),
         _cards(result),
-        '<div class="plots">'
-        + "".join(f"<figure style='margin:0'>{svg}</figure>" for svg in drawn)
-        + "</div>",
+        '<div class="plots">' + "".join(f"<figure>{plot}</figure>" for plot in drawn) + "</div>",
         "<h3>Figures</h3>",
         _table(result),
         _left_out(result),
@@ -141,7 +144,7 @@ def _cards(result: BenchResult) -> str:
             )
     for entry in result.memory:
         if entry["contender"].startswith("moestro") and entry["format"] != "bf16":
-            text = f"{entry['contender']}: weights of a layer against bf16, {entry['bytes'] / 2**20:,.0f} MiB"
+            text = f"{entry['contender']}: weights of a layer against bf16, {bytes_text(entry['bytes'])}"
             cards.append((f"{entry['ratio_to_bf16']:.3f}×", text))
     ceilings = result.ceilings
     cards.append(

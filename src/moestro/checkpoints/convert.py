@@ -85,7 +85,23 @@ def _source(src: Path, writer: Writer, calibration: Calibration) -> Source:
     experts = {prefix: Experts(tensors, prefix) for prefix in prefixes}
     others = quantised_modules(tensors, prefixes)
     biases = {prefix: one.biases() for prefix, one in experts.items()}
+    _check_calibration(calibration)
     return Source(tensors, experts, biases, others, writer, calibration, _dtype(src))
+
+
+def _check_calibration(calibration: Calibration) -> None:
+    """FormatError for magnitudes that no scale can be made of."""
+    for prefix, parts in calibration.items():
+        for part, amax in parts.items():
+            if not bool(torch.isfinite(amax).all()):
+                at = int((~torch.isfinite(amax)).nonzero()[0])
+                raise FormatError(
+                    f"what calibration saw in {prefix} must be finite, got {float(amax[at])} for {part} of expert {at}"
+                )
+            if not bool((amax > 0).any()):
+                raise FormatError(
+                    f"calibration must reach an expert of {prefix}, got 0 for {part} of all {len(amax)}"
+                )
 
 
 def _begin(src: Path, dst: Path, writer: Writer, calibration: Calibration | None) -> None:

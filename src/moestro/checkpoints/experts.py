@@ -250,7 +250,22 @@ class Experts:
                 found["gate_up_bias"] = torch.cat([bias[:, 0::2], bias[:, 1::2]], dim=1)
         if self._down_is_scaled and "gate_up_bias" in found:
             raise FormatError(f"{self._prefix}: pre_quant_scale and biases together have no place")
+        side.check_biases(found, self._prefix, projections, list(self._only), self._names.stacked)
         return found
+
+    def first_nan(self) -> str | None:
+        """The first tensor whose values are NaN, with its file; None where there is none. Reads everything."""
+        for e in self._only:
+            for projection in self._names.projections:
+                name = self.main_tensor(e, projection)
+                values = self._get(name)[e] if self._names.stacked else self._get(name)
+                floats = values.dtype.is_floating_point
+                if floats and bool(
+                    torch.isnan(values.float() if values.dtype.itemsize == 1 else values).any()
+                ):
+                    pieces = self._names.pieces[projection if self._names.stacked else (e, projection)]
+                    return f"{self._place(pieces)}{name}{f'[{e}]' * self._names.stacked}"
+        return None
 
     @cached_property
     def _input_pre_scale(self) -> torch.Tensor | None:

@@ -55,7 +55,9 @@ class Layout:
                     f"got {tensors[suffix].dtype}"
                 )
             if suffix in BLOCK_SCALES:
-                check_block_scales(f"{where}.{suffix}", tensors[suffix])
+                values = tensors[next(iter(self.pieces))]
+                codes = values if values.dtype == U8 else None
+                check_block_scales(f"{where}.{suffix}", tensors[suffix], codes)
             elif suffix in GLOBAL_SCALES:
                 check_global_scale(f"{where}.{suffix}", tensors[suffix])
         try:

@@ -19,8 +19,9 @@ def check_global_scale(name: str, scale: torch.Tensor) -> None:
         raise FormatError(f"{name} must be positive and finite, got {', '.join(map(str, bad))}")
 
 
-def check_block_scales(name: str, scale: torch.Tensor) -> None:
-    """FormatError for NaN, infinite or negative scales. Zeros stand for blocks whose scale underflowed, or of zeros.
+def check_block_scales(name: str, scale: torch.Tensor, codes: torch.Tensor | None = None) -> None:
+    """FormatError for NaN, infinite or negative scales. Zeros stand for blocks whose scale underflowed, or of zeros;
+    all of them zero is an error where `codes` (e2m1 pairs) are not.
 
     Of scales in one byte only the largest code is looked at: e4m3 keeps NaN at 0x7f and negative ones above it,
     e8m0 has NaN at 0xff.
@@ -29,12 +30,19 @@ def check_block_scales(name: str, scale: torch.Tensor) -> None:
         return
     if scale.dtype in BYTES:
         limit = BYTES[scale.dtype]
-        if int(scale.contiguous().view(torch.uint8).max()) < limit:
+        largest = int(scale.contiguous().view(torch.uint8).max())
+        if largest == 0 and scale.dtype == torch.float8_e4m3fn and codes is not None:
+            if bool((codes & 0x77).any()):
+                raise FormatError(
+                    f"{name} must hold a scale above 0, got 0 in all of {list(scale.shape)} beside weights that are not 0"
+                )
             return
-        codes = scale.contiguous().view(torch.uint8).flatten()
-        at = int((codes >= limit).nonzero()[0])
+        if largest < limit:
+            return
+        found = scale.contiguous().view(torch.uint8).flatten()
+        at = int((found >= limit).nonzero()[0])
         raise FormatError(
-            f"{name} must hold scales that are numbers of at least 0, got code {int(codes[at]):#04x} "
+            f"{name} must hold scales that are numbers of at least 0, got code {int(found[at]):#04x} "
             f"({scale.dtype}) at {at} of {list(scale.shape)}"
         )
     check_global_scale(name, scale)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,17 @@ class Scheme:
     layers: dict[str, str] = field(default_factory=dict)
     excluded: tuple[str, ...] = ()
     activations: bool = False  # whether the producer calibrated quantised activations (W4A4, W8A8)
+
+    def format_of(self, name: str) -> str | None:
+        """The format that is meant for the experts `name`; None where the config does not say it of them all."""
+        if any(fnmatch(name, pattern) or pattern in name for pattern in self.excluded):
+            return None
+        if self.method == "modelopt":
+            return MODELOPT.get(self.algorithm)
+        if self.method == "compressed-tensors" and not self.layers:
+            found = COMPRESSED_TENSORS.get(self.algorithm)
+            return None if found in ("mixed", "bf16") else found
+        return {"gpt-oss": "mxfp4", "AWQ": "int4", "GPTQ": "int4"}.get(self.method)
 
     def __str__(self) -> str:
         mixed = f" ({', '.join(sorted(set(self.layers.values())))})" if self.layers else ""

@@ -40,6 +40,27 @@ def biases(
     return found
 
 
+def check_biases(
+    found: dict[str, torch.Tensor],
+    prefix: str,
+    projections: tuple[str, ...],
+    experts: list[int],
+    stacked: bool,
+) -> None:
+    """FormatError where only one product of two has biases, or one is NaN or infinite."""
+    joint = "_" if stacked else "."
+    for name, projection in (("gate_up_bias", projections[0]), ("down_bias", projections[-1])):
+        if found and name not in found:
+            other = next(iter(found)).removesuffix("_bias")
+            raise FormatError(f"{prefix}.{projection}{joint}bias is missing: {other} has one")
+        if found and not bool((good := torch.isfinite(found[name]).all(-1)).all()):
+            expert = experts[int((~good).nonzero()[0])]
+            where = (
+                f"{prefix}.{projection}_bias[{expert}]" if stacked else f"{prefix}.{expert}.{projection}.bias"
+            )
+            raise FormatError(f"{where} must be finite, got NaN or infinity")
+
+
 def input_scales(
     find: Find, experts: list[int], projections: tuple[str, ...], prefix: str
 ) -> dict[str, torch.Tensor]:

@@ -12,7 +12,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moestro.cli.console import bytes_text, errors, output, progress, quiet
+from moestro.cli.console import errors, output, progress, quiet
+from moestro.machine import bytes_text
 
 if TYPE_CHECKING:
     from moestro.bench.accuracy import AccuracyResult, LayerRow

@@ -19,7 +19,7 @@ from rich.progress import (
 from moestro.errors import TuningWarning
 from moestro.tuning.progress import Listener
 
-__all__ = ["ProgressListener", "bytes_text", "errors", "output", "progress", "quiet", "seconds_text"]
+__all__ = ["ProgressListener", "errors", "output", "progress", "quiet", "seconds_text"]
 
 output = Console()
 errors = Console(stderr=True)
@@ -44,15 +44,6 @@ def seconds_text(seconds: float) -> str:
         value = seconds * scale
         if value >= 1 or unit == "µs":
             return f"{value:.{max(0, 2 - max(0, len(str(int(value))) - 1))}f} {unit}"
-    raise AssertionError("unreachable")
-
-
-def bytes_text(count: float) -> str:
-    """Binary units with three significant digits or so: 324 MiB, 1.13 GiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1000 or unit == "GiB":
-            return f"{count:.0f} {unit}" if count >= 100 or unit == "B" else f"{count:.3g} {unit}"
-        count /= 1024
     raise AssertionError("unreachable")
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from moestro.cli.console import errors, output, progress
+from moestro.machine import bytes_text
 
 __all__ = ["EXAMPLES", "convert"]
 
@@ -55,7 +56,7 @@ def convert(
     found = checkpoints.inspect(dst)
     output.print(
         f"{dst}: {len(found.layers)} layers of experts as {found.scheme}, "
-        f"{found.expert_bytes / 2**20:.1f} MiB, other tensors {found.other_bytes / 2**20:.1f} MiB"
+        f"{bytes_text(found.expert_bytes)}, other tensors {bytes_text(found.other_bytes)}"
     )
 
 

@@ -10,7 +10,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from moestro.cli.console import bytes_text, output
+from moestro.cli.console import output
+from moestro.machine import bytes_text
 
 __all__ = ["doctor"]
 

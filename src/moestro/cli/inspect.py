@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from moestro.cli.console import bytes_text, output
+from moestro.cli.console import output
+from moestro.machine import bytes_text
 
 __all__ = ["inspect"]
 

@@ -45,7 +45,7 @@ def record(
             raise
     recording.save(out)
     ids = recording.ids
-    output.print(f"{out}: {list(ids.shape)} [sequence, layers, K], experts 0 to {int(ids.max())}")
+    output.print(f"{out}: {list(ids.shape)} is [sequence, layers, K], experts 0 to {int(ids.max())}")
     if interrupted:
         errors.print("interrupted; the file holds the calls before")
         raise typer.Exit(130)

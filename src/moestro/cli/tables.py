@@ -12,7 +12,8 @@ from moestro.bench.parity import Delta
 from moestro.bench.results import BenchResult, Row
 from moestro.bench.tune import TuneResult
 from moestro.bench.worst import Worst
-from moestro.cli.console import bytes_text, seconds_text
+from moestro.cli.console import seconds_text
+from moestro.machine import bytes_text
 
 __all__ = ["bench_view", "heading", "parity_view", "tune_view", "worst_view"]
 

@@ -40,6 +40,7 @@ from moestro.integrations.transformers.settings import (
     need_quantised,
     of_model,
 )
+from moestro.machine import bytes_text
 from moestro.moe.layer import FusedMoE
 
 __all__ = [
@@ -185,7 +186,7 @@ def quantize_experts(model: torch.nn.Module, format: str = "nvfp4", **options: A
         if (found := bound_to(module)) is not None and found.packed:
             restore(module)
         found = pack(module, settings)
-        lines.append(f"{where}: {found.weights!r}, {found.weights.nbytes / 2**20:.1f} MiB")
+        lines.append(f"{where}: {found.weights!r}, {bytes_text(found.weights.nbytes)}")
     _mark(model, name)
     return lines
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from moestro.errors import BackendError
+from moestro.errors import BackendError, FormatError
 from moestro.integrations.transformers.modules import experts_modules, up_name
 
 Calibration = dict[str, dict[str, torch.Tensor]]
@@ -56,7 +56,9 @@ def _look(module: Any, x: torch.Tensor, ids: torch.Tensor, found: dict[str, torc
 
 
 def text_batches(tokenizer: Any, text: str, length: int = 512, batches: int = 16) -> list[torch.Tensor]:
-    """Token ids [1, length] of a text, as many as there are, at most `batches`."""
+    """Token ids [1, length] of a text, as many as there are, at most `batches`. FormatError where it has none."""
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    if not ids.numel():
+        raise FormatError(f"the text must have at least one token, got none in {len(text)} characters")
     cuts = [ids[:, at : at + length] for at in range(0, ids.shape[1], length)]
     return [cut for cut in cuts if cut.shape[1]][:batches]

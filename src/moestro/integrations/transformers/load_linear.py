@@ -67,18 +67,15 @@ def quantised_linears(model: Any, tensors: Renamed) -> list[QuantisedLinear]:
     return found
 
 
-def load_linear(
-    model: Any, linears: list[QuantisedLinear], tensors: Mapping[str, torch.Tensor]
-) -> list[Report]:
+def load_linear(model: Any, linears: list[QuantisedLinear], tensors: Renamed) -> list[Report]:
     """Fill the quantised Linear layers of a model."""
     tied = bool(getattr(model.config.get_text_config(decoder=True), "tie_word_embeddings", False))
     made = []
     for linear in linears:
         module = model.get_submodule(linear.name)
         device, dtype = device_of(model, linear.name), dtype_of(model)
-        weight = linear.row.read(linear.name, {s: tensors[linear.tensors[s]] for s in linear.row.pieces}).to(
-            device
-        )
+        where = f"{tensors.file_of(next(iter(linear.tensors.values())))}: {linear.name}"
+        weight = linear.row.read(where, {s: tensors[linear.tensors[s]] for s in linear.row.pieces}).to(device)
         if tuple(weight.shape) != (module.out_features, module.in_features):
             raise FormatError(
                 f"{linear.name} must be [{module.out_features}, {module.in_features}], got {list(weight.shape)}"

@@ -16,6 +16,7 @@ from moestro.integrations.transformers.bound import bound_to
 from moestro.integrations.transformers.linears import packed_linears
 from moestro.integrations.transformers.modules import experts_modules
 from moestro.integrations.transformers.settings import NAME, REGISTERED, Settings
+from moestro.machine import bytes_text
 
 log = logging.getLogger("moestro")
 
@@ -101,13 +102,13 @@ def describe(model: Any) -> list[str]:
             lines.append(told.pop(name))
         elif found is not None:
             w = found.weights
-            lines.append(f"{name}: {w.format} in {w.layout}, {w.nbytes / 2**20:.1f} MiB")
+            lines.append(f"{name}: {w.format} in {w.layout}, {bytes_text(w.nbytes)}")
         else:
             lines.append(f"{name}: its own parameters, packed at the first call")
     lines += told.values()
     for name, linear in packed_linears(model):
         if name not in known:
-            lines.append(f"{name}: {linear.format} on {linear.on}, {linear.nbytes / 2**20:.1f} MiB")
+            lines.append(f"{name}: {linear.format} on {linear.on}, {bytes_text(linear.nbytes)}")
     if not lines:
         raise BackendError(
             f"{type(model).__name__} has no experts that run through Transformers' interface, and no Linear layers "

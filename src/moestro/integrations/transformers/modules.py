@@ -37,6 +37,15 @@ def weight_names(module: Any) -> list[str]:
     return [name for name in names if isinstance(getattr(module, name, None), torch.Tensor)]
 
 
+def sizes(module: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of gate_up [E, 2I, H] and down [E, H, I] that the module's parameters have."""
+    found = []
+    for name in (up_name(module), "down_proj"):
+        count, rows, columns = getattr(module, name).shape
+        found.append((count, columns, rows) if module.is_transposed else (count, rows, columns))
+    return found[0], found[1]
+
+
 def matrices(module: Any) -> tuple[FormatTensor, FormatTensor]:
     """(gate_up [E, 2I, H], down [E, H, I]) as they are, gate rows before up rows; views where they can be."""
     return _matrix(module, up_name(module), True), _matrix(module, "down_proj", False)

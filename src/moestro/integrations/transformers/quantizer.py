@@ -23,9 +23,9 @@ from moestro.checkpoints.renamed import Renamed
 from moestro.checkpoints.scheme import METHODS, parse
 from moestro.errors import BackendError, FormatError
 from moestro.integrations.transformers.linears import ASKED, pack_linears, settings_of, wanted
-from moestro.integrations.transformers.load_experts import Report, load_experts
+from moestro.integrations.transformers.load_experts import Report, Sizes, load_experts
 from moestro.integrations.transformers.load_linear import QuantisedLinear, load_linear, quantised_linears
-from moestro.integrations.transformers.modules import experts_modules, weight_names
+from moestro.integrations.transformers.modules import experts_modules, sizes, weight_names
 from moestro.integrations.transformers.saving import checkpoint_state
 from moestro.integrations.transformers.settings import REGISTERED, of_model
 
@@ -63,7 +63,7 @@ class MoestroQuantizer(HfQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **kwargs)
         self.scheme = parse(quantization_config.raw)
         self._tensors: Renamed | None = None
-        self._experts: list[str] = []
+        self._experts: dict[str, Sizes] = {}
         self._linears: list[QuantisedLinear] = []
         self.report: list[Report] = []
 
@@ -82,7 +82,7 @@ class MoestroQuantizer(HfQuantizer):  # type: ignore[misc]
                 f"a {self.scheme} checkpoint must be of safetensors files, got {checkpoint_files}"
             )
         self._tensors = _renamed(model, Safetensors(files))
-        self._experts = [name for name, _ in experts_modules(model)]
+        self._experts = {name: sizes(module) for name, module in experts_modules(model)}
         self._linears = quantised_linears(model, self._tensors)
         for name, module in experts_modules(model):
             if not self._tensors.under(name):
@@ -101,7 +101,7 @@ class MoestroQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         assert self._tensors is not None
-        self.report = load_experts(model, self._experts, self._tensors, settings_of(model))
+        self.report = load_experts(model, self._experts, self._tensors, settings_of(model), self.scheme)
         self.report += load_linear(model, self._linears, self._tensors)
         self.report += pack_linears(model) if wanted(model) else []
         self._tensors = None

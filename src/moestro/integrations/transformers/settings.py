@@ -10,7 +10,9 @@ from typing import Any
 from transformers.integrations.moe import ExpertsInterface
 
 from moestro import formats
-from moestro.errors import FormatError, ShapeError, unknown_name
+from moestro.errors import BackendError, FormatError, ShapeError, as_flag, unknown_name
+from moestro.kernels import backends
+from moestro.kernels.problem import INPUT_FORMATS
 from moestro.moe.layer import FusedMoE
 
 NAME = "moestro"
@@ -56,6 +58,17 @@ class Settings:
                         "keyword of register", name, known | {"format", "max_num_tokens", "moestro_linear"}
                     )
                 )
+        self._check_values()
+
+    def _check_values(self) -> None:
+        """What no layer could have is an error here, not at the first forward."""
+        given, backend = self.options.get("input_format"), self.options.get("backend", backends.AUTO)
+        if given is not None and given not in INPUT_FORMATS:
+            raise FormatError(unknown_name("input_format", str(given), INPUT_FORMATS))
+        if backend not in (backends.AUTO, *backends.BACKENDS):
+            raise BackendError(unknown_name("backend", str(backend), (backends.AUTO, *backends.BACKENDS)))
+        for name in ("deterministic", "batch_invariant", "use_cuda_graph", "own_output"):
+            as_flag(name, self.options.get(name, False), BackendError)
 
     @property
     def quantises(self) -> bool:

@@ -35,10 +35,12 @@ def run(
     if weight_on_input:
         x, weights = x * weights.to(x.dtype), torch.ones_like(weights)
     out = torch.empty_like(x)
-    size = layer.max_num_tokens
-    for at in range(0, len(x), size):
+    size, count = layer.max_num_tokens, x.shape[0]
+    if 0 < count <= size:  # the usual call: four slices and the module's __call__ took 6.5 of 14 us
+        return layer.forward(x, ids, weights, out)
+    for at in range(0, count, size):
         cut = slice(at, at + size)
-        layer(x[cut], ids[cut], weights[cut], out[cut])
+        layer.forward(x[cut], ids[cut], weights[cut], out[cut])
     return out
 
 

@@ -1,4 +1,4 @@
-"""What the tuner chose and why, as HTML: plots of the decisions in a store, inlined as SVG.
+"""What the tuner chose and why, as HTML: plots of the decisions in a store, inlined as SVG with marks (svg.py).
 
 Four plots for each family of decisions (one key, environment and set of probes): the ratio of every tactic to
 the default over the sizes; where winners change; the chosen one against the default with its interval; and
@@ -7,9 +7,7 @@ what the tuning took. Each is a function of a Family, so that other pages may us
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 from moestro.errors import TuningError
 from moestro.tuning.show.explain import age_text, ratio_text, runner_text, seconds_text, tactic_text
 from moestro.tuning.show.families import Family, families
+from moestro.tuning.show.svg import Mark, inline, strips
 from moestro.tuning.spec.evidence import Record
 from moestro.tuning.store.store import Store
 
@@ -25,6 +24,11 @@ __all__ = ["chosen_plot", "crossover_plot", "heat_map", "section", "time_plot"]
 
 ROWS = 24  # tactics in a heat map: the best ones
 SERIES = 6  # lines in a crossover plot
+SHOWN = 5  # of them, in a size's label
+HEAT = "Time over the default's, by tactic and size"
+CROSSOVER = "Where winners change"
+CHOSEN = "The chosen one against the default"
+TIME = "What the tuning of each size took"
 DARK, ACCENT, SOFT = "#1f2937", "#0f766e", "#9ca3af"
 
 Candidate = tuple[str, str]  # (runner, tactic) as shown
@@ -53,14 +57,10 @@ def _family(family: Family, source: Store) -> str:
         f"{len(family.records)} sizes, {learned} of them learned where winners change; "
         f"{seconds_text(spent)} of measuring; {', '.join(f'{k} {v}' for k, v in facts.items())}"
     )
-    plots = (
-        ("Time over the default's, by tactic and size", heat_map),
-        ("Where winners change", crossover_plot),
-        ("The chosen one against the default", chosen_plot),
-        ("What the tuning of each size took", time_plot),
-    )
+    plots = ((HEAT, heat_map), (CROSSOVER, crossover_plot), (CHOSEN, chosen_plot), (TIME, time_plot))
     figures = "".join(
-        f"<figure><figcaption>{html.escape(title)}</figcaption>{plot(family)}</figure>"
+        f"<figure{' class=wide' * (plot is heat_map)}><figcaption>{html.escape(title)}</figcaption>{plot(family)}"
+        "</figure>"
         for title, plot in plots
     )
     return (
@@ -78,7 +78,7 @@ def heat_map(family: Family) -> str:
     limit = max(0.2, *(abs(x) for row in cells for x in row if math.isfinite(x)))
     limit = min(limit, 1.5)
 
-    def draw(figure: Any) -> None:
+    def draw(figure: Any) -> list[Mark]:
         axes = figure.subplots()
         image = axes.imshow(
             cells, cmap="BrBG_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest"
@@ -93,8 +93,27 @@ def heat_map(family: Family) -> str:
         bar = figure.colorbar(image, ax=axes, pad=0.01)
         ticks = [t for t in (-1.5, -1, -0.5, 0, 0.5, 1, 1.5) if abs(t) <= limit]
         bar.set_ticks(ticks, labels=[f"{2**t:.2f}" for t in ticks])
+        return _cells(axes, family, ratios, best)
 
-    return _svg(draw, width=1.5 + 0.32 * len(sizes), height=1.2 + 0.24 * len(best))
+    return _svg(draw, HEAT, width=1.5 + 0.32 * len(sizes), height=1.2 + 0.24 * len(best))
+
+
+def _cells(
+    axes: Any, family: Family, ratios: dict[Candidate, dict[int, float]], shown: list[Candidate]
+) -> list[Mark]:
+    """A mark for each measured cell; the Tab key stops at the chosen one of each size."""
+    marks = []
+    for column, (bucket, record) in enumerate(family.records.items()):
+        chosen = _name(record.runner, record.tactic)
+        for row, candidate in enumerate(shown):
+            ratio = ratios[candidate].get(bucket[0])
+            if ratio is None:
+                continue
+            words = [f"size {bucket[0]}", _label(candidate, shown), f"{ratio:.3f} of the default's time"]
+            words += ["chosen"] * (candidate == chosen)
+            x, y = (column - 0.5, column + 0.5), (row - 0.5, row + 0.5)
+            marks.append(Mark(axes, words, x, y, stop=candidate == chosen))
+    return marks
 
 
 def crossover_plot(family: Family) -> str:
@@ -113,7 +132,7 @@ def crossover_plot(family: Family) -> str:
         if _name(a.runner, a.tactic) != _name(b.runner, b.tactic)
     ]
 
-    def draw(figure: Any) -> None:
+    def draw(figure: Any) -> list[Mark]:
         axes = figure.subplots()
         for candidate in shown:
             points = sorted(ratios.get(candidate, {}).items())
@@ -122,23 +141,35 @@ def crossover_plot(family: Family) -> str:
             )
         for edge in edges:
             axes.axvline(edge, color=SOFT, linewidth=0.8, linestyle=":")
-        axes.set_xscale("log", base=2)
-        axes.set_xlabel("size")
+        _size_axis(axes)
         axes.set_ylabel("time / default's")
-        axes.legend(fontsize=7, frameon=False)
+        axes.legend(frameon=False)
+        return strips(axes, {bucket[0]: _crossing(bucket[0], ratios, shown) for bucket in family.records})
 
-    return _svg(draw)
+    return _svg(draw, CROSSOVER)
+
+
+def _crossing(size: int, ratios: dict[Candidate, dict[int, float]], shown: list[Candidate]) -> list[str]:
+    """The ratios of a size, the best first."""
+    here = sorted((ratios[c][size], c) for c in shown if size in ratios.get(c, {}))
+    return [f"size {size}", *(f"{_label(c, shown)}: {ratio:.3f}" for ratio, c in here[:SHOWN])]
 
 
 def chosen_plot(family: Family) -> str:
     """The chosen one's ratio to the default with its interval, and the noise floor, over the size."""
-    rows = []
+    rows: list[tuple[float, ...]] = []
+    words: dict[float, list[str]] = {}
     for bucket, record in family.records.items():
         won = record.evidence.of(record.runner, record.tactic)
         if won is not None and won.ratio is not None and won.low is not None and won.high is not None:
             rows.append((bucket[0], won.ratio, won.low, min(won.high, 4.0), record.evidence.noise_floor))
+            words[bucket[0]] = [
+                f"size {bucket[0]}: {tactic_text(record.tactic)}",
+                f"{won.ratio:.3f} of the default's time ({won.low:.3f} to {won.high:.3f})",
+                f"noise floor {100 * record.evidence.noise_floor:.2f} %",
+            ]
 
-    def draw(figure: Any) -> None:
+    def draw(figure: Any) -> list[Mark]:
         axes = figure.subplots()
         if rows:
             sizes, ratio, low, high, floor = zip(*rows, strict=True)
@@ -153,11 +184,11 @@ def chosen_plot(family: Family) -> str:
                 sizes, ratio, yerr=errors, fmt="o-", color=ACCENT, markersize=3, linewidth=1, capsize=2
             )
         axes.axhline(1, color=DARK, linewidth=0.8)
-        axes.set_xscale("log", base=2)
-        axes.set_xlabel("size")
+        _size_axis(axes)
         axes.set_ylabel("time / default's")
+        return strips(axes, words)
 
-    return _svg(draw)
+    return _svg(draw, CHOSEN)
 
 
 def time_plot(family: Family) -> str:
@@ -166,14 +197,18 @@ def time_plot(family: Family) -> str:
     seconds = [record.evidence.seconds for record in family.records.values()]
     colours = [SOFT if record.learned else ACCENT for record in family.records.values()]
 
-    def draw(figure: Any) -> None:
+    def draw(figure: Any) -> list[Mark]:
         axes = figure.subplots()
         axes.bar(range(len(sizes)), seconds, color=colours)
         axes.set_xticks(range(len(sizes)), sizes, rotation=90)
         axes.set_xlabel("size (grey: learned points)")
         axes.set_ylabel("seconds")
+        return [
+            Mark(axes, (f"size {size}", f"{seconds_text(spent)} of measuring"), (i - 0.5, i + 0.5))
+            for i, (size, spent) in enumerate(zip(sizes, seconds, strict=True))
+        ]
 
-    return _svg(draw, width=1.5 + 0.2 * len(sizes))
+    return _svg(draw, TIME, width=1.5 + 0.2 * len(sizes))
 
 
 def _table(family: Family) -> str:
@@ -184,7 +219,8 @@ def _table(family: Family) -> str:
         f"<th>{name}</th>"
         for name in ("size", "runner", "tactic", "time", "ratio", "interval", "runs", "age")
     )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    return f'<div class="scroll">{table}</div>'
 
 
 def _row(record: Record) -> list[str]:
@@ -233,6 +269,13 @@ def _middle(values: Iterable[float]) -> float:
     return ordered[len(ordered) // 2]
 
 
+def _size_axis(axes: Any) -> None:
+    """Sizes on a logarithmic scale, as plain numbers."""
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xlabel("size")
+
+
 def _pyplot() -> Any:
     try:
         from matplotlib import figure
@@ -241,16 +284,12 @@ def _pyplot() -> Any:
     return figure
 
 
-def _svg(draw: Callable[[Any], None], width: float = 8.0, height: float = 3.2) -> str:
-    """The figure that `draw` draws, as an <img> whose SVG is inlined; matplotlib keeps no state of it."""
+def _svg(draw: Callable[[Any], list[Mark]], name: str, width: float = 5.0, height: float = 3.2) -> str:
+    """The figure that `draw` draws, with the marks that it returns; matplotlib keeps no state of it."""
     import matplotlib
 
-    with matplotlib.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
+    with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
         figure = _pyplot().Figure(
             figsize=(min(max(width, 5.0), 14.0), min(height, 9.0)), layout="constrained"
         )
-        draw(figure)
-        stream = io.BytesIO()
-        figure.savefig(stream, format="svg")
-    encoded = base64.b64encode(stream.getvalue()).decode()
-    return f'<img alt="" src="data:image/svg+xml;base64,{encoded}">'
+        return inline(figure, name, draw(figure))
