@@ -177,27 +177,36 @@ struct Products {
 };
 alignas(64) constexpr Products kProducts;
 
-MOESTRO_INLINE void decode_block(const uint8_t* codes, const uint8_t* scales, bool mx, uint16_t* dense) {
-  const __m512i bits = _mm512_castps_si512(block_scales(scales, mx));
-  const __m512i scale = _mm512_or_si512(bits, _mm512_srli_epi32(bits, 16));  // bf16, for both columns
-  const __m512i mantissa = _mm512_srli_epi16(scale, 1);                      // its upper three bits to 3 .. 5
-  const __m512i all = _mm512_set1_epi32(-1);                                 // takes everything off where the scale is 0
-  const __m512i less =
-      _mm512_mask_andnot_epi32(all, _mm512_test_epi32_mask(bits, bits), scale, _mm512_set1_epi16(0x7F80));
-  const __m512i table = _mm512_load_si512(kProducts.of), upper = _mm512_load_si512(kProducts.of + 32);
-#pragma GCC unroll 2
-  for (int half = 0; half < 2; ++half) {
-    const __m512i line = _mm512_loadu_si512(codes + 64 * half);
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j, dense += kTileRows) {
-      const __m512i code = j ? _mm512_srli_epi16(line, 4 * j) : line;
-      const __m512i sign = j < 3 ? _mm512_slli_epi16(line, 12 - 4 * j) : line;
-      const __m512i index = _mm512_ternarylogic_epi32(code, mantissa, _mm512_set1_epi16(7), 0xE4);  // 7 ? code : mantissa
-      const __m512i product = _mm512_subs_epu16(_mm512_permutex2var_epi16(table, index, upper), less);
-      const __m512i finite = mx ? _mm512_min_epu16(product, _mm512_set1_epi16(0x7F80)) : product;  // or infinite, signed
-      _mm512_store_si512(dense, _mm512_ternarylogic_epi32(sign, finite, _mm512_set1_epi16(-0x8000), 0xEC));
-    }
+struct BlockScale {  // of 16 rows, as a product wants it
+  __m512i mantissa;  // the upper three bits at 3 .. 5
+  __m512i less;      // the exponent complemented; takes everything off where the scale is 0
+
+  MOESTRO_INLINE BlockScale(const uint8_t* scales, bool mx) {
+    const __m512i bits = _mm512_castps_si512(block_scales(scales, mx));
+    const __m512i scale = _mm512_or_si512(bits, _mm512_srli_epi32(bits, 16));  // bf16, for both columns
+    mantissa = _mm512_srli_epi16(scale, 1);
+    less = _mm512_mask_andnot_epi32(_mm512_set1_epi32(-1), _mm512_test_epi32_mask(bits, bits), scale,
+                                    _mm512_set1_epi16(0x7F80));
   }
+};
+
+// Pair j of columns of the eight of a block.
+MOESTRO_INLINE void decode_pair(const uint8_t* codes, int j, const BlockScale& scale, bool mx, uint16_t* dense) {
+  const int shift = 4 * (j % 4);
+  const __m512i line = _mm512_loadu_si512(codes + 64 * (j / 4));
+  const __m512i code = shift ? _mm512_srli_epi16(line, shift) : line;
+  const __m512i sign = shift < 12 ? _mm512_slli_epi16(line, 12 - shift) : line;
+  const __m512i index = _mm512_ternarylogic_epi32(code, scale.mantissa, _mm512_set1_epi16(7), 0xE4);  // 7 ? code : mantissa
+  const __m512i table = _mm512_load_si512(kProducts.of), upper = _mm512_load_si512(kProducts.of + 32);
+  __m512i product = _mm512_subs_epu16(_mm512_permutex2var_epi16(table, index, upper), scale.less);
+  if (mx) product = _mm512_min_epu16(product, _mm512_set1_epi16(0x7F80));  // or infinite, signed
+  _mm512_store_si512(dense + j * kTileRows, _mm512_ternarylogic_epi32(sign, product, _mm512_set1_epi16(-0x8000), 0xEC));
+}
+
+MOESTRO_INLINE void decode_block(const uint8_t* codes, const uint8_t* scales, bool mx, uint16_t* dense) {
+  const BlockScale scale(scales, mx);
+#pragma GCC unroll 8
+  for (int j = 0; j < 8; ++j) decode_pair(codes, j, scale, mx, dense);
 }
 
 void decode(const Codes& from, int blocks, uint16_t* dense) {
@@ -206,12 +215,22 @@ void decode(const Codes& from, int blocks, uint16_t* dense) {
       decode_block(from.codes + p * from.code_stride + b * kCodeBytes, from.scale(p, b), from.mx, dense);
 }
 
-// `count` blocks more, amid dot products: they hide behind these (Zen 5: products with it run at 0.95 to 0.99 of the peak).
-MOESTRO_INLINE void decode_some(Pending& next, int count) {
-  for (; count > 0 && next.left() > 0; --count, ++next.done) {
+struct NextBlock {  // of what is pending
+  const uint8_t *codes, *scales;
+  uint16_t* dense;
+
+  MOESTRO_INLINE explicit NextBlock(Pending& next) {
     const int p = next.done >= next.blocks, b = next.done - p * next.blocks;
-    decode_block(next.from.codes + p * next.from.code_stride + b * kCodeBytes, next.from.scale(p, b), next.from.mx,
-                 next.dense + next.done * kBlock * kPanel);
+    codes = next.from.codes + p * next.from.code_stride + b * kCodeBytes, scales = next.from.scale(p, b);
+    dense = next.dense + next.done * kBlock * kPanel;
+    ++next.done;
+  }
+};
+
+MOESTRO_INLINE void decode_some(Pending& next, int count) {
+  for (; count > 0 && next.left() > 0; --count) {
+    const NextBlock at(next);
+    decode_block(at.codes, at.scales, next.from.mx, at.dense);
   }
 }
 
@@ -224,6 +243,33 @@ struct Share {  // of what is ahead, for each chunk of columns of each tile of t
 struct PanelTile {
   static constexpr int kMost = 12;
 
+  // A pair of columns at `line` and `chunk`.
+  template <int P, int T>
+  static MOESTRO_INLINE void pair(const uint16_t* line, int64_t stride, const uint16_t* chunk, __m512 (*c)[T]) {
+    __m512bh row[P];
+#pragma GCC unroll 2
+    for (int p = 0; p < P; ++p) row[p] = (__m512bh)_mm512_loadu_si512(line + p * stride);
+#pragma GCC unroll 12
+    for (int t = 0; t < T; ++t) {
+      const __m512bh pair = pair_of(chunk + t * kChunk);
+#pragma GCC unroll 2
+      for (int p = 0; p < P; ++p) c[p][t] = _mm512_dpbf16_ps(c[p][t], row[p], pair);
+    }
+  }
+
+  // A block's eight, and amid each of them an eighth of a block that is pending.
+  template <int P, int T>
+  static MOESTRO_INLINE void pairs_decoding(const uint16_t* line, int64_t stride, const uint16_t* chunk, __m512 (*c)[T],
+                                            Pending& next) {
+    const NextBlock at(next);
+    const BlockScale scale(at.scales, next.from.mx);
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) {
+      pair<P, T>(line + j * kTileRows, stride, chunk + 2 * j, c);
+      decode_pair(at.codes, j, scale, next.from.mx, at.dense);
+    }
+  }
+
   template <int P, int T>
   static inline void run(const Dense& w, int blocks, const Tokens& x, float* sums, Ahead& ahead, Share work) {
     __m512 c[P][T];
@@ -233,23 +279,17 @@ struct PanelTile {
       for (int p = 0; p < P; ++p) c[p][t] = _mm512_loadu_ps(sums + t * kTileRows + p * kPanel);
     const uint16_t* line = w.data;
     const uint16_t* chunk = x.data;
-    for (int left = blocks * 8; left > 0; left -= 16, chunk += x.stride) {
-      const int pairs = left < 16 ? left : 16;
+    for (int left = blocks; left > 0; left -= 2, chunk += x.stride) {
       ahead.ask(work.ask);
-      decode_some(ahead.next, work.decode);
+      decode_some(ahead.next, work.decode - 2);
 #pragma GCC unroll 12
       for (int t = 0; t < T; ++t)  // T lines, then a jump: a pattern that hardware does not follow
         _mm_prefetch(reinterpret_cast<const char*>(chunk + x.stride + t * kChunk), _MM_HINT_T0);
-      for (int j = 0; j < pairs; ++j, line += kTileRows) {
-        __m512bh row[P];
-#pragma GCC unroll 2
-        for (int p = 0; p < P; ++p) row[p] = (__m512bh)_mm512_loadu_si512(line + p * w.stride);
-#pragma GCC unroll 12
-        for (int t = 0; t < T; ++t) {
-          const __m512bh pair = pair_of(chunk + t * kChunk + 2 * j);
-#pragma GCC unroll 2
-          for (int p = 0; p < P; ++p) c[p][t] = _mm512_dpbf16_ps(c[p][t], row[p], pair);
-        }
+      for (int half = 0; half < 2 && half < left; ++half, line += 8 * kTileRows) {
+        if (work.decode > half && ahead.next.left() > 0)
+          pairs_decoding<P, T>(line, w.stride, chunk + half * kBlock, c, ahead.next);
+        else
+          for (int j = 0; j < 8; ++j) pair<P, T>(line + j * kTileRows, w.stride, chunk + half * kBlock + 2 * j, c);
       }
     }
 #pragma GCC unroll 12
