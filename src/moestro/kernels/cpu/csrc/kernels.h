@@ -74,11 +74,20 @@ struct Ahead {            // for the products after this one: codes to decode, a
   int64_t stride = 0;   // bytes from a panel to the next
   int lines = 0;        // of 64 bytes, of each of two panels
   Pending next{};
+  const uint8_t* scales = nullptr;  // asked for with the lines, one after each `every`: at once they wait for each other
+  int64_t scale_stride = 0;
+  int every = 1 << 30;  // a power of two
 
-  MOESTRO_INLINE void ask(int count) {  // for L2: decoded weights and tokens fill L1
+  // Into L1, though it is full of decoded weights and tokens: L2 then has them when they are read. Asked for into L2 alone
+  // (prefetcht1), products waited (Zen 5): bf16 of 32 tokens was 6 % slower, AVX2's NVFP4 of 4 to 16 tokens 6 %.
+  MOESTRO_INLINE void ask(int count) {
     for (; count > 0 && lines > 0; --count, --lines, at += 64) {
-      __builtin_prefetch(at, 0, 2);
-      __builtin_prefetch(at + stride, 0, 2);
+      __builtin_prefetch(at, 0, 3);
+      __builtin_prefetch(at + stride, 0, 3);
+      if ((lines & (every - 1)) != 0) continue;
+      __builtin_prefetch(scales, 0, 3);
+      __builtin_prefetch(scales + scale_stride, 0, 3);
+      scales += 64;
     }
   }
 };

@@ -176,11 +176,9 @@ class Product {
   Ahead ask(const Piece& next) const {
     if (next.at.expert < 0 || 2 * next.at.tile >= panels_) return {};
     const int64_t at = index(next.at, next.block), bytes = next.count * block_bytes();
-    if (fp4_) {
-      Ahead few{scales(at), scale_stride(), static_cast<int>(next.count * kPanel / (mx_ ? 128 : 64) + 1)};
-      few.ask(few.lines);
-    }
-    return {codes(at), blocks_ * block_bytes(), static_cast<int>(bytes / 64)};
+    Ahead found{codes(at), blocks_ * block_bytes(), static_cast<int>(bytes / 64)};
+    if (fp4_) found.scales = scales(at), found.scale_stride = scale_stride(), found.every = mx_ ? 16 : 8;
+    return found;
   }
 
   static Tokens from(const Tokens& tokens, const Piece& piece) {
