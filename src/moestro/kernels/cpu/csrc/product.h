@@ -40,7 +40,7 @@ class Product {
     else if (fp8_columns_ || int4_)
       scaled(first, tiles, after, tokens, sums, room);
     else if (fp4_ && kernels_.direct && tokens.count < dequant_from_)
-      direct(first, tiles, after, tokens, sums);
+      direct(first, tiles, after, tokens, sums, room);
     else
       pieces(first, tiles, after, tokens, sums, room.decoded);
   }
@@ -66,10 +66,16 @@ class Product {
             codes(then), fp4_ ? scales(then) : nullptr, mx_};
   }
 
-  void direct(Place first, int64_t tiles, Place after, const Tokens& tokens, float* sums) const {
+  void direct(Place first, int64_t tiles, Place after, Tokens tokens, float* sums, const Room& room) const {
+    auto* kernel = kernels_.direct;
+    const int64_t stride = static_cast<int64_t>(tokens.count) * kernels_.split_line;
+    if (tokens.count <= kernels_.split_most && (blocks_ + 1) / 2 * stride <= 2 * kPieceElements) {
+      kernels_.split(tokens, static_cast<int>(blocks_), room.decoded);
+      tokens = {room.decoded, stride, tokens.count}, kernel = kernels_.direct_split;
+    }
     for (int64_t t = 0; t < tiles; ++t) {
       const Place at{first.expert, first.tile + t}, next = t + 1 < tiles ? Place{at.expert, at.tile + 1} : after;
-      kernels_.direct(codes_of(at, 0, next), static_cast<int>(blocks_), tokens, sums + t * tokens.count * kTileRows);
+      kernel(codes_of(at, 0, next), static_cast<int>(blocks_), tokens, sums + t * tokens.count * kTileRows);
     }
   }
 
