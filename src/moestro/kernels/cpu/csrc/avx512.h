@@ -282,8 +282,8 @@ struct PanelTile {
       ahead.ask(work.ask);
       decode_some(ahead.next, work.decode - 2);
 #pragma GCC unroll 12
-      for (int t = 0; t < T; ++t)  // T lines, then a jump: a pattern that hardware does not follow
-        _mm_prefetch(reinterpret_cast<const char*>(chunk + x.stride + t * kChunk), _MM_HINT_T0);
+      for (int t = 0; t < T; ++t)  // T lines, then a jump: a pattern that hardware does not follow; another core made them
+        _mm_prefetch(reinterpret_cast<const char*>(chunk + 2 * x.stride + t * kChunk), _MM_HINT_T0);
       for (int half = 0; half < 2 && half < left; ++half, line += 8 * kTileRows) {
         if (work.decode > half && ahead.next.left() > 0)
           pairs_decoding<P, T>(line, w.stride, chunk + half * kBlock, c, ahead.next);
