@@ -41,6 +41,28 @@ def test_int16_products_are_within_1e_3_of_exact_ones(
     assert max(errors.values()) < 1e-3, errors
 
 
+@pytest.mark.parametrize("forced", INT16)
+@pytest.mark.parametrize("largest", [255.0, -255.0, 254.0])
+def test_planes_of_bytes_and_words_give_the_same_sums(
+    forced: str, largest: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One to three tokens are multiplied in two planes of bytes, more in words. 255 has all the bits that bf16 has: as an
+    int16 of at least 2^14 its upper byte would be 128."""
+    case = Case(hidden=80, inter=48, experts=1, top_k=1)
+    x, ids, weights = case.call(6)
+    x[::2, ::16] = largest
+    call = x, ids, weights
+    monkeypatch.setenv(core.ISA_VARIABLE, "generic")
+    exact = run(CpuRunner(case.problem, case.weights()), call).float()
+    monkeypatch.setenv(core.ISA_VARIABLE, forced)
+    runner = CpuRunner(case.problem, case.weights())
+    words = run(runner, call)
+    assert relative_error(words, exact) < 4e-3  # values so large tip few roundings over, each of them by 2^-8
+    for count in (1, 2, 3):
+        few = run(runner, (x[:count], ids[:count], weights[:count]))
+        assert torch.equal(few, words[:count]), count
+
+
 @pytest.mark.parametrize("num_tokens", [1, 3, 4, 5, 70])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("fmt", ["nvfp4", "mxfp4"])

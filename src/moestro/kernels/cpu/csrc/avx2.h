@@ -154,13 +154,11 @@ inline void multiply_float(const uint16_t* line, int blocks, const Tokens& x, fl
   }
 }
 
-constexpr int kMostTokens = 6;
-
-// Runs Tile<T>(panel p, tokens from t on) for all panels and tokens, T at most 6 and of equal size give or take one; each
-// asks for as much of what is ahead with each chunk of its columns.
-template <template <int> class Tile>
+// Runs Tile<T>(panel p, tokens from t on) for all panels and tokens: one of at most kWhole, or several of at most kMost and
+// of equal size give or take one; each asks for as much of what is ahead with each chunk of its columns.
+template <template <int> class Tile, int kMost, int kWhole>
 inline void each_tile(const Dense& w, int blocks, const Tokens& x, int line, float* sums, Ahead& ahead) {
-  const int pieces = (x.count + kMostTokens - 1) / kMostTokens, all = pieces * w.panels;
+  const int pieces = x.count <= kWhole ? 1 : (x.count + kMost - 1) / kMost, all = pieces * w.panels;
   const int chunks = all * ((blocks + 1) / 2), ask = (ahead.lines + chunks - 1) / chunks;
   for (int p = 0; p < w.panels; ++p)
     for (int i = 0; i < pieces; ++i) {
@@ -187,7 +185,7 @@ struct FloatTile {
 };
 
 void multiply(const Dense& w, int blocks, const Tokens& x, float* sums, Ahead& ahead) {
-  each_tile<FloatTile>(w, blocks, x, kFloatLine, sums, ahead);
+  each_tile<FloatTile, 6, 6>(w, blocks, x, kFloatLine, sums, ahead);
 }
 
 }  // namespace

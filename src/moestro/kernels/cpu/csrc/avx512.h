@@ -65,51 +65,59 @@ MOESTRO_INLINE void ask_block(const Codes& from, int blocks, int b) {
 }
 
 // Few tokens: their sums stay in registers. A block is decoded once, multiplied by all tokens, and its scale meets the
-// sum of its 16 columns.
-template <int P, int T>
-inline void direct_few(const Codes& from, int blocks, const Tokens& x, float* sums) {
+// sum of its 16 columns. One panel after the other, which is one stream of codes, and asked for kStreamAhead blocks ahead:
+// two panels at once were 10 to 20 % slower with 1 to 4 tokens of an expert, 32 or 64 blocks ahead 3 to 10 %.
+constexpr int kFew = 12, kStreamAhead = 48;
+
+template <int T>
+MOESTRO_INLINE void few_block(const uint8_t* codes, const uint8_t* scales, bool mx, const uint16_t* x, __m512* total) {
   const __m512i table = e2m1_table();
-  __m512 total[T][P];
+  __m512 sum[T];
+#pragma GCC unroll 12
+  for (int t = 0; t < T; ++t) sum[t] = _mm512_setzero_ps();
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    __m512i w[4];
+    unpack_half(table, codes + 64 * half, w);
 #pragma GCC unroll 4
-  for (int t = 0; t < T; ++t)
-#pragma GCC unroll 2
-    for (int p = 0; p < P; ++p) total[t][p] = _mm512_loadu_ps(sums + t * kTileRows + p * kPanel);
-  for (int b = 0; b < blocks; ++b) {
-    ask_block<P>(from, blocks, b);
-    const uint16_t* at = x.data + b / 2 * x.stride + b % 2 * kBlock;
-    __m512 sum[T][P];
-#pragma GCC unroll 4
-    for (int t = 0; t < T; ++t)
-#pragma GCC unroll 2
-      for (int p = 0; p < P; ++p) sum[t][p] = _mm512_setzero_ps();
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half, at += kBlock / 2) {
-      __m512i w[P][4];
-#pragma GCC unroll 2
-      for (int p = 0; p < P; ++p) unpack_half(table, from.codes + p * from.code_stride + b * kCodeBytes + 64 * half, w[p]);
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j)
-#pragma GCC unroll 4
-        for (int t = 0; t < T; ++t) {
-          const __m512bh pair = pair_of(at + t * kChunk + 2 * j);
-#pragma GCC unroll 2
-          for (int p = 0; p < P; ++p) sum[t][p] = _mm512_dpbf16_ps(sum[t][p], (__m512bh)w[p][j], pair);
-        }
-    }
-#pragma GCC unroll 2
-    for (int p = 0; p < P; ++p) {
-      const __m512 scale = block_scales(from.scale(p, b), from.mx);
-#pragma GCC unroll 4
-      for (int t = 0; t < T; ++t) total[t][p] = _mm512_fmadd_ps(sum[t][p], scale, total[t][p]);
-    }
+    for (int j = 0; j < 4; ++j)
+#pragma GCC unroll 12
+      for (int t = 0; t < T; ++t)
+        sum[t] = _mm512_dpbf16_ps(sum[t], (__m512bh)w[j], pair_of(x + t * kChunk + 8 * half + 2 * j));
   }
-#pragma GCC unroll 4
-  for (int t = 0; t < T; ++t)
-#pragma GCC unroll 2
-    for (int p = 0; p < P; ++p) _mm512_storeu_ps(sums + t * kTileRows + p * kPanel, total[t][p]);
+  const __m512 scale = block_scales(scales, mx);
+#pragma GCC unroll 12
+  for (int t = 0; t < T; ++t) total[t] = _mm512_fmadd_ps(sum[t], scale, total[t]);
 }
 
-// More tokens: the same with a block's weights in registers and the sums in memory.
+template <int T>
+inline void direct_few(const Codes& from, int panel, int blocks, const Tokens& x, float* sums) {
+  const int64_t pair_scales = from.mx ? kPanel : 2 * kPanel;
+  const uint8_t *codes = from.codes + panel * from.code_stride, *scales = from.scales + panel * from.scale_stride;
+  StreamAhead ask(from, panel, blocks, kStreamAhead);
+  const uint16_t* line = x.data;
+  __m512 total[T];
+#pragma GCC unroll 12
+  for (int t = 0; t < T; ++t) total[t] = _mm512_loadu_ps(sums + t * kTileRows);
+  for (int b = 0; b < blocks; b += 2, line += x.stride) {
+    ask.two_blocks(b);
+    few_block<T>(codes, scales, from.mx, line, total);
+    if (b + 1 < blocks)
+      few_block<T>(codes + kCodeBytes, from.mx ? scales : scales + kPanel, from.mx, line + kBlock, total);
+    codes += 2 * kCodeBytes, scales += pair_scales;
+  }
+#pragma GCC unroll 12
+  for (int t = 0; t < T; ++t) _mm512_storeu_ps(sums + t * kTileRows, total[t]);
+}
+
+template <int T>
+void direct_few_of(const Codes& from, int blocks, const Tokens& x, float* sums) {
+  if constexpr (T > 1)
+    if (x.count < T) return direct_few_of<T - 1>(from, blocks, x, sums);
+  for (int p = 0; p < from.panels; ++p) direct_few<T>(from, p, blocks, x, sums + p * kPanel);
+}
+
+// More tokens: the same of two panels at once, with a block's weights in registers and the sums in memory.
 template <int P>
 inline void direct_many(const Codes& from, int blocks, const Tokens& x, float* sums) {
   const __m512i table = e2m1_table();
@@ -142,22 +150,13 @@ inline void direct_many(const Codes& from, int blocks, const Tokens& x, float* s
   }
 }
 
-template <int P>
-void direct_panels(const Codes& from, int blocks, const Tokens& x, float* sums) {
-  switch (x.count) {
-    case 1: return direct_few<P, 1>(from, blocks, x, sums);
-    case 2: return direct_few<P, 2>(from, blocks, x, sums);
-    case 3: return direct_few<P, 3>(from, blocks, x, sums);
-    case 4: return direct_few<P, 4>(from, blocks, x, sums);
-    default: return direct_many<P>(from, blocks, x, sums);
-  }
-}
-
 void direct(const Codes& from, int blocks, const Tokens& x, float* sums) {
-  if (from.panels == 2)
-    direct_panels<2>(from, blocks, x, sums);
+  if (x.count <= kFew)
+    direct_few_of<kFew>(from, blocks, x, sums);
+  else if (from.panels == 2)
+    direct_many<2>(from, blocks, x, sums);
   else
-    direct_panels<1>(from, blocks, x, sums);
+    direct_many<1>(from, blocks, x, sums);
 }
 
 // Decoding is a product of e2m1 (3 bits of magnitude) and 1.mmm (3 bits of the scale), looked up among 64 of vpermi2w, and
@@ -177,27 +176,36 @@ struct Products {
 };
 alignas(64) constexpr Products kProducts;
 
-MOESTRO_INLINE void decode_block(const uint8_t* codes, const uint8_t* scales, bool mx, uint16_t* dense) {
-  const __m512i bits = _mm512_castps_si512(block_scales(scales, mx));
-  const __m512i scale = _mm512_or_si512(bits, _mm512_srli_epi32(bits, 16));  // bf16, for both columns
-  const __m512i mantissa = _mm512_srli_epi16(scale, 1);                      // its upper three bits to 3 .. 5
-  const __m512i all = _mm512_set1_epi32(-1);                                 // takes everything off where the scale is 0
-  const __m512i less =
-      _mm512_mask_andnot_epi32(all, _mm512_test_epi32_mask(bits, bits), scale, _mm512_set1_epi16(0x7F80));
-  const __m512i table = _mm512_load_si512(kProducts.of), upper = _mm512_load_si512(kProducts.of + 32);
-#pragma GCC unroll 2
-  for (int half = 0; half < 2; ++half) {
-    const __m512i line = _mm512_loadu_si512(codes + 64 * half);
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j, dense += kTileRows) {
-      const __m512i code = j ? _mm512_srli_epi16(line, 4 * j) : line;
-      const __m512i sign = j < 3 ? _mm512_slli_epi16(line, 12 - 4 * j) : line;
-      const __m512i index = _mm512_ternarylogic_epi32(code, mantissa, _mm512_set1_epi16(7), 0xE4);  // 7 ? code : mantissa
-      const __m512i product = _mm512_subs_epu16(_mm512_permutex2var_epi16(table, index, upper), less);
-      const __m512i finite = mx ? _mm512_min_epu16(product, _mm512_set1_epi16(0x7F80)) : product;  // or infinite, signed
-      _mm512_store_si512(dense, _mm512_ternarylogic_epi32(sign, finite, _mm512_set1_epi16(-0x8000), 0xEC));
-    }
+struct BlockScale {  // of 16 rows, as a product wants it
+  __m512i mantissa;  // the upper three bits at 3 .. 5
+  __m512i less;      // the exponent complemented; takes everything off where the scale is 0
+
+  MOESTRO_INLINE BlockScale(const uint8_t* scales, bool mx) {
+    const __m512i bits = _mm512_castps_si512(block_scales(scales, mx));
+    const __m512i scale = _mm512_or_si512(bits, _mm512_srli_epi32(bits, 16));  // bf16, for both columns
+    mantissa = _mm512_srli_epi16(scale, 1);
+    less = _mm512_mask_andnot_epi32(_mm512_set1_epi32(-1), _mm512_test_epi32_mask(bits, bits), scale,
+                                    _mm512_set1_epi16(0x7F80));
   }
+};
+
+// Pair j of columns of the eight of a block.
+MOESTRO_INLINE void decode_pair(const uint8_t* codes, int j, const BlockScale& scale, bool mx, uint16_t* dense) {
+  const int shift = 4 * (j % 4);
+  const __m512i line = _mm512_loadu_si512(codes + 64 * (j / 4));
+  const __m512i code = shift ? _mm512_srli_epi16(line, shift) : line;
+  const __m512i sign = shift < 12 ? _mm512_slli_epi16(line, 12 - shift) : line;
+  const __m512i index = _mm512_ternarylogic_epi32(code, scale.mantissa, _mm512_set1_epi16(7), 0xE4);  // 7 ? code : mantissa
+  const __m512i table = _mm512_load_si512(kProducts.of), upper = _mm512_load_si512(kProducts.of + 32);
+  __m512i product = _mm512_subs_epu16(_mm512_permutex2var_epi16(table, index, upper), scale.less);
+  if (mx) product = _mm512_min_epu16(product, _mm512_set1_epi16(0x7F80));  // or infinite, signed
+  _mm512_store_si512(dense + j * kTileRows, _mm512_ternarylogic_epi32(sign, product, _mm512_set1_epi16(-0x8000), 0xEC));
+}
+
+MOESTRO_INLINE void decode_block(const uint8_t* codes, const uint8_t* scales, bool mx, uint16_t* dense) {
+  const BlockScale scale(scales, mx);
+#pragma GCC unroll 8
+  for (int j = 0; j < 8; ++j) decode_pair(codes, j, scale, mx, dense);
 }
 
 void decode(const Codes& from, int blocks, uint16_t* dense) {
@@ -206,12 +214,22 @@ void decode(const Codes& from, int blocks, uint16_t* dense) {
       decode_block(from.codes + p * from.code_stride + b * kCodeBytes, from.scale(p, b), from.mx, dense);
 }
 
-// `count` blocks more, amid dot products: they hide behind these (Zen 5: products with it run at 0.95 to 0.99 of the peak).
-MOESTRO_INLINE void decode_some(Pending& next, int count) {
-  for (; count > 0 && next.left() > 0; --count, ++next.done) {
+struct NextBlock {  // of what is pending
+  const uint8_t *codes, *scales;
+  uint16_t* dense;
+
+  MOESTRO_INLINE explicit NextBlock(Pending& next) {
     const int p = next.done >= next.blocks, b = next.done - p * next.blocks;
-    decode_block(next.from.codes + p * next.from.code_stride + b * kCodeBytes, next.from.scale(p, b), next.from.mx,
-                 next.dense + next.done * kBlock * kPanel);
+    codes = next.from.codes + p * next.from.code_stride + b * kCodeBytes, scales = next.from.scale(p, b);
+    dense = next.dense + next.done * kBlock * kPanel;
+    ++next.done;
+  }
+};
+
+MOESTRO_INLINE void decode_some(Pending& next, int count) {
+  for (; count > 0 && next.left() > 0; --count) {
+    const NextBlock at(next);
+    decode_block(at.codes, at.scales, next.from.mx, at.dense);
   }
 }
 
@@ -224,6 +242,33 @@ struct Share {  // of what is ahead, for each chunk of columns of each tile of t
 struct PanelTile {
   static constexpr int kMost = 12;
 
+  // A pair of columns at `line` and `chunk`.
+  template <int P, int T>
+  static MOESTRO_INLINE void pair(const uint16_t* line, int64_t stride, const uint16_t* chunk, __m512 (*c)[T]) {
+    __m512bh row[P];
+#pragma GCC unroll 2
+    for (int p = 0; p < P; ++p) row[p] = (__m512bh)_mm512_loadu_si512(line + p * stride);
+#pragma GCC unroll 12
+    for (int t = 0; t < T; ++t) {
+      const __m512bh pair = pair_of(chunk + t * kChunk);
+#pragma GCC unroll 2
+      for (int p = 0; p < P; ++p) c[p][t] = _mm512_dpbf16_ps(c[p][t], row[p], pair);
+    }
+  }
+
+  // A block's eight, and amid each of them an eighth of a block that is pending.
+  template <int P, int T>
+  static MOESTRO_INLINE void pairs_decoding(const uint16_t* line, int64_t stride, const uint16_t* chunk, __m512 (*c)[T],
+                                            Pending& next) {
+    const NextBlock at(next);
+    const BlockScale scale(at.scales, next.from.mx);
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) {
+      pair<P, T>(line + j * kTileRows, stride, chunk + 2 * j, c);
+      decode_pair(at.codes, j, scale, next.from.mx, at.dense);
+    }
+  }
+
   template <int P, int T>
   static inline void run(const Dense& w, int blocks, const Tokens& x, float* sums, Ahead& ahead, Share work) {
     __m512 c[P][T];
@@ -233,23 +278,17 @@ struct PanelTile {
       for (int p = 0; p < P; ++p) c[p][t] = _mm512_loadu_ps(sums + t * kTileRows + p * kPanel);
     const uint16_t* line = w.data;
     const uint16_t* chunk = x.data;
-    for (int left = blocks * 8; left > 0; left -= 16, chunk += x.stride) {
-      const int pairs = left < 16 ? left : 16;
+    for (int left = blocks; left > 0; left -= 2, chunk += x.stride) {
       ahead.ask(work.ask);
-      decode_some(ahead.next, work.decode);
+      decode_some(ahead.next, work.decode - 2);
 #pragma GCC unroll 12
-      for (int t = 0; t < T; ++t)  // T lines, then a jump: a pattern that hardware does not follow
-        _mm_prefetch(reinterpret_cast<const char*>(chunk + x.stride + t * kChunk), _MM_HINT_T0);
-      for (int j = 0; j < pairs; ++j, line += kTileRows) {
-        __m512bh row[P];
-#pragma GCC unroll 2
-        for (int p = 0; p < P; ++p) row[p] = (__m512bh)_mm512_loadu_si512(line + p * w.stride);
-#pragma GCC unroll 12
-        for (int t = 0; t < T; ++t) {
-          const __m512bh pair = pair_of(chunk + t * kChunk + 2 * j);
-#pragma GCC unroll 2
-          for (int p = 0; p < P; ++p) c[p][t] = _mm512_dpbf16_ps(c[p][t], row[p], pair);
-        }
+      for (int t = 0; t < T; ++t)  // T lines, then a jump: a pattern that hardware does not follow; another core made them
+        _mm_prefetch(reinterpret_cast<const char*>(chunk + 2 * x.stride + t * kChunk), _MM_HINT_T0);
+      for (int half = 0; half < 2 && half < left; ++half, line += 8 * kTileRows) {
+        if (work.decode > half && ahead.next.left() > 0)
+          pairs_decoding<P, T>(line, w.stride, chunk + half * kBlock, c, ahead.next);
+        else
+          for (int j = 0; j < 8; ++j) pair<P, T>(line + j * kTileRows, w.stride, chunk + half * kBlock + 2 * j, c);
       }
     }
 #pragma GCC unroll 12

@@ -74,7 +74,7 @@ struct BlocksTile {
       ahead.ask(work.ask);
       decode_some_blocks(ahead.next, work.decode);
 #pragma GCC unroll 6
-      for (int t = 0; t < T; ++t) _mm_prefetch(reinterpret_cast<const char*>(line + x.stride + t * kChunk), _MM_HINT_T0);
+      for (int t = 0; t < T; ++t) _mm_prefetch(reinterpret_cast<const char*>(line + 2 * x.stride + t * kChunk), _MM_HINT_T0);
       add_blocks<P, T>(dense, w.stride, line, total);
       if (b + 1 < blocks) add_blocks<P, T>(dense + kBlockAndScales, w.stride, line + kBlock, total);
     }

@@ -35,6 +35,24 @@ MOESTRO_INLINE void add_int8(const __m512i* w, __m512 scale, const uint16_t* lin
   _mm512_storeu_ps(sums, _mm512_fmadd_ps(value, scale, _mm512_loadu_ps(sums)));
 }
 
+// One panel after the other, as direct_few() reads them: 15 % faster with one or two tokens of an expert, 14 % slower with
+// eight.
+void direct_int8_few(const Codes& from, int blocks, const Tokens& x, float* sums) {
+  const __m512i table = int8_table();
+  for (int p = 0; p < from.panels; ++p) {
+    const uint8_t* codes = from.codes + p * from.code_stride;
+    StreamAhead ask(from, p, blocks, kStreamAhead);
+    for (int b = 0; b < blocks; ++b, codes += kCodeBytes) {
+      if (b % 2 == 0) ask.two_blocks(b);
+      __m512i w[4];
+      unpack_int8(table, codes, w);
+      const __m512 scale = block_scales(from.scale(p, b), from.mx);
+      const uint16_t* line = x.data + b / 2 * x.stride;
+      for (int t = 0; t < x.count; ++t, line += kInt8Line) add_int8(w, scale, line, b, sums + t * kTileRows + p * kPanel);
+    }
+  }
+}
+
 template <int P>
 void direct_int8_panels(const Codes& from, int blocks, const Tokens& x, float* sums) {
   const __m512i table = int8_table();
@@ -55,7 +73,9 @@ void direct_int8_panels(const Codes& from, int blocks, const Tokens& x, float* s
 }
 
 void direct_int8(const Codes& from, int blocks, const Tokens& x, float* sums) {
-  if (from.panels == 2)
+  if (x.count <= 3)
+    direct_int8_few(from, blocks, x, sums);
+  else if (from.panels == 2)
     direct_int8_panels<2>(from, blocks, x, sums);
   else
     direct_int8_panels<1>(from, blocks, x, sums);

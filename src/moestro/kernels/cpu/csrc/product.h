@@ -40,7 +40,7 @@ class Product {
     else if (fp8_columns_ || int4_)
       scaled(first, tiles, after, tokens, sums, room);
     else if (fp4_ && kernels_.direct && tokens.count < dequant_from_)
-      direct(first, tiles, after, tokens, sums);
+      direct(first, tiles, after, tokens, sums, room);
     else
       pieces(first, tiles, after, tokens, sums, room.decoded);
   }
@@ -66,10 +66,16 @@ class Product {
             codes(then), fp4_ ? scales(then) : nullptr, mx_};
   }
 
-  void direct(Place first, int64_t tiles, Place after, const Tokens& tokens, float* sums) const {
+  void direct(Place first, int64_t tiles, Place after, Tokens tokens, float* sums, const Room& room) const {
+    auto* kernel = kernels_.direct;
+    const int64_t stride = static_cast<int64_t>(tokens.count) * kernels_.split_line;
+    if (tokens.count <= kernels_.split_most && (blocks_ + 1) / 2 * stride <= 2 * kPieceElements) {
+      kernels_.split(tokens, static_cast<int>(blocks_), room.decoded);
+      tokens = {room.decoded, stride, tokens.count}, kernel = kernels_.direct_split;
+    }
     for (int64_t t = 0; t < tiles; ++t) {
       const Place at{first.expert, first.tile + t}, next = t + 1 < tiles ? Place{at.expert, at.tile + 1} : after;
-      kernels_.direct(codes_of(at, 0, next), static_cast<int>(blocks_), tokens, sums + t * tokens.count * kTileRows);
+      kernel(codes_of(at, 0, next), static_cast<int>(blocks_), tokens, sums + t * tokens.count * kTileRows);
     }
   }
 
@@ -176,11 +182,9 @@ class Product {
   Ahead ask(const Piece& next) const {
     if (next.at.expert < 0 || 2 * next.at.tile >= panels_) return {};
     const int64_t at = index(next.at, next.block), bytes = next.count * block_bytes();
-    if (fp4_) {
-      Ahead few{scales(at), scale_stride(), static_cast<int>(next.count * kPanel / (mx_ ? 128 : 64) + 1)};
-      few.ask(few.lines);
-    }
-    return {codes(at), blocks_ * block_bytes(), static_cast<int>(bytes / 64)};
+    Ahead found{codes(at), blocks_ * block_bytes(), static_cast<int>(bytes / 64)};
+    if (fp4_) found.scales = scales(at), found.scale_stride = scale_stride(), found.every = mx_ ? 16 : 8;
+    return found;
   }
 
   static Tokens from(const Tokens& tokens, const Piece& piece) {

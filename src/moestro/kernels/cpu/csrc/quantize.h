@@ -1,7 +1,8 @@
 // Tokens in the forms of AVX2 and of int8: lines of float32, and integers with a scale per 16 or 32 columns.
 //
-// int16: the scale is a power of two that brings the largest of 16 columns into [2^14, 2^15), so every bf16 value within
-// 2^-7 of the largest is exact and smaller ones lose at most 2^-16 of the largest. int8: symmetric, amax / 127 per 32
+// int16: the scale is a power of two that brings the largest of 16 columns into [2^14, 2^15), but for one with all bits set,
+// which would need 128 in its upper byte: that is brought below 2^14. So every bf16 value within 2^-7 of the largest is exact
+// (2^-6 below such a one) and smaller ones lose at most 2^-16 (2^-15) of the largest. int8: symmetric, amax / 127 per 32
 // columns, to nearest, ties to even. A block that holds infinity or NaN has the scale NaN: nothing vanishes.
 // Plain loops that the compiler vectorises for the instruction set of the file which includes this.
 #pragma once
@@ -60,8 +61,8 @@ inline void round_to_int16(const float* values, float to_integer, uint16_t* to) 
 #endif
 
 inline void put_int16(const float* values, int half, uint16_t* line) {  // 16 values, which bf16 holds
-  const uint32_t most = largest_of_16(values);
-  const uint32_t exponent = most >> 23 < 24 ? 24 : most >> 23;  // below 2^-103: as if it were that large
+  const uint32_t most = largest_of_16(values), up = most + 0x10000u;
+  const uint32_t exponent = up >> 23 < 24 ? 24 : up >> 23;  // below 2^-103: as if it were that large
   const float unit = most >= kNotFinite ? float_of(0x7FC00000u) : float_of((exponent - 14 - 9) << 23);
   if (most < kNotFinite)
     round_to_int16(values, float_of((127 + 127 + 14 - exponent) << 23), line + half * kPanel);
