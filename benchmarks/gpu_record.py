@@ -115,7 +115,7 @@ class Session:
 
     @property
     def left(self) -> float:
-        return self.end - time.monotonic()
+        return float(self.end - time.monotonic())
 
     def run(self) -> int:
         where = results.environment(self.options.device)
@@ -340,7 +340,8 @@ def _names(step: Step) -> list[str]:
 
 def kernels_of(layer: Any, tokens: Sequence[int]) -> dict[Any, Any]:
     """Key -> job, of the default and all that a tuning would try, at these sizes."""
-    runner, jobs = layer.runners[0], {}
+    runner = layer.runners[0]
+    jobs: dict[Any, Any] = {}
     for n in tokens:
         x = torch.zeros(n, layer.weights.hidden_size, dtype=layer.dtype, device=layer.weights.device)
         ids = torch.zeros(n, layer.top_k, dtype=torch.int32, device=x.device)

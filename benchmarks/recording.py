@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,9 @@ class Recorder:
         decisions = sum(entry.kind == "decision" for entry in fresh)
         if not decisions:
             return 0
-        facts = {name: self.store.facts(name) for name in sorted({e.environment for e in fresh})}
+        facts: dict[str, Mapping[str, Any]] = {
+            name: self.store.facts(name) for name in sorted({e.environment for e in fresh})
+        }
         write_bundle(self.out / "tuning.json", fresh, facts)
         devices = {str(f.get("device")) for f in facts.values()}
         for bundle in self._shipped:
