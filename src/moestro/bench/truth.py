@@ -77,9 +77,9 @@ class References:
         name = f"{format} rounded"
         if name not in self._weights:
             plain = self._plain(format)
-            dense = (
+            gate_up, down = (
                 BF16(torch.stack([reference.fold_e4m3(side.expert(e)) for e in range(plain.num_experts)]))
                 for side in (plain.gate_up, plain.down)
             )
-            self._weights[name] = ExpertWeights(*dense, plain.gate_up_bias, plain.down_bias)
+            self._weights[name] = ExpertWeights(gate_up, down, plain.gate_up_bias, plain.down_bias)
         return self._weights[name]
