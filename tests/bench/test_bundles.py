@@ -132,7 +132,7 @@ def test_an_installation_has_the_bundles_and_the_recording(tmp_path: Path) -> No
 def test_a_tuned_layers_bundle_serves_the_other_ranks_of_a_fresh_install(
     tiny: MoeShape, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As benchmarks/h100_record.py makes it: tune, export, ship; another rank's layer finds it untuned."""
+    """As benchmarks/gpu_record.py makes it: tune, export, ship; another rank's layer finds it untuned."""
     shape, store = tiny.on_ranks(2), tmp_path / "store"
     spec = tune.TuneSpec(shape, (1, 8), formats=("bf16",), backends=("portable",), store=store)
     tune.run(spec, "moestro tune")

@@ -3,12 +3,13 @@
 NVFP4 contenders are held against the dequantised NVFP4 weights, bf16 ones against the bf16 weights: quantising
 is not their error. One that quantises activations is held against the reference that does so as well (with 4-bit
 weights as FP8 tensor cores take them, docs/numerics.md), and beside it against the exact product. One copy of the
-weights per format and one answer per case are kept; where the GPU has no room for them, there is no reference.
+weights per format, one of them as they are rounded (that takes longer than the products of a few tokens), and one
+answer per case are kept; where the GPU has no room for them, there is no reference.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["References"]
 
-ROUNDINGS: dict[str | None, dict[str, Any]] = {"fp8": {"weight_rounding": "e4m3"}}
+ROUNDED = ("nvfp4", "mxfp4")  # formats whose weights FP8 activations are multiplied with as e4m3
 
 
 class References:
@@ -53,14 +54,32 @@ class References:
         return self._answers[key]
 
     def _compute(self, format: str, input_format: str | None, case: Case) -> torch.Tensor:
-        if format not in self._weights:
-            self._weights[format] = self._source.weights(format)
+        rounded = input_format == "fp8" and format in ROUNDED
         return reference.fused_moe(
             case.x,
             case.ids,
             case.weights,
-            self._weights[format],
+            self._rounded(format) if rounded else self._plain(format),
             activation=activation_of(self._source.shape),
             input_format=input_format,
-            **ROUNDINGS.get(input_format, {}),
         )
+
+    def _plain(self, format: str) -> ExpertWeights:
+        if format not in self._weights:
+            self._weights[format] = self._source.weights(format)
+        return self._weights[format]
+
+    def _rounded(self, format: str) -> ExpertWeights:
+        """Dense float32 of the weights as they are rounded to e4m3."""
+        from moestro.formats import BF16
+        from moestro.moe.weights import ExpertWeights
+
+        name = f"{format} rounded"
+        if name not in self._weights:
+            plain = self._plain(format)
+            gate_up, down = (
+                BF16(torch.stack([reference.fold_e4m3(side.expert(e)) for e in range(plain.num_experts)]))
+                for side in (plain.gate_up, plain.down)
+            )
+            self._weights[name] = ExpertWeights(gate_up, down, plain.gate_up_bias, plain.down_bias)
+        return self._weights[name]
