@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import inflight
 import triton
+import wide_tiles
 from offline import compile_launch, inputs_of, runner_of
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -102,13 +103,15 @@ def gluon_sm_90() -> list[str]:
     """Wide products: wgmmas run on while the next weights are decoded, but none sees its registers change."""
     odd = runner_of(4, 2, 320, 144, "nvfp4", ReLU2(), biases=True)
     even, rest = runner_of(8, 2, 512, 256, "nvfp4"), Tile(128, 1, 4, 4)
-    one_consumer, table = warp_specialized.tactic(64, rest, ""), warp_specialized.TABLE["packed"]
+    one_consumer, table = warp_specialized.tactic(64, rest, ""), wide_tiles.TILES[:7]
+    parts = next(t for t in warp_specialized.TABLE["packed"] if t.split_k > 1)
     others = [runner_of(8, 2, 512, 256, fmt, biases=True) for fmt in ("mxfp4", "fp8_block")]
     bad = []
     for runner, wanted in (
         *((even, tactic) for tactic in table),
         *zip(others, (table[1], table[-3]), strict=True),
         (odd, one_consumer),  # ragged columns
+        (runner_of(2, 1, 64, 8192, "nvfp4", biases=True), parts),
     ):
         tactic = choose.fitted(runner.problem, wanted)
         assert choose.why_not(runner.problem, tactic, 700) is None

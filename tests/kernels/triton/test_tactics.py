@@ -75,7 +75,7 @@ def test_many_pairs_of_an_expert_take_the_warp_specialized_path_where_there_is_w
         ),  # two a processor
         (warp(256, Tile(256, 1, 8, 2)), "sums than registers"),
         (warp(128, Tile(192, 1, 8, 2)), "64 or 128 rows"),
-        (replace(warp(128, Tile(256, 1, 8, 7)), split_k=2), "whole columns"),
+        (replace(warp(128, Tile(256, 1, 8, 7)), split_k=2), "2 parts of"),
     ],
 )
 def test_wide_tiles_that_do_not_fit_say_why(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -48,6 +49,18 @@ def test_wide_products_match_the_reference_on_odd_sizes(tile: Tactic, on_machine
             inputs[1][inputs[1] == 2] = 3
             inputs[1][n - 1] = torch.tensor([-7, 1])
             assert error(runner, plain, inputs, tile) < TOLERANCE
+
+
+@pytest.mark.parametrize("tile", [SLIM, TALL, FLATTER], ids=wide_tiles.name)
+def test_parts_of_the_columns_add_up_and_add_the_bias_once(
+    tile: Tactic, on_machine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(warp_specialized, "LONG", 64)
+    on_machine(7)
+    runner, plain = make((4, 2, 144, 384), "nvfp4", biases=True, foreign=1)
+    inputs = inputs_of(runner, 150)
+    for parts in (2, 3):  # of two blocks, and of three
+        assert error(runner, plain, inputs, replace(tile, split_k=parts)) < TOLERANCE
 
 
 @pytest.mark.parametrize("fmt", ["mxfp4", "fp8_block"])

@@ -6,7 +6,7 @@ from moestro.kernels.triton.paths.warp_specialized import TABLE, tactic
 from moestro.kernels.triton.tactic import Tactic, Tile
 
 TILES = (
-    *TABLE["packed"],
+    *(t for t in TABLE["packed"] if t.split_k == 1),
     tactic(128, Tile(256, 1, 8, 7)),  # one stage a turn
     tactic(192, Tile(128, 1, 8, 7), "halves"),
     tactic(256, Tile(128, 1, 8, 5), ""),

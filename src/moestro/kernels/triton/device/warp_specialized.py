@@ -63,7 +63,7 @@ class Call(NamedTuple):
     out: Any
     size: Any
     tiles: Any  # of pairs
-    strips: Any  # of rows
+    strips: Any  # of rows, times the parts of their columns
     blocks: Any  # of 64 kernel rows of an expert
 
 
@@ -111,7 +111,7 @@ def wide_gemm(x, routing, stride, w, out, size, HOW: gl.constexpr, TILE: gl.cons
     ring = Ring(xs, ws, ss, full, empty, xe)
     row_blocks = gl.cdiv(size.rows // 2, 32) if HOW.gated else gl.cdiv(size.rows, 64)
     call = Call(x, routing, stride, w, out, size, gl.load(routing.table + 3 * stride),
-                gl.cdiv(row_blocks * 64, TILE.rows), row_blocks)  # fmt: skip
+                gl.cdiv(row_blocks * 64, TILE.rows) * HOW.split_k, row_blocks)  # fmt: skip
     REGISTERS: gl.constexpr = TILE.registers
     PRODUCER: gl.constexpr = TILE.producer_registers
     if TILE.consumers == 1:
@@ -196,7 +196,7 @@ def _produce(ring, call, HOW: gl.constexpr, TILE: gl.constexpr):
 @gluon.jit
 def _fill(ring, call, m, e, start, count, stage, phase, HOW: gl.constexpr, TILE: gl.constexpr, W: gl.constexpr,
           W2: gl.constexpr):  # fmt: skip
-    """One tile, 64 columns a stage.
+    """One tile, or its part of split_k equal ones of the columns; 64 columns a stage.
 
     Several stages a turn share the arithmetic of addresses; then rows that are not there are not masked out
     either: the last one is copied again.
@@ -215,16 +215,20 @@ def _fill(ring, call, m, e, start, count, stage, phase, HOW: gl.constexpr, TILE:
     r = gl.arange(0, BM, gl.SliceLayout(1, WL))
     c = gl.arange(0, 16, gl.SliceLayout(0, WL))
     s = gl.arange(0, BM, gl.BlockedLayout([4 if HOW.scale_rows == 1 else 1], [32], [4], [0]))
-    blocks = gl.cdiv(columns, 64)
+    row_of_blocks = gl.cdiv(columns, 64)
+    blocks = row_of_blocks // HOW.split_k
+    begin = m % HOW.split_k * blocks
+    m = m // HOW.split_k
     strip = e.to(gl.int64) * call.blocks
     strip_w = strip + gl.minimum(m * (BM // 64) + r // 64, call.blocks - 1)
     strip_s = strip + gl.minimum(m * (BM // 64) + s // 64, call.blocks - 1)
-    xp = call.x + _rows(call, start, count, i, HOW)[:, None] * columns + k[None, :]
+    x = call.x + begin * 64
+    xp = x + _rows(call, start, count, i, HOW)[:, None] * columns + k[None, :]
     if W2 > 0:
         i2 = W + gl.arange(0, W2, gl.SliceLayout(1, XL))
-        xp2 = call.x + _rows(call, start, count, i2, HOW)[:, None] * columns + k[None, :]
-    wp = call.w.data + (strip_w * (blocks * 1024) + r % 64 * 16)[:, None] + c[None, :]
-    sp = call.w.scales + strip_s * (blocks * S_STEP) + s % 64 // HOW.scale_rows
+        xp2 = x + _rows(call, start, count, i2, HOW)[:, None] * columns + k[None, :]
+    wp = call.w.data + ((strip_w * row_of_blocks + begin) * 1024 + r % 64 * 16)[:, None] + c[None, :]
+    sp = call.w.scales + (strip_s * row_of_blocks + begin) * S_STEP + s % 64 // HOW.scale_rows
     for first in range(0, blocks, TURN):
         for u in gl.static_range(TURN):
             if TURN == 1 or first + u < blocks:
@@ -280,26 +284,27 @@ def _consume(ring, call, WG: gl.constexpr, HOW: gl.constexpr, TILE: gl.constexpr
     m, e, start, count = _tile(call, gl.program_id(0), TILE.group)
     for tile in range(gl.program_id(0), _total(call, TILE.group), gl.num_programs(0)):
         later = _tile(call, tile + gl.num_programs(0), TILE.group)
-        at = Spot(m * TILE.rows + ROW, e, start, count, _zero(count))
+        at = Spot(m // HOW.split_k * TILE.rows + ROW, e, start, count, _zero(count))
+        part = m % HOW.split_k
         if count > 0:
             if TILE.narrow == QUARTERS and count <= Q:
-                stage, phase = _run(ring, call, at, stage, phase, HOW, TILE, ROW, Q, 0)
+                stage, phase = _run(ring, call, at, part, stage, phase, HOW, TILE, ROW, Q, 0)
             elif TILE.narrow != WHOLE and count <= 2 * Q:
-                stage, phase = _run(ring, call, at, stage, phase, HOW, TILE, ROW, 2 * Q, 0)
+                stage, phase = _run(ring, call, at, part, stage, phase, HOW, TILE, ROW, 2 * Q, 0)
             elif TILE.narrow == QUARTERS and count <= 3 * Q:
-                stage, phase = _run(ring, call, at, stage, phase, HOW, TILE, ROW, 2 * Q, Q)
+                stage, phase = _run(ring, call, at, part, stage, phase, HOW, TILE, ROW, 2 * Q, Q)
             elif EXTRA > 16 and BN < 128 and count > BN and count <= BN + EXTRA // 2:
-                stage, phase = _run(ring, call, at, stage, phase, HOW, TILE, ROW, BN, EXTRA // 2)
+                stage, phase = _run(ring, call, at, part, stage, phase, HOW, TILE, ROW, BN, EXTRA // 2)
             elif EXTRA > 0 and count > BN:
-                stage, phase = _run(ring, call, at, stage, phase, HOW, TILE, ROW, BN, EXTRA)
+                stage, phase = _run(ring, call, at, part, stage, phase, HOW, TILE, ROW, BN, EXTRA)
             else:
-                stage, phase = _run(ring, call, at, stage, phase, HOW, TILE, ROW, BN, 0)
+                stage, phase = _run(ring, call, at, part, stage, phase, HOW, TILE, ROW, BN, 0)
         m, e, start, count = later
     _exit(stage)
 
 
 @gluon.jit
-def _run(ring, call, at, stage, phase, HOW: gl.constexpr, TILE: gl.constexpr, ROW: gl.constexpr,
+def _run(ring, call, at, part, stage, phase, HOW: gl.constexpr, TILE: gl.constexpr, ROW: gl.constexpr,
          W: gl.constexpr, W2: gl.constexpr):  # fmt: skip
     """One tile: W columns, and W2 more where that is not 0 (operands are powers of two wide)."""
     PARTS: gl.constexpr = TILE.rows // TILE.consumers // 64
@@ -310,17 +315,17 @@ def _run(ring, call, at, stage, phase, HOW: gl.constexpr, TILE: gl.constexpr, RO
     M: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, W, 16])
     M2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V2, 16])
     r = at.row + (gl.arange(0, 64, gl.SliceLayout(1, M)) + at.zero)
-    upper = _of_rows(call, at.expert, r, HOW)
-    pairs = _pairs(call, at, HOW, 0, W)
-    pairs2 = _pairs(call, at, HOW, W, V2)
-    blocks = gl.cdiv(call.size.columns, 64)
+    upper = _of_part(_of_rows(call, at.expert, r, HOW), part, HOW)
+    pairs = _row_of_part(_pairs(call, at, HOW, 0, W), part, HOW)
+    pairs2 = _row_of_part(_pairs(call, at, HOW, W, V2), part, HOW)
+    blocks = gl.cdiv(call.size.columns, 64) // HOW.split_k
     if PARTS == 1 and W + W2 > 256:
         acc, acc2, stage, phase = mma_64(ring, stage, phase, blocks, FORMAT, ROW, M, M2, W, W2, V2, STAGES)
     elif PARTS == 1:
         acc, acc2, stage, phase = mma_64_pingpong(ring, stage, phase, blocks, FORMAT, ROW, TILE.odd, M, M2, W,
                                                   W2, V2, STAGES)  # fmt: skip
     else:
-        lower = _of_rows(call, at.expert, r + 64, HOW)
+        lower = _of_part(_of_rows(call, at.expert, r + 64, HOW), part, HOW)
         acc, acc2, accb, accb2, stage, phase = mma_128(ring, stage, phase, blocks, FORMAT, ROW, M, M2, W, W2,
                                                        V2, STAGES)  # fmt: skip
         _epilogue(accb, lower, call, at, at.row + 64, pairs, HOW, W, M)
@@ -330,6 +335,23 @@ def _run(ring, call, at, stage, phase, HOW: gl.constexpr, TILE: gl.constexpr, RO
     if HAS2:
         _epilogue(acc2, upper, call, at, at.row, pairs2, HOW, W2, M2)
     return stage, phase
+
+
+@gluon.jit
+def _of_part(of_rows, part, HOW: gl.constexpr):
+    """(scale, bias) of rows for a part of their columns: the first adds the bias."""
+    scale, shift = of_rows
+    if HOW.split_k > 1:
+        shift *= 1 - gl.minimum(part, 1)
+    return scale, shift
+
+
+@gluon.jit
+def _row_of_part(pairs, part, HOW: gl.constexpr):
+    """Rows of out for pairs; -1 stays."""
+    if HOW.split_k > 1:
+        pairs = gl.where(pairs >= 0, pairs * HOW.split_k + part, -1)
+    return pairs
 
 
 @gluon.jit

@@ -24,11 +24,12 @@ REGISTER_FILE = 65536
 # registers of a thread for sums, at most, by the warps that multiply: more, and ptxas serialises (C7512)
 SUMS = {4: 128, 8: 144}
 BESIDE = 10_240  # shared bytes beside the ring: barriers, and what turns results
+LONG = 4096  # columns of a part of the second product: shorter ones cost more than a fuller last round gives
 
 
-def tactic(pairs: int, tile: Tile, narrow: str = "quarters") -> Tactic:
+def tactic(pairs: int, tile: Tile, narrow: str = "quarters", split_k: int = 1) -> Tactic:
     """A tactic of this path, with one tile for both products."""
-    return Tactic(NAME, "sorted", pairs, tile, tile, narrow)
+    return Tactic(NAME, "sorted", pairs, tile, tile, narrow, split_k=split_k)
 
 
 TABLE: Mapping[str, tuple[Tactic, ...]] = {  # see fused.TABLE
@@ -40,6 +41,7 @@ TABLE: Mapping[str, tuple[Tactic, ...]] = {  # see fused.TABLE
         tactic(288, Tile(128, 4, 8, 5), "halves"),
         tactic(256, Tile(128, 4, 8, 5), "halves"),
         tactic(256, Tile(128, 4, 8, 5), ""),
+        tactic(128, Tile(256, 4, 8, 7), split_k=2),
     ),
 }
 
@@ -74,8 +76,10 @@ def why_not(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> str | None:
         )
     if problem.weight_format not in PACKED or problem.input_format is not None:
         return f"the warp-specialized path takes {', '.join(PACKED)} weights and activations as they are"
-    if tactic.route != "sorted" or tactic.split_k != 1:
-        return "the warp-specialized path takes sorted pairs, and whole columns"
+    if tactic.route != "sorted":
+        return "the warp-specialized path takes sorted pairs"
+    if tactic.split_k > 1 and (reason := _no_parts(problem, tactic.split_k)):
+        return reason
     for stage in (1, 2):
         tile, width = tactic.of_stage(stage)
         per_group = 16 * tile.warps
@@ -93,6 +97,16 @@ def why_not(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> str | None:
             return "a tile has no more sums than registers, and by quarters only a power of two or 96 pairs"
         if _exceeds(problem, tactic, stage):
             return "its tiles exceed shared memory"
+    return None
+
+
+def _no_parts(problem: MoeProblem, split_k: int) -> str | None:
+    """Why the columns of the second product are not shared out."""
+    columns = problem.intermediate_size
+    if problem.batch_invariant:
+        return "parts of a sum over the columns that depend on the tactic are not batch-invariant"
+    if columns % (64 * split_k) or columns < LONG * split_k:
+        return f"{split_k} parts of {columns} columns must be of whole blocks of 64, and of {LONG} at least"
     return None
 
 
@@ -129,7 +143,8 @@ def _product(call: Call, stage: int, rows: Rows, out: torch.Tensor) -> None:
     width, extra = path.parts(pairs)
     routing, stride = call.routing(stage)
     narrow = {"": kernels.WHOLE, "halves": kernels.HALVES, "quarters": kernels.QUARTERS}[call.tactic.narrow]
-    odd = triton.cdiv(sizes(call.p, stage)[1], 64) % 2 == 1
+    split = call.tactic.split_k if stage == 2 else 1
+    odd = triton.cdiv(sizes(call.p, stage)[1], 64) // split % 2 == 1
     grid = kernels.Grid(tile.rows, width, extra, groups, tile.k_blocks, tile.stages, call.tactic.raster_group,
                         narrow.value, odd, consumer, producer)  # fmt: skip
     call.add(
