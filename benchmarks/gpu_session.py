@@ -29,6 +29,7 @@ PYTHON = shlex.quote(sys.executable)
 FORMATS = ("nvfp4", "mxfp4", "mxfp8", "fp8_block", "bf16")
 REPLAYED = (1, 3, 16, 64, 257, 1024)  # tokens
 LIMIT_S = 560  # of a call
+REPEATS = 8  # calls at the same addresses
 
 
 class Step(NamedTuple):
@@ -168,14 +169,32 @@ def replayed(runner: Any, n: int, tactic: Any, seed: int, bound: Any) -> tuple[A
     return want, other[3]
 
 
+def repeated(runner: Any, n: int, tactic: Any, bound: Any) -> int:
+    """Calls with other contents at the same addresses, so that graphs are launched, that differ from ordinary ones."""
+    import torch
+    from gpu_helpers import inputs_of
+
+    inputs, bad = inputs_of(runner, n), 0
+    space = torch.empty(runner.workspace_bytes(n, tactic), dtype=torch.uint8, device="cuda")
+    for seed in range(REPEATS):
+        fresh = inputs_of(runner, n, seed + 10)
+        for held, new in zip(inputs[:3], fresh[:3], strict=True):
+            held.copy_(new)
+        inputs[3].fill_(float("nan"))
+        bound(inputs, space)
+        bad += not torch.equal(runner.forward(fresh, tactic), inputs[3])
+    return bad
+
+
 def replay(formats: list[str], tokens: list[int]) -> int:
     """Replayed calls have the bits of ordinary ones; most calls are replayed."""
     import torch
     from gpu_helpers import inputs_of
 
+    from moestro.kernels.triton import graphs as graphs_module
     from moestro.kernels.triton import replay as module
 
-    print("replay:", module.why_plain() or "on")
+    print("replay:", module.why_plain() or "on", "graphs:", graphs_module.driver() is not None)
     bad = count = used = 0
     whole = module.Replay.run
 
@@ -195,8 +214,12 @@ def replay(formats: list[str], tokens: list[int]) -> int:
                 print(
                     f"{fmt} N={n} {tactic} call {seed}: {(want != got).sum().item()} of {got.numel()} differ"
                 )
+        differ = repeated(runner, n, tactic, bound)
+        bad += differ
+        if differ:
+            print(f"{fmt} N={n} {tactic}: {differ} of {REPEATS} calls at the same addresses differ")
     torch.cuda.synchronize()
-    print(f"{count} calls, {used} replayed, {bad} differ")
+    print(f"{count} calls, {used} replayed, {bad} differ; {graphs_module.Graphs.alive} graphs alive")
     return int(bad > 0 or (module.why_plain() is None and used < count // 2))
 
 
