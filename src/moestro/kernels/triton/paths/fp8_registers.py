@@ -62,13 +62,6 @@ def registers(warps: int) -> tuple[int, int]:
     return (224, 56) if warps == 8 else (200, 56)
 
 
-def piece(tactic: Tactic, stage: int) -> int:
-    """Pairs of one product: its result, and one operand or two, stand beside all sums in registers."""
-    tile, width = tactic.of_stage(stage)
-    sums = tile.rows // (16 * tile.warps) * width
-    return 64 if sums > (192 if tactic.overlap_steps else 256) else 128
-
-
 def why_not(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> str | None:
     """Why a tactic of this path cannot run a problem."""
     reason = unfit_for_fp8(problem, tactic, ("nvfp4", "mxfp4"), narrow=True)
@@ -155,7 +148,7 @@ def _product(call: Call, stage: int, x: Rows, out: torch.Tensor) -> None:
     assert isinstance(call.packed(stage), TritonFP4)
     routing, stride = call.routing(stage)
     narrow = {"": kernels.WHOLE, "halves": kernels.HALVES, "quarters": kernels.QUARTERS}[call.tactic.narrow]
-    grid = kernels.Grid(tile.rows, width, extra, piece(call.tactic, stage), groups, tile.k_blocks, tile.stages,
+    grid = kernels.Grid(tile.rows, width, extra, groups, tile.k_blocks, tile.stages,
                         call.tactic.raster_group, narrow.value, call.tactic.overlap_steps, consumer, producer)  # fmt: skip
     call.add(
         kernels.fp4_fp8_registers, (call.processors * each,), x, routing, stride, call.weights_of(stage), out,
