@@ -141,57 +141,56 @@ def no_sums(W: gl.constexpr, W2: gl.constexpr):
 
 
 @gluon.jit
-def _started(acc, a, ring, stage, never, first, second, W: gl.constexpr, W2: gl.constexpr):
-    """(sums of all parts but the last, the part before it, the last, which is under way).
+def _started(acc, a, ring, stage, never, spare, W: gl.constexpr, W2: gl.constexpr):
+    """(sums of all parts but the last, the parts before it, the last, which is under way).
 
-    first, second: added parts in whose place the first two are written, or None.
+    spare: added parts of the rows above, in whose place the first ones are written.
     """
     P: gl.constexpr = W if W < PART else PART
+    part = _product(a, ring, stage, spare[0] if len(spare) > 0 else None, never, 0, P)
     sums = ()
-    part = _product(a, ring, stage, first, never, 0, P)
-    before = None
-    over = second
+    added = ()
     for i in gl.static_range(1, W // P):
+        over = added[i - 2] if i > 1 else spare[1] if len(spare) > 1 else None
         later = _product(a, ring, stage, over, never, i * P, P)
-        before = warpgroup_mma_wait(1, deps=[part])
-        sums = sums + (acc[i - 1] + before,)  # noqa: RUF005
-        over = before
+        part = warpgroup_mma_wait(1, deps=[part])
+        sums = sums + (acc[i - 1] + part,)  # noqa: RUF005
+        added = added + (part,)  # noqa: RUF005
         part = later
     if W2 > 0:
-        later = _product(a, ring, stage, over if W // P == 1 or W2 == P else None, never, W, W2)
-        before = warpgroup_mma_wait(1, deps=[part])
-        sums = sums + (acc[W // P - 1] + before,)  # noqa: RUF005
+        over = spare[1] if len(spare) > 1 and W == P else added[W // P - 2] if W > P and W2 == P else None
+        later = _product(a, ring, stage, over, never, W, W2)
+        part = warpgroup_mma_wait(1, deps=[part])
+        sums = sums + (acc[W // P - 1] + part,)  # noqa: RUF005
+        added = added + (part,)  # noqa: RUF005
         part = later
-    return sums, before, part
+    return sums, added, part
 
 
 @gluon.jit
 def _ended(acc, sums, part, a, W: gl.constexpr, W2: gl.constexpr):
     """(all sums, the last part), once nothing reads the operand any more."""
     P: gl.constexpr = W if W < PART else PART
-    LAST: gl.constexpr = W // P - 1 + (W2 > 0)
+    LAST: gl.constexpr = W // P - 1 + (1 if W2 > 0 else 0)
     part, a = warpgroup_mma_wait(0, deps=[part, a])
     return sums + (acc[LAST] + part,), part  # noqa: RUF005
 
 
 @gluon.jit
-def _summed(acc, a, ring, stage, never, first, second, W: gl.constexpr, W2: gl.constexpr):
+def _summed(acc, a, ring, stage, never, spare, W: gl.constexpr, W2: gl.constexpr):
     """A stage's products added."""
-    sums, _, part = _started(acc, a, ring, stage, never, first, second, W, W2)
+    sums, _, part = _started(acc, a, ring, stage, never, spare, W, W2)
     acc, _ = _ended(acc, sums, part, a, W, W2)
     return acc
 
 
 @gluon.jit
 def _with_below(acc, a, ring, stage, never, ROW: gl.constexpr, W: gl.constexpr, W2: gl.constexpr):
-    """(`_summed`, the operand of rows ROW, the added parts to write over)."""
-    sums, before, part = _started(acc, a, ring, stage, never, None, None, W, W2)
+    """(`_summed`, the operand of rows ROW, the parts to write over)."""
+    sums, added, part = _started(acc, a, ring, stage, never, (), W, W2)
     b = _operand(ring, stage, ROW)
     acc, part = _ended(acc, sums, part, a, W, W2)
-    if W + W2 > PART:
-        return acc, b, before, part
-    else:
-        return acc, b, part, None
+    return acc, b, added + (part,)  # noqa: RUF005
 
 
 @gluon.jit
@@ -201,7 +200,7 @@ def sums_of_64(ring, stage, phase, blocks, never, acc, ROW: gl.constexpr, W: gl.
     for _ in range(blocks):
         _arrived(ring, stage, phase)
         a = _operand(ring, stage, ROW)
-        acc = _summed(acc, a, ring, stage, never, None, None, W, W2)
+        acc = _summed(acc, a, ring, stage, never, (), W, W2)
         mbarrier.arrive(ring.empty.index(stage))
         stage, phase = following(stage, phase, STAGES)
     return acc, stage, phase
@@ -214,61 +213,31 @@ def sums_of_128(ring, stage, phase, blocks, never, acc, below, ROW: gl.constexpr
     for _ in range(blocks):
         _arrived(ring, stage, phase)
         a = _operand(ring, stage, ROW)
-        acc, b, p, q = _with_below(acc, a, ring, stage, never, ROW + 64, W, W2)
-        below = _summed(below, b, ring, stage, never, p, q, W, W2)
+        acc, b, spare = _with_below(acc, a, ring, stage, never, ROW + 64, W, W2)
+        below = _summed(below, b, ring, stage, never, spare, W, W2)
         mbarrier.arrive(ring.empty.index(stage))
         stage, phase = following(stage, phase, STAGES)
     return acc, below, stage, phase
 
 
 @gluon.jit
-def _step(acc, a, ring, stage, after, phase, never, first, second, ROW: gl.constexpr, W: gl.constexpr,
-          W2: gl.constexpr):  # fmt: skip
-    """A stage's products added, its buffers given back, and the operand of stage `after`."""
-    sums, _, part = _started(acc, a, ring, stage, never, first, second, W, W2)
-    _arrived(ring, after, phase)
-    b = _operand(ring, after, ROW)
-    acc, _ = _ended(acc, sums, part, a, W, W2)
-    mbarrier.arrive(ring.empty.index(stage))
-    return acc, b
-
-
-@gluon.jit
-def overlapped_64(ring, stage, phase, blocks, never, acc, ROW: gl.constexpr, W: gl.constexpr, W2: gl.constexpr,
-                  STAGES: gl.constexpr):  # fmt: skip
-    """`sums_of_64`, where operands are decoded a stage ahead; two take turns, so that none is copied."""
-    _arrived(ring, stage, phase)
-    a = _operand(ring, stage, ROW)
-    for _ in range((blocks - 1) // 2):
-        after, turned = following(stage, phase, STAGES)
-        acc, b = _step(acc, a, ring, stage, after, turned, never, None, None, ROW, W, W2)
-        stage, phase = following(after, turned, STAGES)
-        acc, a = _step(acc, b, ring, after, stage, phase, never, None, None, ROW, W, W2)
-    if blocks % 2 == 0:
-        after, turned = following(stage, phase, STAGES)
-        acc, a = _step(acc, a, ring, stage, after, turned, never, None, None, ROW, W, W2)
-        stage = after
-        phase = turned
-    acc = _summed(acc, a, ring, stage, never, None, None, W, W2)
-    mbarrier.arrive(ring.empty.index(stage))
-    stage, phase = following(stage, phase, STAGES)
-    return acc, stage, phase
-
-
-@gluon.jit
-def overlapped_128(ring, stage, phase, blocks, never, acc, below, ROW: gl.constexpr, W: gl.constexpr,
+def overlapped(ring, stage, phase, blocks, never, acc, below, ROW: gl.constexpr, W: gl.constexpr,
                    W2: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    """`sums_of_128`, where operands are decoded ahead."""
+    """`sums_of_128`, where the next stage's operand is decoded ahead, beside the last part."""
     _arrived(ring, stage, phase)
     a = _operand(ring, stage, ROW)
     for _ in range(1, blocks):
-        acc, b, p, q = _with_below(acc, a, ring, stage, never, ROW + 64, W, W2)
+        acc, b, spare = _with_below(acc, a, ring, stage, never, ROW + 64, W, W2)
         after, turned = following(stage, phase, STAGES)
-        below, a = _step(below, b, ring, stage, after, turned, never, p, q, ROW, W, W2)
+        sums, _, part = _started(below, b, ring, stage, never, spare, W, W2)
+        _arrived(ring, after, turned)
+        a = _operand(ring, after, ROW)
+        below, _ = _ended(below, sums, part, b, W, W2)
+        mbarrier.arrive(ring.empty.index(stage))
         stage = after
         phase = turned
-    acc, b, p, q = _with_below(acc, a, ring, stage, never, ROW + 64, W, W2)
-    below = _summed(below, b, ring, stage, never, p, q, W, W2)
+    acc, b, spare = _with_below(acc, a, ring, stage, never, ROW + 64, W, W2)
+    below = _summed(below, b, ring, stage, never, spare, W, W2)
     mbarrier.arrive(ring.empty.index(stage))
     stage, phase = following(stage, phase, STAGES)
     return acc, below, stage, phase

@@ -18,8 +18,7 @@ from moestro.kernels.triton.device.fp8_operands import (
     PART,
     no_sums,
     of_part,
-    overlapped_64,
-    overlapped_128,
+    overlapped,
     sums_of_64,
     sums_of_128,
 )
@@ -221,15 +220,13 @@ def _run(ring, call, at, stage, phase, HOW: gl.constexpr, TILE: gl.constexpr, RO
     blocks = gl.cdiv(call.size.columns, 128)
     never = call.size.rows < 0
     acc = no_sums(W, W2)
-    if ROWS == 64 and TILE.overlap:
-        acc, stage, phase = overlapped_64(ring, stage, phase, blocks, never, acc, ROW, W, W2, TILE.stages)
-    elif ROWS == 64:
+    if ROWS == 64:
         acc, stage, phase = sums_of_64(ring, stage, phase, blocks, never, acc, ROW, W, W2, TILE.stages)
     else:
         lower = _of_rows(call, at.expert, r + 64, HOW)
         below = no_sums(W, W2)
         if TILE.overlap:
-            acc, below, stage, phase = overlapped_128(
+            acc, below, stage, phase = overlapped(
                 ring, stage, phase, blocks, never, acc, below, ROW, W, W2, TILE.stages
             )
         else:
