@@ -242,9 +242,9 @@ FP8_INVARIANT = (
     (float("inf"), fp8_once.LARGE),
 )
 FP8_DEFAULTS = (
-    (12.0, fp8_registers.tactic(16, Tile(256, 2, 8, 10), overlap=True)),
+    (12.0, fp8_registers.tactic(16, Tile(256, 4, 8, 10), overlap=True)),
     (24.0, fp8_registers.tactic(32, Tile(256, 2, 8, 9), overlap=True)),
-    (50.0, fp8_registers.tactic(64, Tile(256, 2, 8, 8), "halves")),
+    (50.0, fp8_registers.tactic(64, Tile(256, 2, 8, 8), "halves", True)),
     (80.0, fp8_registers.tactic(96, Tile(256, 2, 8, 7), "halves")),
     (150.0, fp8_registers.tactic(128, Tile(256, 2, 8, 6), "halves")),
     (2000.0, fp8_registers.tactic(256, Tile(128, 2, 8, 5), "halves")),

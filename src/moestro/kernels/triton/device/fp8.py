@@ -80,7 +80,9 @@ class Recipe(NamedTuple):
     offset: int
     experts: int
     columns: int  # at a time, a multiple of 128
-    turned: bool = False  # rows are whole blocks of 128 columns, in the order of fp8_registers.py
+    turned: bool = False  # rows are whole blocks of 128 columns, in the order of fp8_operands.py
+    whole: bool = False  # a row is at most `columns`: it is read once
+    beside: bool = False  # reads nothing of the launch before this one, and runs while that does
 
 
 @triton.jit
@@ -88,9 +90,10 @@ def quantize_fp8(x, ids, sorted_pairs, data, scales, columns, HOW: tl.constexpr,
     """data e4m3 [rows, columns] = x / scale; scales float32 [rows], or [rows, blocks of 128]; a program a row.
 
     scale = largest magnitude / 448, or 1 where all is zero; to the nearest e4m3, ties to even. HOW: Recipe. Rows of
-    pairs whose expert is not local stay as they are.
+    pairs whose expert is not local stay as they are. A launch that runs `beside` the one before it ends after that.
     """
-    wait_for_previous(PDL)
+    if not HOW.beside:
+        wait_for_previous(PDL)
     launch_next(PDL)
     to = tl.program_id(0).to(tl.int64)
     row = to
@@ -112,6 +115,14 @@ def quantize_fp8(x, ids, sorted_pairs, data, scales, columns, HOW: tl.constexpr,
             tl.store(data + to * columns + first + c, q, first + c < columns)
             b = first // 128 + tl.arange(0, B // 128)
             tl.store(scales + to * num_blocks + b, scale, b < num_blocks)
+    elif HOW.whole:
+        at = _turned(c) if HOW.turned else c
+        v = tl.load(x + row * columns + at, at < width, other=0.0).to(tl.float32)
+        scale = _scale(tl.max(tl.abs(v), 0))
+        tl.store(scales + to, scale)
+        q = tl.div_rn(v, tl.zeros_like(v) + scale).to(tl.float8e4nv)
+        out_columns = tl.cdiv(width, 128) * 128 if HOW.turned else width
+        tl.store(data + to * (tl.cdiv(columns, 128) * 128 if HOW.turned else columns) + c, q, c < out_columns)
     else:
         most = tl.zeros((B,), tl.float32)
         for first in range(0, width, B):
@@ -125,11 +136,13 @@ def quantize_fp8(x, ids, sorted_pairs, data, scales, columns, HOW: tl.constexpr,
             v = tl.load(x + row * columns + at, at < columns, other=0.0).to(tl.float32)
             q = tl.div_rn(v, tl.zeros_like(v) + scale).to(tl.float8e4nv)
             tl.store(data + to * out_columns + first + c, q, first + c < out_columns)
+    if HOW.beside:
+        wait_for_previous(PDL)
 
 
 @triton.jit
 def _turned(place):
-    """The column of a place, within each block of 128: see fp8_registers.py."""
+    """The column of a place, within each block of 128: see fp8_operands.py."""
     return place // 128 * 128 + place // 4 % 4 * 32 + place // 32 % 4 * 8 + place // 16 % 2 * 4 + place % 4
 
 

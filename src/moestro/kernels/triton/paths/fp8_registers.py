@@ -24,8 +24,9 @@ from moestro.kernels.triton.tactic import SHARED_BYTES, Tactic, Tile
 
 NAME = "fp8_registers"
 REGISTER_FILE, THREADS = 65536, 128
-SUMS = 144  # registers of a thread for sums, at most
+SUMS, OVERLAPPED_SUMS = 128, 96  # registers of a thread for sums, at most
 BESIDE = 10_240  # shared bytes beside the ring: barriers, and what turns results
+AT_ONCE = 8192  # columns that a program keeps in registers while it looks for the largest
 ROW_BYTES = 72  # codes and scales of a row of a stage
 
 
@@ -36,10 +37,14 @@ def tactic(pairs: int, tile: Tile, narrow: str = "", overlap: bool = False) -> T
 
 TABLE: Mapping[str, tuple[Tactic, ...]] = {
     "fp8": (
-        tactic(16, Tile(256, 2, 8, 10), overlap=True),
+        tactic(16, Tile(128, 2, 4, 8), overlap=True),
+        tactic(16, Tile(256, 4, 8, 10), overlap=True),
+        tactic(32, Tile(128, 2, 4, 7), overlap=True),
         tactic(32, Tile(256, 2, 8, 9), overlap=True),
-        tactic(64, Tile(256, 2, 8, 8), "halves"),
+        tactic(64, Tile(256, 2, 8, 8), "halves", True),
+        tactic(96, Tile(128, 2, 8, 9), "halves"),
         tactic(96, Tile(256, 2, 8, 7), "halves"),
+        tactic(96, Tile(256, 2, 8, 7), "halves", True),
         tactic(128, Tile(128, 2, 8, 8), "halves"),
         tactic(128, Tile(256, 2, 8, 6), "halves"),
         tactic(192, Tile(128, 2, 8, 6), "halves"),
@@ -57,16 +62,19 @@ def programs(warps: int) -> int:
     return 1 if warps == 8 else 2
 
 
-def registers(warps: int) -> tuple[int, int]:
-    """Of each thread of (a consumer, the producer). Where ptxas finds too few: C7512, see warp_specialized.py."""
-    return (224, 56) if warps == 8 else (200, 56)
+def sums(tile: Tile, pairs: int) -> int:
+    """Registers of a thread for the sums of a tile."""
+    return tile.rows * pairs // (THREADS * tile.warps // 4)
 
 
-def piece(tactic: Tactic, stage: int) -> int:
-    """Pairs of one product: its result, and one operand or two, stand beside all sums in registers."""
-    tile, width = tactic.of_stage(stage)
-    sums = tile.rows // (16 * tile.warps) * width
-    return 64 if sums > (192 if tactic.overlap_steps else 256) else 128
+def registers(tile: Tile, pairs: int) -> tuple[int, int]:
+    """Of each thread of (a consumer, the producer). Where ptxas finds too few: C7512, see warp_specialized.py.
+
+    Beside 128 sums stand two products of 32 and an operand of 16 or two; the producer then spills some addresses.
+    """
+    if tile.warps == 4:
+        return 200, 56
+    return (232, 40) if sums(tile, pairs) > 96 else (208, 88)
 
 
 def why_not(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> str | None:
@@ -86,8 +94,10 @@ def why_not(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> str | None:
         most, extra = path.parts(width)
         if not 16 <= most <= 256 or extra not in (0, 16, 32, 64) or extra == most:
             return "a tile has 16 to 256 pairs, a power of two, or 16, 32 or 64 more"
-        if tile.rows * width > SUMS * THREADS * tile.warps // 4 or (extra and tactic.narrow == "quarters"):
+        if sums(tile, width) > SUMS or (extra and tactic.narrow == "quarters"):
             return "a tile has no more sums than registers, and by quarters only a power of two"
+        if tactic.overlap_steps and (tile.rows == per_group or sums(tile, width) > OVERLAPPED_SUMS):
+            return "operands are decoded ahead in tiles of 128 rows for each 4 warps and at most 96 sums a thread"
         if shared_bytes(problem, tactic, stage) * programs(tile.warps) > SHARED_BYTES:
             return "its tiles exceed shared memory"
     return None
@@ -129,19 +139,21 @@ def launch(call: Call) -> None:
     call.weighted = False  # the sum does it
     call.by_size = True
     call.sort()
-    _product(call, 1, _quantized(call, call.x, "x"), call.s["act"])
+    _product(call, 1, _quantized(call, call.x, "x", beside=True), call.s["act"])
     _product(call, 2, _quantized(call, call.s["act"], "act"), call.s["partial"])
     call.sum_pairs()
 
 
-def _quantized(call: Call, rows: torch.Tensor, name: str) -> Rows:
-    """Rows as e4m3, in whole blocks of 128 columns that are turned."""
+def _quantized(call: Call, rows: torch.Tensor, name: str, beside: bool = False) -> Rows:
+    """Rows as e4m3, in whole blocks of 128 columns that are turned; x beside the sort, which it does not read."""
     data, scale = call.s[f"{name}_values"], call.s[f"{name}_scale"]
-    columns = rows.shape[1]
-    at_once = min(2048, triton.next_power_of_2(data.shape[1]))
-    how = Recipe(False, False, call.p.top_k, call.p.expert_offset, call.p.num_local_experts, at_once, True)
+    columns, width = rows.shape[1], triton.next_power_of_2(data.shape[1])
+    whole = width <= AT_ONCE
+    p = call.p
+    how = Recipe(False, False, p.top_k, p.expert_offset, p.num_local_experts, width if whole else 2048, True, whole,
+                 beside)  # fmt: skip
     args = (rows, call.ids, call.ids, data, scale, columns)
-    call.add(quantize_fp8, (data.shape[0],), *args, HOW=how, num_warps=4)
+    call.add(quantize_fp8, (data.shape[0],), *args, HOW=how, num_warps=8 if whole and width > 2048 else 4)
     return Rows(data, scale)
 
 
@@ -150,12 +162,12 @@ def _product(call: Call, stage: int, x: Rows, out: torch.Tensor) -> None:
 
     tile, pairs = call.tactic.of_stage(stage)
     groups, each = tile.warps // 4, programs(tile.warps)
-    consumer, producer = registers(tile.warps)
+    consumer, producer = registers(tile, pairs)
     width, extra = path.parts(pairs)
     assert isinstance(call.packed(stage), TritonFP4)
     routing, stride = call.routing(stage)
     narrow = {"": kernels.WHOLE, "halves": kernels.HALVES, "quarters": kernels.QUARTERS}[call.tactic.narrow]
-    grid = kernels.Grid(tile.rows, width, extra, piece(call.tactic, stage), groups, tile.k_blocks, tile.stages,
+    grid = kernels.Grid(tile.rows, width, extra, groups, tile.k_blocks, tile.stages,
                         call.tactic.raster_group, narrow.value, call.tactic.overlap_steps, consumer, producer)  # fmt: skip
     call.add(
         kernels.fp4_fp8_registers, (call.processors * each,), x, routing, stride, call.weights_of(stage), out,
