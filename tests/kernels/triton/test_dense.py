@@ -16,7 +16,7 @@ from wide_tiles import name
 from moestro.kernels.activations import Activation, GeGLUTanh, ReLU2, SwiGLU
 from moestro.kernels.triton.device import dense as kernels
 from moestro.kernels.triton.paths import dense
-from moestro.kernels.triton.paths.dense import TABLE, tactic
+from moestro.kernels.triton.paths.dense import FEW, TABLE, tactic
 from moestro.kernels.triton.tactic import Tactic, Tile
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the GPU itself: tests/gpu")
@@ -46,7 +46,7 @@ def on_machine(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_dense_products_match_the_reference_on_odd_sizes(tile: Tactic, on_machine: Any) -> None:
     """Ragged experts, biases, experts of other ranks, an id that no rank has, an expert without pairs."""
     on_machine(tile.pairs1 + sum(tile.gemm1) + len(tile.narrow))
-    for sizes, tokens in (((4, 2, 144, 80), (1, 37)), ((4, 2, 328, 104), (420,))):
+    for sizes, tokens in (((4, 2, 144, 80), (1, 37)), ((3, 2, 296, 104), (300,))):
         runner, plain = make(sizes, "bf16", biases=True, foreign=1)
         for n in tokens:
             inputs = inputs_of(runner, n)
@@ -68,10 +68,10 @@ def test_dense_activations(act: Activation, dtype: torch.dtype, on_machine: Any)
 @pytest.mark.parametrize("tile", [TALL, FLATTER], ids=name)
 def test_every_interleaving_gives_the_same_bits(tile: Tactic, on_machine: Any) -> None:
     """Stages of the ring are used several times over, tiles follow each other in a program."""
-    runner, plain = make((3, 2, 640, 320), "bf16")
+    runner, plain = make((3, 2, 448, 320), "bf16")
     inputs = inputs_of(runner, 150)
     results = []
-    for seed in range(5):
+    for seed in range(4):
         on_machine(seed)
         assert error(runner, plain, inputs, tile) < TOLERANCE
         results.append(inputs[3].clone())
@@ -80,10 +80,10 @@ def test_every_interleaving_gives_the_same_bits(tile: Tactic, on_machine: Any) -
 
 def test_every_tile_gives_the_same_bits(on_machine: Any) -> None:
     """The sum over the columns has one order, whatever the tile."""
-    runner, plain = make((3, 2, 328, 104), "bf16", biases=True)
-    inputs = inputs_of(runner, 200)
+    runner, plain = make((3, 2, 264, 104), "bf16", biases=True)
+    inputs = inputs_of(runner, 160)
     results = []
-    for tile in TILES:
+    for tile in (FEW, SLIM, TALL, FLAT, FLATTER, *TILES[-2:]):
         on_machine(0)
         assert error(runner, plain, inputs, tile) < TOLERANCE
         results.append(inputs[3].clone())
