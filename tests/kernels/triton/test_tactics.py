@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,10 +16,11 @@ pytest.importorskip("triton")
 
 from moestro.kernels.problem import MoeProblem
 from moestro.kernels.triton import Tactic, Tile, choose
-from moestro.kernels.triton.paths import PATHS, dense, fused, kind_of, warp_specialized
+from moestro.kernels.triton.paths import PATHS, dense, dequantized, fused, kind_of, warp_specialized
 from moestro.kernels.triton.paths.warp_specialized import tactic as warp
 from moestro.kernels.triton.tactics import Tactic as OlderTactic
 
+SIZES = {"qwen3": (128, 8, 2048, 768), "mixtral": (8, 2, 4096, 14336), "deepseek": (32, 8, 7168, 2048)}
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 
 
@@ -63,6 +65,75 @@ def test_many_pairs_of_an_expert_take_the_warp_specialized_path_where_there_is_w
     assert default.path == path
     assert choose.why_not(p, default, 1024) is None
     assert choose.default(replace(p, input_format="nvfp4"), 1024).path == "fused"
+
+
+FUSED32 = fused.tactic(32, Tile(64, 2, 4, 4), Tile(64, 2, 4, 4))
+HALVES = {
+    (pairs, rows): dense.tactic(pairs, Tile(rows, 4, 8, stages))
+    for pairs, rows, stages in ((96, 128, 7), (96, 256, 4), (144, 256, 4), (192, 128, 5), (288, 128, 4))
+}
+LONG_WALK = replace(dense.FULL, raster_group=16)
+# µs of dense layers on one H200, 2026-11-29 (docs/kernels.md)
+DENSE_TIMES: dict[tuple[str, int], dict[Tactic, float]] = {
+    ("deepseek", 64): {FUSED32: 666, dense.FEW: 678, HALVES[96, 128]: 679, dequantized.LARGE: 838},
+    ("deepseek", 256): {
+        HALVES[96, 128]: 728, HALVES[96, 256]: 738, dense.FULL: 742, dequantized.LARGE: 797},
+    ("deepseek", 1024): {
+        HALVES[288, 128]: 1341, HALVES[144, 256]: 1441, dense.FULL: 1514, dequantized.LARGE: 1598},
+    ("deepseek", 16384): {
+        dense.FULL: 18068, LONG_WALK: 19357, HALVES[192, 128]: 19437, replace(dense.FULL, narrow=""): 19440,
+        dequantized.LARGE: 20909},
+    ("qwen3", 4096): {
+        HALVES[288, 128]: 643, replace(dense.FULL, narrow=""): 678, dense.FULL: 685, dequantized.LARGE: 740},
+    ("qwen3", 16384): {
+        LONG_WALK: 2158, replace(dense.FULL, narrow=""): 2209, dense.FULL: 2253, dequantized.LARGE: 2528},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "num_tokens"), DENSE_TIMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_measured_best_of_dense_weights_is_the_default_and_is_raced(
+    model: str, num_tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dense, "has_wgmma", lambda: True)
+    experts, top_k, hidden, inter = SIZES[model]
+    p = MoeProblem(
+        experts, experts, 0, top_k, hidden, inter, "bf16", dtype=dtype, device="cuda", weight_dtype=dtype
+    )
+    times = DENSE_TIMES[model, num_tokens]
+    best = min(times, key=lambda t: times[t])
+    assert choose.default(p, num_tokens) == best
+    raced = choose.worth_measuring(p, num_tokens)
+    assert best in raced
+    assert (LONG_WALK in raced) == (num_tokens * top_k >= 1000 * experts)
+    assert choose.default(replace(p, batch_invariant=True), num_tokens) == best
+
+
+@pytest.mark.parametrize(
+    ("per_expert", "tile"),
+    [(40, (64, 128)), (64, (96, 128)), (100, (128, 256)), (128, (144, 256)), (160, (192, 128)),
+     (256, (288, 128)), (400, (128, 256))],
+)  # fmt: skip
+def test_dense_tiles_hold_an_expert_and_the_most_that_it_usually_draws(
+    per_expert: int, tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As far as there are tiles so wide; where there is no wgmma, the dequantized path's."""
+    p = MoeProblem(32, 32, 0, 8, 7168, 2048, "bf16", device="cuda")
+    assert choose.default(p, 4 * per_expert) == dequantized.LARGE
+    monkeypatch.setattr(dense, "has_wgmma", lambda: True)
+    default = choose.default(p, 4 * per_expert)
+    assert (default.path, default.pairs1, default.gemm1.rows) == ("dense", *tile)
+    assert choose.why_not(p, default, 4 * per_expert) is None
+    assert default in choose.worth_measuring(p, 4 * per_expert)
+
+
+def test_long_walks_of_quantised_weights_are_raced_where_experts_have_a_thousand_pairs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(warp_specialized, "has_wgmma", lambda: True)
+    p = MoeProblem(128, 128, 0, 8, 2048, 768, "nvfp4", device="cuda")
+    groups = {n: {t.raster_group for t in choose.worth_measuring(p, n)} for n in (4096, 16384)}
+    assert groups == {4096: {8}, 16384: {8, 16}}
 
 
 @pytest.mark.parametrize(
@@ -141,7 +212,6 @@ def layers() -> dict[tuple[str, int], list[dict[str, Any]]]:
     return found
 
 
-SIZES = {"qwen3": (128, 8, 2048, 768), "mixtral": (8, 2, 4096, 14336), "deepseek": (32, 8, 7168, 2048)}
 
 
 def measured(model: str, num_tokens: int) -> tuple[MoeProblem, dict[Tactic, float]]:

@@ -14,6 +14,7 @@ from moestro.kernels.triton.paths import (
     PATHS,
     Path,
     chain,
+    dense,
     dequantized,
     fp4,
     fp8,
@@ -23,7 +24,7 @@ from moestro.kernels.triton.paths import (
     kind_of,
     warp_specialized,
 )
-from moestro.kernels.triton.paths.path import weight_bytes
+from moestro.kernels.triton.paths.path import LONG_WALK, LONG_WALK_PAIRS, weight_bytes
 from moestro.kernels.triton.tactic import DIRECT_PAIRS, MAX_PAIRS, NARROW, Tactic, Tile
 
 # Which tactics are worth measuring: those whose estimate is within FACTOR of the smallest. The estimate is a roofline,
@@ -164,11 +165,21 @@ WITHOUT_WGMMA = (
     (2000.0, fused.tactic(128, Tile(128, 1, 8, 4), Tile(128, 2, 4, 3), narrow="quarters", pairs2=64)),
     (float("inf"), dequantized.LARGE),
 )
+# Of dense weights. As measured on an H200 at 16, 64, 256, 1024 and 4096 pairs per expert (docs/kernels.md); between, by
+# what a tile holds: where every second expert has a few pairs more than that, the next one.
 DENSE_DEFAULTS = (
     (10.0, fused.tactic(16, Tile(64, 2, 4, 4), Tile(64, 2, 4, 4), overlap_steps=False)),
     (24.0, fused.tactic(32, Tile(64, 2, 4, 4), Tile(64, 2, 4, 4))),
-    (float("inf"), dequantized.LARGE),
+    (45.0, dense.FEW),
+    (85.0, dense.tactic(96, Tile(128, 4, 8, 7))),
+    (115.0, dense.FULL),
+    (136.0, dense.tactic(144, Tile(256, 4, 8, 4))),
+    (176.0, dense.tactic(192, Tile(128, 4, 8, 5))),
+    (275.0, dense.tactic(288, Tile(128, 4, 8, 4))),
+    (float("inf"), dense.FULL),
 )
+# columns of x of which 16 tiles still share the L2 cache: 2048 take 4 % less so, 7168 take 7 % more
+SHORT = 3072
 # Of batch-invariant problems, beside those of the table that give a row the same bits whatever its batch: the fused,
 # warp-specialized and dequantized paths agree bit for bit (benchmarks/results/h200-formats.json), but for tiles of
 # mma.sync and split columns.
@@ -230,7 +241,11 @@ def _dense_default(p: MoeProblem, num_tokens: int) -> Tactic:
     if pairs <= 16 or (pairs <= DIRECT_PAIRS and 4 * pairs <= p.num_experts):
         return fused.tactic(16, Tile(64, 2, 4, 4), Tile(64, 2, 4, 4), "direct")
     per_expert = pairs / min(p.num_experts, pairs)
-    return next(t for most, t in DENSE_DEFAULTS if per_expert <= most)
+    chosen = next(t for most, t in DENSE_DEFAULTS if per_expert <= most)
+    if chosen.path == dense.NAME and why_not(p, fitted(p, chosen), num_tokens) is not None:
+        return dequantized.LARGE
+    long_walk = per_expert >= LONG_WALK_PAIRS and p.hidden_size <= SHORT
+    return replace(chosen, raster_group=LONG_WALK) if long_walk and chosen == dense.FULL else chosen
 
 
 # Of e4m3 activations, by pairs per hit expert. Batch-invariant problems keep to what was measured on an H200

@@ -95,49 +95,42 @@ def dense_wide_gemm(x, x_desc, w_desc, routing, stride, w, out, size, HOW: gl.co
 
     w_desc: the weights [L * rows, columns], or [.., gate or up, 8, columns]; x_desc: x by place (stage 2). TILE: Grid.
     """
-    STAGES: gl.constexpr = TILE.stages
-    ROWS: gl.constexpr = TILE.rows
-    EXTRA: gl.constexpr = TILE.extra
-    GATHER: gl.constexpr = HOW.stage == 1
-    X: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    dtype: gl.constexpr = x.dtype.element_ty
-    xs = gl.allocate_shared_memory(dtype, [STAGES, TILE.pairs, 64], X)
-    xe = xs
-    if EXTRA > 0:
-        xe = gl.allocate_shared_memory(dtype, [STAGES, EXTRA, 64], X)
-    if HOW.gated:
-        ws = gl.allocate_shared_memory(
-            dtype, [STAGES, ROWS // 16, 2, 8, 64], gl.NVMMASharedLayout(128, 16, 4)
-        )
-    else:
-        ws = gl.allocate_shared_memory(dtype, [STAGES, ROWS, 64], X)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=129 if GATHER else 1)
-        mbarrier.init(empty.index(i), count=TILE.consumers)
+    ring = _ring(x.dtype.element_ty, HOW, TILE)
     fence_async_shared()
     wait_for_previous(PDL)
     launch_next(PDL)
-    ring = Ring(xs, xe, ws, full, empty)
     call = Call(x, x_desc, w_desc, routing, stride, w, out, size, gl.load(routing.table + 3 * stride),
-                gl.cdiv(size.rows, ROWS))  # fmt: skip
+                gl.cdiv(size.rows, TILE.rows))  # fmt: skip
     REGISTERS: gl.constexpr = TILE.registers
     PRODUCER: gl.constexpr = TILE.producer_registers
     if TILE.consumers == 1:
-        gl.warp_specialize(
-            [(_consume, (ring, call, 0, HOW, TILE)), (_produce, (ring, call, HOW, TILE))], [4], [PRODUCER]
-        )
+        gl.warp_specialize([(_consume, (ring, call, 0, HOW, TILE)), (_produce, (ring, call, HOW, TILE))],
+                           [4], [PRODUCER])  # fmt: skip
     else:
-        gl.warp_specialize(
-            [
-                (_consume, (ring, call, 0, HOW, TILE)),
-                (_consume, (ring, call, 1, HOW, TILE)),
-                (_produce, (ring, call, HOW, TILE)),
-            ],
-            [4, 4],
-            [REGISTERS, PRODUCER],
-        )
+        gl.warp_specialize([(_consume, (ring, call, 0, HOW, TILE)), (_consume, (ring, call, 1, HOW, TILE)),
+                            (_produce, (ring, call, HOW, TILE))], [4, 4], [REGISTERS, PRODUCER])  # fmt: skip
+
+
+@gluon.jit
+def _ring(dtype: gl.constexpr, HOW: gl.constexpr, TILE: gl.constexpr):
+    """Shared memory, its barriers waiting for nothing yet."""
+    STAGES: gl.constexpr = TILE.stages
+    X: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    WIDE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 4)
+    xs = gl.allocate_shared_memory(dtype, [STAGES, TILE.pairs, 64], X)
+    xe = xs
+    if TILE.extra > 0:
+        xe = gl.allocate_shared_memory(dtype, [STAGES, TILE.extra, 64], X)
+    if HOW.gated:
+        ws = gl.allocate_shared_memory(dtype, [STAGES, TILE.rows // 16, 2, 8, 64], WIDE)
+    else:
+        ws = gl.allocate_shared_memory(dtype, [STAGES, TILE.rows, 64], X)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=129 if HOW.stage == 1 else 1)  # threads that gather, and one
+        mbarrier.init(empty.index(i), count=TILE.consumers)
+    return Ring(xs, xe, ws, full, empty)
 
 
 @gluon.jit
@@ -165,21 +158,20 @@ def _fill(ring, call, m, e, start, count, stage, phase, HOW: gl.constexpr, TILE:
           W2: gl.constexpr):  # fmt: skip
     """One tile of W + W2 pairs, 64 columns a stage."""
     if HOW.stage == 1:
-        stage, phase = _gather(ring, call, m, e, start, count, stage, phase, HOW, TILE, W, W2)
+        return _gather(ring, call, m, e, start, count, stage, phase, HOW, TILE, W, W2)
     else:
-        stage, phase = _copy(ring, call, m, e, start, stage, phase, HOW, TILE, W, W2)
-    return stage, phase
+        return _copy(ring, call, m, e, start, stage, phase, HOW, TILE, W, W2)
 
 
 @gluon.jit
 def _copy_weights(ring, call, m, e, b, stage, HOW: gl.constexpr, TILE: gl.constexpr):
     """Rows of the m-th strip and 64 columns; rows beyond the expert's are others' or zeros, and are not written."""
+    full, to = ring.full.index(stage), ring.w.index(stage)
     if HOW.gated:
         at = e * (call.size.rows // 8) + m * (TILE.rows // 16)
-        tma_copy(call.w_desc, [at, 0, 0, b * 64], ring.full.index(stage), ring.w.index(stage))
+        tma_copy(call.w_desc, [at, 0, 0, b * 64], full, to)
     else:
-        at = e * call.size.rows + m * TILE.rows
-        tma_copy(call.w_desc, [at, b * 64], ring.full.index(stage), ring.w.index(stage))
+        tma_copy(call.w_desc, [e * call.size.rows + m * TILE.rows, b * 64], full, to)
 
 
 @gluon.jit
@@ -210,7 +202,6 @@ def _gather(ring, call, m, e, start, count, stage, phase, HOW: gl.constexpr, TIL
     Several stages a turn share the arithmetic of addresses (as in warp_specialized._fill).
     """
     TURN: gl.constexpr = TILE.turn
-    EVEN: gl.constexpr = HOW.even
     columns = call.size.columns // 8 * 8  # which tells the compiler that 16 bytes may be copied at once
     XL: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     i = gl.arange(0, W, gl.SliceLayout(1, XL))
@@ -227,7 +218,7 @@ def _gather(ring, call, m, e, start, count, stage, phase, HOW: gl.constexpr, TIL
                 mbarrier.wait(ring.empty.index(stage), phase)
                 mbarrier.expect(ring.full.index(stage), TILE.rows * 128)
                 _copy_weights(ring, call, m, e, b, stage, HOW, TILE)
-                if EVEN:
+                if HOW.even:
                     copy_async(ring.x.index(stage).slice(0, W), xp + u * 64)
                     if W2 > 0:
                         copy_async(ring.more_x.index(stage).slice(0, W2), xp2 + u * 64)
@@ -279,42 +270,48 @@ def _run(ring, call, at, stage, phase, HOW: gl.constexpr, TILE: gl.constexpr, RO
          W: gl.constexpr, W2: gl.constexpr):  # fmt: skip
     """One tile: W columns, and W2 more where that is not 0; 64 rows, and 64 more where a consumer has them."""
     PARTS: gl.constexpr = TILE.rows // TILE.consumers // 64
-    STAGES: gl.constexpr = TILE.stages
-    HAS2: gl.constexpr = W2 > 0
-    V2: gl.constexpr = W2 if HAS2 else 16
-    WB: gl.constexpr = W if PARTS == 2 else 16
-    VB: gl.constexpr = V2 if PARTS == 2 else 16
+    V2: gl.constexpr = W2 if W2 > 0 else 16
     M: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, W, 16])
     M2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V2, 16])
-    MB: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WB, 16])
-    MB2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, VB, 16])
     r = at.row + (gl.arange(0, 64, gl.SliceLayout(1, M)) + at.zero)
     bias = _bias(call, at.expert, r, HOW)
-    pairs = _pairs(call, at, HOW, 0, W)
-    pairs2 = _pairs(call, at, HOW, W, V2)
-    sums = (gl.zeros([64, W], gl.float32, M), gl.zeros([64, V2], gl.float32, M2),
-            gl.zeros([64, WB], gl.float32, MB), gl.zeros([64, VB], gl.float32, MB2))  # fmt: skip
+    if HOW.stage == 2:  # asked for before the loop, as biases are
+        pairs, pairs2 = _pairs(call, at, HOW, 0, W), _pairs(call, at, HOW, W, V2)
+    sums = _nothing(W, V2, W if PARTS == 2 else 16, V2 if PARTS == 2 else 16)
     sums = _multiply(ring, stage, phase, sums, HOW, ROW, PARTS, W, W2)
     sums = _retire(sums, 1, PARTS, W2)
     last = stage
-    stage, phase = following(stage, phase, STAGES)
+    stage, phase = following(stage, phase, TILE.stages)
     for _ in range(1, gl.cdiv(call.size.columns, 64)):
         sums = _multiply(ring, stage, phase, sums, HOW, ROW, PARTS, W, W2)
         sums = _retire(sums, 1, PARTS, W2)
         mbarrier.arrive(ring.empty.index(last))
         last = stage
-        stage, phase = following(stage, phase, STAGES)
+        stage, phase = following(stage, phase, TILE.stages)
     acc, acc2, accb, accb2 = _retire(sums, 0, PARTS, W2)
     mbarrier.arrive(ring.empty.index(last))
+    if HOW.stage == 1:  # places are counted: while the loop runs there are no registers for them
+        pairs, pairs2 = _pairs(call, at, HOW, 0, W), _pairs(call, at, HOW, W, V2)
     if PARTS == 2:
         lower = _bias(call, at.expert, r + 64, HOW)
         _epilogue(accb, lower, call, at, at.row + 64, pairs, HOW, W, M)
-        if HAS2:
+        if W2 > 0:
             _epilogue(accb2, lower, call, at, at.row + 64, pairs2, HOW, W2, M2)
     _epilogue(acc, bias, call, at, at.row, pairs, HOW, W, M)
-    if HAS2:
+    if W2 > 0:
         _epilogue(acc2, bias, call, at, at.row, pairs2, HOW, W2, M2)
     return stage, phase
+
+
+@gluon.jit
+def _nothing(W: gl.constexpr, W2: gl.constexpr, WB: gl.constexpr, WB2: gl.constexpr):
+    """The sums of a tile before its first product: upper rows, and lower; 16 columns stand for what is not there."""
+    M: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, W, 16])
+    M2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, W2, 16])
+    MB: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WB, 16])
+    MB2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WB2, 16])
+    return (gl.zeros([64, W], gl.float32, M), gl.zeros([64, W2], gl.float32, M2),
+            gl.zeros([64, WB], gl.float32, MB), gl.zeros([64, WB2], gl.float32, MB2))  # fmt: skip
 
 
 @gluon.jit
@@ -324,7 +321,6 @@ def _multiply(ring, stage, phase, sums, HOW: gl.constexpr, ROW: gl.constexpr, PA
 
     PTX counts cp.async, which wrote gathered rows, to another proxy than wgmma, so a fence stands between.
     """
-    BN: gl.constexpr = ring.x.shape[1]
     acc, acc2, accb, accb2 = sums
     mbarrier.wait(ring.full.index(stage), phase)
     if HOW.stage == 1:
@@ -337,7 +333,7 @@ def _multiply(ring, stage, phase, sums, HOW: gl.constexpr, ROW: gl.constexpr, PA
     b = xs.slice(0, W).permute((1, 0))
     acc = warpgroup_mma(upper, b, acc, is_async=True)
     if W2 > 0:
-        if W == BN:
+        if W == ring.x.shape[1]:
             b2 = ring.more_x.index(stage).slice(0, W2).permute((1, 0))
         else:
             b2 = xs.slice(W, W2).permute((1, 0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from triton.experimental.gluon import language as gl
@@ -26,24 +27,31 @@ from moestro.kernels.triton.paths.warp_specialized import (
 from moestro.kernels.triton.tactic import SHARED_BYTES, Tactic, Tile, gated
 
 NAME = "dense"
-# of each thread of (a consumer, the producer), by the warps that multiply
-REGISTERS = {4: (200, 56), 8: (208, 88)}
+# Of each thread of (a consumer, the producer), by the warps that multiply and the product: with less the first one's
+# producer, which keeps the addresses of what it gathers, or the second one's consumers spill in Triton 3.6.
+REGISTERS = {(4, 1): (200, 56), (4, 2): (200, 56), (8, 1): (200, 104), (8, 2): (208, 88)}
 PIECE = 64  # pairs that are copied at once, at most
+EMPTY = 8  # times the pairs of an expert that a tile may be wide, to be raced
 
 
-def tactic(pairs: int, tile: Tile, narrow: str = "halves", raster_group: int = 8) -> Tactic:
+def tactic(pairs: int, tile: Tile, narrow: str = "halves") -> Tactic:
     """A tactic of this path, with one tile for both products."""
-    return Tactic(NAME, "sorted", pairs, tile, tile, narrow, raster_group=raster_group)
+    return Tactic(NAME, "sorted", pairs, tile, tile, narrow)
 
 
+FEW = tactic(64, Tile(128, 4, 8, 8), "quarters")
+FULL = tactic(128, Tile(256, 4, 8, 4), "quarters")
+# what was fastest somewhere on an H200, or within 3 % of it (docs/kernels.md), and what such tiles have between
 TABLE: Mapping[str, tuple[Tactic, ...]] = {
     "dense": (
-        tactic(64, Tile(256, 4, 8, 5), "quarters"),
+        FEW,
+        tactic(96, Tile(128, 4, 8, 7)),
         tactic(96, Tile(256, 4, 8, 4)),
-        tactic(128, Tile(256, 4, 8, 4), "quarters"),
+        FULL,
+        replace(FULL, raster_group=path.LONG_WALK),
+        replace(FULL, narrow=""),
         tactic(144, Tile(256, 4, 8, 4)),
         tactic(192, Tile(128, 4, 8, 5)),
-        tactic(256, Tile(128, 4, 8, 4), "quarters"),
         tactic(288, Tile(128, 4, 8, 4)),
     ),
 }
@@ -93,9 +101,13 @@ def shared_bytes(problem: MoeProblem, tactic: Tactic, stage: int) -> int:
 
 
 def cost(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> float:
-    """Estimated seconds, of bytes and of products."""
+    """Estimated seconds, of bytes and of products; twice that for tiles that an expert leaves nearly empty, which are
+    not raced: their kernels take seconds to compile, and narrower ones do the same.
+    """
     products = path.estimates(problem, tactic, num_tokens)
-    return path.launches(tactic) + sum(max(e.memory, e.products / 1.1) for e in products)
+    seconds = path.launches(tactic) + sum(max(e.memory, e.products / 1.1, e.operands) for e in products)
+    empty = 2.0 if min(tactic.widths) > EMPTY * num_tokens * problem.top_k / problem.num_experts else 1.0
+    return seconds * empty * path.walk(problem, tactic, num_tokens)
 
 
 def scratch(problem: MoeProblem, num_tokens: int, tactic: Tactic, x_rows: int) -> Plan:
@@ -113,7 +125,7 @@ def _product(call: Call, stage: int, rows: Rows, out: torch.Tensor) -> None:
 
     tile, pairs = call.tactic.of_stage(stage)
     groups, each = tile.warps // 4, programs(tile.warps)
-    consumer, producer = REGISTERS[tile.warps]
+    consumer, producer = REGISTERS[tile.warps, stage]
     width, extra = path.parts(pairs)
     parts = extra // 2 if width < 128 and extra > 16 else extra  # what is copied at least: dense._produce
     piece = min(parts or PIECE, width // 2, PIECE)
@@ -142,7 +154,7 @@ def _weights(call: Call, stage: int, rows: int) -> TensorDescriptor:
         return _described(weights.view(-1, columns), [rows, 64])
     half = all_rows // 2
     shape = ((2 * experts - 1) * half // 8, 2, 8, columns)
-    turns = weights.as_strided(shape, (8 * columns, half * columns, columns, 1))
+    turns = weights.view(-1, columns).as_strided(shape, (8 * columns, half * columns, columns, 1))
     return _described(turns, [rows // 16, 2, 8, 64])
 
 
