@@ -7,6 +7,7 @@ Routing is top-k of softmax(randn), seed 0.
 from __future__ import annotations
 
 import math
+import os
 import statistics
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from moestro.errors import BackendError
 from moestro.formats import BF16, MXFP4, MXFP8, NVFP4, FP8Block
 from moestro.kernels.activations import SwiGLU
 from moestro.kernels.problem import MoeProblem
@@ -29,7 +31,7 @@ MODELS = {  # L, K, H, I; all pairs local
     "deepseek": (32, 8, 7168, 2048),
     "gptoss20": (32, 4, 2880, 2880),
 }
-DEV = "cuda"
+DEV = "cpu" if os.environ.get("TRITON_INTERPRET") else "cuda"
 WIDE = [  # the table's tiles of the warp-specialized path, and others
     *warp_specialized.TABLE["packed"],
     *(
@@ -110,6 +112,8 @@ def make(
                    weight_dtype=getattr(gate_up, "data", torch.empty(0)).dtype if fmt in ("bf16", "fp16") else None,
                    batch_invariant=invariant)  # fmt: skip
     plain = SimpleNamespace(gate_up=gate_up, down=down, **rest)
+    if reason := TritonRunner._unsupported(p):
+        raise BackendError(reason)
     g, d = TritonRunner.prepare(p, plain)
     runner = TritonRunner(p, SimpleNamespace(gate_up=g, down=d, **rest))
     return runner, plain
@@ -142,8 +146,9 @@ def error(
 def truth_of(runner: TritonRunner, plain: Any, inputs: list[torch.Tensor]) -> torch.Tensor:
     p = runner.problem
     torch.backends.cuda.matmul.allow_tf32 = False
+    rounding = "e4m3" if p.input_format == "fp8" else None  # of 4-bit weights; others are as they are
     return reference.fused_moe(*inputs[:3], plain, activation=p.activation, input_format=p.input_format,
-                               expert_offset=p.expert_offset)  # fmt: skip
+                               expert_offset=p.expert_offset, weight_rounding=rounding)  # fmt: skip
 
 
 class Clock:
