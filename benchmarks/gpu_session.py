@@ -1,7 +1,7 @@
 """A session on a GPU machine in few calls: all that was never run on a GPU is checked first, then timed beside peers.
 
     python benchmarks/gpu_session.py --list                 the calls, their steps and limits
-    python benchmarks/gpu_session.py check   --out DIR      1: every tactic of every format, vLLM's method, tests/gpu, replays
+    python benchmarks/gpu_session.py check   --out DIR      1: every tactic of every format, vLLM's method, tests/gpu
     python benchmarks/gpu_session.py streams --out DIR      2: formats on two streams and in graphs, memcheck
     python benchmarks/gpu_session.py times   --out DIR      3: host time, layers, peers
     python benchmarks/gpu_session.py check --dry-run        what would run; here: whether each step's program starts
