@@ -43,8 +43,8 @@ from moestro.errors import BackendError
 from moestro.kernels.activations import GeGLUTanh, ReLU2, SwiGLU
 from moestro.kernels.triton import Tactic, TritonRunner, choose
 
-FORMATS = ("nvfp4", "mxfp4", "mxfp8", "fp8_block", "bf16")
-THIRTY_TWO = ("mxfp4", "mxfp8")  # scales of 32 columns
+FORMATS = ("nvfp4", "mxfp4", "mxfp8", "fp8_block", "int4", "bf16")
+THIRTY_TWO = ("mxfp4", "mxfp8", "int4")  # scales of 32 columns
 INPUTS = ("fp8", None, "nvfp4")  # what is newest first, for a check that is cut short
 GPT_OSS = SwiGLU(1.702, 7.0, 1.0)
 LAYERS: dict[str, tuple[tuple[int, int, int, int], str, dict[str, Any]]] = {  # L, K, H, I; format; what else
@@ -57,6 +57,8 @@ LAYERS: dict[str, tuple[tuple[int, int, int, int], str, dict[str, Any]]] = {  # 
     "mixtral-fp8": ((8, 2, 4096, 14336), "fp8_block", {}),
     "qwen3-fp8": ((128, 8, 2048, 768), "fp8_block", {}),
     "nemotron-mxfp4": ((128, 6, 2688, 1856), "mxfp4", {"act": ReLU2()}),
+    "kimi-int4": ((48, 8, 7168, 2048), "int4", {}),
+    "qwen3-int4": ((128, 8, 2048, 768), "int4", {}),
     "qwen3-next-fp8": ((512, 10, 2048, 512), "fp8_block", {}),
 }
 

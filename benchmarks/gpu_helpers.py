@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from moestro.errors import BackendError
-from moestro.formats import BF16, MXFP4, MXFP8, NVFP4, FP8Block
+from moestro.formats import BF16, INT4, MXFP4, MXFP8, NVFP4, FP8Block
 from moestro.kernels.activations import SwiGLU
 from moestro.kernels.problem import MoeProblem
 from moestro.kernels.triton import Tactic, Tile, TritonRunner
@@ -69,6 +69,14 @@ def random_weights(fmt: str, experts: int, rows: int, columns: int, groups: int,
         for e in range(experts):
             dense[e] = torch.randn(rows, columns, device=DEV, generator=gen) / columns**0.5
         return BF16(dense)
+    if fmt == "int4":  # zero points, and fp16 scales per 32
+        shape = (experts, rows, columns // 32)
+        packed = torch.randint(
+            0, 256, (experts, rows, columns // 2), dtype=torch.uint8, device=DEV, generator=gen
+        )
+        scale = (torch.rand(shape, device=DEV, generator=gen) + 0.5) / (5 * columns**0.5)
+        zero = torch.randint(6, 11, shape, dtype=torch.uint8, device=DEV, generator=gen)
+        return INT4(packed, scale.half(), zero)
     exponent = 127 - round(0.5 * math.log2(columns)) - 2 * (fmt == "mxfp4") - 6 * (fmt != "mxfp4")
     e8m0 = torch.randint(
         exponent - 3,

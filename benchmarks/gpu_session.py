@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
 PYTHON = shlex.quote(sys.executable)
-FORMATS = ("nvfp4", "mxfp4", "mxfp8", "fp8_block", "bf16")
+FORMATS = ("nvfp4", "mxfp4", "mxfp8", "fp8_block", "int4", "bf16")
 REPLAYED = (1, 3, 16, 64, 257, 1024)  # tokens
 LIMIT_S = 560  # of a call
 TAIL = 12  # lines of a step's output on the console
@@ -54,7 +54,7 @@ CALLS: dict[str, tuple[Step, ...]] = {
         Step("memcheck", f"compute-sanitizer --tool memcheck --error-exitcode 9 {PYTHON} {HERE}/gpu_formats.py quick",
              180),
         Step("memcheck-replay", f"compute-sanitizer --tool memcheck --error-exitcode 9 {PYTHON} {HERE}/gpu_session.py "
-             "replay --formats mxfp8,nvfp4 --tokens 3,64", 170),
+             "replay --formats int4,nvfp4 --tokens 3,64", 170),
     ),
     "times": (
         Step("eager", f"{PYTHON} {HERE}/gpu_session.py eager", 90),

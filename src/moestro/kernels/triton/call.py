@@ -152,7 +152,16 @@ class Call:
             self.add(sort.count, (chunks,), self.ids, s["counts"], self.pairs, **meta)
         (first, stride1), (second, stride2) = self._table(1), self._table(2)
         args = (self.ids, s["counts"], s["cursors"], s["sorted_pairs"], Both(first, second), stride1, stride2)
-        self.add(sort.place, (chunks,), *args, self.pairs, chunks, *self.tactic.widths, BY_SIZE=self.by_size, **meta)
+        self.add(
+            sort.place,
+            (chunks,),
+            *args,
+            self.pairs,
+            chunks,
+            *self.tactic.widths,
+            BY_SIZE=self.by_size,
+            **meta,
+        )
 
     def inputs(self) -> Rows:
         """x as the first product reads it."""
