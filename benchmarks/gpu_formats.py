@@ -1,6 +1,7 @@
 """Every weight format on a CUDA device: numbers against the float32 reference, one order of sums, whole layers' times.
 
-    python benchmarks/gpu_formats.py check mxfp4            every tactic on odd sizes, poisoned outputs, run twice
+    python benchmarks/gpu_formats.py check [mxfp4+fp8 ...]  every tactic of every format (weights, activations) on odd
+                                                            sizes, poisoned outputs, run twice; --seconds S at most
     python benchmarks/gpu_formats.py w4a4                   NVFP4 activations, under each kind of global scale
     python benchmarks/gpu_formats.py quick                  a few tactics of each kind, for compute-sanitizer
     python benchmarks/gpu_formats.py invariant nvfp4        which tactics give a row the same bits whatever its batch
@@ -12,15 +13,20 @@ Protocol and helpers are gpu_helpers.py's.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
+import os
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from gpu_helpers import (
+    DEV,
     WIDE,
     Clock,
     bytes_of,
@@ -33,9 +39,13 @@ from gpu_helpers import (
     truth_of,
 )
 
+from moestro.errors import BackendError
 from moestro.kernels.activations import GeGLUTanh, ReLU2, SwiGLU
 from moestro.kernels.triton import Tactic, TritonRunner, choose
 
+FORMATS = ("nvfp4", "mxfp4", "mxfp8", "fp8_block", "int4", "bf16")
+THIRTY_TWO = ("mxfp4", "mxfp8", "int4")  # scales of 32 columns
+INPUTS = ("fp8", None, "nvfp4")  # what is newest first, for a check that is cut short
 GPT_OSS = SwiGLU(1.702, 7.0, 1.0)
 LAYERS: dict[str, tuple[tuple[int, int, int, int], str, dict[str, Any]]] = {  # L, K, H, I; format; what else
     "gpt-oss-20b": ((32, 4, 2880, 2880), "mxfp4", {"act": GPT_OSS, "bias": True}),
@@ -47,6 +57,8 @@ LAYERS: dict[str, tuple[tuple[int, int, int, int], str, dict[str, Any]]] = {  # 
     "mixtral-fp8": ((8, 2, 4096, 14336), "fp8_block", {}),
     "qwen3-fp8": ((128, 8, 2048, 768), "fp8_block", {}),
     "nemotron-mxfp4": ((128, 6, 2688, 1856), "mxfp4", {"act": ReLU2()}),
+    "kimi-int4": ((48, 8, 7168, 2048), "int4", {}),
+    "qwen3-int4": ((128, 8, 2048, 768), "int4", {}),
     "qwen3-next-fp8": ((512, 10, 2048, 512), "fp8_block", {}),
 }
 
@@ -59,41 +71,119 @@ def tactics_of(runner: TritonRunner, n: int) -> list[Tactic]:
     return [t for t in dict.fromkeys(found) if choose.why_not(p, t, n) is None]
 
 
-def check(fmt: str) -> int:
-    """Biases, experts of other ranks, invalid ids, all activations, float16; every tactic twice, bit for bit."""
-    bad, worst, count = 0, 0.0, 0
-    wide = fmt.startswith("mx")
-    small = (8, 2, 288, 160) if wide else (8, 2, 272, 176)
-    cases: list[tuple[Any, ...]] = [
-        (small, SwiGLU(), True, torch.bfloat16, (1, 3, 33, 257)),
-        ((4, 2, 512, 320), GPT_OSS, False, torch.bfloat16, (700,)),
-        (small, GeGLUTanh(), True, torch.float16, (5, 70)),
-        (small, ReLU2(), False, torch.bfloat16, (5, 190)),
+# --- check ------------------------------------------------------------------------------------------------
+def combinations(names: list[str]) -> list[tuple[str, str | None]]:
+    """(format, input format) of texts like "mxfp4", "mxfp4+fp8"; all without any."""
+    every = [(fmt, taken) for taken in INPUTS for fmt in FORMATS]
+    if not names:
+        return every
+    asked = [(fmt, taken or None) for fmt, _, taken in (name.partition("+") for name in names)]
+    if unknown := [pair for pair in asked if pair not in every]:
+        raise SystemExit(f"no such format and input format: {unknown}; there are {every}")
+    return asked
+
+
+class Run(NamedTuple):
+    """A tactic on inputs."""
+
+    what: str
+    runner: TritonRunner
+    plain: Any
+    inputs: list[torch.Tensor]
+    tactic: Tactic
+    kernels: tuple[Any, ...]  # keys of what must be compiled before
+
+
+def runs_of(fmt: str, taken: str | None, compiling: Callable[[Any, Any], None]) -> list[Run]:
+    """Biases, experts of other ranks, invalid ids, all activations, both dtypes of x.
+
+    compiling(key, job) is called with each kernel that they need.
+    """
+    found: list[Run] = []
+    refused: set[str] = set()
+    whole = taken == "fp8" and fmt == "fp8_block"  # gate and up are whole blocks of 128 rows there
+    small = (8, 2, 272, 256) if whole else (8, 2, 288, 160) if fmt in THIRTY_TWO else (8, 2, 272, 176)
+    large = (4, 2, 512, 384 if whole else 320)
+    cases: list[tuple[Any, ...]] = [  # the last: all tactics, or a few of them, for its kernels are others
+        (small, SwiGLU(), True, torch.bfloat16, (1, 3, 33, 257), True),
+        (small, SwiGLU(), True, torch.float16, (5, 70), True),
+        (large, GPT_OSS, False, torch.bfloat16, (700,), True),
+        (small, GeGLUTanh(), True, torch.bfloat16, (5, 190), False),
+        (small, ReLU2(), False, torch.float16, (5, 190), False),
     ]
-    for i, (sizes, act, bias, dtype, tokens) in enumerate(cases):
-        runner, plain = make(*sizes, fmt, act, bias, E=sizes[0] + 4, offset=2, seed=i, dtype=dtype)
-        for n in tokens:
+    for i, (sizes, act, bias, dtype, tokens, every) in enumerate(cases):
+        name = "fp16" if fmt == "bf16" and dtype == torch.float16 else fmt  # dense weights are of x's dtype
+        try:
+            runner, plain = make(
+                *sizes, name, act, bias, taken, E=sizes[0] + 4, offset=2, seed=i, dtype=dtype
+            )
+        except BackendError as error:
+            if str(error) not in refused:
+                print(f"no kernels: {fmt}+{taken} {dtype}: {error}")
+            refused.add(str(error))
+            continue
+        for n in tokens if DEV == "cuda" else tokens[:2]:
             inputs = inputs_of(runner, n, i)
             inputs[1][0, 0] = (-7, 1 << 30, 10**6)[i % 3]
-            tried = tactics_of(runner, n)
-            tried = tried if i < 2 else tried[:2] + tried[-2:]
             runner.use_workspace(None)
-            for j, why in compile_all(runner, [(inputs, t) for t in tried]).items():
-                print("FAILED", fmt, n, tried[j], why)
-                bad += 1
-            truth = truth_of(runner, plain, inputs)
-            for tactic in tried:
-                e = error(runner, plain, inputs, tactic, truth)
-                first = inputs[3].clone()
-                runner.forward(inputs, tactic)
-                worst, count = max(worst, e), count + 1
-                if not e < 1e-2 or not torch.equal(first, inputs[3]):
-                    bad += 1
-                    print(
-                        "BAD", fmt, sizes, type(act).__name__, dtype, n, short(tactic), f"{e:.2e}", flush=True
-                    )
-    print(f"check {fmt}: {count} runs, worst error {worst:.2e}, {bad} bad", flush=True)
+            tried = tactics_of(runner, n)
+            for tactic in tried if every else dict.fromkeys(tried[:2] + tried[-2:]):
+                mine = runner.compile_jobs(inputs, tactic) if DEV == "cuda" else {}
+                for key, job in mine.items():
+                    compiling(key, job)
+                what = f"{fmt}+{taken} {sizes} {type(act).__name__} {dtype} N={n} {short(tactic)}"
+                found.append(Run(what, runner, plain, inputs, tactic, tuple(mine)))
+    return found
+
+
+def check(names: list[str], seconds: float) -> int:
+    """Every tactic of every format and input format on odd sizes, poisoned, twice, bit for bit; how many are wrong.
+
+    All kernels are compiled in threads while what is compiled already runs. One run that takes a minute ends the process.
+    """
+    end, bad = time.monotonic() + seconds, 0
+    waiting: dict[Any, Future[Any]] = {}
+    pool = ThreadPoolExecutor(os.cpu_count())
+
+    def compiling(key: Any, job: Callable[[], Any]) -> None:
+        if key not in waiting:
+            waiting[key] = pool.submit(job)
+
+    plan = {pair: runs_of(*pair, compiling) for pair in combinations(names)}
+    print(f"{sum(map(len, plan.values()))} runs, {len(waiting)} kernels", flush=True)
+    for (fmt, taken), runs in plan.items():
+        worst, done, wrong, truth = 0.0, 0, 0, (None, None)
+        for run in runs:
+            if time.monotonic() > end:
+                break
+            faulthandler.dump_traceback_later(90, exit=True)
+            if truth[0] is not run.inputs:
+                truth = run.inputs, truth_of(run.runner, run.plain, run.inputs)
+            e, why = checked(run, truth[1], [waiting[key] for key in run.kernels])
+            worst, done, wrong = max(worst, e), done + 1, wrong + bool(why)
+            if why:
+                print("BAD", run.what, why, flush=True)
+        missed = len(runs) - done
+        bad += wrong + bool(missed)
+        print(f"check {fmt}+{taken}: {done} runs, worst error {worst:.1e}, {wrong} bad"
+              + f", {missed} NOT REACHED" * bool(missed), flush=True)  # fmt: skip
+    faulthandler.cancel_dump_traceback_later()
+    pool.shutdown(wait=False, cancel_futures=True)
     return bad
+
+
+def checked(run: Run, truth: Any, kernels: list[Future[Any]]) -> tuple[float, str]:
+    """(error, what is wrong)."""
+    try:
+        for kernel in kernels:
+            kernel.result()
+        e = error(run.runner, run.plain, run.inputs, run.tactic, truth)
+        first = run.inputs[3].clone()
+        run.runner.forward(run.inputs, run.tactic)
+        again = torch.equal(first, run.inputs[3])
+    except Exception as failure:  # of one tactic: the others are still worth a look
+        return 0.0, f"{type(failure).__name__}: {str(failure)[:160]}"
+    return e, f"error {e:.2e}" if not e < 1e-2 else "" if again else "other bits the second time"
 
 
 def check_w4a4() -> int:
@@ -224,7 +314,9 @@ def main() -> int:
     parser.add_argument("--json")
     args = parser.parse_args()
     if args.command == "check":
-        return int(sum(map(check, args.names)) > 0)
+        bad = check(args.names, args.seconds) + (check_w4a4() if not args.names and DEV == "cuda" else 0)
+        print("check:", f"{bad} BAD" if bad else "ok")
+        return int(bad > 0)
     if args.command in ("w4a4", "quick"):
         return int((check_w4a4() if args.command == "w4a4" else quick()) > 0)
     rows: Any

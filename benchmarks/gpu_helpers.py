@@ -7,6 +7,7 @@ Routing is top-k of softmax(randn), seed 0.
 from __future__ import annotations
 
 import math
+import os
 import statistics
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,8 @@ from typing import Any
 
 import torch
 
-from moestro.formats import BF16, MXFP4, MXFP8, NVFP4, FP8Block
+from moestro.errors import BackendError
+from moestro.formats import BF16, INT4, MXFP4, MXFP8, NVFP4, FP8Block
 from moestro.kernels.activations import SwiGLU
 from moestro.kernels.problem import MoeProblem
 from moestro.kernels.triton import Tactic, Tile, TritonRunner
@@ -29,7 +31,7 @@ MODELS = {  # L, K, H, I; all pairs local
     "deepseek": (32, 8, 7168, 2048),
     "gptoss20": (32, 4, 2880, 2880),
 }
-DEV = "cuda"
+DEV = "cpu" if os.environ.get("TRITON_INTERPRET") else "cuda"
 WIDE = [  # the table's tiles of the warp-specialized path, and others
     *warp_specialized.TABLE["packed"],
     *(
@@ -67,6 +69,14 @@ def random_weights(fmt: str, experts: int, rows: int, columns: int, groups: int,
         for e in range(experts):
             dense[e] = torch.randn(rows, columns, device=DEV, generator=gen) / columns**0.5
         return BF16(dense)
+    if fmt == "int4":  # zero points, and fp16 scales per 32
+        shape = (experts, rows, columns // 32)
+        packed = torch.randint(
+            0, 256, (experts, rows, columns // 2), dtype=torch.uint8, device=DEV, generator=gen
+        )
+        scale = (torch.rand(shape, device=DEV, generator=gen) + 0.5) / (5 * columns**0.5)
+        zero = torch.randint(6, 11, shape, dtype=torch.uint8, device=DEV, generator=gen)
+        return INT4(packed, scale.half(), zero)
     exponent = 127 - round(0.5 * math.log2(columns)) - 2 * (fmt == "mxfp4") - 6 * (fmt != "mxfp4")
     e8m0 = torch.randint(
         exponent - 3,
@@ -110,6 +120,8 @@ def make(
                    weight_dtype=getattr(gate_up, "data", torch.empty(0)).dtype if fmt in ("bf16", "fp16") else None,
                    batch_invariant=invariant)  # fmt: skip
     plain = SimpleNamespace(gate_up=gate_up, down=down, **rest)
+    if reason := TritonRunner._unsupported(p):
+        raise BackendError(reason)
     g, d = TritonRunner.prepare(p, plain)
     runner = TritonRunner(p, SimpleNamespace(gate_up=g, down=d, **rest))
     return runner, plain
@@ -142,8 +154,9 @@ def error(
 def truth_of(runner: TritonRunner, plain: Any, inputs: list[torch.Tensor]) -> torch.Tensor:
     p = runner.problem
     torch.backends.cuda.matmul.allow_tf32 = False
+    rounding = "e4m3" if p.input_format == "fp8" else None  # of 4-bit weights; others are as they are
     return reference.fused_moe(*inputs[:3], plain, activation=p.activation, input_format=p.input_format,
-                               expert_offset=p.expert_offset)  # fmt: skip
+                               expert_offset=p.expert_offset, weight_rounding=rounding)  # fmt: skip
 
 
 class Clock:

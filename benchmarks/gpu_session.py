@@ -1,14 +1,14 @@
 """A session on a GPU machine in few calls: all that was never run on a GPU is checked first, then timed beside peers.
 
     python benchmarks/gpu_session.py --list                 the calls, their steps and limits
-    python benchmarks/gpu_session.py check   --out DIR      1: compiled in parallel, the replay of launches, MXFP8, tests/gpu
+    python benchmarks/gpu_session.py check   --out DIR      1: every tactic of every format, vLLM's method, tests/gpu
     python benchmarks/gpu_session.py streams --out DIR      2: formats on two streams and in graphs, memcheck
     python benchmarks/gpu_session.py times   --out DIR      3: host time, layers, peers
     python benchmarks/gpu_session.py check --dry-run        what would run; here: whether each step's program starts
 
 Each call stays below ten minutes: every step is a process of its own with a limit, is killed with its children beyond
-it, and leaves its output and a line of session.json; a step that fails does not stop the others. Exit status: steps
-that failed. A later call goes on with the compiled kernels of the first (TRITON_CACHE_DIR under --out).
+it, and leaves its output in session.log and a line of session.json; a step that fails does not stop the others. Exit
+status: steps that failed. A later call goes on with the compiled kernels of the first (TRITON_CACHE_DIR).
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
 PYTHON = shlex.quote(sys.executable)
-FORMATS = ("nvfp4", "mxfp4", "mxfp8", "fp8_block", "bf16")
+FORMATS = ("nvfp4", "mxfp4", "mxfp8", "fp8_block", "int4", "bf16")
 REPLAYED = (1, 3, 16, 64, 257, 1024)  # tokens
 LIMIT_S = 560  # of a call
 REPEATS = 8  # calls at the same addresses
+TAIL = 12  # lines of a step's output on the console
 
 
 class Step(NamedTuple):
@@ -42,10 +43,11 @@ class Step(NamedTuple):
 
 CALLS: dict[str, tuple[Step, ...]] = {
     "check": (
-        Step("compile", f"{PYTHON} {HERE}/gpu_session.py compile", 200),
-        Step("mxfp8", f"{PYTHON} {HERE}/gpu_formats.py check mxfp8", 90),
-        Step("replay", f"{PYTHON} {HERE}/gpu_session.py replay", 120),
-        Step("tests", f"{PYTHON} -m pytest -q -n 0 -p no:cacheprovider {HERE.parent}/tests/gpu", 140),
+        Step("formats", f"{PYTHON} {HERE}/gpu_formats.py check --seconds 230", 260),
+        Step("vllm-method", f"{PYTHON} -m pytest -q -n 0 -p no:cacheprovider "
+             f"{HERE.parent}/tests/integrations/vllm_plugin/test_method_cuda.py", 70),
+        Step("tests", f"{PYTHON} -m pytest -q -n 0 -p no:cacheprovider {HERE.parent}/tests/gpu", 120),
+        Step("replay", f"{PYTHON} {HERE}/gpu_session.py replay", 110),
     ),
     "streams": (
         Step("two-streams", f"{PYTHON} {HERE}/gpu_session.py two-streams", 120),
@@ -53,7 +55,7 @@ CALLS: dict[str, tuple[Step, ...]] = {
         Step("memcheck", f"compute-sanitizer --tool memcheck --error-exitcode 9 {PYTHON} {HERE}/gpu_formats.py quick",
              180),
         Step("memcheck-replay", f"compute-sanitizer --tool memcheck --error-exitcode 9 {PYTHON} {HERE}/gpu_session.py "
-             "replay --formats mxfp8,nvfp4 --tokens 3,64", 170),
+             "replay --formats int4,nvfp4 --tokens 3,64", 170),
     ),
     "times": (
         Step("eager", f"{PYTHON} {HERE}/gpu_session.py eager", 90),
@@ -94,9 +96,11 @@ def run(step: Step, out: Path, dry: bool) -> bool:
     command = step.command.replace("{out}", str(out))
     if dry:
         command = f"{step.command.split(' ')[0]} --version" if "sanitizer" in command else _help_of(command)
-    env = os.environ | {"TRITON_CACHE_DIR": str(out / "triton")}
-    started = time.monotonic()
-    with (out / f"{step.name}.log").open("w") as log:
+    env = {"TRITON_CACHE_DIR": "/tmp/gpu-session-triton", **os.environ}
+    started, path = time.monotonic(), out / "session.log"
+    with path.open("a") as log:
+        print(f"\n$ {command}", file=log, flush=True)
+        begin = log.tell()
         process = subprocess.Popen(
             command, shell=True, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True
         )
@@ -110,7 +114,8 @@ def run(step: Step, out: Path, dry: bool) -> bool:
     line = {"step": step.name, "status": status, "seconds": took, "limit_s": step.limit_s, "command": command}
     with (out / "session.json").open("a") as session:
         session.write(json.dumps(line) + "\n")
-    tail = (out / f"{step.name}.log").read_text().splitlines()[-3:]
+    said = path.read_bytes()[begin:].decode(errors="replace").splitlines()
+    tail = said[-TAIL:] if status == 0 else [text for text in said if "BAD" in text][:TAIL] + said[-TAIL:]
     print(
         f"{step.name}: status {status} after {took} s",
         *(f"    {text[:200]}" for text in tail),
@@ -141,7 +146,7 @@ def cases(formats: list[str], tokens: list[int]) -> Any:
 
 
 def compile_(formats: list[str], tokens: list[int]) -> int:
-    """Everything that the other steps launch, in processes side by side."""
+    """Everything that replay launches, side by side."""
     from concurrent.futures import ThreadPoolExecutor
 
     from gpu_helpers import inputs_of
@@ -194,6 +199,7 @@ def replay(formats: list[str], tokens: list[int]) -> int:
     from moestro.kernels.triton import graphs as graphs_module
     from moestro.kernels.triton import replay as module
 
+    compile_(formats, tokens)
     print("replay:", module.why_plain() or "on", "graphs:", graphs_module.driver() is not None)
     bad = count = used = 0
     whole = module.Replay.run

@@ -53,7 +53,7 @@ def sm_90() -> list[str]:
         (bf16, 700, dequantized),
         (runner_of(4, 2, 144, 80, "nvfp4", input_format="nvfp4"), 9, plain),
     ]
-    for fmt in ("mxfp4", "fp8_block"):
+    for fmt in ("mxfp4", "fp8_block", "int4"):
         runner = runner_of(8, 2, 512, 320, fmt, biases=True)
         cases += [
             (runner, 3, chain.tactic(8, small, "direct", prefetch_kib=16)),
@@ -143,7 +143,7 @@ def sm_100() -> list[str]:
     """The families of sm_90 on the tensor cores of sm_100, and W4A4 on its FP4 ones, scales included."""
     nvfp4, bf16 = runner_of(8, 2, 512, 256, "nvfp4"), runner_of(8, 2, 512, 256, "bf16")
     large, dequantized = (tactic for _, tactic in choose.WITHOUT_WGMMA)
-    mxfp4, fp8 = (runner_of(8, 2, 512, 256, fmt, biases=True) for fmt in ("mxfp4", "fp8_block"))
+    others = [runner_of(8, 2, 512, 256, fmt, biases=True) for fmt in ("mxfp4", "fp8_block", "int4")]
     launches = [
         launch
         for runner, n, tactic in (
@@ -151,8 +151,7 @@ def sm_100() -> list[str]:
             (nvfp4, 700, large),
             (nvfp4, 700, dequantized),
             (bf16, 12, -1),
-            (mxfp4, 700, large),
-            (fp8, 700, large),
+            *((runner, 700, large) for runner in others),
         )
         for launch in runner.plan(inputs_of(runner, n), tactic)
         if "gemm" in launch.kernel.__name__

@@ -105,6 +105,10 @@ def zeros(weight_format: str, experts: int, rows: int, columns: int) -> Any:
         return MXFP4(packed, packed[..., : columns // 32].contiguous())
     if weight_format == "fp8_block":
         return FP8Block(data, torch.ones(experts, -(-rows // 128), -(-columns // 128)))
+    if weight_format == "int4":
+        from moestro.formats import INT4  # benchmarks/same_kernels.py runs this with older trees, too
+
+        return INT4.of(packed, torch.zeros(experts, rows, columns // 32, dtype=torch.bfloat16))
     return BF16(torch.zeros(experts, rows, columns, dtype=torch.bfloat16))
 
 

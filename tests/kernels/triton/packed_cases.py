@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from moestro.formats import MXFP4, MXFP8, NVFP4, FP8Block
+from moestro.formats import INT4, MXFP4, MXFP8, NVFP4, FP8Block
 from moestro.kernels.triton.layout import PACKED
 
 
@@ -29,7 +29,10 @@ def every_checkpoint() -> dict[str, tuple[Any, Any]]:
     data = torch.randint(0, 256, shape, dtype=torch.uint8, generator=gen)
     data = torch.where(data & 127 == 127, 0, data).view(torch.float8_e4m3fn)
     blocks = torch.rand(2, 2, 2, generator=gen) * 2.0 ** torch.randint(-20, 20, (2, 2, 2), generator=gen)
+    scale = (torch.rand(2, 144, 7, generator=gen) + 0.1).bfloat16()
+    zero = torch.randint(0, 17, (2, 144, 7), dtype=torch.uint8, generator=gen)
     found: dict[str, Any] = {
+        "int4": INT4.of(nibbles, scale, zero),
         "nvfp4": every_code(shape),
         "mxfp4": MXFP4(nibbles, e8m0),
         "mxfp8": MXFP8(data, e8m0),

@@ -34,6 +34,7 @@ def runners() -> dict[str, TritonRunner]:
         "nvfp4 odd": runner_of(4, 2, 144, 80, "nvfp4", ReLU2(), biases=True),
         "mxfp4": runner_of(8, 2, 512, 320, "mxfp4", clamped, biases=True),
         "fp8_block": runner_of(8, 2, 512, 320, "fp8_block"),
+        "int4": runner_of(8, 2, 512, 320, "int4"),
         "bf16": runner_of(8, 2, 512, 256, "bf16", biases=True),
         "nvfp4, W4A4": runner_of(4, 2, 144, 80, "nvfp4", input_format="nvfp4"),
         "nvfp4, FP8": runner_of(8, 2, 512, 256, "nvfp4", input_format="fp8"),

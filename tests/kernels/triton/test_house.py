@@ -80,7 +80,7 @@ def test_no_kernel_takes_more_than_fifteen_arguments() -> None:
 
 def test_a_weight_format_is_named_where_it_is_packed_and_where_it_is_decoded_and_nowhere_else() -> None:
     """But for FP8 activations, whose products and default differ by format, and W4A4, which is about one."""
-    wanted = re.compile(r"\b(MXFP4|MXFP8|FP8_BLOCK|FP8Block|mxfp4|mxfp8|fp8_block)\b")
+    wanted = re.compile(r"\b(MXFP4|MXFP8|FP8_BLOCK|FP8Block|INT4|mxfp4|mxfp8|fp8_block|int4)\b")
     code = {
         path.relative_to(ROOT).as_posix(): ast.unparse(ast.parse(path.read_text()))
         for path in ROOT.rglob("*.py")

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from moestro.errors import BackendError
-from moestro.formats import BF16, MXFP4, MXFP8, NVFP4, FP8Block
+from moestro.formats import BF16, INT4, MXFP4, MXFP8, NVFP4, FP8Block
 from moestro.kernels.activations import Activation, ClampedSilu, GeGLUTanh, ReLU2, SoftcapSwiGLU, SwiGLU
 from moestro.kernels.problem import MoeProblem
 from moestro.kernels.triton import Tactic, Tile, TritonRunner, call, choose
@@ -31,8 +31,8 @@ TACTICS = {
     "chained": Tactic("chain", "sorted", 64, SMALL, Tile(32, 1, 4, 2), "quarters"),
     "dequantized": Tactic("dequantized", "sorted", 16, SMALL, Tile(128, 1, 4, 2), pairs2=32),
 }
-SIZES = dict.fromkeys(("mxfp4", "mxfp8"), (4, 2, 160, 96))  # whose columns are multiples of 32
-DECODED = ("mxfp4", "mxfp8", "fp8_block")  # whose decoders are all that is new of them
+SIZES = dict.fromkeys(("mxfp4", "mxfp8", "int4"), (4, 2, 160, 96))  # whose columns are multiples of 32
+DECODED = ("mxfp4", "mxfp8", "fp8_block", "int4")  # whose decoders are all that is new of them
 
 
 def make(
@@ -51,6 +51,8 @@ def make(
         pair = (NVFP4.quantize(gate_up, row_groups=2 if act.gated else None), NVFP4.quantize(down))
     elif fmt == "bf16":
         pair = (BF16(gate_up.to(dtype)), BF16(down.to(dtype)))
+    elif fmt == "int4":  # with zero points, and scales that are no bfloat16
+        pair = tuple(INT4.quantize(t + 0.05, symmetric=False, dtype=torch.float16) for t in (gate_up, down))
     else:
         made = {"mxfp4": MXFP4, "mxfp8": MXFP8, "fp8_block": FP8Block}[fmt]
         pair = (made.quantize(gate_up), made.quantize(down))

@@ -33,7 +33,8 @@ def test_every_format_comes_back_bit_for_bit(fmt: str, gated: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fmt", "nbytes"), [("nvfp4", 0.5625), ("mxfp4", 0.5625), ("mxfp8", 1.0625), ("fp8_block", 1.015625)]
+    ("fmt", "nbytes"),
+    [("nvfp4", 0.5625), ("mxfp4", 0.5625), ("mxfp8", 1.0625), ("fp8_block", 1.015625), ("int4", 0.625)],
 )
 def test_a_format_states_the_bytes_of_a_weight(fmt: str, nbytes: float) -> None:
     q, form = every_checkpoint()[fmt]

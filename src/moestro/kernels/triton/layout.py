@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 
-from moestro.formats import MXFP4, MXFP8, NVFP4, FP8Block
+from moestro.formats import INT4, MXFP4, MXFP8, NVFP4, FP8Block
 from moestro.formats.base import FormatTensor
 from moestro.kernels.triton.device import decode
 from moestro.kernels.triton.words import (
@@ -34,8 +34,10 @@ from moestro.kernels.triton.words import (
     e4m3_of,
     fold_signs_and_zeros,
     from_byte_words,
+    from_nibble_words,
     from_words,
     nan_rows,
+    nibble_words,
     nibbles,
     pad,
     paired,
@@ -75,6 +77,11 @@ class Packed:
     @classmethod
     def pack(cls, q: Any, gated: bool) -> Self:
         """Repack a checkpoint tensor [E, R, C], one expert at a time (the copies are one expert's)."""
+        return cls(*cls._packed(q, gated), cls._kept(q), q.shape[1], q.shape[2], gated)
+
+    @classmethod
+    def _packed(cls, q: Any, gated: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(words, scales, row scales)."""
         experts, rows, columns = q.shape
         kernel_rows = row_order(rows, gated, q.device)  # [Rp]
         blocks = (experts, len(kernel_rows) // ROWS, -(-columns // COLS))
@@ -83,7 +90,7 @@ class Packed:
         row_scale = torch.zeros((experts, len(kernel_rows)), dtype=torch.float32, device=q.device)
         for e in range(experts):
             row_scale[e] = cls._expert(q, e, kernel_rows, words[e], scales[e])
-        return cls(words, scales, row_scale, cls._kept(q), rows, columns, gated)
+        return words, scales, row_scale
 
     @classmethod
     @abstractmethod
@@ -301,6 +308,43 @@ class TritonFP8Block(Packed):
         return FP8Block(data, self.kept)
 
 
+@dataclass(frozen=True, eq=False)
+class TritonINT4(Packed):
+    """Four codes in a 16-bit word, plane p at bits 4p; a 64-bit scale for each row: of columns 0..31 and of 32..63 a
+    bfloat16 scale, and as bfloat16 -(128 + zero). A scale that is no bfloat16 is rounded to one (2^-9).
+    """
+
+    zero: torch.Tensor  # uint8 [..., R, C/G] of the checkpoint, as `kept` has its scales
+
+    format: ClassVar[str] = "int4"
+    layout: ClassVar[str] = "triton-int4-r64c64"
+    CODE: ClassVar[int] = decode.INT4.value
+    WORD: ClassVar[torch.dtype] = torch.int16
+    SCALE: ClassVar[torch.dtype] = torch.int64
+
+    @classmethod
+    def pack(cls, q: Any, gated: bool) -> Self:
+        words, scales, row_scale = cls._packed(q, gated)
+        return cls(words, scales, row_scale, q.scale, q.shape[1], q.shape[2], gated, q.zero)
+
+    @classmethod
+    def _expert(
+        cls, q: INT4, e: int, kernel_rows: torch.Tensor, words: torch.Tensor, scales: torch.Tensor
+    ) -> torch.Tensor:
+        words.copy_(nibble_words(pad(nibbles(q.packed[e]), kernel_rows, words.shape[1] * COLS)))
+        repeats, columns = q.group // 32, scales.shape[1] * COLS // 32
+        scale = q.scale[e].repeat_interleave(repeats, -1).bfloat16()  # [R, C/32]
+        eights = torch.full_like(q.scale[e], 8, dtype=torch.uint8)
+        zero = (q.zero[e] if q.zero.shape[-1] else eights).repeat_interleave(repeats, -1)
+        less = -(128.0 + zero.float()).bfloat16()
+        s, z = (pad(bits_of(part), kernel_rows, columns) for part in (scale, less))  # [Rp, 2 Cb]
+        scales.copy_(by_block(s[:, 0::2] | s[:, 1::2] << 16 | z[:, 0::2] << 32 | z[:, 1::2] << 48))
+        return torch.where(kernel_rows >= 0, 1.0, 0.0)
+
+    def to_checkpoint(self) -> INT4:
+        return INT4(paired(self._in_order(from_nibble_words(self.words))), self.kept, self.zero)
+
+
 PACKED: dict[str, type[Packed]] = {
-    cls.format: cls for cls in (TritonNVFP4, TritonMXFP4, TritonMXFP8, TritonFP8Block)
+    cls.format: cls for cls in (TritonNVFP4, TritonMXFP4, TritonMXFP8, TritonFP8Block, TritonINT4)
 }

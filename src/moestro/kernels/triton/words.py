@@ -99,6 +99,21 @@ def from_words(words: torch.Tensor) -> torch.Tensor:
     return codes.transpose(-4, -3).flatten(-5, -4).flatten(-3)  # via [..., Rb, 64, Cb, 4, 16]
 
 
+def nibble_words(codes: torch.Tensor) -> torch.Tensor:
+    """uint8 [Rp, Cp] -> int16 [Rb, Cb, 64, 16], nibble p of a word is plane p."""
+    planes = codes.to(torch.int32).unflatten(-1, (-1, 4, 16))  # [Rp, Cb, 4, 16]
+    word = planes[..., 0, :] | planes[..., 1, :] << 4 | planes[..., 2, :] << 8 | planes[..., 3, :] << 12
+    signed: torch.Tensor = torch.where(word >= 1 << 15, word - (1 << 16), word).to(torch.int16)
+    return signed.unflatten(0, (-1, ROWS)).transpose(1, 2)
+
+
+def from_nibble_words(words: torch.Tensor) -> torch.Tensor:
+    """int16 [..., Rb, Cb, 64, 16] -> uint8 [..., Rp, Cp]."""
+    wide = words.to(torch.int32)
+    codes = torch.stack([(wide >> 4 * p) & 15 for p in range(4)], dim=-2).to(torch.uint8)
+    return codes.transpose(-4, -3).flatten(-5, -4).flatten(-3)
+
+
 def to_byte_words(codes: torch.Tensor) -> torch.Tensor:
     """uint8 [Rp, Cp] -> int32 [Rb, Cb, 64, 16], byte p of a word is plane p."""
     blocks = codes.unflatten(0, (-1, ROWS)).unflatten(-1, (-1, 4, 16))  # [Rb, 64, Cb, 4, 16]

@@ -16,7 +16,7 @@ import triton.language as tl
 from moestro.kernels.triton.device.common import PTX
 
 BF16, NVFP4, MXFP4 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-MXFP8, FP8_BLOCK = tl.constexpr(3), tl.constexpr(4)
+MXFP8, FP8_BLOCK, INT4 = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5)
 
 
 @triton.jit
@@ -28,6 +28,8 @@ def planes(w, s, FORMAT: tl.constexpr):
     MXFP8: int32 of four e4m3, int32 of two bfloat16 (scale · 2^120): e4m3 · scale.
     FP8_BLOCK: int32 of four e4m3, int64 of two pairs of bfloat16, of planes 0, 1 and of 2, 3; a pair's sum is
     scale · 2^120: e4m3 · scale, rounded once.
+    INT4: int16 of four codes, int64 of two bfloat16 scales (of planes 0, 1 and of 2, 3) and two bfloat16 of
+    -(128 + zero): (code - zero) · scale, rounded once.
     """
     if FORMAT == NVFP4:
         # two scales a register: a bfloat16 product reads either half of it twice
@@ -106,6 +108,28 @@ def planes(w, s, FORMAT: tl.constexpr):
             is_pure=True,
             pack=2,
         )
+    elif FORMAT == INT4:
+        # a code in the mantissa of 128 is 128 + code, which the sum with -(128 + zero) makes code - zero, exactly
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 t, u, s, z, m, one; .reg .b16 s0, s1, z0, z1;
+            mov.b32 m, 0x43004300; mov.b32 one, 0x3F803F80;
+            mov.b32 {s0, s1}, $5; mov.b32 {z0, z1}, $7; mov.b32 s, {s0, s0}; mov.b32 z, {z0, z0};
+            lop3.b32 t, $4, 0x000F000F, m, 0xEA; fma.rn.bf16x2 t, t, one, z; mul.rn.bf16x2 $0, t, s;
+            shr.b32 u, $4, 4;
+            lop3.b32 t, u, 0x000F000F, m, 0xEA; fma.rn.bf16x2 t, t, one, z; mul.rn.bf16x2 $1, t, s;
+            mov.b32 s, {s1, s1}; mov.b32 z, {z1, z1};
+            shr.b32 u, $4, 8;
+            lop3.b32 t, u, 0x000F000F, m, 0xEA; fma.rn.bf16x2 t, t, one, z; mul.rn.bf16x2 $2, t, s;
+            shr.b32 u, $4, 12;
+            lop3.b32 t, u, 0x000F000F, m, 0xEA; fma.rn.bf16x2 t, t, one, z; mul.rn.bf16x2 $3, t, s;
+            }""",
+            "=r,=r,=r,=r,r,r,r,r,r",
+            [w, s.to(tl.int32), (s >> 32).to(tl.int32)],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=2,
+        )
     else:
         # the same, and a scale of two parts
         return tl.inline_asm_elementwise(
@@ -161,6 +185,14 @@ def _plain_planes(w, s, FORMAT: tl.constexpr):
             _plain_byte(w >> 16, s23),
             _plain_byte(w >> 24, s23),
         )
+    elif FORMAT == INT4:
+        u, scale, zero = w.to(tl.int32) & 0xFFFF, s.to(tl.int32), (s >> 32).to(tl.int32)
+        return (
+            _plain_integer(u, scale, zero),
+            _plain_integer(u >> 4, scale, zero),
+            _plain_integer(u >> 8, scale >> 16, zero >> 16),
+            _plain_integer(u >> 12, scale >> 16, zero >> 16),
+        )
     else:
         u = w.to(tl.int32) & 0xFFFF
         last = ((u << 1) & 0x8000) | ((u >> 4) & 0xC0) | ((u >> 5) & 0x100)
@@ -197,4 +229,13 @@ def _plain_byte(w, scale):
     low = (scale & -65536).to(tl.float32, bitcast=True)
     exact = (value * high + value * low).to(tl.int32, bitcast=True)
     nearest = (exact + 0x7FFF + ((exact >> 16) & 1)) & -65536  # the interpreter would round towards zero
+    return nearest.to(tl.float32, bitcast=True).to(tl.bfloat16)
+
+
+@triton.jit
+def _plain_integer(u, scale, zero):
+    """The code in the low nibble of u, bits of a scale and of -(128 + zero) -> (code - zero) · scale."""
+    integer = (u & 15).to(tl.float32) + 128 + ((zero & 0xFFFF) << 16).to(tl.float32, bitcast=True)
+    exact = (integer * ((scale & 0xFFFF) << 16).to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
+    nearest = (exact + 0x7FFF + ((exact >> 16) & 1)) & -65536
     return nearest.to(tl.float32, bitcast=True).to(tl.bfloat16)

@@ -81,6 +81,11 @@ def why_not(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> str | None:
         )
     if problem.weight_format not in PACKED or problem.input_format is not None:
         return f"the warp-specialized path takes {', '.join(PACKED)} weights and activations as they are"
+    packed = PACKED[problem.weight_format]
+    if packed.SCALE.itemsize > 4 * packed.SCALE_ROWS:
+        return (
+            f"the warp-specialized path copies at most 4 bytes of scales a row, not {packed.SCALE.itemsize}"
+        )
     if tactic.route != "sorted":
         return "the warp-specialized path takes sorted pairs"
     if tactic.split_k > 1 and (reason := _no_parts(problem, tactic.split_k)):
