@@ -23,9 +23,14 @@ def main(model: str, options: dict[str, Any]) -> None:
     tokens = options.pop("tokens", 24)
     prompts = options.pop("prompts", PROMPTS)
     reload = options.pop("reload", False)
+    rows = options.pop("rows_alone", False)
+    if rows:
+        without_vllms_invariant_kernels()
     settings = {"enforce_eager": True, "max_model_len": 512, "max_num_batched_tokens": 512, "max_num_seqs": 8}
     llm = LLM(model, skip_tokenizer_init=True, **{**settings, **options})
     sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=2, detokenize=False)
+    if rows:
+        print("ROWS " + json.dumps(rows_alone(llm)))
     if reload:
         llm.collective_rpc("reload_weights")
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling)
@@ -39,6 +44,37 @@ def main(model: str, options: dict[str, Any]) -> None:
             }
         )
     )
+
+
+def without_vllms_invariant_kernels() -> None:
+    """vLLM's own operators for VLLM_BATCH_INVARIANT are Triton's, which CPUs have not: its others take their place."""
+    from vllm.model_executor.determinism import batch_invariant
+
+    batch_invariant.enable_batch_invariant_mode = lambda: None
+
+
+def rows_alone(llm: Any) -> dict[str, bool]:
+    """For each layer of experts of the engine's model, whether 33 tokens at once give the bits of each alone."""
+    import torch
+
+    engine = llm.llm_engine.engine_core.engine_core.model_executor
+    model = engine.driver_worker.worker.model_runner.model
+    found = {}
+    for name, layer in model.named_modules():
+        method = getattr(layer, "quant_method", None)
+        if not hasattr(method, "quantize_to"):  # not ours
+            continue
+        g = torch.Generator().manual_seed(0)
+        x = torch.randn(33, method.moe.hidden_dim, generator=g).to(method.moe.in_dtype)
+        logits = torch.randn(33, method.moe.num_experts, generator=g)
+        weights, ids = logits.softmax(-1).topk(method.moe.experts_per_token)
+        with torch.inference_mode():
+            whole = method.apply(layer, x, weights, ids.int())
+            alone = [
+                method.apply(layer, x[n : n + 1], weights[n : n + 1], ids[n : n + 1].int()) for n in range(33)
+            ]
+        found[name] = torch.equal(whole, torch.cat(alone))
+    return found
 
 
 def _read(output: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,6 +42,36 @@ def test_a_layer_that_the_checkpoint_excludes_is_served_in_bf16(
     assert serves(said, "nvfp4")
     assert serves(said, "bf16")
     assert_same(said, run(dense, plugin=False))
+
+
+@pytest.mark.parametrize("name", ["qwen3-modelopt", "qwen3"])
+def test_batch_invariance_gives_rows_their_bits_in_any_batch(run: Run, models: Models, name: str) -> None:
+    """In vLLM's own layers, with its own operators for it (Triton's) left out."""
+    said = run(models(name), environ={"VLLM_BATCH_INVARIANT": "1"}, tokens=2, rows_alone=True)
+    line = next(row for row in said.log.splitlines() if row.startswith("ROWS "))
+    rows = json.loads(line[5:])
+    assert len(rows) == 2
+    assert all(rows.values())
+    assert "backend, rows the same in any batch; decisions" in said.log
+
+
+def test_batch_invariance_ends_on_cpus_in_vllms_own_operators(models: Models) -> None:
+    """What docs/vllm.md says: not in the experts, and without Moestro no sooner."""
+    done = run_vllm(models("qwen3-modelopt"), {"VLLM_BATCH_INVARIANT": "1"}, {"tokens": 2})
+    assert done.returncode != 0
+    said = done.stdout + done.stderr
+    assert "moestro: serves nvfp4 experts" in said
+    assert "mean_batch_invariant" in said
+    alone = run_vllm(models("qwen3"), {"VLLM_BATCH_INVARIANT": "1", "MOESTRO_VLLM": "0"}, {"tokens": 2})
+    assert "No Unquantized MoE backend supports the deployment configuration" in alone.stdout + alone.stderr
+
+
+def test_eplb_is_refused_by_vllm_on_cpus(models: Models) -> None:
+    """Where vLLM has it, the plugin leaves such layers with one line (test_plugin.py)."""
+    options = {"enable_eplb": True, "enable_expert_parallel": True, "tensor_parallel_size": 2}
+    done = run_vllm(models("qwen3-modelopt"), {}, options)
+    assert done.returncode != 0
+    assert "Expert parallelism load balancing is only supported on CUDA devices" in done.stdout + done.stderr
 
 
 def test_sleep_mode_is_refused_by_vllm_on_cpus(models: Models) -> None:

@@ -39,6 +39,14 @@ def test_two_ranks_that_say_the_same_are_one_entry(tmp_path: Path) -> None:
     assert "16 tokens: CpuTactic(rows=3, cols=1) (extrapolated at 8)" in text
 
 
+def test_layers_of_batch_invariant_rows_say_so(tmp_path: Path) -> None:
+    line = SERVES.replace("on the cpu backend;", "on the cpu backend, rows the same in any batch;")
+    (tmp_path / "server.log").write_text(PREFIX.format(rank=0, pid=40) + line)
+    assert "on the cpu backend, rows the same in any batch, one decision of all ranks" in explained(
+        "--vllm", str(tmp_path)
+    )
+
+
 def test_what_is_left_and_warned_of_is_said_with_its_process(tmp_path: Path) -> None:
     file = tmp_path / "one.log"
     file.write_text(

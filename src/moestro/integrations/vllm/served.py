@@ -24,7 +24,8 @@ LINE = re.compile(
 )
 BEYOND = re.compile(r"TuningWarning: (?P<text>.*)")
 SERVES = re.compile(
-    r"serves (?P<kind>\S+) experts \((?P<sizes>E .*?), (?P<nbytes>\d+) bytes a layer\) on the (?P<backend>\S+) backend; "
+    r"serves (?P<kind>\S+) experts \((?P<sizes>E .*?), (?P<nbytes>\d+) bytes a layer\) on the (?P<backend>\S+) backend"
+    r"(?P<invariant>, rows the same in any batch)?; "
     r"decisions by tokens(?P<together>, of all ranks)?: (?P<decisions>.*); store: (?P<store>.*)"
 )
 LEFT = re.compile(r"(?P<kind>.+?)(?:'s)? experts are left to vLLM: (?P<reason>.*)")
@@ -44,6 +45,7 @@ class Served:
     kind: str
     sizes: str
     backend: str
+    invariant: bool  # VLLM_BATCH_INVARIANT
     together: bool
     decisions: tuple[tuple[str, str], ...]
     store: str
@@ -107,7 +109,13 @@ def _served(found: re.Match[str]) -> Served:
     decisions = tuple((tokens, words) for tokens, _, words in pairs)
     together = found["together"] is not None
     return Served(
-        found["kind"], found["sizes"], found["backend"], together, decisions, found["store"].strip()
+        found["kind"],
+        found["sizes"],
+        found["backend"],
+        found["invariant"] is not None,
+        together,
+        decisions,
+        found["store"].strip(),
     )
 
 
@@ -116,7 +124,8 @@ def explain(said: Said) -> Iterator[str]:
     """Lines of text."""
     for served, processes in said.served.items():
         ranks = ", one decision of all ranks" if served.together else ""
-        yield f"{served.kind} experts ({served.sizes}) on the {served.backend} backend{ranks}"
+        rows = ", rows the same in any batch" if served.invariant else ""
+        yield f"{served.kind} experts ({served.sizes}) on the {served.backend} backend{rows}{ranks}"
         yield f"  in {', '.join(processes)}"
         width = max(len(tokens) for tokens, _ in served.decisions)
         yield from (f"  {tokens:>{width}} tokens: {words}" for tokens, words in served.decisions)

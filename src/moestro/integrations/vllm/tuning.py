@@ -86,10 +86,11 @@ def report(layer: FusedMoE, kind: str, moe: Any) -> None:
     sizes = sorted({*(n for n in SIZES if n < size), size})
     words = "; ".join(f"{n}: {_words(layer, n)}" for n in sizes)
     store = layer.tuner.store.root if layer.tuner.store is not None else "none"
+    invariant = ", rows the same in any batch" if layer.options.batch_invariant else ""
     log.info(
         f"serves {kind} experts (E {layer.options.num_experts}, local {w.num_experts}, K {layer.top_k}, "
         f"H {w.hidden_size}, I {w.intermediate_size}, {w.nbytes} bytes a layer) on the {layer.runners[0].backend} "
-        f"backend; decisions by tokens{', of all ranks' if ranks.parallel(moe) else ''}: {words}; store: {store}"
+        f"backend{invariant}; decisions by tokens{', of all ranks' if ranks.parallel(moe) else ''}: {words}; store: {store}"
     )
 
 
