@@ -73,7 +73,7 @@ class Run:
         """The command's status and the end of its output; a negative status is a signal, None is out of time."""
         env = {
             **os.environ,
-            "PYTHONPATH": str(ROOT / "src"),
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH")))),
             "PYTHONDONTWRITEBYTECODE": "1",
             "MOESTRO_CPU_CORE": str(self.core),
             "MOESTRO_CPU_ISA": self.args.isa,

@@ -381,4 +381,5 @@ def test_adapters_say_what_they_cannot_run(name: str, monkeypatch: pytest.Monkey
 
 
 def _module(name: str) -> str:
-    return {"marlin": "vllm", "vllm_triton": "vllm"}.get(name, name)
+    modules = {"marlin": "vllm", "vllm_triton": "vllm", "triton_kernels_mxfp4": "triton_kernels_ogs"}
+    return modules.get(name, name.removesuffix("_products").removesuffix("_mxfp4").removesuffix("_fp8"))

@@ -248,7 +248,8 @@ def test_accuracy_is_a_table_and_a_file(run: Run) -> None:
         (("--accuracy", *TINY, "--tokens", "1,2"), "--tokens"),
         (("--accuracy", *TINY, "--routing", "uniform", "--routing", "zipf"), "--routing"),
         (("--accuracy", *TINY, "--input-format", "fp9"), "fp8"),
-        ((*TINY, "--input-format", "fp8"), "goes with --accuracy"),
+        ((*TINY, "--input-format", "fp9"), "fp8"),
+        ((*TINY, "--text", "x"), "goes with --accuracy"),
         ((*TINY, "--model-dir", "x"), "goes with --accuracy"),
     ],
 )

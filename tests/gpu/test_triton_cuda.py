@@ -87,7 +87,7 @@ def test_chained_products_repeat_bit_for_bit(num_tokens: int) -> None:
 @pytest.mark.parametrize("sizes", [(256, 192), (272, 176), (640, 1040)], ids=str)
 def test_wide_products_equal_the_reference_and_repeat(tactic: Tactic, sizes: tuple[int, int]) -> None:
     hidden, inter = sizes
-    g = torch.Generator().manual_seed(tactic.tokens)
+    g = torch.Generator().manual_seed(tactic.pairs1)
     gate_up, down = torch.randn(5, 2 * inter, hidden, generator=g), torch.randn(5, hidden, inter, generator=g)
     biases = torch.randn(5, 2 * inter, generator=g).cuda(), torch.randn(5, hidden, generator=g).cuda()
     weights = ExpertWeights.from_dense(gate_up.cuda() * 0.1, down.cuda() * 0.1, "nvfp4")
@@ -119,7 +119,7 @@ def test_a_row_has_the_same_bits_whatever_its_batch(fmt: str) -> None:
     """Other numbers of tokens, orders and neighbours, by every tactic of a batch-invariant layer."""
     g = torch.Generator().manual_seed(7)
     gate_up, down = torch.randn(E, 2 * I, H, generator=g) * 0.1, torch.randn(E, H, I, generator=g) * 0.1
-    weights = ExpertWeights.from_dense(gate_up.cuda(), down.cuda(), fmt)
+    weights = ExpertWeights.from_dense(gate_up.bfloat16().cuda(), down.bfloat16().cuda(), fmt)
     runner = FusedMoE(weights, K, backend="triton", batch_invariant=True).runners[0]
     whole = call(300, 5)
     expected = torch.empty_like(whole[0])

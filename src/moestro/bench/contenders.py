@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -26,6 +27,7 @@ __all__ = [
     "Compiles",
     "Contender",
     "MoestroLayers",
+    "input_format_of",
     "make_layer",
     "moestro_contenders",
     "tactic_words",
@@ -61,6 +63,11 @@ class Contender(Protocol):
 
     def facts(self, case: Case) -> dict[str, Any]:
         """What the results should say about this case, e.g. the tactic that was chosen."""
+
+
+def input_format_of(contender: Any) -> str | None:
+    """The format that a contender quantises activations to; one that says nothing takes them as they are."""
+    return getattr(contender, "input_format", None)
 
 
 @runtime_checkable
@@ -109,10 +116,14 @@ class MoestroLayers:
         max_num_tokens: int,
         name: str,
         tuner: AutoTuner | None = None,
+        input_format: str | None = None,
     ) -> None:
         self.name = name
         self.format = format
-        self._layers = [make_layer(source, format, backend, max_num_tokens, tuner) for source in sources]
+        self.input_format = input_format
+        self._layers = [
+            make_layer(source, format, backend, max_num_tokens, tuner, input_format) for source in sources
+        ]
 
     @property
     def nbytes(self) -> int:
@@ -165,17 +176,18 @@ def moestro_contenders(
     backends: Sequence[str],
     max_num_tokens: int,
     tuner: AutoTuner | None = None,
+    inputs: Sequence[str | None] = (None,),
 ) -> Iterator[tuple[Contender | str, str]]:
-    """Ours per format and backend: (contender, ""), or (its name, why it cannot take part), one by one.
+    """Ours per format, format of activations and backend: (contender, ""), or (its name, why it cannot take part).
 
-    One whose weights or workspace do not fit into a GPU's memory cannot.
+    One by one. One whose weights or workspace do not fit into a GPU's memory cannot.
     """
-    for format in formats:
-        for backend in backends:
-            name = f"moestro {format}" if len(backends) == 1 else f"moestro {format} {backend}"
-            try:
-                yield MoestroLayers(sources, format, backend, max_num_tokens, name, tuner), ""
-            except BackendError as error:
-                yield name, str(error)
-            except torch.OutOfMemoryError as error:
-                yield name, f"its weights and workspace do not fit: {str(error).splitlines()[0]}"
+    for format, taken, backend in itertools.product(formats, inputs, backends):
+        words = ["moestro", format, *filter(None, [taken]), *([backend] if len(backends) > 1 else [])]
+        name = " ".join(words)
+        try:
+            yield MoestroLayers(sources, format, backend, max_num_tokens, name, tuner, taken), ""
+        except BackendError as error:
+            yield name, str(error)
+        except torch.OutOfMemoryError as error:
+            yield name, f"its weights and workspace do not fit: {str(error).splitlines()[0]}"

@@ -17,7 +17,7 @@ from typing import Protocol
 
 import torch
 
-from moestro.bench.contenders import Call, Contender
+from moestro.bench.contenders import Call, Contender, input_format_of
 from moestro.bench.layers import Case
 from moestro.errors import MoestroError
 
@@ -25,6 +25,17 @@ __all__ = ["Measured", "Outcome", "Plan", "Timer", "measure_case", "quartiles"]
 
 WRONG = 0.02  # relative error norm of two bf16 implementations of the same layer; they differ by 0.4 % or so
 ERROR = 0.01  # relative error norm against the reference, on the same weights
+QUANTISED = {
+    "int8": 0.02,
+    "fp8": 0.03,
+    "nvfp4": 0.05,
+}  # the same, of quantised activations, where the last bit of an
+# intermediate (peers round it to bf16 before) turns a code into the next one
+EXACT = {
+    "int8": 0.03,
+    "fp8": 0.06,
+    "nvfp4": 0.2,
+}  # of quantised activations against unrounded ones; humming's: 4.6 %
 
 Truth = Callable[[Contender, Case], torch.Tensor | None]
 
@@ -72,7 +83,10 @@ class Measured:
     seconds: tuple[float, ...]
     clock: str
     difference: float | None = None  # relative error norm against the first bf16 contender's output
-    error: float | None = None  # relative error norm against the reference on the same weights
+    error: float | None = (
+        None  # relative error norm against the reference of the same weights and activations
+    )
+    exact_error: float | None = None  # against the exact product, where activations are quantised
 
     @property
     def median(self) -> float:
@@ -104,11 +118,13 @@ def measure_case(
     plan: Plan = Plan(),
     on_step: Callable[[str], None] = lambda _: None,
     truth: Truth | None = None,
+    exact: Truth | None = None,
 ) -> Outcome:
     """Measure every contender that can run the case.
 
     `on_step` hears what happens ("checking …", "round 3"). `truth` gives the float32 reference [N, H] for a
-    contender's weights, or None where it cannot be had. KeyboardInterrupt ends the case; whole rounds that
+    contender's weights and format of activations, `exact` the one of unquantised activations; or None where it
+    cannot be had. KeyboardInterrupt ends the case; whole rounds that
     were measured stay in the outcome.
     """
     outcome = Outcome()
@@ -116,7 +132,7 @@ def measure_case(
     lanes: dict[str, _Lane] = {}
     try:
         with torch.inference_mode():
-            lanes = _prepare(contenders, case, timer_of, outcome, on_step, truth, plan)
+            lanes = _prepare(contenders, case, timer_of, outcome, on_step, (truth, exact), plan)
             samples = {name: [] for name in lanes}
             _run_rounds(lanes, samples, plan, on_step)
     except KeyboardInterrupt:
@@ -125,7 +141,9 @@ def measure_case(
         if samples.get(name):
             taken = tuple(samples[name])
             outcome.measured.append(
-                Measured(name, case.num_tokens, taken, lane.clock, lane.difference, lane.error)
+                Measured(
+                    name, case.num_tokens, taken, lane.clock, lane.difference, lane.error, lane.exact_error
+                )
             )
     return outcome
 
@@ -139,6 +157,7 @@ class _Lane:
     clock: str
     difference: float | None
     error: float | None
+    exact_error: float | None
 
 
 def _prepare(
@@ -147,7 +166,7 @@ def _prepare(
     timer_of: Callable[[Contender], Timer],
     outcome: Outcome,
     on_step: Callable[[str], None],
-    truth: Truth | None,
+    truths: tuple[Truth | None, Truth | None],
     plan: Plan,
 ) -> dict[str, _Lane]:
     lanes: dict[str, _Lane] = {}
@@ -168,10 +187,7 @@ def _prepare(
             difference = None if first is None else _difference(output, first)
             if contender.format == "bf16" and difference is not None and not difference < WRONG:
                 raise MoestroError(f"its output differs from the first bf16 contender's by {difference:.2g}")
-            expected = None if truth is None else truth(contender, case)
-            error = None if expected is None else _difference(output, expected)
-            if error is not None and not error < ERROR:
-                raise MoestroError(f"its output differs from the float32 reference by {error:.2g}")
+            error, exact_error = _errors(contender, case, output, *truths)
             if not contender.ours and case.x.device.type == "cpu" and plan.too_slow(took, fastest):
                 outcome.skipped[contender.name] = (
                     f"one call takes {took:.1f} s, the fastest's {fastest:.2g} s"
@@ -179,7 +195,7 @@ def _prepare(
                 continue
             timer = timer_of(contender)
             samplers = tuple(map(timer.prepare, calls))
-            lanes[contender.name] = _Lane(calls, samplers, timer.name, difference, error)
+            lanes[contender.name] = _Lane(calls, samplers, timer.name, difference, error, exact_error)
         except Exception as raised:
             if contender.ours and not isinstance(raised, (MoestroError, RuntimeError, NotImplementedError)):
                 raise  # a defect of ours; other people's code may raise anything
@@ -188,6 +204,24 @@ def _prepare(
         if first is None and contender.format == "bf16":
             first = output.clone()
     return lanes
+
+
+def _errors(
+    contender: Contender, case: Case, output: torch.Tensor, truth: Truth | None, exact: Truth | None
+) -> tuple[float | None, float | None]:
+    """Against the reference, and for quantised activations against the exact product. MoestroError beyond a bound."""
+    taken = input_format_of(contender)
+    found: list[float | None] = []
+    for ask, bound, what in (
+        (truth, ERROR if taken is None else QUANTISED[taken], "float32 reference"),
+        (None, 0.0, "") if taken is None else (exact, EXACT[taken], "exact product"),
+    ):
+        expected = None if ask is None else ask(contender, case)
+        error = None if expected is None else _difference(output, expected)
+        if error is not None and not error < bound:
+            raise MoestroError(f"its output differs from the {what} by {error:.2g}")
+        found.append(error)
+    return found[0], found[1]
 
 
 def _timed(call: Call) -> tuple[torch.Tensor, float]:

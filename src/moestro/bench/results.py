@@ -59,6 +59,9 @@ class Row:
     ratio_to_best_peer: float | None  # best peer's median / this median
     difference: float | None = None  # relative error norm against the first bf16 contender
     error: float | None = None  # relative error norm against the float32 reference on its own weights
+    exact_error: float | None = (
+        None  # against the exact product of its weights, where it quantises activations
+    )
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property

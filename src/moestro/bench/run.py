@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from moestro.bench import results, roofline
-from moestro.bench.adapters import ADAPTERS, AdapterContender
+from moestro.bench.adapters import ADAPTERS, AdapterContender, whole_peer
 from moestro.bench.contenders import Compiles, Contender, moestro_contenders
 from moestro.bench.layers import Case, LayerSource, make_case
-from moestro.bench.measure import Measured, Outcome, Plan, Timer, Truth, measure_case, quartiles
+from moestro.bench.measure import Measured, Outcome, Plan, Timer, measure_case, quartiles
 from moestro.bench.models import MoeShape
 from moestro.bench.peers import IMPLEMENTATIONS, transformers_missing, transformers_peers
 from moestro.bench.results import BenchResult, Row
@@ -45,6 +45,7 @@ class BenchSpec:
     tokens: tuple[int, ...]
     routing: Distribution
     formats: tuple[str, ...] = ("bf16", "nvfp4")
+    inputs: tuple[str | None, ...] = (None,)  # of activations, of each format of ours
     backends: tuple[str, ...] = ("auto",)
     peers: tuple[str, ...] = IMPLEMENTATIONS
     device: str = "cpu"
@@ -65,7 +66,9 @@ def build(
 
     def ours(format: str) -> list[Contender]:
         listener.step(format)
-        made = list(moestro_contenders(sources, [format], spec.backends, max(spec.tokens), tuner))
+        made = list(
+            moestro_contenders(sources, [format], spec.backends, max(spec.tokens), tuner, spec.inputs)
+        )
         missing.extend({"contender": who, "reason": why} for who, why in made if isinstance(who, str))
         listener.done()
         return [who for who, _ in made if not isinstance(who, str)]
@@ -115,7 +118,7 @@ def _adapted(name: str, sources: Sequence[LayerSource], missing: list[dict[str, 
             return [AdapterContender(adapter, layers)]
         except Exception as error:  # other people's code may raise anything
             reason = f"{type(error).__name__}: {error}"
-    missing.append({"contender": f"{name} {adapter.format}", "reason": reason})
+    missing.append({"contender": adapter.title, "reason": reason})
     return []
 
 
@@ -201,7 +204,7 @@ def _measure(
     contenders: Sequence[Contender],
     ceilings: roofline.Ceilings,
     timer_of: Callable[[Contender], Timer],
-    truth: Truth | None,
+    truth: References | None,
     result: BenchResult,
     listener: Listener,
     keep: Callable[[BenchResult], None] | None,
@@ -223,7 +226,9 @@ def _measure(
             if outcomes and not spec.device.startswith("cuda"):
                 ceilings = ceilings.raised(roofline.measure_ceilings(spec.device))
             try:
-                outcome = measure_case(contenders, case, timer_of, spec.plan, say, truth)
+                outcome = measure_case(
+                    contenders, case, timer_of, spec.plan, say, truth, truth and truth.exact
+                )
             except RuntimeError as error:  # in the rounds: a device that is lost, for everybody
                 why = f"measuring broke off, whose fault cannot be told: {str(error).splitlines()[0]}"
                 entries = [{"tokens": tokens, "contender": who.name, "reason": why} for who in contenders]
@@ -311,7 +316,7 @@ def _rows(
     outcome: Outcome,
 ) -> list[Row]:
     by_name = {contender.name: contender for contender in contenders}
-    peers = [m.median for m in outcome.measured if not by_name[m.contender].ours]
+    peers = [m.median for m in outcome.measured if whole_peer(by_name[m.contender])]
     best = min(peers, default=None)
     return [_row(shape, by_name[m.contender], case, ceilings, m, best) for m in outcome.measured]
 
@@ -344,6 +349,7 @@ def _row(
         ratio_to_best_peer=None if best_peer is None else best_peer / measured.median,
         difference=measured.difference,
         error=measured.error,
+        exact_error=measured.exact_error,
         facts=facts,
     )
 

@@ -7,6 +7,7 @@ the one that was tuned. The tuner's campaign says how it goes (progress.Listener
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -43,6 +44,7 @@ class TuneSpec:
         Distribution, ...
     ] = ()  # the layer's own probes if empty: moe.tuning_config.default_routing()
     formats: tuple[str, ...] = ("nvfp4",)
+    inputs: tuple[str | None, ...] = (None,)  # of activations, of each format
     backends: tuple[str, ...] = ("auto",)
     device: str = "cpu"
     seed: int = 0
@@ -152,23 +154,24 @@ def run(spec: TuneSpec, command: str, listener: Listener | None = None) -> TuneR
     )
     phases = _Phases(result, listener or Listener())
     tuner = AutoTuner(store=Store(spec.store_root))
-    pairs = [(format, backend) for format in spec.formats for backend in spec.backends]
+    each = list(itertools.product(spec.formats, spec.inputs, spec.backends))
     left, interrupted = spec.budget_s, False
     try:
-        for done, (format, backend) in enumerate(pairs):
-            phases.begin(format)
+        for done, (format, taken, backend) in enumerate(each):
+            name = " ".join(filter(None, [format, taken]))  # as tables show it: "mxfp4 fp8"
+            phases.begin(name)
             phases.stage("making", 1)
             source = LayerSource(spec.shape, seed=spec.seed, device=spec.device)
             try:
-                layer = make_layer(source, format, backend, _most(spec), tuner)
+                layer = make_layer(source, format, backend, _most(spec), tuner, taken)
             except BackendError as error:
-                result.skipped.append({"format": format, "backend": backend, "reason": str(error)})
+                result.skipped.append({"format": name, "backend": backend, "reason": str(error)})
                 continue
             finally:
                 phases.end()
             began = time.monotonic()
-            budget = None if left is None else max(0.0, left / (len(pairs) - done))
-            _tune_layer(spec, layer, format, backend, budget, result, phases)
+            budget = None if left is None else max(0.0, left / (len(each) - done))
+            _tune_layer(spec, layer, name, backend, budget, result, phases)
             left = None if left is None else left - (time.monotonic() - began)
     except KeyboardInterrupt:
         interrupted = True

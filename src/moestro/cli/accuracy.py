@@ -74,8 +74,7 @@ InputFormatOption = Annotated[
     typer.Option(
         "--input-format",
         metavar="NAME",
-        rich_help_panel=PANEL,
-        help="With --accuracy: of activations: none, nvfp4, fp8, int8; repeat for several. Default: all.",
+        help="Of activations: none, nvfp4, fp8, int8; repeat for several. Default: none, with --accuracy all.",
     ),
 ]
 
@@ -96,8 +95,8 @@ class AccuracySpec:
     seed: int
 
 
-def parse_inputs(names: list[str] | None) -> tuple[str, ...]:
-    """Formats of activations. A usage error for an unknown one."""
+def parse_inputs(names: list[str] | None, default: tuple[str, ...] | None = None) -> tuple[str, ...]:
+    """Formats of activations, each once; all by default. A usage error for an unknown one."""
     from moestro.bench.accuracy import INPUTS
     from moestro.cli.options import usage
     from moestro.errors import FormatError, unknown_name
@@ -106,7 +105,7 @@ def parse_inputs(names: list[str] | None) -> tuple[str, ...]:
         for name in names or ():
             if name not in INPUTS:
                 raise FormatError(unknown_name("input_format", name, INPUTS))
-    return tuple(dict.fromkeys(names or INPUTS))
+    return tuple(dict.fromkeys(names or default or INPUTS))
 
 
 def only_with_accuracy(given: dict[str, Any]) -> None:

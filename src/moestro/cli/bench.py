@@ -31,6 +31,9 @@ EXAMPLES = """
 [cyan]moestro bench --model mixtral-8x7b --routing uniform --routing zipf:1.0 --routing trained[/]
   several routings in one run, and the worst ratio to each peer
 
+[cyan]moestro bench --model qwen3-30b-a3b --device cuda --format mxfp4 --input-format fp8 --peers humming_fp8[/]
+  FP8 activations beside a peer that has them; errors against the same arithmetic and the exact product
+
 [cyan]moestro bench --accuracy --sizes 32,4,2048,768 --model-dir DIR[/]
   how exact each format of weights and activations is, on a layer and on a model's next tokens
 """
@@ -52,8 +55,9 @@ PeersOption = Annotated[
     typer.Option(
         "--peers",
         metavar="LIST",
-        help="all, none, or names: eager, batched_mm, grouped_mm (Transformers); on a GPU also humming, marlin, "
-        "vllm_triton, triton_kernels, where installed.",
+        help="all, none, or names: eager, batched_mm, grouped_mm (Transformers); on a GPU also humming, "
+        "humming_mxfp4, humming_fp8, triton_kernels, triton_kernels_mxfp4, deep_gemm, deep_gemm_products, marlin, "
+        "vllm_triton, where installed.",
     ),
 ]
 PeerMemoryOption = Annotated[
@@ -117,7 +121,7 @@ def bench(
         )
         exact.measure(asked, json_file)
         return
-    exact.only_with_accuracy({"--model-dir": model_dir, "--text": text, "--input-format": input_format})
+    exact.only_with_accuracy({"--model-dir": model_dir, "--text": text})
     shape = opt.parse_shape(model, sizes, ep, local_pairs)
     chosen_tokens = opt.parse_tokens(tokens or "1..1024")
     from moestro.bench import run as runs
@@ -131,6 +135,9 @@ def bench(
         tokens=tuple(chosen_tokens),
         routing=routings[0],
         formats=tuple(opt.parse_formats(format, ("bf16", "nvfp4"))),
+        inputs=tuple(
+            None if name == "none" else name for name in exact.parse_inputs(input_format, ("none",))
+        ),
         backends=tuple(opt.parse_backends(backend)),
         peers=_parse_peers(peers, where),
         device=where,

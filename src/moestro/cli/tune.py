@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from moestro.cli import options as opt
+from moestro.cli.accuracy import parse_inputs
 from moestro.cli.console import ProgressListener, errors, output, progress
 from moestro.errors import MoestroError
 
@@ -42,6 +43,15 @@ SharedLayersOption = Annotated[
         help="As in bench. Layers of one shape share their decisions, so one is made and tuned.",
     ),
 ]
+InputsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input-format",
+        metavar="NAME",
+        rich_help_panel=opt.LAYER,
+        help="Of activations: none, nvfp4, fp8, int8; repeat for several. Default: none.",
+    ),
+]
 MissesOption = Annotated[
     bool,
     typer.Option(
@@ -56,6 +66,7 @@ def tune(
     model: opt.ModelOption = None,
     sizes: opt.SizesOption = None,
     format: opt.FormatOption = None,
+    input_format: InputsOption = None,
     backend: opt.BackendOption = None,
     device: opt.DeviceOption = None,
     tokens: opt.TokensOption = "1..1024",
@@ -84,6 +95,7 @@ def tune(
         tokens=tuple(chosen_tokens),
         routings=tuple(opt.parse_routing(text) for text in routing or ()),
         formats=tuple(opt.parse_formats(format, ("nvfp4",))),
+        inputs=tuple(None if name == "none" else name for name in parse_inputs(input_format, ("none",))),
         backends=tuple(opt.parse_backends(backend)),
         device=opt.parse_device(device),
         seed=seed,

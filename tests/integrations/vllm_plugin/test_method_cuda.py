@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +20,9 @@ from stand_ins import (
 )
 
 import moestro
-from moestro.integrations.vllm import hooks, kinds, ranks
+from moestro.errors import BackendError
+from moestro.formats import FP8Block
+from moestro.integrations.vllm import execute, hooks, kinds, ranks
 from moestro.integrations.vllm.settings import Settings
 from moestro.kernels.activations import SwiGLU
 
@@ -38,23 +42,51 @@ def make(name: str, moe: Config) -> tuple[RoutedExperts, tuple[torch.Tensor, tor
     """A processed layer on the GPU, and (gate_up, down) that it stands for."""
     cls = getattr(method_classes(), name)
     hooks.install(cls, kinds.KINDS[cls.__name__], Settings())
+    fp8 = SimpleNamespace(
+        is_checkpoint_fp8_serialized=True, weight_block_size=[128, 128], activation_scheme="dynamic"
+    )
+    method = {
+        "nvfp4": lambda: cls(quant_config(), moe),
+        "fp8_block": lambda: cls(fp8, SimpleNamespace(moe_config=moe)),
+    }.get(name, lambda: cls(moe))()
+    assert type(method) is not cls, "left to vLLM"
     with torch.device("cuda"):
-        layer = RoutedExperts(cls(quant_config(), moe) if name == "nvfp4" else cls(moe))
-    assert type(layer.quant_method) is not cls, "left to vLLM"
-    dense = Dense.random(moe)
-    if name == "nvfp4":
-        tensors, values = dense.nvfp4(), dense.nvfp4_values()
-    elif name == "mxfp4":
-        tensors, values = dense.mxfp4(), dense.mxfp4_values()
-    else:
-        values = (torch.cat([dense.gate, dense.up], 1).bfloat16(), dense.down.bfloat16())
-        tensors = {"w13_weight": values[0], "w2_weight": values[1]}
+        layer = RoutedExperts(method)
+    tensors, values = checkpoint(name, moe)
     load(layer, **tensors)
     layer.quant_method.process_weights_after_loading(layer)
     return layer, (values[0].float(), values[1].float())
 
 
-@pytest.mark.parametrize("name", ["nvfp4", "bf16", "mxfp4"])
+def checkpoint(
+    name: str, moe: Config, seed: int = 0
+) -> tuple[dict[str, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """vLLM's tensors by name, and (gate_up, down) that they stand for."""
+    dense = Dense.random(moe, seed)
+    gate_up = torch.cat([dense.gate, dense.up], 1)
+    if name == "nvfp4":
+        return dense.nvfp4(), dense.nvfp4_values()
+    if name == "mxfp4":
+        return dense.mxfp4(), dense.mxfp4_values()
+    if name == "bf16":
+        values = gate_up.bfloat16(), dense.down.bfloat16()
+        return {"w13_weight": values[0], "w2_weight": values[1]}, values
+    w13, w2 = FP8Block.quantize(gate_up), FP8Block.quantize(dense.down)
+    tensors = {"w13_weight": w13.data, "w13_weight_scale_inv": w13.scale_inv}
+    tensors |= {"w2_weight": w2.data, "w2_weight_scale_inv": w2.scale_inv}
+    return tensors, (w13.dequantize(torch.float32), w2.dequantize(torch.float32))
+
+
+def captured(call: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    """A call in a graph, and its result there."""
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    return graph, result
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "bf16", "mxfp4", "fp8_block"])
 def test_eager_and_captured_calls_equal_the_reference(name: str) -> None:
     activation = MoEActivation.SWIGLUOAI if name == "mxfp4" else MoEActivation.SILU
     moe = Config(device="cuda", activation=activation, max_capture_size=64, **SIZES)  # type: ignore[arg-type]
@@ -71,17 +103,17 @@ def test_eager_and_captured_calls_equal_the_reference(name: str) -> None:
         near(expected, layer.quant_method.apply(layer, x, weights, ids, None, None))
         if not num_tokens:
             continue
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = layer.quant_method.apply(layer, x, weights, ids, None, None)
+        graph, result = captured(lambda: layer.quant_method.apply(layer, x, weights, ids, None, None))  # noqa: B023
+        result.fill_(torch.nan)
         graph.replay()
-        near(expected, captured)
+        near(expected, result)
         ids.copy_(ids.flip(1))  # other inputs in the same memory
         weights.copy_(weights.flip(1))
         x.mul_(-0.5)
         expected = moestro.reference.fused_moe(x.cpu().float(), ids.cpu(), weights.cpu(), w, activation=ours)
+        result.fill_(torch.nan)
         graph.replay()
-        near(expected, captured)
+        near(expected, result)
 
 
 def test_a_captured_rank_of_expert_parallelism_sums_its_own_experts() -> None:
@@ -102,13 +134,87 @@ def test_a_captured_rank_of_expert_parallelism_sums_its_own_experts() -> None:
     weights, ids = torch.randn(16, 8, device="cuda").softmax(-1).topk(2)
     ids = ids.int()
     layer.quant_method.apply(layer, x, weights, ids, None, None)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = layer.quant_method.apply(layer, x, weights, ids, None, None)
+    graph, result = captured(lambda: layer.quant_method.apply(layer, x, weights, ids, None, None))
+    result.fill_(torch.nan)
     graph.replay()
     w = moestro.ExpertWeights.from_dense(*dense.nvfp4_values(), format="bf16")
     local = expert_map.cpu()[ids.cpu().long()]
-    near(moestro.reference.fused_moe(x.cpu().float(), local, weights.cpu(), w), captured)
+    near(moestro.reference.fused_moe(x.cpu().float(), local, weights.cpu(), w), result)
+
+
+def test_the_operator_of_a_compiled_model_is_captured_with_what_stands_around_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    moe = Config(device="cuda", max_capture_size=64, **SIZES)  # type: ignore[arg-type]
+    layer, values = make("nvfp4", moe)
+    monkeypatch.setattr(execute, "find", {layer.layer_name: layer}.__getitem__)
+    x = torch.randn(16, moe.hidden_dim, device="cuda", dtype=torch.bfloat16)
+    weights, ids = torch.randn(16, moe.num_experts, device="cuda").softmax(-1).topk(2)
+
+    def block(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = layer.quant_method.apply(layer, x * 2, weights, ids, None, None) + x
+        return result
+
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    with torch.inference_mode():
+        compiled(x, weights, ids)
+        graph, result = captured(lambda: compiled(x, weights, ids))
+        result.fill_(torch.nan)
+        graph.replay()
+    w = moestro.ExpertWeights.from_dense(*values, format="bf16")
+    doubled = x.cpu().float() * 2
+    near(moestro.reference.fused_moe(doubled, ids.cpu(), weights.cpu(), w) + doubled / 2, result)
+
+
+def test_layers_of_one_scratch_are_captured_in_one_graph_at_falling_sizes() -> None:
+    moe = Config(device="cuda", max_capture_size=64, **SIZES)  # type: ignore[arg-type]
+    made = [make(name, moe) for name in ("nvfp4", "bf16")]
+    experts = [layer.quant_method.experts for layer, _ in made]
+    assert experts[0].workspace is experts[1].workspace
+    dense = [moestro.ExpertWeights.from_dense(*values, format="bf16") for _, values in made]
+    x = torch.randn(64, moe.hidden_dim, device="cuda", dtype=torch.bfloat16)
+    weights, ids = torch.randn(64, moe.num_experts, device="cuda").softmax(-1).topk(2)
+    ids = ids.int()
+
+    def model(n: int) -> torch.Tensor:
+        y = x[:n]
+        for layer, _ in made:
+            y = y + layer.quant_method.apply(layer, y, weights[:n], ids[:n], None, None)
+        return y
+
+    graphs = {}
+    for n in (64, 48, 8, 1):  # as vLLM captures, the largest first
+        model(n)
+        graphs[n] = captured(lambda n=n: model(n))  # type: ignore[misc]
+    for n in (1, 64, 8, 48):
+        graph, result = graphs[n]
+        result.fill_(torch.nan)
+        graph.replay()
+        y = x[:n].cpu()
+        for w in dense:  # rounded where the model rounds: the second layer would double what is lost
+            y = y + moestro.reference.fused_moe(y.float(), ids[:n].cpu(), weights[:n].cpu(), w).bfloat16()
+        near(y.float(), result)
+
+
+def test_a_reload_is_refused_under_graphs_and_served_without() -> None:
+    moe = Config(device="cuda", max_capture_size=64, **SIZES)  # type: ignore[arg-type]
+    method = make("nvfp4", moe)[0].quant_method
+    with torch.device("cuda"):
+        again = RoutedExperts(method)
+    with pytest.raises(BackendError, match="must not be reloaded where CUDA graphs"):
+        again.quant_method.process_weights_after_loading(again)
+    eager = dataclasses.replace(moe, max_capture_size=0)
+    layer, _ = make("nvfp4", eager)
+    with torch.device("cuda"):
+        again = RoutedExperts(layer.quant_method)
+    tensors, values = checkpoint("nvfp4", eager, seed=7)
+    load(again, **tensors)
+    again.quant_method.process_weights_after_loading(again)
+    x = torch.randn(5, moe.hidden_dim, device="cuda", dtype=torch.bfloat16)
+    weights, ids = torch.randn(5, moe.num_experts, device="cuda").softmax(-1).topk(2)
+    w = moestro.ExpertWeights.from_dense(*values, format="bf16")
+    expected = moestro.reference.fused_moe(x.cpu().float(), ids.cpu(), weights.cpu(), w)
+    near(expected, again.quant_method.apply(again, x, weights, ids, None, None))
 
 
 def near(expected: torch.Tensor, actual: torch.Tensor) -> None:

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import re
 import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
+from inflight import disassemble, overwritten
 from offline import compile_launch, inputs_of, runner_of
 
 from moestro.kernels.activations import GeGLUTanh, ReLU2, SwiGLU
 from moestro.kernels.triton import choose
 from moestro.kernels.triton.call import Launch
-from moestro.kernels.triton.paths import fp8, fp8_once
+from moestro.kernels.triton.paths import fp8, fp8_once, fp8_registers
 
 PRODUCT = "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3"
 
@@ -31,8 +35,27 @@ def complaints(launch: Launch) -> list[str]:
             bad.append(f"{name}: a block's product is added while it runs ({waits})")
         if "cp.async.bulk.tensor" not in ptx or "setmaxnreg" not in ptx:
             bad.append(f"{name}: no tensor memory accelerator, or no registers moved to those who multiply")
+    if "registers" in launch.kernel.__name__:
+        bad += in_registers(name, compiled)
     if "fp4" in launch.kernel.__name__ or "expand" in launch.kernel.__name__:
         bad += [] if "prmt.b32" in ptx else [f"{name}: no byte permutes"]
+    return bad
+
+
+def in_registers(name: str, compiled: Any) -> list[str]:
+    """Of the path that decodes in registers: how its operands get there, and that nothing writes them meanwhile."""
+    with TemporaryDirectory() as folder:
+        code = disassemble(compiled.asm["cubin"], Path(folder) / "kernel.cubin")
+    products = [at for at, i in code.items() if i.a]
+    bad = [f"{name}: {what}" for what in overwritten(code)[:1]]
+    if not products:
+        bad.append(f"{name}: no product with weights in registers")
+    for at in products:  # what stands between the products of a block may not go through shared memory
+        following = [i.text for where, i in code.items() if at < where <= at + 16 * 200]
+        until = next((n for n, text in enumerate(following) if "DEPBAR" in text), 0)
+        if any(re.match(r"(STS|STL|LDL|SHFL)", text) for text in following[:until]):
+            bad.append(f"{name}: a product waits for shared or local memory")
+            break
     return bad
 
 
@@ -42,6 +65,9 @@ def main() -> list[str]:
     cases = [
         *((runner_of(8, 2, 512, 256, "nvfp4", input_format="fp8"), t) for t in fp8.TABLE["fp8"]),
         (runner_of(4, 2, 144, 80, "nvfp4", input_format="fp8", **odd), fp8.TABLE["fp8"][1]),
+        *((runner_of(8, 2, 512, 256, "nvfp4", input_format="fp8"), t) for t in fp8_registers.TABLE["fp8"]),
+        (runner_of(4, 2, 160, 96, "mxfp4", ReLU2(), True, "fp8"), fp8_registers.TABLE["fp8"][0]),
+        (runner_of(4, 2, 144, 80, "nvfp4", input_format="fp8", **odd), fp8_registers.TABLE["fp8"][-1]),
         (runner_of(4, 2, 160, 96, "mxfp4", ReLU2(), True, "fp8"), fp8.TABLE["fp8"][0]),
         (runner_of(8, 2, 512, 256, "mxfp4", SwiGLU(1.702, 7.0, 1.0), True, "fp8"), fp8_once.LARGE),
         *((runner_of(8, 2, 512, 256, "fp8_block", input_format="fp8"), t) for t in fp8_once.TABLE["fp8"]),

@@ -7,7 +7,7 @@ barrier, a copy or a product a seeded draw says who goes on. So one run is one i
 What the hardware may do late is done late, and what it may overwrite early is overwritten early:
 
 - a copy makes its target NaN when it is issued; the data comes when a copy engine (an agent of its own) gets its turn,
-  and the barrier hears of it then;
+  and the barrier hears of it then; the tensor memory accelerator's copies likewise, each box at its own time;
 - a wgmma reads shared memory when it is waited for, and its sum cannot be used before; it must not read what came
   through a barrier before the partition has fenced the proxies.
 
@@ -41,11 +41,20 @@ class DeadlockError(AssertionError):
 class Barrier:
     def __init__(self, count: int) -> None:
         self.count, self.missing, self.phase = count, count, 0
+        self.bytes = 0  # that are expected and have not come
+        self.threads_copy = False  # whether cp.async fills what this guards
 
-    def arrive(self, count: int) -> None:
+    def arrive(self, count: int, expected: int = 0) -> None:
         assert count <= self.missing, f"{count} arrivals at a barrier that waits for {self.missing}"
         self.missing -= count
-        if self.missing == 0:
+        self._turn(expected)
+
+    def receive(self, count: int) -> None:
+        self._turn(-count)
+
+    def _turn(self, more: int) -> None:
+        self.bytes += more
+        if self.missing == 0 and self.bytes == 0:
             self.missing = self.count
             self.phase += 1
 
@@ -160,8 +169,8 @@ class Program:
 
     def wait(self, barrier: Shared, phase: Any) -> None:
         at, parity = self._barriers[barrier.place], int(phase)
-        self.here.fenced = False
         self.here.pause(lambda: at.passed(parity))
+        self.here.fenced = not at.threads_copy
 
     def arrive(self, barrier: Shared, count: int = 1) -> None:
         self._barriers[barrier.place].arrive(count)
@@ -175,10 +184,31 @@ class Program:
         self.here.uncommitted.append((to.data, data))
         self.here.pause()
 
+    def expect(self, barrier: Shared, count: int) -> None:
+        self._barriers[barrier.place].arrive(1, expected=count)
+        self.here.pause()
+
+    def copy_box(self, descriptor: Any, at: Sequence[Any], barrier: Shared, to: Shared) -> None:
+        """The tensor memory accelerator: a box of a tensor, with zeros where there is none of it."""
+        first, box = [int(i) for i in at], tuple(descriptor.block_shape)
+        assert tuple(to.data.shape) == box, f"a box {box} to {tuple(to.data.shape)}"
+        source = descriptor.base[tuple(slice(i, i + n) for i, n in zip(first, box, strict=True))]
+        data = torch.zeros(box, dtype=source.dtype)
+        data[tuple(slice(0, n) for n in source.shape)] = source
+        guard = self._barriers[barrier.place]
+        poison(to.data)
+
+        def done() -> None:
+            to.data.copy_(data)
+            guard.receive(data.numel() * data.element_size())
+
+        self._arriving.insert(self._draw.randrange(len(self._arriving) + 1), done)
+        self.here.pause()
+
     def arrive_after_copies(self, barrier: Shared, increment_count: bool) -> None:
         assert not increment_count
         at, copies = self._barriers[barrier.place], self.here.uncommitted
-        self.here.uncommitted = []
+        self.here.uncommitted, at.threads_copy = [], True
 
         def done() -> None:
             for target, data in copies:
@@ -193,19 +223,23 @@ class Program:
         if self._current is not None:
             self.here.fenced = True
 
-    def multiply(self, a: Tensor, b: Shared, acc: Tensor, is_async: bool) -> Tensor:
+    def multiply(
+        self, a: Tensor | Shared, b: Shared, acc: Tensor, is_async: bool, use_acc: bool = True
+    ) -> Tensor:
         assert is_async
         assert self.here.fenced, "a wgmma reads what cp.async wrote without a fence of the proxies"
-        result, left = Tensor(None), a.data.float()
-        self.here.running.append(lambda: result.complete(acc.data + left @ b.data.float()))
+        result, left = Tensor(None), a if isinstance(a, Shared) else Tensor(a.data)
+        self.here.running.append(
+            lambda: result.complete(left.data.float() @ b.data.float() + (acc.data if use_acc else 0))
+        )
         self.here.pause()
         return result
 
-    def retire(self, running: int, deps: Sequence[Tensor]) -> Sequence[Tensor]:
+    def retire(self, running: int, deps: Sequence[Tensor]) -> Sequence[Tensor] | Tensor:
         self.here.pause()
         while len(self.here.running) > running:
             self.here.running.popleft()()
-        return deps
+        return deps if len(deps) > 1 else deps[0]
 
 
 class Bound(ast.NodeTransformer):
@@ -215,12 +249,13 @@ class Bound(ast.NodeTransformer):
         self.generic_visit(node)
         if isinstance(node.func, ast.Attribute) and node.func.attr == "to":
             name = ast.copy_location(ast.Name("_to", ast.Load()), node)
-            return ast.copy_location(ast.Call(name, [node.func.value, *node.args], []), node)
+            return ast.copy_location(ast.Call(name, [node.func.value, *node.args], node.keywords), node)
         return node
 
 
-def _to(value: Any, dtype: torch.dtype) -> Tensor:
-    return Tensor(torch.as_tensor(plain(value)).to(dtype))
+def _to(value: Any, dtype: torch.dtype, bitcast: bool = False) -> Tensor:
+    known = torch.as_tensor(plain(value))
+    return Tensor(known.view(dtype) if bitcast else known.to(dtype))
 
 
 class Code:
@@ -236,12 +271,13 @@ class Code:
         )
         barriers = type("Mbarrier", (), {})
         barriers.init, barriers.wait, barriers.arrive = program.init, program.wait, program.arrive
+        barriers.expect = program.expect
         barriers.MBarrierLayout = staticmethod(lambda: None)
         copies = type("AsyncCopy", (), {"mbarrier_arrive": staticmethod(program.arrive_after_copies)})
         self._names: dict[str, Any] = {
             "gl": gl, "tl": gl, "mbarrier": barriers, "async_copy": copies, "copy_async": program.copy,
             "fence_async_shared": program.fence, "warpgroup_mma": program.multiply, "_to": _to,
-            "warpgroup_mma_wait": program.retire,
+            "warpgroup_mma_wait": program.retire, "tma_copy": program.copy_box,
         }  # fmt: skip
         self._mutants = mutants
         self._made: dict[Any, Callable[..., Any]] = {}

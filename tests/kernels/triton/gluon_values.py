@@ -32,6 +32,10 @@ class Tensor:
     def shape(self) -> tuple[int, ...]:
         return tuple(self.data.shape)
 
+    @property
+    def type(self) -> SimpleNamespace:
+        return SimpleNamespace(layout=None)
+
     def complete(self, data: torch.Tensor) -> None:
         self._data = data
 
@@ -123,6 +127,9 @@ class Shared:
         assert start + length <= len(self.data)
         return Shared(self.data[start : start + length], self.place)
 
+    def reshape(self, shape: Sequence[int]) -> Shared:
+        return Shared(self.data.view(*shape), self.place)
+
     def permute(self, order: Sequence[int]) -> Shared:
         return Shared(self.data.permute(*order), self.place)
 
@@ -142,11 +149,15 @@ def poison(tensor: torch.Tensor) -> None:
 class Gl:
     """The language; what needs the machine (program ids, warp specialisation) is in gluon_machine.py."""
 
-    int16, int32, int64 = torch.int16, torch.int32, torch.int64
-    float32, bfloat16 = torch.float32, torch.bfloat16
+    int8, int16, int32, int64 = torch.int8, torch.int16, torch.int32, torch.int64
+    float32, bfloat16, float8e4nv = torch.float32, torch.bfloat16, torch.float8_e4m3fn
     static_range = range
-    BlockedLayout, SliceLayout = gluon_language.BlockedLayout, gluon_language.SliceLayout
+    BlockedLayout = gluon_language.BlockedLayout
+    SliceLayout = staticmethod(
+        lambda dim, parent: (dim, parent)
+    )  # of any layout, one that is not known here too
     DotOperandLayout = gluon_language.DotOperandLayout
+    DistributedLinearLayout = gluon_language.DistributedLinearLayout
     NVMMADistributedLayout = gluon_language.NVMMADistributedLayout
     NVMMASharedLayout, SwizzledSharedLayout = (
         gluon_language.NVMMASharedLayout,

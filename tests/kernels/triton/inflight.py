@@ -1,6 +1,6 @@
 """Read machine code: may a register be written while a wgmma that runs on still reads it?
 
-A wgmma (HGMMA in SASS) with its A operand in registers reads them after it was issued, until WARPGROUP.DEPBAR
+A wgmma (HGMMA in SASS, QGMMA of e4m3) with its A operand in registers reads them after it was issued, until WARPGROUP.DEPBAR
 says that at most N later groups run; `gsb0` ends a group. Every path from such an instruction is followed to
 where it is retired.
 """
@@ -62,8 +62,8 @@ def _instruction(body: str) -> Instruction:
     first = re.match(r"R(\d+)", operands[0])
     writes: set[int] = set()
     a: set[int] = set()
-    if op.startswith("HGMMA"):
-        columns = re.match(r"HGMMA\.64x(\d+)", op)
+    if op.startswith(("HGMMA", "QGMMA")):
+        columns = re.match(r"[HQ]GMMA\.64x(\d+)", op)
         assert first is not None
         assert columns is not None
         writes = set(range(int(first[1]), int(first[1]) + int(columns[1]) // 2))

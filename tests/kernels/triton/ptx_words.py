@@ -46,10 +46,10 @@ def _multiply_add(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Te
 
 def _permute(a: torch.Tensor, b: torch.Tensor, selector: torch.Tensor) -> torch.Tensor:
     source = a | b << 32
-    out = torch.zeros_like(source)
+    out = torch.zeros_like(source + selector)
     for i in range(4):
-        nibble = int(selector) >> 4 * i & 15
-        assert nibble < 8, "prmt with replicated signs"
+        nibble = selector >> 4 * i & 15
+        assert bool((nibble < 8).all()), "prmt with replicated signs"
         out |= (source >> 8 * nibble & 255) << 8 * i
     return out
 
@@ -64,6 +64,7 @@ INSTRUCTIONS: dict[str, Callable[..., torch.Tensor]] = {
     "and.b32": lambda a, b: a & b,
     "shl.b32": lambda a, n: a << n & MASK,
     "shr.b32": lambda a, n: a >> n,
+    "shr.u32": lambda a, n: a >> n,
     "mad.lo.u32": lambda a, b, c: a * b + c & MASK,
     "prmt.b32": _permute,
     "lop3.b32": _lop3,
@@ -100,11 +101,16 @@ def run(
     inputs = torch.broadcast_tensors(*inputs)
     groups = [tensor.reshape(-1, pack) for tensor in inputs]
     registers: dict[str, torch.Tensor] = {}
+    outputs = sum(pack if dtype.itemsize == 4 else 1 for dtype in dtypes)
     for group in groups:
         small = group.element_size() == 2
         for values in group.split(2, 1) if small else group.split(1, 1):
-            registers[f"${len(dtypes) + len(registers)}"] = _joined(values)
+            registers[f"${outputs + len(registers)}"] = _joined(values)
     execute(text, registers)
+    if outputs > len(dtypes):  # one tensor of 32 bits, several elements at a time
+        assert len(dtypes) == 1
+        parts = [_parted(registers[f"${i}"], dtypes[0], 1) for i in range(pack)]
+        return [torch.stack(parts, 1).view(inputs[0].shape)]
     return [_parted(registers[f"${i}"], dtype, pack).view(inputs[0].shape) for i, dtype in enumerate(dtypes)]
 
 
@@ -120,5 +126,8 @@ def _parted(register: torch.Tensor, dtype: torch.dtype, pack: int) -> torch.Tens
     if dtype.itemsize == 4:
         assert pack == 1, "one register for several elements of 32 bits"
         return (register - ((register & 1 << 31) << 1)).to(torch.int32).view(dtype)
+    if dtype.itemsize == 1:
+        assert pack == 4, "a register of less than four bytes"
+        return torch.stack([register >> 8 * i & 255 for i in range(4)], 1).to(torch.uint8).view(dtype)
     halves = torch.stack([register >> 16 * i & 0xFFFF for i in range(pack)], 1)
     return (halves - ((halves & 0x8000) << 1)).to(torch.int16).view(dtype)

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 from moestro.kernels.problem import MoeProblem
 from moestro.kernels.triton import Tactic, Tile, choose
-from moestro.kernels.triton.paths import PATHS, fused, kind_of, warp_specialized
+from moestro.kernels.triton.paths import PATHS, dense, fused, kind_of, warp_specialized
 from moestro.kernels.triton.paths.warp_specialized import tactic as warp
 from moestro.kernels.triton.tactics import Tactic as OlderTactic
 
@@ -44,7 +44,8 @@ def test_the_default_fits_every_problem(
 
 
 def test_every_entry_of_the_table_is_a_candidate_somewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warp_specialized, "has_wgmma", lambda: True)
+    for path in (warp_specialized, dense):
+        monkeypatch.setattr(path, "has_wgmma", lambda: True)
     p = MoeProblem(8, 8, 0, 2, 4096, 14336, "nvfp4")
     for problem in (p, replace(p, weight_format="bf16"), replace(p, input_format="nvfp4")):
         found = {t for n in (1, 8, 4096) for t in choose.candidates(problem, n)}

@@ -12,14 +12,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from moestro.bench.contenders import Call
+from moestro.bench.contenders import Call, Contender
 from moestro.bench.layers import Case
 from moestro.bench.models import MoeShape
 
 if TYPE_CHECKING:
     from moestro.moe.weights import ExpertWeights
 
-__all__ = ["Adapter", "AdapterContender", "PeerLayer", "installed", "plain_silu"]
+__all__ = [
+    "Adapter",
+    "AdapterContender",
+    "PeerLayer",
+    "first_reason",
+    "installed",
+    "local_pairs",
+    "plain_silu",
+    "swiglu_only",
+    "whole_peer",
+]
 
 
 class PeerLayer(Protocol):
@@ -41,6 +51,14 @@ class Adapter:
     format: str
     missing: Callable[[MoeShape], str | None]
     prepare: Callable[[ExpertWeights, MoeShape], PeerLayer]
+    package: str = ""  # in tables, where --peers has several names for one package
+    input_format: str | None = None  # what it quantises activations to
+    part: str | None = None  # what it runs, if not the whole layer; such a one is no peer, but a bound
+
+    @property
+    def title(self) -> str:
+        """As tables show it: package, format, format of activations."""
+        return " ".join(filter(None, [self.package or self.name, self.format, self.input_format, self.part]))
 
 
 class AdapterContender:
@@ -49,8 +67,10 @@ class AdapterContender:
     ours = False
 
     def __init__(self, adapter: Adapter, layers: Sequence[PeerLayer]) -> None:
-        self.name = f"{adapter.name} {adapter.format}"
+        self.name = adapter.title
         self.format = adapter.format
+        self.input_format = adapter.input_format
+        self.part = adapter.part
         self._layers = layers
 
     @property
@@ -69,7 +89,12 @@ class AdapterContender:
             hook(cases)
 
     def facts(self, case: Case) -> dict[str, Any]:
-        return {}
+        return {} if self.part is None else {"part": self.part}
+
+
+def whole_peer(contender: Contender) -> bool:
+    """Whether it is somebody else's whole layer: what ratios are taken against."""
+    return not contender.ours and getattr(contender, "part", None) is None
 
 
 def installed(package: str, hint: str) -> str | None:
@@ -86,3 +111,20 @@ def plain_silu(shape: MoeShape) -> str | None:
             " with biases" if shape.biases else ""
         )
     return None
+
+
+def swiglu_only(shape: MoeShape) -> str | None:
+    """Why an adapter that knows SwiGLU, gpt-oss's too, with or without biases cannot run a shape; None if it can."""
+    if shape.activation not in ("silu", "swiglu_oai"):
+        return f"the adapter runs silu and gpt-oss's SwiGLU, not {shape.activation}"
+    return None
+
+
+def local_pairs(shape: MoeShape) -> str | None:
+    """Why an adapter that takes no pairs of other ranks cannot run a shape; None if it can."""
+    return "the adapter takes no pairs of other ranks" if shape.ep > 1 and not shape.local_pairs else None
+
+
+def first_reason(*reasons: Callable[[], str | None]) -> str | None:
+    """The first reason that there is: what is asked later may stand on what was asked before."""
+    return next((reason for ask in reasons if (reason := ask()) is not None), None)

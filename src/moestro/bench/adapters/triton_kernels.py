@@ -1,9 +1,9 @@
-"""triton_kernels (python/triton_kernels of Triton's repository, 3.7 and newer) on bf16 weights.
+"""triton_kernels (python/triton_kernels of Triton's repository): `triton_kernels` and `triton_kernels_mxfp4`.
 
-Not run by us: the package is on no registry (what PyPI calls triton-kernels is another project), so this was
-checked against the sources of 3.7.1 and 3.8.0 and is used where `triton_kernels.matmul` can be imported; up
-to 3.6 it was matmul_ogs, with other arguments. Its own router takes logits; here the ids are given, so pairs
-are sorted by glue.py, and SiLU and the sum over a token's experts are glue.py's as well.
+It is on no registry (what PyPI calls triton-kernels is another project). Its 3.5.1, which vLLM bundles and which runs
+under Triton 3.5 and 3.6, is triton_kernels_ogs.py's, on bf16 and MXFP4. Here is what newer ones need (3.7 on, under
+Triton 3.7 on): checked against the sources of 3.7.1 and 3.8.0, not run by us, bf16 only. Their router takes logits;
+here the ids are given, so pairs are sorted by glue.py, and SiLU and the sum over a token's experts are glue.py's too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moestro.bench.adapters.base import Adapter, installed, plain_silu
+from moestro.bench.adapters import triton_kernels_ogs as ogs
+from moestro.bench.adapters.base import (
+    Adapter,
+    PeerLayer,
+    first_reason,
+    installed,
+    local_pairs,
+    plain_silu,
+)
 from moestro.bench.contenders import Call
 from moestro.bench.layers import Case
 from moestro.bench.models import MoeShape
@@ -21,7 +29,7 @@ from moestro.formats import BF16
 if TYPE_CHECKING:
     from moestro.moe.weights import ExpertWeights
 
-__all__ = ["ADAPTER"]
+__all__ = ["ADAPTER", "MXFP4_WEIGHTS"]
 
 
 class _Layer:
@@ -81,16 +89,30 @@ class _Layer:
 
 
 def _missing(shape: MoeShape) -> str | None:
-    reason = installed("triton_kernels", "it is in Triton's repository, on no registry") or plain_silu(shape)
-    if reason is None and shape.ep > 1 and not shape.local_pairs:
-        reason = "the adapter takes no pairs of other ranks"
-    if reason is None:
-        try:
-            from triton_kernels.matmul import matmul  # noqa: F401
-            from triton_kernels.tensor import make_ragged_tensor_metadata  # noqa: F401
-        except Exception as error:  # other people's code may raise anything, say under an older Triton
-            return f"this triton_kernels is another package, or older than Triton 3.7's: {error}"
-    return reason
+    """Of bf16 weights: either generation will do."""
+    if (absent := installed("triton_kernels", "it is in Triton's repository, on no registry")) is not None:
+        return absent
+    newer, older = _newer(shape), ogs.missing(shape)
+    return None if newer is None or older is None else f"{newer}; {older}"
 
 
-ADAPTER = Adapter("triton_kernels", "bf16", _missing, _Layer)
+def _newer(shape: MoeShape) -> str | None:
+    """Why `matmul` cannot run a shape here; None if it can."""
+    return first_reason(lambda: plain_silu(shape), lambda: local_pairs(shape), _not_newer)
+
+
+def _not_newer() -> str | None:
+    try:
+        from triton_kernels.matmul import matmul  # noqa: F401
+        from triton_kernels.tensor import make_ragged_tensor_metadata  # noqa: F401
+    except Exception as error:  # other people's code may raise anything, say under an older Triton
+        return f"this triton_kernels is another package, or older than Triton 3.7's: {error}"
+    return None
+
+
+def _prepare(weights: ExpertWeights, shape: MoeShape) -> PeerLayer:
+    return _Layer(weights, shape) if _newer(shape) is None else ogs.OgsLayer(weights, shape)
+
+
+ADAPTER = Adapter("triton_kernels", "bf16", _missing, _prepare)
+MXFP4_WEIGHTS = Adapter("triton_kernels_mxfp4", "mxfp4", ogs.missing, ogs.OgsLayer, package="triton_kernels")

@@ -108,7 +108,7 @@ class Call:
     """The launches of one call, as they are added.
 
     Attributes a path reads: p (the problem), tactic, s (its scratch by name), experts, num_tokens, pairs, ids,
-    weights (of the routing), out, processors.
+    weights (of the routing), out, processors; and sets before it adds products: weighted, by_size.
     """
 
     def __init__(self, problem: MoeProblem, experts: Experts, inputs: Sequence[Any], tactic: Tactic,
@@ -121,6 +121,7 @@ class Call:
         self.weighted = (
             not problem.batch_invariant
         )  # whether the second product multiplies by routing weights
+        self.by_size = False  # whether the tables of tiles end with the smallest: for persistent programs
         self.launches: list[Launch] = []
 
     def add(self, kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
@@ -151,7 +152,7 @@ class Call:
             self.add(sort.count, (chunks,), self.ids, s["counts"], self.pairs, **meta)
         (first, stride1), (second, stride2) = self._table(1), self._table(2)
         args = (self.ids, s["counts"], s["cursors"], s["sorted_pairs"], Both(first, second), stride1, stride2)
-        self.add(sort.place, (chunks,), *args, self.pairs, chunks, *self.tactic.widths, **meta)
+        self.add(sort.place, (chunks,), *args, self.pairs, chunks, *self.tactic.widths, BY_SIZE=self.by_size, **meta)
 
     def inputs(self) -> Rows:
         """x as the first product reads it."""

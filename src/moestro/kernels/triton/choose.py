@@ -18,6 +18,7 @@ from moestro.kernels.triton.paths import (
     fp4,
     fp8,
     fp8_once,
+    fp8_registers,
     fused,
     kind_of,
     warp_specialized,
@@ -232,11 +233,21 @@ def _dense_default(p: MoeProblem, num_tokens: int) -> Tactic:
     return next(t for most, t in DENSE_DEFAULTS if per_expert <= most)
 
 
-# Of e4m3 activations, by pairs per hit expert, as measured on an H200 (benchmarks/results/h200-fp8.json): decoding once
-# costs 0.7 ms for DeepSeek-V3's 1.4 G weights, and multiplies at 1.0 to 1.1 PFLOP/s where decoding beside does at 0.7.
-FP8_DEFAULTS = (
+# Of e4m3 activations, by pairs per hit expert. Batch-invariant problems keep to what was measured on an H200
+# (benchmarks/results/h200-fp8.json): decoding once costs 0.7 ms for DeepSeek-V3's 1.4 G weights, and multiplies at 1.0 to
+# 1.1 PFLOP/s where decoding into shared memory beside does at 0.7.
+FP8_INVARIANT = (
     (64.0, fp8.tactic(64, Tile(256, 4, 4, 3))),
     (400.0, fp8.tactic(128, Tile(256, 3, 8, 3))),
+    (float("inf"), fp8_once.LARGE),
+)
+FP8_DEFAULTS = (
+    (12.0, fp8_registers.tactic(16, Tile(256, 2, 8, 10), overlap=True)),
+    (24.0, fp8_registers.tactic(32, Tile(256, 2, 8, 9), overlap=True)),
+    (50.0, fp8_registers.tactic(64, Tile(256, 2, 8, 8), "halves")),
+    (80.0, fp8_registers.tactic(96, Tile(256, 2, 8, 7), "halves")),
+    (150.0, fp8_registers.tactic(128, Tile(256, 2, 8, 6), "halves")),
+    (2000.0, fp8_registers.tactic(256, Tile(128, 2, 8, 5), "halves")),
     (float("inf"), fp8_once.LARGE),
 )
 
@@ -248,4 +259,5 @@ def _fp8_default(p: MoeProblem, num_tokens: int) -> Tactic:
         return (
             fp8_once.LARGE
         )  # of 16 and of 64 tokens, too: half of its tile is empty there, and it reads faster
-    return next(t for most, t in FP8_DEFAULTS if per_expert <= most)
+    table = FP8_INVARIANT if p.batch_invariant else FP8_DEFAULTS
+    return next(t for most, t in table if per_expert <= most)

@@ -80,6 +80,7 @@ class Recipe(NamedTuple):
     offset: int
     experts: int
     columns: int  # at a time, a multiple of 128
+    turned: bool = False  # rows are whole blocks of 128 columns, in the order of fp8_registers.py
 
 
 @triton.jit
@@ -118,10 +119,18 @@ def quantize_fp8(x, ids, sorted_pairs, data, scales, columns, HOW: tl.constexpr,
             most = tl.maximum(most, tl.abs(v))
         scale = _scale(tl.max(most, 0))
         tl.store(scales + to, scale)
+        out_columns = tl.cdiv(columns, 128) * 128 if HOW.turned else columns
         for first in range(0, width, B):
-            v = tl.load(x + row * columns + first + c, first + c < columns, other=0.0).to(tl.float32)
+            at = first + (_turned(c) if HOW.turned else c)
+            v = tl.load(x + row * columns + at, at < columns, other=0.0).to(tl.float32)
             q = tl.div_rn(v, tl.zeros_like(v) + scale).to(tl.float8e4nv)
-            tl.store(data + to * columns + first + c, q, first + c < columns)
+            tl.store(data + to * out_columns + first + c, q, first + c < out_columns)
+
+
+@triton.jit
+def _turned(place):
+    """The column of a place, within each block of 128: see fp8_registers.py."""
+    return place // 128 * 128 + place // 4 % 4 * 32 + place // 32 % 4 * 8 + place // 16 % 2 * 4 + place % 4
 
 
 @triton.jit

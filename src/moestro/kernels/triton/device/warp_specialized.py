@@ -145,19 +145,32 @@ def _zero(x):
 
 @gluon.jit
 def _total(call, GROUP: gl.constexpr):
-    return gl.cdiv(call.tiles, GROUP) * GROUP * call.strips
+    """Of tiles, rounded up to the same number for each program."""
+    programs = gl.num_programs(0)
+    return gl.cdiv(call.tiles * call.strips, programs) * programs
 
 
 @gluon.jit
-def _tile(call, tile, GROUP: gl.constexpr):
-    """(strip of rows, expert, first place, pairs up to the end of the expert; 0 where there is no tile)."""
-    table, stride = call.routing.table, call.stride
+def _tile(call, number, GROUP: gl.constexpr):
+    """(strip of rows, expert, first place, pairs up to the end of the expert; 0 where there is no tile).
+
+    Every other round goes through the programs backwards: the table ends with its smallest tiles (sort.py), and those
+    are for the programs that had the later, so the smaller ones of the round before.
+    """
+    programs = gl.num_programs(0)
+    turn = number // programs
+    back = (2 * turn + 1) * programs - 1 - number
+    tile = number + turn % 2 * (back - number)
     walk = GROUP * call.strips
-    t = tile // walk * GROUP + tile % GROUP
-    works = t < call.tiles
+    group = tile // walk
+    within = tile - group * walk
+    wide = gl.maximum(gl.minimum(call.tiles - group * GROUP, GROUP), 1)  # the last group may be narrower
+    t = group * GROUP + within % wide
+    works = tile < call.tiles * call.strips
+    table, stride = call.routing.table, call.stride
     start = gl.load(table + stride + t, works, other=0)
     end = gl.load(table + 2 * stride + t, works, other=0)
-    return tile % walk // GROUP, gl.load(table + t, works, other=0), start, end - start
+    return within // wide, gl.load(table + t, works, other=0), start, end - start
 
 
 @gluon.jit
@@ -350,9 +363,8 @@ def _pairs(call, at, HOW: gl.constexpr, FIRST: gl.constexpr, W: gl.constexpr):
 
 
 @gluon.jit
-def _epilogue(acc, of_rows, call, at, row, pairs, HOW: gl.constexpr, W: gl.constexpr, M: gl.constexpr):
-    """Scales, bias, the activation of the first product, and out."""
-    out = call.out
+def _results(acc, of_rows, call, HOW: gl.constexpr, W: gl.constexpr, M: gl.constexpr):
+    """Sums [64, W] -> scales, bias, the activation of the first product: [32, W] with a gate."""
     scale, shift = of_rows
     scale = gl.expand_dims(gl.convert_layout(scale, gl.SliceLayout(1, M)), 1)
     if call.w.bias is not None:  # rounded as fused.epilogue does
@@ -362,11 +374,20 @@ def _epilogue(acc, of_rows, call, at, row, pairs, HOW: gl.constexpr, W: gl.const
     if HOW.gated:
         gate, up = gl.split(gl.permute(gl.reshape(acc, [4, 2, 8, W]), (0, 2, 3, 1)))
         acc = gl.reshape(activate(gate, up, HOW), [32, W])
+    elif HOW.stage == 1:
+        acc = activate(acc, acc, HOW)
+    return acc
+
+
+@gluon.jit
+def _epilogue(acc, of_rows, call, at, row, pairs, HOW: gl.constexpr, W: gl.constexpr, M: gl.constexpr):
+    """Scales, bias, the activation of the first product, and out."""
+    out = call.out
+    acc = _results(acc, of_rows, call, HOW, W, M)
+    if HOW.gated:
         j = row // 2 + (gl.arange(0, 32, gl.SliceLayout(1, TURNED)) + at.zero)
         real = j < call.size.rows // 2
     else:
-        if HOW.stage == 1:
-            acc = activate(acc, acc, HOW)
         j = row + (gl.arange(0, 64, gl.SliceLayout(1, TURNED)) + at.zero)
         real = j < call.size.rows
     v = gl.convert_layout(acc.to(out.dtype.element_ty), TURNED)

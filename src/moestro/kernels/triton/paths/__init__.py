@@ -26,11 +26,32 @@ no TABLE names are refused by runner.why_not.
 
 from __future__ import annotations
 
-from moestro.kernels.triton.paths import chain, dequantized, fp4, fp8, fp8_once, fused, warp_specialized
+from moestro.kernels.triton.paths import (
+    chain,
+    dense,
+    dequantized,
+    fp4,
+    fp8,
+    fp8_once,
+    fp8_registers,
+    fused,
+    warp_specialized,
+)
 from moestro.kernels.triton.paths.path import Path, kind_of
 
 PATHS: dict[str, Path] = {
-    path.NAME: path for path in (fused, chain, warp_specialized, dequantized, fp4, fp8, fp8_once)
+    path.NAME: path
+    for path in (
+        fused,
+        chain,
+        warp_specialized,
+        dense,
+        dequantized,
+        fp4,
+        fp8_registers,
+        fp8,
+        fp8_once,
+    )
 }
 
 __all__ = ["PATHS", "Path", "kind_of"]

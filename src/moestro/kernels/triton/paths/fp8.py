@@ -68,8 +68,13 @@ def why_not(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> str | None:
     return None
 
 
-def unfit_for_fp8(problem: MoeProblem, tactic: Tactic, formats: tuple[str, ...]) -> str | None:
-    """Why both FP8 paths could not: their chip, problem and route; formats: of the weights that this one takes."""
+def unfit_for_fp8(
+    problem: MoeProblem, tactic: Tactic, formats: tuple[str, ...], narrow: bool = False
+) -> str | None:
+    """Why no FP8 path could: its chip, problem and route; formats: of the weights that this one takes.
+
+    narrow: whether its tiles of few pairs run narrower.
+    """
     if not has_wgmma():
         return "FP8 products need the tensor cores of compute capability 9.0, and no interpreter"
     if problem.input_format != "fp8":
@@ -79,7 +84,7 @@ def unfit_for_fp8(problem: MoeProblem, tactic: Tactic, formats: tuple[str, ...])
     if problem.weight_format not in formats:
         return f"path {tactic.path!r} takes weights of {', '.join(formats)}, not {problem.weight_format!r}"
     one_width = tactic.pairs2 in (0, tactic.pairs1)
-    if tactic.route != "sorted" or tactic.split_k != 1 or tactic.narrow or not one_width:
+    if tactic.route != "sorted" or tactic.split_k != 1 or (tactic.narrow and not narrow) or not one_width:
         return f"path {tactic.path!r} takes sorted pairs, whole columns, and tiles of one width"
     return None
 
@@ -134,6 +139,7 @@ def quantized(call: Call, rows: torch.Tensor, name: str, gather: bool = False, b
 
 def launch(call: Call) -> None:
     call.weighted = False  # the sum does it
+    call.by_size = True
     call.sort()
     _product(call, 1, quantized(call, call.x, "x", gather=True), call.s["act"])
     _product(call, 2, quantized(call, call.s["act"], "act"), call.s["partial"])

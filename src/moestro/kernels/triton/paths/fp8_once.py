@@ -94,6 +94,7 @@ def _padded(problem: MoeProblem, stage: int) -> int:
 
 def launch(call: Call) -> None:
     call.weighted = False  # the sum does it
+    call.by_size = True
     call.sort()
     blocks = in_blocks(call.p)
     x = quantized(call, call.x, "x", blocks=blocks)

@@ -88,8 +88,9 @@ def why_not(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> str | None:
         most, extra = path.parts(width)
         if most not in (64, 128, 256) or extra not in (0, 16, 32, 64):
             return "a tile has 64, 128 or 256 pairs, or 16, 32 or 64 more"
-        if tile.rows * width > SUMS[tile.warps] * 32 * tile.warps or (extra and tactic.narrow == "quarters"):
-            return "a tile has no more sums than registers, and by quarters only a power of two"
+        by_quarters = extra > 0 and most > 64 and tactic.narrow == "quarters"
+        if tile.rows * width > SUMS[tile.warps] * 32 * tile.warps or by_quarters:
+            return "a tile has no more sums than registers, and by quarters only a power of two or 96 pairs"
         if _exceeds(problem, tactic, stage):
             return "its tiles exceed shared memory"
     return None
@@ -115,6 +116,7 @@ def scratch(problem: MoeProblem, num_tokens: int, tactic: Tactic, x_rows: int) -
 
 def launch(call: Call) -> None:
     call.weighted = False  # the sum does it: a routing weight would need registers here
+    call.by_size = True
     call.two_products(_product)
 
 

@@ -1,0 +1,123 @@
+"""4-bit weights decoded in registers beside FP8 products, on the CPU (gluon_machine.py), against their reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import gluon_machine
+from test_kernels import inputs_of, make, poisoned
+
+from moestro.kernels.problem import MoeProblem
+from moestro.kernels.triton import choose
+from moestro.kernels.triton.device import fp8_registers as kernels
+from moestro.kernels.triton.device.fp8 import Recipe, quantize_fp8
+from moestro.kernels.triton.paths import fp8 as fp8_path
+from moestro.kernels.triton.paths import fp8_registers
+from moestro.kernels.triton.paths.fp8_registers import TABLE
+from moestro.kernels.triton.tactic import Tactic
+from moestro.moe import reference
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the GPU itself: tests/gpu")
+
+TOLERANCE = 1e-2
+TILES = TABLE["fp8"]
+TALL, FLAT = (next(t for t in TILES if (t.pairs1, t.gemm1.rows) == size) for size in ((128, 256), (256, 128)))
+
+
+def name(tactic: Tactic) -> str:
+    return "-".join(map(str, (tactic.pairs1, *tactic.gemm1, tactic.narrow or "whole")))
+
+
+def turned(columns: int) -> torch.Tensor:
+    """The column of each place of rows of whole blocks."""
+    p = torch.arange(-(-columns // 128) * 128)
+    return p // 128 * 128 + p // 4 % 4 * 32 + p // 32 % 4 * 8 + p // 16 % 2 * 4 + p % 4
+
+
+class Quantize:
+    """quantize_fp8 in torch: Triton's interpreter loses the carry where a mantissa is rounded up to a power of two."""
+
+    __name__, params = "quantize_fp8", ()
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(x: Any, ids: Any, pairs: Any, data: Any, scales: Any, columns: int, **meta: Any) -> None:
+            assert meta["HOW"].turned
+            assert grid == (len(data),)
+            scale = (x.float().abs().amax(1) / 448).clamp(min=torch.finfo(torch.float32).tiny)
+            scales.copy_(torch.where(x.float().abs().amax(1) == 0, 1.0, scale))
+            full = torch.zeros(data.shape)
+            full[:, :columns] = x.float() / scales[:, None]
+            data.copy_(full[:, turned(columns)].to(torch.float8_e4m3fn))
+
+        return launch
+
+
+@pytest.fixture
+def on_machine(monkeypatch: pytest.MonkeyPatch) -> Any:
+    kernel = kernels.fp4_fp8_registers
+
+    def start(seed: int, **mutants: tuple[str, str]) -> None:
+        monkeypatch.setattr(fp8_path, "has_wgmma", lambda: True)
+        monkeypatch.setattr(kernels, "fp4_fp8_registers", gluon_machine.GluonMachine(kernel, seed, mutants))
+        monkeypatch.setattr(fp8_registers, "quantize_fp8", Quantize())
+
+    return start
+
+
+def error(runner: Any, plain: Any, inputs: list[torch.Tensor], tactic: Tactic) -> float:
+    p = runner.problem
+    poisoned(runner, len(inputs[1]), tactic)
+    runner.forward(inputs, tactic)
+    truth = reference.fused_moe(*inputs[:3], plain, activation=p.activation, input_format="fp8",
+                                expert_offset=p.expert_offset, weight_rounding="e4m3")  # fmt: skip
+    return float((inputs[3].float() - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize("tile", TILES, ids=name)
+def test_products_match_the_reference_on_odd_sizes(tile: Tactic, on_machine: Any) -> None:
+    """Ragged experts, biases, experts of other ranks, an id that no rank has, an expert without pairs."""
+    on_machine(tile.pairs1 + sum(tile.gemm1) + len(tile.narrow))
+    for sizes, tokens in (((4, 2, 144, 80), (1, 37)), ((4, 2, 384, 112), (420,))):
+        runner, plain = make(sizes, "nvfp4", biases=True, foreign=1, input_format="fp8")
+        for n in tokens:
+            inputs = inputs_of(runner, n)
+            inputs[1][inputs[1] == 2] = 3
+            inputs[1][n - 1] = torch.tensor([-7, 1])
+            assert error(runner, plain, inputs, tile) < TOLERANCE
+
+
+def test_rows_are_quantised_in_the_order_of_products() -> None:
+    """Places of a block hold its columns in the order that a wgmma's A registers give them; the last block ends in zeros."""
+    x = torch.randn(3, 144).bfloat16()
+    ids, scales = torch.zeros(3, 2, dtype=torch.int32), torch.zeros(3)
+    data = torch.full((3, 256), 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    quantize_fp8[(3,)](
+        x, ids, ids, data, scales, 144, HOW=Recipe(False, False, 2, 0, 4, 256, True), PDL=False
+    )
+    exact = torch.zeros(3, 256)
+    exact[:, :144] = x.float()
+    found, wanted = data.float() * scales[:, None], exact[:, turned(144)]
+    assert torch.all(found[wanted == 0] == 0)
+    assert float(((found - wanted).abs() < 0.07 * wanted.abs() + 1e-3).float().mean()) > 0.95  # see Quantize
+
+
+@pytest.mark.parametrize("num_tokens", [1, 16, 256, 4096, 16384])
+def test_batch_invariant_problems_keep_to_paths_whose_bits_agree(
+    num_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fp8_path, "has_wgmma", lambda: True)
+    p = MoeProblem(32, 32, 0, 8, 7168, 2048, "nvfp4", input_format="fp8")
+    free, bound = (
+        choose.candidates(p, num_tokens),
+        choose.candidates(replace(p, batch_invariant=True), num_tokens),
+    )
+    assert any(t.path == "fp8_registers" for t in free)
+    assert {t.path for t in bound} == {"fp8", "fp8_once"}
+    assert choose.default(replace(p, batch_invariant=True), num_tokens) in bound
+    assert choose.default(p, num_tokens) in free
