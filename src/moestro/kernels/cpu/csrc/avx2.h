@@ -154,6 +154,43 @@ inline void multiply_float(const uint16_t* line, int blocks, const Tokens& x, fl
   }
 }
 
+// Two panels at once by up to three tokens, each sum in the order of multiply_float: there a line of 64 bytes, two additions
+// to the same sum after each other, takes 8 cycles however few its tokens are, which is 32 GB/s.
+constexpr int kPairTokens = 3;
+
+template <int T>
+inline void multiply_pair(const Dense& w, int blocks, const Tokens& x, float* sums, Ahead& ahead) {
+  const int chunks = (blocks + 1) / 2, ask = (ahead.lines + chunks - 1) / chunks;
+  __m256 c[T][4];
+#pragma GCC unroll 3
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) c[t][i] = _mm256_loadu_ps(sums + t * kTileRows + 8 * i);
+  const uint16_t *line = w.data, *chunk = x.data;
+  for (int left = blocks * 8; left > 0; left -= 16, chunk += x.stride) {
+    const auto* values = reinterpret_cast<const float*>(chunk);
+    const int pairs = left < 16 ? left : 16;
+    ahead.ask(ask);
+    for (int j = 0; j < pairs; ++j, line += kTileRows, values += 2)
+#pragma GCC unroll 2
+      for (int p = 0; p < 2; ++p) {
+        const uint16_t* at = line + p * w.stride;
+        _mm_prefetch(reinterpret_cast<const char*>(at + kStreamAhead), _MM_HINT_T0);
+        const __m256i first = load(at), second = load(at + 16);
+#pragma GCC unroll 3
+        for (int t = 0; t < T; ++t) {
+          const __m256 even = _mm256_broadcast_ss(values + t * kChunk), odd = _mm256_broadcast_ss(values + t * kChunk + 1);
+          c[t][2 * p] = _mm256_fmadd_ps(odd_of(first), odd, _mm256_fmadd_ps(even_of(first), even, c[t][2 * p]));
+          c[t][2 * p + 1] = _mm256_fmadd_ps(odd_of(second), odd, _mm256_fmadd_ps(even_of(second), even, c[t][2 * p + 1]));
+        }
+      }
+  }
+#pragma GCC unroll 3
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) _mm256_storeu_ps(sums + t * kTileRows + 8 * i, c[t][i]);
+}
+
 // Runs Tile<T>(panel p, tokens from t on) for all panels and tokens: one of at most kWhole, or several of at most kMost and
 // of equal size give or take one; each asks for as much of what is ahead with each chunk of its columns.
 template <template <int> class Tile, int kMost, int kWhole>
@@ -185,6 +222,11 @@ struct FloatTile {
 };
 
 void multiply(const Dense& w, int blocks, const Tokens& x, float* sums, Ahead& ahead) {
+  if (w.panels == 2 && x.count <= kPairTokens) {
+    if (x.count == 1) return multiply_pair<1>(w, blocks, x, sums, ahead);
+    if (x.count == 2) return multiply_pair<2>(w, blocks, x, sums, ahead);
+    return multiply_pair<3>(w, blocks, x, sums, ahead);
+  }
   each_tile<FloatTile, 6, 6>(w, blocks, x, kFloatLine, sums, ahead);
 }
 
