@@ -212,8 +212,6 @@ def layers() -> dict[tuple[str, int], list[dict[str, Any]]]:
     return found
 
 
-
-
 def measured(model: str, num_tokens: int) -> tuple[MoeProblem, dict[Tactic, float]]:
     """(problem, tactic -> µs) as recorded on an H100."""
     experts, top_k, hidden, inter = SIZES[model]

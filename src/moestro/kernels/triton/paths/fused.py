@@ -140,9 +140,7 @@ def shared_bytes(problem: MoeProblem, tactic: Tactic, stage: int) -> int:
 def cost(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> float:
     """Estimated seconds: decoding and products take turns."""
     products = path.estimates(problem, tactic, num_tokens)
-    return path.launches(tactic) + sum(
-        max(e.memory, e.products + e.decoding, e.operands) for e in products
-    )
+    return path.launches(tactic) + sum(max(e.memory, e.products + e.decoding, e.operands) for e in products)
 
 
 def scratch(problem: MoeProblem, num_tokens: int, tactic: Tactic, x_rows: int) -> Plan:

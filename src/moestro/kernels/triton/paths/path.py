@@ -19,7 +19,10 @@ HBM, TENSOR, INSTRUCTIONS, LAUNCH = 2.7e12, 6.5e14, 2.0e13, 3e-6  # bytes/s, FLO
 L2 = 1.0e13  # bytes/s, of which dense products of 128 x 256 have taken 7.5e12
 SPREAD = (-1.4, -0.9, -0.5, -0.2, 0.2, 0.5, 0.9, 1.4)  # standard deviations: the middles of eight equal parts
 
-LONG_WALK, LONG_WALK_PAIRS = 16, 1000.0  # a raster group, and the pairs per expert from which it is worth a race
+LONG_WALK, LONG_WALK_PAIRS = (
+    16,
+    1000.0,
+)  # a raster group, and the pairs per expert from which it is worth a race
 
 
 class Path(Protocol):
