@@ -104,7 +104,7 @@ def nibble_words(codes: torch.Tensor) -> torch.Tensor:
     planes = codes.to(torch.int32).unflatten(-1, (-1, 4, 16))  # [Rp, Cb, 4, 16]
     word = planes[..., 0, :] | planes[..., 1, :] << 4 | planes[..., 2, :] << 8 | planes[..., 3, :] << 12
     signed: torch.Tensor = torch.where(word >= 1 << 15, word - (1 << 16), word).to(torch.int16)
-    return signed.unflatten(0, (-1, ROWS)).transpose(1, 2)
+    return signed.unflatten(0, (-1, ROWS)).transpose(1, 2)  # type: ignore[no-any-return]
 
 
 def from_nibble_words(words: torch.Tensor) -> torch.Tensor:

@@ -21,18 +21,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 
 from moestro.kernels.triton.device.loops import following
+from moestro.kernels.triton.device.share import _exit, _tile, _total, _zero
 from moestro.kernels.triton.device.warp_specialized import (
     HALVES,
     QUARTERS,
     TURNED,
     WHOLE,
     Spot,
-    _exit,
     _pairs,
     _rows,
-    _tile,
-    _total,
-    _zero,
     activate,
     async_copy,
     copy_async,

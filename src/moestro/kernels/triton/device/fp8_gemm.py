@@ -27,14 +27,8 @@ from moestro.kernels.triton.device.fp8 import (
     write_block,
 )
 from moestro.kernels.triton.device.loops import following
-from moestro.kernels.triton.device.warp_specialized import (
-    _exit,
-    _tile,
-    _total,
-    _zero,
-    launch_next,
-    wait_for_previous,
-)
+from moestro.kernels.triton.device.share import _exit, _tile, _total, _zero
+from moestro.kernels.triton.device.warp_specialized import launch_next, wait_for_previous
 
 warpgroup_mma, warpgroup_mma_wait = hopper.warpgroup_mma, hopper.warpgroup_mma_wait
 

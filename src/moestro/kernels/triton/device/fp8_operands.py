@@ -134,9 +134,9 @@ def no_sums(W: gl.constexpr, W2: gl.constexpr):
     P: gl.constexpr = W if W < PART else PART
     acc = ()
     for _ in gl.static_range(W // P):
-        acc = acc + (gl.zeros([64, P], gl.float32, of_part(P)),)  # noqa: RUF005
+        acc = acc + (gl.zeros([64, P], gl.float32, of_part(P)),)  # type: ignore[assignment]  # noqa: RUF005
     if W2 > 0:
-        acc = acc + (gl.zeros([64, W2], gl.float32, of_part(W2)),)  # noqa: RUF005
+        acc = acc + (gl.zeros([64, W2], gl.float32, of_part(W2)),)  # type: ignore[assignment]  # noqa: RUF005
     return acc
 
 
@@ -154,15 +154,15 @@ def _started(acc, a, ring, stage, never, spare, W: gl.constexpr, W2: gl.constexp
         over = added[i - 2] if i > 1 else spare[1] if len(spare) > 1 else None
         later = _product(a, ring, stage, over, never, i * P, P)
         part = warpgroup_mma_wait(1, deps=[part])
-        sums = sums + (acc[i - 1] + part,)  # noqa: RUF005
-        added = added + (part,)  # noqa: RUF005
+        sums = sums + (acc[i - 1] + part,)  # type: ignore[assignment]  # noqa: RUF005
+        added = added + (part,)  # type: ignore[assignment]  # noqa: RUF005
         part = later
     if W2 > 0:
         over = spare[1] if len(spare) > 1 and W == P else added[W // P - 2] if W > P and W2 == P else None
         later = _product(a, ring, stage, over, never, W, W2)
         part = warpgroup_mma_wait(1, deps=[part])
-        sums = sums + (acc[W // P - 1] + part,)  # noqa: RUF005
-        added = added + (part,)  # noqa: RUF005
+        sums = sums + (acc[W // P - 1] + part,)  # type: ignore[assignment]  # noqa: RUF005
+        added = added + (part,)  # type: ignore[assignment]  # noqa: RUF005
         part = later
     return sums, added, part
 

@@ -23,18 +23,15 @@ from moestro.kernels.triton.device.fp8_operands import (
     sums_of_128,
 )
 from moestro.kernels.triton.device.loops import Ring, following
+from moestro.kernels.triton.device.share import _exit, _tile, _total, _zero
 from moestro.kernels.triton.device.warp_specialized import (
     Call,
     Spot,
     _epilogue,
-    _exit,
     _of_rows,
     _pairs,
     _results,
     _rows,
-    _tile,
-    _total,
-    _zero,
     launch_next,
     wait_for_previous,
 )

@@ -26,6 +26,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 
 from moestro.kernels.triton.device import common
 from moestro.kernels.triton.device.loops import Ring, following, mma_64, mma_64_pingpong, mma_128
+from moestro.kernels.triton.device.share import _exit, _tile, _total, _zero
 
 async_copy, mbarrier, fence_async_shared = hopper.async_copy, hopper.mbarrier, hopper.fence_async_shared
 copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # 3.9, 3.6
@@ -128,49 +129,6 @@ def wide_gemm(x, routing, stride, w, out, size, HOW: gl.constexpr, TILE: gl.cons
             [4, 4],
             [REGISTERS, PRODUCER],
         )
-
-
-@gluon.jit
-def _exit(x):
-    gl.inline_asm_elementwise("exit;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _zero(x):
-    """0, but the compiler does not know: what is added to it is computed in this tile, not kept for all."""
-    return 64 * gl.inline_asm_elementwise(
-        "mov.b32 $0, 0;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def _total(call, GROUP: gl.constexpr):
-    """Of tiles, rounded up to the same number for each program."""
-    programs = gl.num_programs(0)
-    return gl.cdiv(call.tiles * call.strips, programs) * programs
-
-
-@gluon.jit
-def _tile(call, number, GROUP: gl.constexpr):
-    """(strip of rows, expert, first place, pairs up to the end of the expert; 0 where there is no tile).
-
-    Every other round goes through the programs backwards: the table ends with its smallest tiles (sort.py), and those
-    are for the programs that had the later, so the smaller ones of the round before.
-    """
-    programs = gl.num_programs(0)
-    turn = number // programs
-    back = (2 * turn + 1) * programs - 1 - number
-    tile = number + turn % 2 * (back - number)
-    walk = GROUP * call.strips
-    group = tile // walk
-    within = tile - group * walk
-    wide = gl.maximum(gl.minimum(call.tiles - group * GROUP, GROUP), 1)  # the last group may be narrower
-    t = group * GROUP + within % wide
-    works = tile < call.tiles * call.strips
-    table, stride = call.routing.table, call.stride
-    start = gl.load(table + stride + t, works, other=0)
-    end = gl.load(table + 2 * stride + t, works, other=0)
-    return within // wide, gl.load(table + t, works, other=0), start, end - start
 
 
 @gluon.jit
