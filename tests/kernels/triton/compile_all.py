@@ -1,4 +1,4 @@
-"""Compile kernels without a GPU: `python compile_all.py sm_90` or `sm_100`; exit status 0 if all is well.
+"""Compile kernels without a GPU: `python compile_all.py sm_90` (sm_100, gluon_sm_90, dense_sm_90); exit status 0: all well.
 
 A program of its own, because the test process interprets the kernels.
 """
@@ -24,11 +24,12 @@ from moestro.kernels.triton.call import Launch
 from moestro.kernels.triton.device import fp4 as blackwell
 from moestro.kernels.triton.device import loops
 from moestro.kernels.triton.device.decode import BF16
-from moestro.kernels.triton.paths import chain, fp4, warp_specialized
+from moestro.kernels.triton.paths import chain, dense, fp4, warp_specialized
 from moestro.kernels.triton.tactic import SHARED_BYTES, Tile
 
 TENSOR_COLUMNS = 512  # of a processor's tensor memory on sm_100
 WGMMA, MMA = "wgmma.mma_async", "mma.sync"
+DENSE = "dense_wide_gemm"
 
 
 def sm_90() -> list[str]:
@@ -125,6 +126,33 @@ def gluon_sm_90() -> list[str]:
     return bad
 
 
+def dense_sm_90() -> list[str]:
+    """Dense wide products: weights and rows by TMA, products that run on, and no register in local memory."""
+    few, ragged = dense.FEW, dense.TABLE["dense"][-1]  # the narrowest, and the one of most pairs
+    even, odd = runner_of(8, 2, 512, 256, "bf16"), runner_of(4, 2, 320, 144, "bf16", ReLU2(), biases=True)
+    bad = []
+    for runner, tactic in ((even, few), (even, dense.FULL), (even, ragged), (odd, ragged)):
+        with patch.object(dense, "has_wgmma", return_value=True):
+            assert choose.why_not(runner.problem, tactic, 700) is None, tactic
+        launches = [a for a in runner.plan(inputs_of(runner, 700), tactic) if a.kernel.__name__ == DENSE]
+        assert len(launches) == 2, tactic  # the two products
+        bad += [c for launch in launches for c in stays_in_registers(launch)]
+    return bad
+
+
+def stays_in_registers(launch: Launch) -> list[str]:
+    """Of a dense wide product."""
+    name, compiled = f"{launch.kernel.__name__} {launch.meta}", compile_launch(launch).asm
+    ptx = compiled["ptx"]
+    bad = [f"{name}: no {a}" for a in (WGMMA, "cp.async.bulk.tensor", "setmaxnreg") if a not in ptx]
+    if not set(re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx)) - {"0"}:
+        bad.append(f"{name}: every wgmma is waited for")
+    with tempfile.TemporaryDirectory() as folder:
+        code = inflight.disassemble(compiled["cubin"], Path(folder) / "kernel.cubin")
+    local = [i.text for i in code.values() if re.search(r"\b(LDL|STL)\b", i.text)]
+    return [*bad, *(f"{name}: local memory, {text}" for text in local[:1])]
+
+
 @gluon.jit
 def lax(acc, acc2, accb, accb2, a, RUNNING: gl.constexpr, W2: gl.constexpr):  # type: ignore[no-untyped-def]
     """_retire_both, but it does not wait for what reads a, nor say that a is read."""
@@ -188,6 +216,7 @@ def _without(launch: Launch, instruction: str) -> str | None:
 
 
 if __name__ == "__main__":
-    problems = {"sm_90": sm_90, "gluon_sm_90": gluon_sm_90, "sm_100": sm_100}[sys.argv[1]]()
+    targets = {"sm_90": sm_90, "gluon_sm_90": gluon_sm_90, "dense_sm_90": dense_sm_90, "sm_100": sm_100}
+    problems = targets[sys.argv[1]]()
     print("\n".join(problems))
     sys.exit(len(problems) > 0)

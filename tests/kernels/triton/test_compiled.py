@@ -17,6 +17,7 @@ pytest.importorskip("triton", minversion="3.8")
     [
         ("compile_all", "sm_90"),
         ("compile_all", "gluon_sm_90"),
+        ("compile_all", "dense_sm_90"),
         ("compile_all", "sm_100"),
         ("compile_fp8", "sm_90"),
     ],
