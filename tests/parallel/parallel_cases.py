@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 
 import moestro
 from moestro import ExpertWeights, FusedMoE, reference
 from moestro.parallel import ExpertParallel
+from moestro.parallel.peers import Peers
 from moestro.tuning import AutoTuner, MeasurementPolicy
 
 E, K, H, I = 8, 3, 48, 32  # noqa: E741
@@ -195,3 +198,19 @@ def equality_with(
     group: Any, counts: list[int], routings: list[str], options: dict[str, Any]
 ) -> list[tuple[str, str, float]]:
     return equality(group, counts, routings, **options)
+
+
+def rows_held_after_collectives(group: Any, times: int) -> int:
+    """Of so many all-to-alls, how many returned while gloo held what it sent or received."""
+    peers, seen, held = Peers(group), [], 0
+
+    def recorded(out: torch.Tensor, rows: torch.Tensor, *sizes: Any, **how: Any) -> Any:
+        seen[:] = [out, rows]
+        return all_to_all(out, rows, *sizes, **how)
+
+    all_to_all = dist.all_to_all_single
+    with patch.object(dist, "all_to_all_single", recorded):
+        for _ in range(times):
+            peers.all_to_all(torch.ones(4 * peers.size, 8))
+            held += any(tensor._use_count() > 1 for tensor in seen)  # type: ignore[attr-defined]
+    return held

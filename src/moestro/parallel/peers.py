@@ -7,6 +7,7 @@ thread that counts up one key of the group's store a second.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 import weakref
@@ -29,6 +30,7 @@ _reduce_scatter: Callable[..., Any] = (
     getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 )
 LOOK_S = 1.0  # between looks whether another rank has left, while a collective waits for it
+LET_GO_S, LET_GO_PAUSE_S = 1.0, 20e-6
 LISTEN_S = 2.5  # a rank whose count stands still for so long is gone
 
 
@@ -46,7 +48,7 @@ class Peers:
     def all_gather(self, rows: torch.Tensor) -> torch.Tensor:
         """Every rank's rows [B, ...], in order of rank: [R * B, ...]. B is the same on all ranks."""
         out = rows.new_empty((self.size * rows.shape[0], *rows.shape[1:]))
-        self._do("all-gather", rows, lambda **how: _all_gather(_bytes(out), _bytes(rows), **how))
+        self._do("all-gather", _all_gather, _bytes(out), _bytes(rows))
         return out
 
     def reduce_scatter(self, rows: torch.Tensor) -> torch.Tensor:
@@ -57,7 +59,7 @@ class Peers:
         block = rows.shape[0] // self.size
         if rows.is_cuda:
             out = rows.new_empty((block, *rows.shape[1:]))
-            self._do("reduce-scatter", rows, lambda **how: _reduce_scatter(out, rows, **how))
+            self._do("reduce-scatter", _reduce_scatter, out, rows)
             return out
         parts = self.all_to_all(rows).view(self.size, block, *rows.shape[1:])
         return parts.float().sum(0).to(rows.dtype)
@@ -71,11 +73,7 @@ class Peers:
         out = rows.new_empty((count, *rows.shape[1:]))
         width = rows[0].nbytes if rows.shape[0] else out[0].nbytes if count else 0
         received, sent = ([n * width for n in part] if part is not None else None for part in (receive, send))
-
-        def collective(**how: Any) -> Any:
-            return dist.all_to_all_single(_bytes(out), _bytes(rows), received, sent, **how)
-
-        self._do("all-to-all", rows, collective)
+        self._do("all-to-all", dist.all_to_all_single, _bytes(out), _bytes(rows), received, sent)
         return out
 
     def numbers(self, mine: int, device: torch.device) -> list[int]:
@@ -90,14 +88,21 @@ class Peers:
         """Tell the others why this rank will not take part any more."""
         self.link.leave(f"{type(error).__name__}: {error}")
 
-    def _do(self, what: str, rows: torch.Tensor, collective: Callable[..., Any]) -> None:
+    def _do(
+        self, what: str, collective: Callable[..., Any], out: torch.Tensor, rows: torch.Tensor, *sizes: Any
+    ) -> None:
+        """collective(out, rows, *sizes) over the group."""
         if self.link.broken:
             raise GroupError(self.link.broken)
         try:
-            work = collective(group=self.group, async_op=not rows.is_cuda)
+            work = collective(out, rows, *sizes, group=self.group, async_op=not rows.is_cuda)
             if work is not None:
                 self._finish(work)
+                del work
+                _let_go(out, rows)
         except RuntimeError as error:  # torch.distributed's errors are RuntimeErrors
+            for tensor in (out, rows):
+                _never_free(tensor)
             why = f"{what} failed: {self._pulse.diagnosis()} ({str(error).splitlines()[0][:200]})"
             self.link.leave(why)
             raise GroupError(why) from error
@@ -158,6 +163,26 @@ def _beat(link: StoreLink, stop: threading.Event) -> None:
         if not link.pulse(count):
             return
         stop.wait(BEAT_S)
+
+
+def _let_go(*tensors: torch.Tensor) -> None:
+    """Wait until gloo's thread has let these go, which it does just after it says that it is done.
+
+    Who lets go last frees the Python object. gloo's thread needs Python's lock for that, and where it asks for it while the
+    interpreter shuts down it aborts the process (torch 2.13: "terminate called without an active exception").
+    """
+    end = time.monotonic() + LET_GO_S
+    while any(tensor._use_count() > 1 for tensor in tensors):  # type: ignore[attr-defined]
+        if time.monotonic() > end:
+            for tensor in tensors:
+                _never_free(tensor)
+            return
+        time.sleep(LET_GO_PAUSE_S)
+
+
+def _never_free(tensor: torch.Tensor) -> None:
+    """Of a collective that did not end: gloo's thread may hold its rows for as long as the process lives."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(tensor))
 
 
 def _bytes(rows: torch.Tensor) -> torch.Tensor:
