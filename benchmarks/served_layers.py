@@ -1,0 +1,187 @@
+"""gpu_served.py's commands on layers of models: verify steps, what batch invariance costs, winners under load."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from gpu_served import (
+    Rows,
+    Target,
+    alternate,
+    chosen,
+    compile_all,
+    inputs_of,
+    layer_of,
+    median_us,
+    samplers,
+    shape_of,
+    tuner_of,
+)
+
+from moestro import FusedMoE
+from moestro.bench.contenders import tactic_words
+from moestro.bench.layers import Case, make_case
+from moestro.bench.models import MoeShape
+from moestro.bench.regret_real import Case as Question
+from moestro.bench.regret_real import judge
+from moestro.moe.tuning_config import OP, as_probes
+from moestro.routing import Correlated, Uniform
+from moestro.tuning import MeasurementPolicy
+from moestro.tuning.measure.compile import jobs_of, precompile
+from moestro.tuning.measure.decide import merged
+from moestro.tuning.measure.timers import default_timer
+from moestro.tuning.progress import Listener
+
+# --- verify steps ------------------------------------------------------------------------------------------
+BASE, STEPS, DRAWS, OVERLAPS = 16, (1, 2, 4, 8), 5, (0.5, 0.8)  # tokens; draws of a size; of Correlated
+
+
+def verify(rows: Rows) -> int:
+    """Time over that of the united experts' bytes at the rate of BASE tokens; NVFP4, DeepSeek-V3 EP8 and Mixtral."""
+    o = rows.options
+    for model in rows.cells(("deepseek-v3", "mixtral-8x7b")):
+        shape = shape_of(model, o)
+        layer = layer_of(shape, "nvfp4", BASE, tuner_of(o), o)
+        for overlap in rows.cells(OVERLAPS):
+            cases = {
+                (n, i): make_case(shape, n, Correlated(overlap), seed=100 * n + i, device=o.device)
+                for n in (*STEPS, BASE)
+                for i in range(DRAWS)
+            }
+            compile_all([(layer, inputs_of(case)) for case in cases.values()])
+            lanes = samplers({at: partial(layer, c.x, c.ids, c.weights) for at, c in cases.items()}, o.device)
+            us = {at: median_us(taken) for at, taken in alternate(lanes, o.rounds).items()}
+            _verified(rows, shape, layer, overlap, cases, us)
+    return rows.judged(Target("time_of_expected", 1.1), lambda row: row["tokens"] > 1)
+
+
+def _verified(
+    rows: Rows,
+    shape: MoeShape,
+    layer: FusedMoE,
+    overlap: float,
+    cases: dict[tuple[int, int], Case],
+    us: dict[tuple[int, int], float],
+) -> None:
+    """A row a number of tokens: medians over its draws."""
+    an_expert = layer.weights.nbytes / shape.num_local_experts
+    moved = {at: case.ids.unique().numel() * an_expert for at, case in cases.items()}
+    rate = statistics.median(moved[BASE, i] / us[BASE, i] for i in range(DRAWS))  # bytes a µs
+    for n in STEPS:
+        draws = [(n, i) for i in range(DRAWS)]
+        rows.add(
+            model=shape.name,
+            overlap=overlap,
+            tokens=n,
+            experts=statistics.mean(moved[at] / an_expert for at in draws),
+            us=statistics.median(us[at] for at in draws),
+            tb_per_s=statistics.median(moved[at] / us[at] for at in draws) / 1e6,
+            tb_per_s_at_16=rate / 1e6,
+            time_of_expected=statistics.median(us[at] * rate / moved[at] for at in draws),
+            tactic=chosen(layer, n),
+        )
+
+
+# --- batch invariance --------------------------------------------------------------------------------------
+COSTS = (("qwen3-30b-a3b", "nvfp4"), ("deepseek-v3", "nvfp4"), ("mixtral-8x7b", "nvfp4"), ("qwen3-30b-a3b", "bf16"))
+FEW, FEW_BOUND, BOUND = 64, 1.05, 1.10  # up to so many tokens the first bound, then the second
+
+
+def cost(rows: Rows) -> int:
+    """Time with batch_invariant over that without, at each number of tokens."""
+    o = rows.options
+    sizes = o.tokens or [1 << i for i in range(11)]
+    for model, format in rows.cells(COSTS):
+        shape, tuner = shape_of(model, o), tuner_of(o)
+        layers = {
+            flag: layer_of(shape, format, max(sizes), tuner, o, batch_invariant=flag)
+            for flag in (False, True)
+        }
+        cases = {n: make_case(shape, n, Uniform(), seed=n, device=o.device) for n in sizes}
+        compile_all([(layer, inputs_of(case)) for layer in layers.values() for case in cases.values()])
+        for n in rows.cells(sizes):
+            calls = {flag: partial(layer, *cases[n][1:]) for flag, layer in layers.items()}
+            taken = alternate(samplers(calls, o.device), o.rounds)
+            ratio = statistics.median(b / a for a, b in zip(taken[False], taken[True], strict=True))
+            rows.add(
+                model=model,
+                format=format,
+                tokens=n,
+                us=median_us(taken[False]),
+                invariant_us=median_us(taken[True]),
+                ratio=ratio,
+                of_bound=ratio / (FEW_BOUND if n <= FEW else BOUND),
+                tactic=chosen(layers[False], n),
+                invariant_tactic=chosen(layers[True], n),
+            )
+    return rows.judged(Target("of_bound", 1.0))
+
+
+# --- under load --------------------------------------------------------------------------------------------
+SUSTAINED = (1, 4, 16, 64, 256, 1024, 4096, 16384)  # those of docs/peers.md
+
+
+def sustained(rows: Rows) -> int:
+    """Time of what serves over the best tactic's, both measured after --load seconds of load; NVFP4, two models."""
+    o = rows.options
+    sizes, policy = o.tokens or list(SUSTAINED), MeasurementPolicy(sustained_s=o.load)
+    for model in rows.cells(("qwen3-30b-a3b", "deepseek-v3")):
+        shape = shape_of(model, o)
+        layer = layer_of(shape, "nvfp4", max(sizes), tuner_of(o), o)
+        _decided(layer, sizes, o.each)
+        _compiled(layer, shape, sizes, o.device)
+        for n in rows.cells(sizes):
+            rows.add(model=model, tokens=n, **_judged(layer, shape, n, policy, o))
+    return rows.judged(Target("of_best", 1.01, 0.95))
+
+
+def _decided(layer: FusedMoE, sizes: Sequence[int], seconds: float) -> None:
+    """Tune what no bundle or store has decided for good."""
+    known = [layer.decision(n) for n in sizes]
+    if not all(d is not None and d.status == "measured" and d.record.complete for d in known):
+        layer.tune(max(sizes), seconds, None, Listener(), buckets=sizes)
+
+
+def _compiled(layer: FusedMoE, shape: MoeShape, sizes: Sequence[int], device: str) -> None:
+    """All that the oracle will run, side by side; what cannot be compiled it leaves out."""
+    jobs: dict[Any, Any] = {}
+    for n in sizes:
+        inputs = inputs_of(make_case(shape, n, Uniform(), device=device))
+        for runner in layer.runners:
+            for tactic in (-1, *runner.get_valid_tactics(inputs, None)):
+                jobs |= jobs_of(runner, inputs, tactic, (n, str(tactic)))
+    print(f"{len(jobs)} kernels, {len(precompile(jobs))} failed", flush=True)
+
+
+def _judged(layer: FusedMoE, shape: MoeShape, n: int, policy: MeasurementPolicy, o: Any) -> dict[str, Any]:
+    """A row's figures: what serves, the best, and the clock meanwhile."""
+    problem = layer.runners[0].problem
+    config = replace(layer.tuning_config, probes=as_probes(problem, [Uniform()]), accepts=())
+    timer = default_timer(o.device, policy, graph=config.use_cuda_graph)
+    question = Question(OP, layer.runners, config, inputs_of(make_case(shape, n, Uniform(), device=o.device)))
+    with torch.inference_mode():
+        found = judge(question, timer, policy, o.oracle)
+    oracle, decision = found.oracle, layer.decision(n)
+    serves = (0, -1)
+    if decision is not None:
+        runner = next(i for i, r in enumerate(layer.runners) if r is decision.runner)
+        serves = (runner, decision.tactic)
+    if serves not in oracle.candidates:
+        return {"of_best": math.inf, "serves": chosen(layer, n), "why": "what serves is no candidate"}
+    best = oracle.candidates[oracle.ratios.index(oracle.best)]
+    return {
+        "of_best": oracle.ratios[oracle.candidates.index(serves)] / oracle.best,
+        "error": oracle.error,
+        "serves": chosen(layer, n),
+        "best": f"{layer.runners[best[0]].backend} {tactic_words(best[1])}",
+        "default_us": oracle.default_seconds * 1e6,
+        "candidates": len(oracle.candidates),
+        "rounds": oracle.rounds,
+        "clocks": merged(found.readings),
+    }
