@@ -4,13 +4,14 @@
     python benchmarks/gpu_served.py equal     --json FILE    batch_invariant=True: random batches, bit for bit
     python benchmarks/gpu_served.py cost      --json FILE    the same layer with and without batch_invariant, alternating
     python benchmarks/gpu_served.py sustained --json FILE    winners under seconds of load beside all other tactics
+    python benchmarks/gpu_served.py host      --json FILE    a warm eager call, host time alone
     python benchmarks/gpu_served.py decode    --json FILE    a two-layer Qwen3-MoE in Transformers, eager decode steps
     python benchmarks/gpu_served.py skew RECORD --json FILE  ratios and floors of what gpu_record.py's skewed steps recorded
     ... --device cpu --tiny                                  the same program on small layers of the CPU backend
 
 FILE is written anew after every cell, so that a process that is killed loses nothing; no cell is begun after --seconds.
 Times are medians over cold caches (a CUDA graph on a GPU), contenders alternating. Tactics are those that the
-layer's decisions give: --store's or the shipped bundle's, else the default. Exit status 1: a target was missed, a cell
+layer's decisions give: --store's or the shipped bundle's, else the default. Exit status 3: a target was missed, a cell
 not reached, or nothing was measured; the last line says which.
 """
 
@@ -40,6 +41,8 @@ from moestro.tuning.measure.timers import default_timer
 from moestro.tuning.store.store import write_text_atomically
 
 SCHEMA = "moestro.served/1"
+MISSED = 3  # exit status
+NEVER = 999.0  # a ratio that no bound allows, in JSON
 RANKS = {"deepseek-v3": 8}  # whose share of the experts is measured, all pairs local
 
 
@@ -95,7 +98,7 @@ class Rows:
         missed = f"; NOT REACHED: {', '.join(self.not_reached)}" if self.not_reached else ""
         print(f"{self.options.what}: {target.figure} at most {target.most:g} in {share:.1%} of {len(judged)} rows, "
               f"{target.share:.0%} wanted; worst {worst}{missed}", flush=True)  # fmt: skip
-        return int(not judged or share < target.share or bool(self.not_reached))
+        return MISSED if not judged or share < target.share or self.not_reached else 0
 
 
 def _words(value: Any) -> str:
@@ -179,9 +182,10 @@ def median_us(samples: Sequence[float]) -> float:
     return statistics.median(samples) * 1e6
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     import served_decode
     import served_equal
+    import served_host
     import served_layers
     import served_skew
 
@@ -190,6 +194,7 @@ def main() -> int:
         "cost": served_layers.cost,
         "sustained": served_layers.sustained,
         "equal": served_equal.equal,
+        "host": served_host.host,
         "decode": served_decode.decode,
         "skew": served_skew.skew,
     }
@@ -209,7 +214,7 @@ def main() -> int:
     parser.add_argument("--load", type=float, default=5.0, help="sustained: seconds of load before each cell")
     parser.add_argument("--oracle", type=float, default=1.5, help="sustained: seconds of measuring each cell")
     parser.add_argument("--each", type=float, default=10.0, help="sustained: seconds of tuning a model")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.what == "skew" and options.record is None:
         parser.error("skew: the record.json of gpu_record.py is missing")
     return commands[options.what](Rows(options))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 from gpu_served import (
+    NEVER,
     Rows,
     Target,
     alternate,
@@ -39,7 +39,8 @@ from moestro.tuning.measure.timers import default_timer
 from moestro.tuning.progress import Listener
 
 # --- verify steps ------------------------------------------------------------------------------------------
-BASE, STEPS, DRAWS, OVERLAPS = 16, (1, 2, 4, 8), 5, (0.5, 0.8)  # tokens; draws of a size; of Correlated
+BASE, STEPS, OVERLAPS = 16, (1, 2, 4, 8), (0.5, 0.8)  # tokens; of Correlated
+DRAWS = 5  # of routing, at a number of tokens
 
 
 def verify(rows: Rows) -> int:
@@ -52,7 +53,7 @@ def verify(rows: Rows) -> int:
             cases = {
                 (n, i): make_case(shape, n, Correlated(overlap), seed=100 * n + i, device=o.device)
                 for n in (*STEPS, BASE)
-                for i in range(DRAWS)
+                for i in range(2 if o.tiny else DRAWS)
             }
             compile_all([(layer, inputs_of(case)) for case in cases.values()])
             lanes = samplers({at: partial(layer, c.x, c.ids, c.weights) for at, c in cases.items()}, o.device)
@@ -72,9 +73,9 @@ def _verified(
     """A row a number of tokens: medians over its draws."""
     an_expert = layer.weights.nbytes / shape.num_local_experts
     moved = {at: case.ids.unique().numel() * an_expert for at, case in cases.items()}
-    rate = statistics.median(moved[BASE, i] / us[BASE, i] for i in range(DRAWS))  # bytes a µs
+    rate = statistics.median(moved[at] / us[at] for at in cases if at[0] == BASE)  # bytes a µs
     for n in STEPS:
-        draws = [(n, i) for i in range(DRAWS)]
+        draws = [at for at in cases if at[0] == n]
         rows.add(
             model=shape.name,
             overlap=overlap,
@@ -106,7 +107,8 @@ def cost(rows: Rows) -> int:
         cases = {n: make_case(shape, n, Uniform(), seed=n, device=o.device) for n in sizes}
         compile_all([(layer, inputs_of(case)) for layer in layers.values() for case in cases.values()])
         for n in rows.cells(sizes):
-            calls = {flag: partial(layer, *cases[n][1:]) for flag, layer in layers.items()}
+            case = cases[n]
+            calls = {flag: partial(layer, case.x, case.ids, case.weights) for flag, layer in layers.items()}
             taken = alternate(samplers(calls, o.device), o.rounds)
             ratio = statistics.median(b / a for a, b in zip(taken[False], taken[True], strict=True))
             rows.add(
@@ -173,7 +175,7 @@ def _judged(layer: FusedMoE, shape: MoeShape, n: int, policy: MeasurementPolicy,
         runner = next(i for i, r in enumerate(layer.runners) if r is decision.runner)
         serves = (runner, decision.tactic)
     if serves not in oracle.candidates:
-        return {"of_best": math.inf, "serves": chosen(layer, n), "why": "what serves is no candidate"}
+        return {"of_best": NEVER, "serves": chosen(layer, n), "why": "what serves is no candidate"}
     best = oracle.candidates[oracle.ratios.index(oracle.best)]
     return {
         "of_best": oracle.ratios[oracle.candidates.index(serves)] / oracle.best,
