@@ -220,24 +220,29 @@ def check_w4a4() -> int:
 
 def quick(names: list[str], tokens: list[int]) -> int:
     """A few tactics of each kind on small sizes, for compute-sanitizer; NVFP4 unless formats are named."""
-    bad = 0
+    runs: list[Run] = []
+    jobs: dict[Any, Callable[[], Any]] = {}
     for fmt, taken in combinations(names or ["nvfp4"]):
         runner, plain = make(*small_sizes(fmt, taken), fmt, bias=True, inf=taken, E=12, offset=2)
         for n in tokens:
             inputs = inputs_of(runner, n)
             inputs[1][0, 0] = 1 << 30
             found = choose.candidates(runner.problem, n)
-            kinds = {(t.path, t.route, t.narrow, t.overlap_steps): t for t in found}
-            runner.use_workspace(None)
-            if DEV == "cuda":
-                compile_all(runner, [(inputs, t) for t in kinds.values()])
-            for tactic in kinds.values():
-                e = error(runner, plain, inputs, tactic)
-                bad += not e < 1e-2
-                print(f"quick {fmt}+{taken} N={n} {tactic.path} {short(tactic)} error {e:.1e}", flush=True)
+            for tactic in {(t.path, t.route, t.narrow, t.overlap_steps): t for t in found}.values():
+                jobs |= runner.compile_jobs(inputs, tactic) if DEV == "cuda" else {}
+                what = f"{fmt}+{taken} N={n} {tactic.path} {short(tactic)}"
+                runs.append(Run(what, runner, plain, inputs, tactic, ()))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for future in [pool.submit(job) for job in jobs.values()]:
+            future.result()
+    bad = 0
+    for run in runs:
+        e, why = checked(run, truth_of(run.runner, run.plain, run.inputs), [])
+        bad += bool(why)
+        print(f"{'BAD' if why else 'quick'} {run.what} error {e:.1e} {why}", flush=True)
     if DEV == "cuda":
         torch.cuda.synchronize()
-    print("quick:", "FAILED" if bad else "ok", bad)
+    print("quick:", "FAILED" if bad else "ok", bad, "of", len(runs))
     return bad
 
 

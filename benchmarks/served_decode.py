@@ -10,21 +10,22 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import transformers
 from cpu_model import config_of
-from gpu_served import NEVER, Rows, Target, alternate, median_us
+from gpu_served import NEVER, Rows, Target, alternate, compile_all, median_us
 
 import moestro.integrations.transformers as mt
 from moestro.bench.timing import timer_for
 from moestro.integrations.transformers.modules import experts_modules
 from moestro.integrations.transformers.packed import pack
 from moestro.integrations.transformers.settings import Settings
+from moestro.moe.call import as_inputs
 
-SEQUENCES, PROMPT, VOCABULARY, STEPS = (1, 4, 16, 64), 32, 32768, 15
+SEQUENCES, PROMPT, VOCABULARY, STEPS = (1, 4, 16, 64), 8, 32768, 15
 PEER, FLUSH = "grouped_mm", 256 << 20
 HALF = 0.5  # of what the kernels gain, at least, a step gains
 
@@ -32,25 +33,48 @@ HALF = 0.5  # of what the kernels gain, at least, a step gains
 def decode(rows: Rows) -> int:
     """A row a contender and number of sequences; Moestro's say what a step and what the experts alone gain."""
     o = rows.options
-    models = models_of(o)
-    for count in rows.cells(o.tokens or SEQUENCES):
-        with torch.inference_mode():
-            steps = {name: Steps(name, model, count, o.device) for name, model in models.items()}
-            logits = {name: each() for name, each in steps.items()}  # warms up
-            step = alternate({name: each.seconds for name, each in steps.items()}, STEPS)
-            alone = alternate({name: each.experts_alone() for name, each in steps.items()}, STEPS)
-        truth = logits[PEER].float()
-        for name in models:
-            row: dict[str, Any] = {"sequences": count, "contender": name}
-            row |= {"step_us": median_us(step[name]), "experts_us": median_us(alone[name])}
-            if name != PEER:
-                gains = [median_us(t[PEER]) - median_us(t[name]) for t in (step, alone)]
-                held = gains[0] > 0 and gains[1] > 0
-                row |= {"step_gain_us": gains[0], "experts_gain_us": gains[1]}
-                row["of_bound"] = HALF * gains[1] / gains[0] if held else NEVER
-                row["logits_difference"] = float((logits[name].float() - truth).norm() / truth.norm())
-            rows.add(**row)
+    models, counts = models_of(o), o.tokens or SEQUENCES
+    compiled(models, counts, o.device)
+    for count in rows.cells(counts):
+        with rows.cell(count), torch.inference_mode():
+            _steps(rows, models, count)
     return rows.judged(Target("of_bound", 1.0), lambda row: "of_bound" in row)
+
+
+def _steps(rows: Rows, models: dict[str, Any], count: int) -> None:
+    """The rows of a number of sequences."""
+    device = rows.options.device
+    steps = {name: Steps(model, count, device) for name, model in models.items()}
+    logits = {name: each() for name, each in steps.items()}  # warms up
+    step = alternate({name: each.seconds for name, each in steps.items()}, STEPS)
+    alone = alternate({name: each.experts_alone() for name, each in steps.items()}, STEPS)
+    truth = logits[PEER].float()
+    for name in models:
+        row: dict[str, Any] = {"sequences": count, "contender": name}
+        row |= {"step_us": median_us(step[name]), "experts_us": median_us(alone[name])}
+        if name != PEER:
+            gains = [median_us(t[PEER]) - median_us(t[name]) for t in (step, alone)]
+            held = gains[0] > 0 and gains[1] > 0
+            row |= {"step_gain_us": gains[0], "experts_gain_us": gains[1]}
+            row["of_bound"] = HALF * gains[1] / gains[0] if held else NEVER
+            row["logits_difference"] = float((logits[name].float() - truth).norm() / truth.norm())
+        rows.add(**row)
+
+
+def compiled(models: dict[str, Any], counts: Sequence[int], device: str) -> None:
+    """What Moestro's layers run in a prompt and in a step, side by side; the layers of a model are alike."""
+    layers = [mt.prepare(model)[0] for name, model in models.items() if name != PEER]
+    pairs = []
+    for layer in layers:
+        for n in sorted({n for count in counts for n in (count, count * PROMPT)}):
+            x = torch.zeros(n, layer.weights.hidden_size, dtype=torch.bfloat16, device=device)
+            ids = torch.zeros(
+                n, layer.top_k, dtype=torch.int64, device=device
+            )  # as Transformers' routers give them
+            pairs.append(
+                (layer, as_inputs(x, ids, torch.zeros(ids.shape, device=device), torch.empty_like(x)))
+            )
+    compile_all(pairs)
 
 
 def models_of(o: Any) -> dict[str, Any]:
@@ -81,8 +105,8 @@ def models_of(o: Any) -> dict[str, Any]:
 class Steps:
     """Decode steps of one contender, after a prompt of its own."""
 
-    def __init__(self, name: str, model: Any, count: int, device: str) -> None:
-        self.name, self._model, self._device = name, model, device
+    def __init__(self, model: Any, count: int, device: str) -> None:
+        self._model, self._device = model, device
         gen = torch.Generator().manual_seed(count)
         size = model.config.vocab_size
         self._tokens = torch.randint(0, size, (count, PROMPT + 1), generator=gen).to(device)

@@ -13,16 +13,16 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
-from gpu_served import Rows, Target, tuner_of
+from gpu_served import Rows, Target, compile_jobs, tuner_of
 
 from moestro import ExpertWeights, FusedMoE
 from moestro.errors import BackendError
 from moestro.moe.call import as_inputs
 from moestro.routing import Uniform, Zipf
-from moestro.tuning.measure.compile import jobs_of, precompile
+from moestro.tuning.measure.compile import jobs_of
 
 SIZES, TINY = (16, 4, 512, 384), (8, 2, 128, 128)  # E, K, H, I; FP8 blocks want multiples of 128
-POOL, SMALL_POOL = 1024, 24  # tokens
+POOL, SMALL_POOL = 1024, 12  # tokens
 BF16, FP16 = torch.bfloat16, torch.float16
 KINDS: tuple[tuple[str, str | None, torch.dtype], ...] = (
     *((format, None, BF16) for format in ("nvfp4", "mxfp4", "mxfp8", "fp8_block", "int4", "bf16")),
@@ -45,25 +45,34 @@ def equal(rows: Rows) -> int:
     o = rows.options
     made = {}
     for kind in KINDS:
-        layer = layer_of(kind, o)
-        made[kind] = layer, tokens_of(layer, kind[2], SMALL_POOL if o.tiny else POOL)
-    compile_all([(layer, call) for layer, call in made.values()])
-    for i, kind in rows.cells(list(enumerate(KINDS))):
-        layer, call = made[kind]
-        alone = torch.cat([layer(*(t[n : n + 1] for t in call)) for n in range(len(call[0]))])
-        count = (o.batches + i) // len(KINDS)
-        began, found = time.monotonic(), batches(layer, Pool(call, alone, offers(layer, call)), count, random.Random(i))
-        rows.add(
-            format=kind[0],
-            input_format=kind[1],
-            dtype=str(kind[2]).removeprefix("torch."),
-            backend=layer.runners[0].backend,
-            **found,
-            seconds=round(time.monotonic() - began, 1),
-        )
+        with rows.cell(kind):
+            layer = layer_of(kind, o)
+            made[kind] = layer, tokens_of(layer, kind[2], SMALL_POOL if o.tiny else POOL)
+    compile_kinds(list(made.values()))
+    for i, kind in rows.cells(list(enumerate(made))):
+        with rows.cell(kind), torch.inference_mode():
+            _kind(rows, i, kind, *made[kind])
     done = sum(row["batches"] for row in rows.rows)
     print(f"{done} batches, {sum(row['different'] for row in rows.rows)} with other bits")
     return rows.judged(Target("different", 0))
+
+
+def _kind(rows: Rows, i: int, kind: Any, layer: FusedMoE, call: list[torch.Tensor]) -> None:
+    """A kind's share of the batches."""
+    alone = torch.cat([layer(*(t[n : n + 1] for t in call)) for n in range(len(call[0]))])
+    pool = Pool(call, alone, offers(layer, call))
+    began, found = (
+        time.monotonic(),
+        batches(layer, pool, (rows.options.batches + i) // len(KINDS), random.Random(i)),
+    )
+    rows.add(
+        format=kind[0],
+        input_format=kind[1],
+        dtype=str(kind[2]).removeprefix("torch."),
+        backend=layer.runners[0].backend,
+        **found,
+        seconds=round(time.monotonic() - began, 1),
+    )
 
 
 def layer_of(kind: tuple[str, str | None, torch.dtype], o: Any) -> FusedMoE:
@@ -99,9 +108,7 @@ def sizes_of(count: int) -> list[int]:
 def offers(layer: FusedMoE, call: list[torch.Tensor]) -> dict[int, list[Any]]:
     """By number of tokens: what a batch may be run with beside the default, three that the problem offers."""
     [runner] = layer.runners
-    return {
-        n: list(runner.get_valid_tactics(first(call, n), None))[:3] for n in sizes_of(len(call[0]))
-    }
+    return {n: list(runner.get_valid_tactics(first(call, n), None))[:3] for n in sizes_of(len(call[0]))}
 
 
 def first(call: list[torch.Tensor], n: int) -> list[torch.Tensor]:
@@ -110,8 +117,8 @@ def first(call: list[torch.Tensor], n: int) -> list[torch.Tensor]:
     return as_inputs(x, ids, weights, torch.full_like(x, float("nan")))
 
 
-def compile_all(made: list[tuple[FusedMoE, list[torch.Tensor]]]) -> None:
-    """Kernels of all kinds side by side; one that fails is said, and fails again where it is run."""
+def compile_kinds(made: list[tuple[FusedMoE, list[torch.Tensor]]]) -> None:
+    """Kernels of all kinds side by side."""
     jobs: dict[Any, Any] = {}
     for layer, call in made:
         [runner], tactics = layer.runners, offers(layer, call)
@@ -119,10 +126,7 @@ def compile_all(made: list[tuple[FusedMoE, list[torch.Tensor]]]) -> None:
             inputs = first(call, n)
             for tactic in (-1, *tactics[n]):
                 jobs |= jobs_of(runner, inputs, tactic, (id(layer), n, str(tactic)))
-    began, failed = time.monotonic(), precompile(jobs)
-    print(f"{len(jobs)} kernels compiled in {time.monotonic() - began:.1f} s, {len(failed)} failed", flush=True)
-    for error in list(failed.values())[:3]:
-        print(f"a kernel: {type(error).__name__}: {str(error)[:300]}")
+    compile_jobs(jobs)
 
 
 def batches(layer: FusedMoE, pool: Pool, count: int, rng: random.Random) -> dict[str, Any]:

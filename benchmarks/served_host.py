@@ -12,7 +12,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from gpu_served import Rows, Target, alternate, chosen, layer_of, median_us, shape_of, tuner_of
+from gpu_served import (
+    Rows,
+    Target,
+    alternate,
+    chosen,
+    compile_all,
+    inputs_of,
+    layer_of,
+    median_us,
+    shape_of,
+    tuner_of,
+)
 
 from moestro.bench.layers import make_case
 from moestro.bench.models import from_sizes
@@ -29,8 +40,10 @@ def host(rows: Rows) -> int:
     shape = shape_of("qwen3-30b-a3b", o) if o.tiny else from_sizes("32,8,2048,768")
     sizes = o.tokens or (TOKENS if on_gpu else TINY_TOKENS)
     layer, most = layer_of(shape, "nvfp4", max(sizes), tuner_of(o), o), BOUNDS["cuda" if on_gpu else "cpu"]
+    cases = {n: make_case(shape, n, Uniform(), seed=n, device=o.device) for n in sizes}
+    compile_all([(layer, inputs_of(case)) for case in cases.values()])
     for n in rows.cells(sizes):
-        case = make_case(shape, n, Uniform(), seed=n, device=o.device)
+        case = cases[n]
         ways: dict[Any, Callable[[], Any]] = {
             "layer": partial(layer, case.x, case.ids, case.weights),
             "trivial": lambda x=case.x: x + 1,  # type: ignore[misc]

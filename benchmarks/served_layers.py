@@ -16,9 +16,11 @@ from gpu_served import (
     alternate,
     chosen,
     compile_all,
+    compile_jobs,
     inputs_of,
     layer_of,
     median_us,
+    policy_of,
     samplers,
     shape_of,
     tuner_of,
@@ -33,7 +35,7 @@ from moestro.bench.regret_real import judge
 from moestro.moe.tuning_config import OP, as_probes
 from moestro.routing import Correlated, Uniform
 from moestro.tuning import MeasurementPolicy
-from moestro.tuning.measure.compile import jobs_of, precompile
+from moestro.tuning.measure.compile import jobs_of
 from moestro.tuning.measure.decide import merged
 from moestro.tuning.measure.timers import default_timer
 from moestro.tuning.progress import Listener
@@ -47,19 +49,26 @@ def verify(rows: Rows) -> int:
     """Time over that of the united experts' bytes at the rate of BASE tokens; NVFP4, DeepSeek-V3 EP8 and Mixtral."""
     o = rows.options
     for model in rows.cells(("deepseek-v3", "mixtral-8x7b")):
-        shape = shape_of(model, o)
-        layer = layer_of(shape, "nvfp4", BASE, tuner_of(o), o)
-        for overlap in rows.cells(OVERLAPS):
-            cases = {
-                (n, i): make_case(shape, n, Correlated(overlap), seed=100 * n + i, device=o.device)
-                for n in (*STEPS, BASE)
-                for i in range(2 if o.tiny else DRAWS)
-            }
-            compile_all([(layer, inputs_of(case)) for case in cases.values()])
-            lanes = samplers({at: partial(layer, c.x, c.ids, c.weights) for at, c in cases.items()}, o.device)
-            us = {at: median_us(taken) for at, taken in alternate(lanes, o.rounds).items()}
-            _verified(rows, shape, layer, overlap, cases, us)
+        with rows.cell(model):
+            shape = shape_of(model, o)
+            layer = layer_of(shape, "nvfp4", BASE, tuner_of(o), o)
+            for overlap in rows.cells(OVERLAPS):
+                _overlapped(rows, shape, layer, overlap)
     return rows.judged(Target("time_of_expected", 1.1), lambda row: row["tokens"] > 1)
+
+
+def _overlapped(rows: Rows, shape: MoeShape, layer: FusedMoE, overlap: float) -> None:
+    """All numbers of tokens and draws in turns."""
+    o = rows.options
+    cases = {
+        (n, i): make_case(shape, n, Correlated(overlap), seed=100 * n + i, device=o.device)
+        for n in (*STEPS, BASE)
+        for i in range(2 if o.tiny else DRAWS)
+    }
+    compile_all([(layer, inputs_of(case)) for case in cases.values()])
+    lanes = samplers({at: partial(layer, c.x, c.ids, c.weights) for at, c in cases.items()}, o)
+    us = {at: median_us(taken) for at, taken in alternate(lanes, o.rounds).items()}
+    _verified(rows, shape, layer, overlap, cases, us)
 
 
 def _verified(
@@ -90,7 +99,12 @@ def _verified(
 
 
 # --- batch invariance --------------------------------------------------------------------------------------
-COSTS = (("qwen3-30b-a3b", "nvfp4"), ("deepseek-v3", "nvfp4"), ("mixtral-8x7b", "nvfp4"), ("qwen3-30b-a3b", "bf16"))
+COSTS = (
+    ("qwen3-30b-a3b", "nvfp4"),
+    ("deepseek-v3", "nvfp4"),
+    ("mixtral-8x7b", "nvfp4"),
+    ("qwen3-30b-a3b", "bf16"),
+)
 FEW, FEW_BOUND, BOUND = 64, 1.05, 1.10  # up to so many tokens the first bound, then the second
 
 
@@ -99,30 +113,32 @@ def cost(rows: Rows) -> int:
     o = rows.options
     sizes = o.tokens or [1 << i for i in range(11)]
     for model, format in rows.cells(COSTS):
-        shape, tuner = shape_of(model, o), tuner_of(o)
-        layers = {
-            flag: layer_of(shape, format, max(sizes), tuner, o, batch_invariant=flag)
-            for flag in (False, True)
-        }
-        cases = {n: make_case(shape, n, Uniform(), seed=n, device=o.device) for n in sizes}
-        compile_all([(layer, inputs_of(case)) for layer in layers.values() for case in cases.values()])
-        for n in rows.cells(sizes):
-            case = cases[n]
-            calls = {flag: partial(layer, case.x, case.ids, case.weights) for flag, layer in layers.items()}
-            taken = alternate(samplers(calls, o.device), o.rounds)
-            ratio = statistics.median(b / a for a, b in zip(taken[False], taken[True], strict=True))
-            rows.add(
-                model=model,
-                format=format,
-                tokens=n,
-                us=median_us(taken[False]),
-                invariant_us=median_us(taken[True]),
-                ratio=ratio,
-                of_bound=ratio / (FEW_BOUND if n <= FEW else BOUND),
-                tactic=chosen(layers[False], n),
-                invariant_tactic=chosen(layers[True], n),
-            )
+        with rows.cell((model, format)):
+            shape, tuner = shape_of(model, o), tuner_of(o)
+            layers = {
+                flag: layer_of(shape, format, max(sizes), tuner, o, batch_invariant=flag)
+                for flag in (False, True)
+            }
+            cases = {n: make_case(shape, n, Uniform(), seed=n, device=o.device) for n in sizes}
+            compile_all([(layer, inputs_of(case)) for layer in layers.values() for case in cases.values()])
+            for n in rows.cells(sizes):
+                rows.add(model=model, format=format, tokens=n, **_cost(layers, cases[n], o))
     return rows.judged(Target("of_bound", 1.0))
+
+
+def _cost(layers: dict[bool, FusedMoE], case: Case, o: Any) -> dict[str, Any]:
+    """A row's figures."""
+    calls = {flag: partial(layer, case.x, case.ids, case.weights) for flag, layer in layers.items()}
+    taken = alternate(samplers(calls, o), o.rounds)
+    ratio = statistics.median(b / a for a, b in zip(taken[False], taken[True], strict=True))
+    return {
+        "us": median_us(taken[False]),
+        "invariant_us": median_us(taken[True]),
+        "ratio": ratio,
+        "of_bound": ratio / (FEW_BOUND if case.num_tokens <= FEW else BOUND),
+        "tactic": chosen(layers[False], case.num_tokens),
+        "invariant_tactic": chosen(layers[True], case.num_tokens),
+    }
 
 
 # --- under load --------------------------------------------------------------------------------------------
@@ -132,14 +148,16 @@ SUSTAINED = (1, 4, 16, 64, 256, 1024, 4096, 16384)  # those of docs/peers.md
 def sustained(rows: Rows) -> int:
     """Time of what serves over the best tactic's, both measured after --load seconds of load; NVFP4, two models."""
     o = rows.options
-    sizes, policy = o.tokens or list(SUSTAINED), MeasurementPolicy(sustained_s=o.load)
+    sizes, policy = o.tokens or list(SUSTAINED), policy_of(o, sustained_s=o.load)
     for model in rows.cells(("qwen3-30b-a3b", "deepseek-v3")):
-        shape = shape_of(model, o)
-        layer = layer_of(shape, "nvfp4", max(sizes), tuner_of(o), o)
-        _decided(layer, sizes, o.each)
-        _compiled(layer, shape, sizes, o.device)
-        for n in rows.cells(sizes):
-            rows.add(model=model, tokens=n, **_judged(layer, shape, n, policy, o))
+        with rows.cell(model):
+            shape = shape_of(model, o)
+            layer = layer_of(shape, "nvfp4", max(sizes), tuner_of(o), o)
+            _decided(layer, sizes, o.each)
+            _compiled(layer, shape, sizes, o.device)
+            for n in rows.cells(sizes):
+                with rows.cell((model, n)):
+                    rows.add(model=model, tokens=n, **_judged(layer, shape, n, policy, o))
     return rows.judged(Target("of_best", 1.01, 0.95))
 
 
@@ -155,33 +173,29 @@ def _compiled(layer: FusedMoE, shape: MoeShape, sizes: Sequence[int], device: st
     jobs: dict[Any, Any] = {}
     for n in sizes:
         inputs = inputs_of(make_case(shape, n, Uniform(), device=device))
-        for runner in layer.runners:
-            for tactic in (-1, *runner.get_valid_tactics(inputs, None)):
-                jobs |= jobs_of(runner, inputs, tactic, (n, str(tactic)))
-    print(f"{len(jobs)} kernels, {len(precompile(jobs))} failed", flush=True)
+        for tactic in (-1, *layer.runners[0].get_valid_tactics(inputs, None)):
+            jobs |= jobs_of(layer.runners[0], inputs, tactic, (n, str(tactic)))
+    compile_jobs(jobs)
 
 
 def _judged(layer: FusedMoE, shape: MoeShape, n: int, policy: MeasurementPolicy, o: Any) -> dict[str, Any]:
-    """A row's figures: what serves, the best, and the clock meanwhile."""
+    """A row's figures: what serves, the best tactic of the preferred backend, and the clock meanwhile."""
     problem = layer.runners[0].problem
     config = replace(layer.tuning_config, probes=as_probes(problem, [Uniform()]), accepts=())
     timer = default_timer(o.device, policy, graph=config.use_cuda_graph)
-    question = Question(OP, layer.runners, config, inputs_of(make_case(shape, n, Uniform(), device=o.device)))
+    inputs = inputs_of(make_case(shape, n, Uniform(), device=o.device))
     with torch.inference_mode():
-        found = judge(question, timer, policy, o.oracle)
+        found = judge(Question(OP, layer.runners[:1], config, inputs), timer, policy, o.oracle)
     oracle, decision = found.oracle, layer.decision(n)
-    serves = (0, -1)
-    if decision is not None:
-        runner = next(i for i, r in enumerate(layer.runners) if r is decision.runner)
-        serves = (runner, decision.tactic)
-    if serves not in oracle.candidates:
+    serves = (0, -1 if decision is None else decision.tactic)
+    if serves not in oracle.candidates or (decision and decision.runner.backend != layer.runners[0].backend):
         return {"of_best": NEVER, "serves": chosen(layer, n), "why": "what serves is no candidate"}
     best = oracle.candidates[oracle.ratios.index(oracle.best)]
     return {
         "of_best": oracle.ratios[oracle.candidates.index(serves)] / oracle.best,
         "error": oracle.error,
         "serves": chosen(layer, n),
-        "best": f"{layer.runners[best[0]].backend} {tactic_words(best[1])}",
+        "best": tactic_words(best[1]),
         "default_us": oracle.default_seconds * 1e6,
         "candidates": len(oracle.candidates),
         "rounds": oracle.rounds,
