@@ -1,7 +1,7 @@
 """A session on a GPU machine in few calls, in order of value; docs/contributing.md has the commands.
 
     python benchmarks/gpu_session.py --list                 the calls, their steps, seconds and limits
-    python benchmarks/gpu_session.py served  --out DIR      as served: invariance, verify steps, decode, load; races
+    python benchmarks/gpu_session.py served  --out DIR      as served: invariance, verify steps, decode, load; sanitizers
     python benchmarks/gpu_session.py record  --out DIR      skewed routing beside humming and floors, models beside peers
     python benchmarks/gpu_session.py check   --out DIR      every tactic of every format, vLLM's method, tests/gpu
     python benchmarks/gpu_session.py streams --out DIR      formats on two streams and in graphs, memcheck

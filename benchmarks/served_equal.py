@@ -106,9 +106,9 @@ def sizes_of(count: int) -> list[int]:
 
 
 def offers(layer: FusedMoE, call: list[torch.Tensor]) -> dict[int, list[Any]]:
-    """By number of tokens: what a batch may be run with beside the default, three that the problem offers."""
+    """By number of tokens: what a batch may be run with beside the default, two that the problem offers."""
     [runner] = layer.runners
-    return {n: list(runner.get_valid_tactics(first(call, n), None))[:3] for n in sizes_of(len(call[0]))}
+    return {n: list(runner.get_valid_tactics(first(call, n), None))[:2] for n in sizes_of(len(call[0]))}
 
 
 def first(call: list[torch.Tensor], n: int) -> list[torch.Tensor]:
