@@ -7,7 +7,8 @@
     python benchmarks/gpu_served.py host      --json FILE    a warm eager call, host time alone
     python benchmarks/gpu_served.py decode    --json FILE    a two-layer Qwen3-MoE in Transformers, eager decode steps
     python benchmarks/gpu_served.py skew RECORD --json FILE  ratios and floors of what gpu_record.py's skewed steps recorded
-    ... --device cpu --tiny                                  the same program on small layers of the CPU backend
+    ... --device cpu --tiny                                  the same program on small layers of the CPU backend, or,
+                                                             under TRITON_INTERPRET=1, of the Triton kernels
 
 FILE is written anew after every cell, so that a process that is killed loses nothing; no cell is begun after --seconds.
 Times are medians over cold caches (a CUDA graph on a GPU), contenders alternating. Tactics are those that the
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -72,11 +74,11 @@ class Rows:
             "environment": results.environment(options.device),
         }
 
-    def cells(self, cells: Sequence[Any]) -> Iterator[Any]:
-        """Those that are begun in time."""
+    def cells(self, cells: Sequence[Any], *of: Any) -> Iterator[Any]:
+        """Those that are begun in time. of: what they belong to, for the names of the others."""
         for cell in cells:
             if time.monotonic() > self.end:
-                self.not_reached.append(str(cell))
+                self.not_reached.append(" ".join(map(str, (*of, cell))))
             else:
                 yield cell
 
@@ -129,6 +131,13 @@ def shape_of(model: str, options: argparse.Namespace) -> MoeShape:
     return MoeShape(model, 64, 32, 8, 2, small.router, shape.activation, shape.biases)
 
 
+def interpret() -> None:
+    """Let the Triton backend take tensors of the CPU, whose kernels Triton interprets."""
+    from moestro.kernels.triton import TritonRunner
+
+    TritonRunner.why_not = classmethod(lambda cls, problem: cls._unsupported(problem))  # type: ignore
+
+
 def tuner_of(options: argparse.Namespace) -> AutoTuner:
     return AutoTuner(store=options.store)
 
@@ -177,9 +186,12 @@ def compile_jobs(jobs: dict[Any, Any]) -> None:
 def chosen(layer: FusedMoE, num_tokens: int) -> str:
     """Backend, tactic and where it comes from."""
     decision = layer.decision(num_tokens)
-    if decision is None:
-        return f"{layer.runners[0].backend} default"
-    return f"{decision.runner.backend} {tactic_words(decision.tactic)} ({decision.status})"
+    runner, tactic = (layer.runners[0], -1) if decision is None else (decision.runner, decision.tactic)
+    words, source = tactic_words(tactic), "default" if decision is None else decision.status
+    if tactic == -1 and callable(resolve := getattr(runner, "default_tactic", None)):
+        ids = torch.empty(num_tokens, layer.top_k, dtype=torch.int32, device="meta")
+        words = tactic_words(resolve([ids, ids]))
+    return f"{runner.backend} {words} ({source})"
 
 
 def samplers(
@@ -239,12 +251,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=lambda text: [int(n) for n in text.split(",")])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batches", type=int, default=500, help="equal: so many")
+    parser.add_argument("--formats", type=lambda text: text.split(","), help="equal: as in nvfp4+fp8")
     parser.add_argument("--load", type=float, default=5.0, help="sustained: seconds of load before each cell")
     parser.add_argument("--oracle", type=float, default=1.5, help="sustained: seconds of measuring each cell")
     parser.add_argument("--each", type=float, default=10.0, help="sustained: seconds of tuning a model")
     options = parser.parse_args(arguments)
     if options.what == "skew" and options.record is None:
         parser.error("skew: the record.json of gpu_record.py is missing")
+    if os.environ.get("TRITON_INTERPRET") and options.device == "cpu":
+        interpret()
     return commands[options.what](Rows(options))
 
 

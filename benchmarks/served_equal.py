@@ -24,7 +24,8 @@ from moestro.tuning.measure.compile import jobs_of
 SIZES, TINY = (16, 4, 512, 384), (8, 2, 128, 128)  # E, K, H, I; FP8 blocks want multiples of 128
 POOL, SMALL_POOL = 1024, 12  # tokens
 BF16, FP16 = torch.bfloat16, torch.float16
-KINDS: tuple[tuple[str, str | None, torch.dtype], ...] = (
+Kind = tuple[str, str | None, torch.dtype]
+KINDS: tuple[Kind, ...] = (
     *((format, None, BF16) for format in ("nvfp4", "mxfp4", "mxfp8", "fp8_block", "int4", "bf16")),
     *((format, "fp8", BF16) for format in ("nvfp4", "mxfp4", "fp8_block")),
     ("nvfp4", None, FP16),
@@ -44,27 +45,35 @@ def equal(rows: Rows) -> int:
     """A row a kind: batches, rows of them, and batches with a row of other bits."""
     o = rows.options
     made = {}
-    for kind in KINDS:
+    for kind in chosen(o.formats):
         with rows.cell(kind):
             layer = layer_of(kind, o)
             made[kind] = layer, tokens_of(layer, kind[2], SMALL_POOL if o.tiny else POOL)
     compile_kinds(list(made.values()))
     for i, kind in rows.cells(list(enumerate(made))):
         with rows.cell(kind), torch.inference_mode():
-            _kind(rows, i, kind, *made[kind])
+            _kind(rows, kind, (o.batches + i) // len(made), *made[kind])
     done = sum(row["batches"] for row in rows.rows)
     print(f"{done} batches, {sum(row['different'] for row in rows.rows)} with other bits")
     return rows.judged(Target("different", 0))
 
 
-def _kind(rows: Rows, i: int, kind: Any, layer: FusedMoE, call: list[torch.Tensor]) -> None:
+def chosen(formats: list[str] | None) -> list[Kind]:
+    """The kinds of these names, or all. SystemExit for a name that is none."""
+    names = {kind: "+".join(filter(None, kind[:2])) for kind in KINDS}
+    if unknown := sorted(set(formats or ()) - set(names.values())):
+        raise SystemExit(
+            f"--formats: no {', '.join(unknown)}; there are {', '.join(dict.fromkeys(names.values()))}"
+        )
+    return [kind for kind, name in names.items() if formats is None or name in formats]
+
+
+def _kind(rows: Rows, kind: Kind, count: int, layer: FusedMoE, call: list[torch.Tensor]) -> None:
     """A kind's share of the batches."""
     alone = torch.cat([layer(*(t[n : n + 1] for t in call)) for n in range(len(call[0]))])
     pool = Pool(call, alone, offers(layer, call))
-    began, found = (
-        time.monotonic(),
-        batches(layer, pool, (rows.options.batches + i) // len(KINDS), random.Random(i)),
-    )
+    began = time.monotonic()
+    found = batches(layer, pool, count, random.Random(count))
     rows.add(
         format=kind[0],
         input_format=kind[1],
@@ -75,7 +84,7 @@ def _kind(rows: Rows, i: int, kind: Any, layer: FusedMoE, call: list[torch.Tenso
     )
 
 
-def layer_of(kind: tuple[str, str | None, torch.dtype], o: Any) -> FusedMoE:
+def layer_of(kind: Kind, o: Any) -> FusedMoE:
     experts, top_k, hidden, inter = TINY if o.tiny else SIZES
     format, taken, dtype = kind
     gen = torch.Generator(o.device).manual_seed(0)

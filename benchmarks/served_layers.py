@@ -52,7 +52,7 @@ def verify(rows: Rows) -> int:
         with rows.cell(model):
             shape = shape_of(model, o)
             layer = layer_of(shape, "nvfp4", BASE, tuner_of(o), o)
-            for overlap in rows.cells(OVERLAPS):
+            for overlap in rows.cells(OVERLAPS, model):
                 _overlapped(rows, shape, layer, overlap)
     return rows.judged(Target("time_of_expected", 1.1), lambda row: row["tokens"] > 1)
 
@@ -121,7 +121,7 @@ def cost(rows: Rows) -> int:
             }
             cases = {n: make_case(shape, n, Uniform(), seed=n, device=o.device) for n in sizes}
             compile_all([(layer, inputs_of(case)) for layer in layers.values() for case in cases.values()])
-            for n in rows.cells(sizes):
+            for n in rows.cells(sizes, model, format):
                 rows.add(model=model, format=format, tokens=n, **_cost(layers, cases[n], o))
     return rows.judged(Target("of_bound", 1.0))
 
@@ -155,7 +155,7 @@ def sustained(rows: Rows) -> int:
             layer = layer_of(shape, "nvfp4", max(sizes), tuner_of(o), o)
             _decided(layer, sizes, o.each)
             _compiled(layer, shape, sizes, o.device)
-            for n in rows.cells(sizes):
+            for n in rows.cells(sizes, model):
                 with rows.cell((model, n)):
                     rows.add(model=model, tokens=n, **_judged(layer, shape, n, policy, o))
     return rows.judged(Target("of_best", 1.01, 0.95))

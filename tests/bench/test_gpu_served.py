@@ -6,6 +6,8 @@ Nothing is asserted on how long things take: a target may be missed here (status
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -18,12 +20,13 @@ import torch
 from moestro.bench.results import BenchResult, Row
 from moestro.routing import Uniform, parse
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import gpu_served
-import served_equal
-import served_layers
-import served_skew
+import gpu_served  # noqa: E402
+import served_equal  # noqa: E402
+import served_layers  # noqa: E402
+import served_skew  # noqa: E402
 
 
 def served(what: str, out: Path, *more: str) -> tuple[int, dict[str, Any]]:
@@ -159,6 +162,39 @@ def test_cells_that_are_not_begun_in_time_are_named(
     status, found = served("verify", tmp_path / "v.json", "--seconds", "0")
     assert (status, found["not_reached"]) == (gpu_served.MISSED, ["deepseek-v3", "mixtral-8x7b"])
     assert "NOT REACHED: deepseek-v3, mixtral-8x7b" in capsys.readouterr().out
+
+
+# --- the Triton kernels, in the interpreter -----------------------------------------------------------------
+def interpreted(program: str, *arguments: str) -> str:
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": str(ROOT / "src"),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, str(ROOT / "benchmarks" / program), *arguments]
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_batches_of_the_triton_kernels_have_the_bits_of_tokens_alone(tmp_path: Path) -> None:
+    path = tmp_path / "e.json"
+    small = ["--device", "cpu", "--tiny", "--batches", "3", "--json", str(path)]
+    interpreted("gpu_served.py", "equal", "--formats", "int4", *small)
+    [row] = json.loads(path.read_text())["rows"]
+    assert (row["backend"], row["batches"], row["different"]) == ("triton", 3, 0)
+
+
+@pytest.mark.slow
+def test_what_the_sanitizer_runs_is_right() -> None:
+    said = interpreted("gpu_formats.py", "quick", "bf16", "--tokens", "3")
+    paths = {line.split()[3] for line in said.splitlines() if line.startswith("quick bf16")}
+    assert paths == {"chain", "fused", "dequantized"}
+    assert "quick: ok 0 of 7" in said
 
 
 # --- skewed routing, from a record -------------------------------------------------------------------------
