@@ -7,8 +7,8 @@
     python benchmarks/gpu_served.py host      --json FILE    a warm eager call, host time alone
     python benchmarks/gpu_served.py decode    --json FILE    a two-layer Qwen3-MoE in Transformers, eager decode steps
     python benchmarks/gpu_served.py skew RECORD --json FILE  ratios and floors of what gpu_record.py's skewed steps recorded
-    ... --device cpu --tiny                                  the same program on small layers of the CPU backend, or,
-                                                             under TRITON_INTERPRET=1, of the Triton kernels
+    ... --device cpu --tiny                                  the same program on small layers of the CPU backend
+    TRITON_INTERPRET=1 ... --device cpu --tiny --interpret   and on those of the Triton kernels
 
 FILE is written anew after every cell, so that a process that is killed loses nothing; no cell is begun after --seconds.
 Times are medians over cold caches (a CUDA graph on a GPU), contenders alternating. Tactics are those that the
@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
@@ -246,6 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--interpret", action="store_true")
     parser.add_argument("--seconds", type=float, default=1e9)
     parser.add_argument("--store", type=Path, help="of decisions")
     parser.add_argument("--tokens", type=lambda text: [int(n) for n in text.split(",")])
@@ -258,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.what == "skew" and options.record is None:
         parser.error("skew: the record.json of gpu_record.py is missing")
-    if os.environ.get("TRITON_INTERPRET") and options.device == "cpu":
+    if options.interpret:
         interpret()
     return commands[options.what](Rows(options))
 

@@ -73,7 +73,7 @@ def _kind(rows: Rows, kind: Kind, count: int, layer: FusedMoE, call: list[torch.
     alone = torch.cat([layer(*(t[n : n + 1] for t in call)) for n in range(len(call[0]))])
     pool = Pool(call, alone, offers(layer, call))
     began = time.monotonic()
-    found = batches(layer, pool, count, random.Random(count))
+    found = batches(layer, pool, count, random.Random(str(kind)))
     rows.add(
         format=kind[0],
         input_format=kind[1],

@@ -184,7 +184,7 @@ def interpreted(program: str, *arguments: str) -> str:
 def test_batches_of_the_triton_kernels_have_the_bits_of_tokens_alone(tmp_path: Path) -> None:
     path = tmp_path / "e.json"
     small = ["--device", "cpu", "--tiny", "--batches", "3", "--json", str(path)]
-    interpreted("gpu_served.py", "equal", "--formats", "int4", *small)
+    interpreted("gpu_served.py", "equal", "--formats", "int4", "--interpret", *small)
     [row] = json.loads(path.read_text())["rows"]
     assert (row["backend"], row["batches"], row["different"]) == ("triton", 3, 0)
 
