@@ -88,11 +88,11 @@ def layer_of(kind: Kind, o: Any) -> FusedMoE:
     experts, top_k, hidden, inter = TINY if o.tiny else SIZES
     format, taken, dtype = kind
     gen = torch.Generator(o.device).manual_seed(0)
-    dense = [
+    gate_up, down = (
         torch.randn(experts, r, c, device=o.device, generator=gen).div(c**0.5).to(dtype)
         for r, c in ((2 * inter, hidden), (hidden, inter))
-    ]
-    weights = ExpertWeights.from_dense(*dense, format)
+    )
+    weights = ExpertWeights.from_dense(gate_up, down, format)
     more: Any = {"input_format": taken, "dtype": dtype, "tuner": tuner_of(o)}
     return FusedMoE(weights, top_k, POOL, batch_invariant=True, **more)
 
@@ -158,14 +158,14 @@ def in_chunks(
     layer: FusedMoE, call: list[torch.Tensor], tactics: dict[int, list[Any]], rng: random.Random
 ) -> tuple[torch.Tensor, list[str]]:
     """The result of a batch cut at random places, and how each part was run."""
-    parts, ways, at = [], [], 0
+    parts: list[torch.Tensor] = []
+    ways, at = [], 0
     while at < len(call[0]):
         to = at + rng.randint(1, len(call[0]) - at)
         part = [t[at:to].contiguous() for t in call]
-        parts.append(another(layer, part, tactics, rng) if rng.random() < 0.25 else None)
-        ways.append("default" if parts[-1] is None else "another tactic")
-        if parts[-1] is None:
-            parts[-1] = layer(*part)
+        found = another(layer, part, tactics, rng) if rng.random() < 0.25 else None
+        parts.append(layer(*part) if found is None else found)
+        ways.append("default" if found is None else "another tactic")
         at = to
     return torch.cat(parts), ways
 
