@@ -3,7 +3,7 @@
     python benchmarks/gpu_formats.py check [mxfp4+fp8 ...]  every tactic of every format (weights, activations) on odd
                                                             sizes, poisoned outputs, run twice; --seconds S at most
     python benchmarks/gpu_formats.py w4a4                   NVFP4 activations, under each kind of global scale
-    python benchmarks/gpu_formats.py quick                  a few tactics of each kind, for compute-sanitizer
+    python benchmarks/gpu_formats.py quick [int4 ...]       a few tactics of each kind, for compute-sanitizer
     python benchmarks/gpu_formats.py invariant nvfp4        which tactics give a row the same bits whatever its batch
     python benchmarks/gpu_formats.py layers --json out.json times, the default and what is worth measuring
 
@@ -94,6 +94,18 @@ class Run(NamedTuple):
     kernels: tuple[Any, ...]  # keys of what must be compiled before
 
 
+def whole_blocks(fmt: str, taken: str | None) -> bool:
+    """Whether gate and up must be whole blocks of 128 rows."""
+    return taken == "fp8" and fmt == "fp8_block"
+
+
+def small_sizes(fmt: str, taken: str | None) -> tuple[int, int, int, int]:
+    """L, K, H, I: odd ones, as far as the format has such."""
+    if whole_blocks(fmt, taken):
+        return 8, 2, 272, 256
+    return (8, 2, 288, 160) if fmt in THIRTY_TWO else (8, 2, 272, 176)
+
+
 def runs_of(fmt: str, taken: str | None, compiling: Callable[[Any, Any], None]) -> list[Run]:
     """Biases, experts of other ranks, invalid ids, all activations, both dtypes of x.
 
@@ -101,9 +113,7 @@ def runs_of(fmt: str, taken: str | None, compiling: Callable[[Any, Any], None]) 
     """
     found: list[Run] = []
     refused: set[str] = set()
-    whole = taken == "fp8" and fmt == "fp8_block"  # gate and up are whole blocks of 128 rows there
-    small = (8, 2, 272, 256) if whole else (8, 2, 288, 160) if fmt in THIRTY_TWO else (8, 2, 272, 176)
-    large = (4, 2, 512, 384 if whole else 320)
+    small, large = small_sizes(fmt, taken), (4, 2, 512, 384 if whole_blocks(fmt, taken) else 320)
     cases: list[tuple[Any, ...]] = [  # the last: all tactics, or a few of them, for its kernels are others
         (small, SwiGLU(), True, torch.bfloat16, (1, 3, 33, 257), True),
         (small, SwiGLU(), True, torch.float16, (5, 70), True),
@@ -208,20 +218,31 @@ def check_w4a4() -> int:
     return bad
 
 
-def quick() -> int:
-    """A few tactics of each kind on small sizes, for compute-sanitizer."""
+def quick(names: list[str], tokens: list[int]) -> int:
+    """A few tactics of each kind on small sizes, for compute-sanitizer; NVFP4 unless formats are named."""
+    runs: list[Run] = []
+    jobs: dict[Any, Callable[[], Any]] = {}
+    for fmt, taken in combinations(names or ["nvfp4"]):
+        runner, plain = make(*small_sizes(fmt, taken), fmt, bias=True, inf=taken, E=12, offset=2)
+        for n in tokens:
+            inputs = inputs_of(runner, n)
+            inputs[1][0, 0] = 1 << 30
+            found = choose.candidates(runner.problem, n)
+            for tactic in {(t.path, t.route, t.narrow, t.overlap_steps): t for t in found}.values():
+                jobs |= runner.compile_jobs(inputs, tactic) if DEV == "cuda" else {}
+                what = f"{fmt}+{taken} N={n} {tactic.path} {short(tactic)}"
+                runs.append(Run(what, runner, plain, inputs, tactic, ()))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for future in [pool.submit(job) for job in jobs.values()]:
+            future.result()
     bad = 0
-    for n in (3, 257):
-        runner, plain = make(8, 2, 272, 176, "nvfp4", bias=True, E=12, offset=2)
-        inputs = inputs_of(runner, n)
-        inputs[1][0, 0] = 1 << 30
-        kinds = {(t.path, t.route, t.narrow): t for t in choose.candidates(runner.problem, n)}
-        tried = list(kinds.values())
-        compile_all(runner, [(inputs, t) for t in tried])
-        for tactic in tried:
-            bad += not error(runner, plain, inputs, tactic) < 1e-2
-    torch.cuda.synchronize()
-    print("quick:", "FAILED" if bad else "ok", bad)
+    for run in runs:
+        e, why = checked(run, truth_of(run.runner, run.plain, run.inputs), [])
+        bad += bool(why)
+        print(f"{'BAD' if why else 'quick'} {run.what} error {e:.1e} {why}", flush=True)
+    if DEV == "cuda":
+        torch.cuda.synchronize()
+    print("quick:", "FAILED" if bad else "ok", bad, "of", len(runs))
     return bad
 
 
@@ -304,7 +325,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("command", choices=("check", "w4a4", "quick", "invariant", "layers"))
     parser.add_argument("names", nargs="*", help="formats, or layers")
-    parser.add_argument("--tokens", default="1,16,64,256,1024,4096,16384")
+    parser.add_argument("--tokens", help="layers: 1 … 16384; quick: 3 and 257")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument(
         "--all", action="store_true", help="everything worth measuring, not the default alone"
@@ -318,12 +339,13 @@ def main() -> int:
         print("check:", f"{bad} BAD" if bad else "ok")
         return int(bad > 0)
     if args.command in ("w4a4", "quick"):
-        return int((check_w4a4() if args.command == "w4a4" else quick()) > 0)
+        tokens = [int(t) for t in (args.tokens or "3,257").split(",")]
+        return int((check_w4a4() if args.command == "w4a4" else quick(args.names, tokens)) > 0)
     rows: Any
     if args.command == "invariant":
         rows = {fmt: invariant(fmt) for fmt in args.names}
     else:
-        tokens = [int(t) for t in args.tokens.split(",")]
+        tokens = [int(t) for t in (args.tokens or "1,16,64,256,1024,4096,16384").split(",")]
         rows = layers(
             args.names or list(LAYERS),
             tokens,

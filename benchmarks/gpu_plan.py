@@ -12,6 +12,7 @@ from moestro.bench.models import MoeShape, find, from_sizes
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 SKEWED = ("zipf:1.0", "dirichlet:0.3", "trained")
+BESIDE_UNIFORM = ("uniform", *SKEWED)  # in the same run
 
 
 class Step(NamedTuple):
@@ -71,9 +72,9 @@ PLAN = (
     Step(3, "mixtral-bf16", "mixtral-8x7b", ("bf16",), (None,), ("grouped_mm", "triton_kernels")),
     _deepseek(3, "deepseek-bf16", ("bf16",), (None,), ("grouped_mm", "triton_kernels")),
     Step(3, "gpt-oss-120b", "gpt-oss-120b", ("mxfp4",), BOTH, (*MX_PEERS, "humming_fp8")),
-    _deepseek(3, "deepseek-skewed", ("nvfp4",), (None,), ("humming",), TOKENS[1:2] + TOKENS[3:], SKEWED),
-    Step(3, "qwen3-skewed", "qwen3-30b-a3b", ("nvfp4",), (None,), ("humming",), TOKENS[1:2] + TOKENS[3:], SKEWED),
-    Step(3, "mixtral-skewed", "mixtral-8x7b", ("nvfp4",), (None,), ("humming",), TOKENS[1:2] + TOKENS[3:], SKEWED),
+    _deepseek(3, "deepseek-skewed", ("nvfp4",), (None,), ("humming",), TOKENS[1:], BESIDE_UNIFORM),
+    Step(3, "qwen3-skewed", "qwen3-30b-a3b", ("nvfp4",), (None,), ("humming",), TOKENS[1:], BESIDE_UNIFORM),
+    Step(3, "mixtral-skewed", "mixtral-8x7b", ("nvfp4",), (None,), ("humming",), TOKENS[1:], BESIDE_UNIFORM),
     _deepseek(4, "deepseek-mxfp4", ("mxfp4",), (None,), MX_PEERS),
     Step(4, "qwen3-mxfp4", "qwen3-30b-a3b", ("mxfp4",), (None,), MX_PEERS),
     Step(4, "mixtral-mxfp4", "mixtral-8x7b", ("mxfp4",), BOTH, (*MX_PEERS, "humming_fp8")),

@@ -1,14 +1,19 @@
-"""A session on a GPU machine in few calls: all that was never run on a GPU is checked first, then timed beside peers.
+"""A session on a GPU machine in few calls, in order of value; docs/contributing.md has the commands.
 
-    python benchmarks/gpu_session.py --list                 the calls, their steps and limits
-    python benchmarks/gpu_session.py check   --out DIR      1: every tactic of every format, vLLM's method, tests/gpu
-    python benchmarks/gpu_session.py streams --out DIR      2: formats on two streams and in graphs, memcheck
-    python benchmarks/gpu_session.py times   --out DIR      3: host time, layers, peers
-    python benchmarks/gpu_session.py check --dry-run        what would run; here: whether each step's program starts
+    python benchmarks/gpu_session.py --list                 the calls, their steps, seconds and limits
+    python benchmarks/gpu_session.py served  --out DIR      as served: invariance, verify steps, decode, load; sanitizers
+    python benchmarks/gpu_session.py record  --out DIR      skewed routing beside humming and floors, models beside peers
+    python benchmarks/gpu_session.py check   --out DIR      every tactic of every format, vLLM's method, tests/gpu
+    python benchmarks/gpu_session.py streams --out DIR      formats on two streams and in graphs, memcheck
+    python benchmarks/gpu_session.py times   --out DIR      host time, layers, peers
+    python benchmarks/gpu_session.py served --dry-run       here: the same programs on small layers of the CPU backend, the
+                                                            interpreter, or at least whether a step's program starts
 
-Each call stays below ten minutes: every step is a process of its own with a limit, is killed with its children beyond
-it, and leaves its output in session.log and a line of session.json; a step that fails does not stop the others. Exit
-status: steps that failed. A later call goes on with the compiled kernels of the first (TRITON_CACHE_DIR).
+Each call ends within --seconds: every step is a process of its own with a limit, is killed with its children beyond
+it, and leaves its output in session.log and a line of session.json; a step that fails does not stop the others, one
+for which less than LEAST_S are left is not begun, and that is said. Exit status: steps that failed, missed their target
+or were not begun. A later call on the same machine goes on with the compiled kernels of the first (TRITON_CACHE_DIR).
+At most FILES files are in DIR after a call: a lent machine gives back so many.
 """
 
 from __future__ import annotations
@@ -22,48 +27,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-HERE = Path(__file__).parent
-PYTHON = shlex.quote(sys.executable)
+from gpu_calls import CALLS, LIMIT_S, MISSED, Step
+
 FORMATS = ("nvfp4", "mxfp4", "mxfp8", "fp8_block", "int4", "bf16")
 REPLAYED = (1, 3, 16, 64, 257, 1024)  # tokens
-LIMIT_S = 560  # of a call
+LEAST_S = 15  # of a step
+FILES = 8
 REPEATS = 8  # calls at the same addresses
-TAIL = 12  # lines of a step's output on the console
-
-
-class Step(NamedTuple):
-    """A process: its name, command ({out}: the folder) and limit in seconds."""
-
-    name: str
-    command: str
-    limit_s: int
-
-
-CALLS: dict[str, tuple[Step, ...]] = {
-    "check": (
-        Step("formats", f"{PYTHON} {HERE}/gpu_formats.py check --seconds 230", 260),
-        Step("vllm-method", f"{PYTHON} -m pytest -q -n 0 -p no:cacheprovider "
-             f"{HERE.parent}/tests/integrations/vllm_plugin/test_method_cuda.py", 70),
-        Step("tests", f"{PYTHON} -m pytest -q -n 0 -p no:cacheprovider {HERE.parent}/tests/gpu", 120),
-        Step("replay", f"{PYTHON} {HERE}/gpu_session.py replay", 110),
-    ),
-    "streams": (
-        Step("two-streams", f"{PYTHON} {HERE}/gpu_session.py two-streams", 120),
-        Step("graphs", f"{PYTHON} {HERE}/gpu_session.py graphs", 80),
-        Step("memcheck", f"compute-sanitizer --tool memcheck --error-exitcode 9 {PYTHON} {HERE}/gpu_formats.py quick",
-             180),
-        Step("memcheck-replay", f"compute-sanitizer --tool memcheck --error-exitcode 9 {PYTHON} {HERE}/gpu_session.py "
-             "replay --formats int4,nvfp4 --tokens 3,64", 170),
-    ),
-    "times": (
-        Step("eager", f"{PYTHON} {HERE}/gpu_session.py eager", 90),
-        Step("layers", f"{PYTHON} {HERE}/gpu_formats.py layers --json {{out}}/layers.json", 230),
-        Step("peers", f"{PYTHON} {HERE}/several.py 'bench --model deepseek-v3 --ep 8 --local-pairs "
-             "--format nvfp4 --device cuda --tokens 1,16,256,4096 --json {out}/peers.json'", 230),
-    ),
-}  # fmt: skip
+TAIL = 6  # lines of a step's output on the console
 
 
 def main() -> int:
@@ -74,20 +47,39 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "/tmp/gpu-session")))
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--seconds", type=float, default=LIMIT_S, help="of a call")
+    parser.add_argument("--only", type=lambda text: text.split(","), help="steps of a call")
     parser.add_argument("--formats", default=",".join(FORMATS))
     parser.add_argument("--tokens", default=",".join(map(str, REPLAYED)))
     options = parser.parse_args()
-    for name, steps in CALLS.items():
-        assert sum(step.limit_s for step in steps) <= LIMIT_S, name
     if options.list or options.what is None:
         for name, steps in CALLS.items():
-            print(f"{name}: {sum(step.limit_s for step in steps)} s at most")
-            print(*(f"  {step.limit_s:4d} s  {step.name:16} {step.command}" for step in steps), sep="\n")
+            print(f"{name}: about {sum(step.about_s for step in steps)} s")
+            print(*(f"  {step.about_s:4d} s, at most {step.limit_s:3d} s  {step.name:16} {step.command}" for step in steps),
+                  sep="\n")  # fmt: skip
         return 0
     if options.what in CHECKS:
         tokens = [int(n) for n in options.tokens.split(",")]
         return CHECKS[options.what](options.formats.split(","), tokens)
-    return sum(not run(step, options.out, options.dry_run) for step in CALLS[options.what])
+    return call(options.what, options)
+
+
+def call(name: str, options: argparse.Namespace) -> int:
+    """The steps of a call, within its time; how many did not end well."""
+    end, failed = time.monotonic() + options.seconds, 0
+    for step in CALLS[name]:
+        if options.only and step.name not in options.only:
+            continue
+        left = end - time.monotonic()
+        if left < LEAST_S:
+            failed += 1
+            print(f"{step.name}: not begun, {left:.0f} s are left", flush=True)
+            continue
+        step = step._replace(limit_s=min(step.limit_s, int(left)))
+        failed += not run(step, options.out, options.dry_run)
+    if (files := sum(path.is_file() for path in options.out.rglob("*"))) > FILES:
+        print(f"{files} files in {options.out}, of which {FILES} can come back")
+    return failed
 
 
 def run(step: Step, out: Path, dry: bool) -> bool:
@@ -95,7 +87,7 @@ def run(step: Step, out: Path, dry: bool) -> bool:
     out.mkdir(parents=True, exist_ok=True)
     command = step.command.replace("{out}", str(out))
     if dry:
-        command = f"{step.command.split(' ')[0]} --version" if "sanitizer" in command else _help_of(command)
+        command = step.dry.replace("{out}", str(out)) or _help_of(command)
     env = {"TRITON_CACHE_DIR": "/tmp/gpu-session-triton", **os.environ}
     started, path = time.monotonic(), out / "session.log"
     with path.open("a") as log:
@@ -117,7 +109,7 @@ def run(step: Step, out: Path, dry: bool) -> bool:
     said = path.read_bytes()[begin:].decode(errors="replace").splitlines()
     tail = said[-TAIL:] if status == 0 else [text for text in said if "BAD" in text][:TAIL] + said[-TAIL:]
     print(
-        f"{step.name}: status {status} after {took} s",
+        f"{step.name}: status {status}{' (target missed)' * (status == MISSED)} after {took} s",
         *(f"    {text[:200]}" for text in tail),
         sep="\n",
         flush=True,
@@ -126,8 +118,10 @@ def run(step: Step, out: Path, dry: bool) -> bool:
 
 
 def _help_of(command: str) -> str:
-    """The same program, told to say what it does: it and all that it imports are found."""
+    """The same program, told to say what it does: it and all that it imports are found. Not under the sanitizer."""
     words = shlex.split(command)
+    if "compute-sanitizer" in words:
+        words = words[words.index(sys.executable) :]
     return shlex.join([*words[:3], "--version"] if "-m" in words else [*words[:2], "--help"])
 
 
@@ -335,5 +329,4 @@ CHECKS = {
 }
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(HERE))
     sys.exit(main())

@@ -56,6 +56,7 @@ def test_a_pick_within_the_noise_floor_is_not_slower_than_the_default() -> None:
 def test_a_pick_within_the_error_of_the_best_counts_as_the_best() -> None:
     picks = [Pick(0, 0.01, -0.1, 1, 1.0), Pick(1, 0.03, -0.1, 1, 1.0)]
     assert (summarise("x", picks).best_picked, summarise("x", picks, 0.02).best_picked) == (0.0, 0.5)
+    assert (summarise("x", picks).near_best, summarise("x", picks, 0.03).near_best) == (0.5, 1.0)
 
 
 # --- on paper ---

@@ -127,7 +127,7 @@ def test_long_batches_are_cut() -> None:
 def test_an_activation_that_we_do_not_have_is_an_error() -> None:
     model = random_model(qwen3)
     for module in model.modules():
-        if hasattr(module, "_is_expert_parallel"):
+        if hasattr(module, "is_concatenated"):
             module.act_fn = torch.nn.Tanh()
     with pytest.raises(BackendError, match="Qwen3MoeExperts has an activation"):
         logits(model, "moestro")

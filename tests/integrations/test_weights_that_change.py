@@ -21,7 +21,12 @@ import tiny  # noqa: E402
 
 from moestro.integrations import transformers as mt  # noqa: E402
 from moestro.integrations.transformers import bound  # noqa: E402
-from moestro.integrations.transformers.modules import experts_modules, from_matrices, matrices  # noqa: E402
+from moestro.integrations.transformers.modules import (  # noqa: E402
+    experts_modules,
+    from_matrices,
+    is_share,
+    matrices,
+)
 
 F32 = torch.float32
 
@@ -304,6 +309,15 @@ def test_sentinels_of_expert_parallelism_contribute_nothing() -> None:
         want = module(x, ids, weights)
         module.config._experts_implementation = "moestro"
         torch.testing.assert_close(module(x, ids, weights), want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_transformers_that_does_not_say_so_counts_a_ranks_share() -> None:
+    """5.17 has no flag: its sharding sets num_experts of the module, and leaves the config's."""
+    module = next(m for _, m in experts_modules(tiny.random_model(tiny.qwen3, F32)))
+    module.__dict__.pop("_is_expert_parallel", None)
+    assert not is_share(module)
+    module.num_experts //= 2
+    assert is_share(module)
 
 
 def test_unknown_options_are_named_when_registering() -> None:

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Pick", "Summary", "summarise"]
+__all__ = ["NEAR", "Pick", "Summary", "summarise"]
+
+NEAR = 0.01  # of the best's time: who is no further off is near
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Summary:
     scheme: str
     tunings: int
     best_picked: float  # share
+    near_best: float  # share within NEAR of the best, or within what the true times are known to
     same_pick: float  # share of the most frequent choice
     flips: float  # share of consecutive pairs of tunings that disagree
     regret_median: float
@@ -56,6 +59,7 @@ def summarise(scheme: str, picks: Sequence[Pick], error: float = 0.0) -> Summary
         scheme=scheme,
         tunings=len(picks),
         best_picked=float((regrets <= error).mean()),
+        near_best=float((regrets <= max(NEAR, error)).mean()),
         same_pick=Counter(choices).most_common(1)[0][1] / len(choices),
         flips=sum(a != b for a, b in pairs) / max(1, len(pairs)),
         regret_median=float(np.median(regrets)),

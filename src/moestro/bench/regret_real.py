@@ -32,7 +32,7 @@ from moestro.tuning.spec.inputs import synthesise
 from moestro.tuning.spec.keys import shapes_of
 from moestro.tuning.spec.runner import DEFAULT_TACTIC
 
-__all__ = ["Case", "Oracle", "RealOutcome", "candidates_of", "consult", "measure_regret"]
+__all__ = ["Case", "Judged", "Oracle", "RealOutcome", "candidates_of", "consult", "judge", "measure_regret"]
 
 LEAST_ROUNDS = 9
 SCREENING = 3  # rounds before the oracle leaves out the hopeless
@@ -77,6 +77,15 @@ class Oracle:
 
 
 @dataclass(frozen=True)
+class Judged:
+    """An oracle, what it measured with, and what the timer said of its device around it."""
+
+    oracle: Oracle
+    samplers: tuple[Callable[[], float] | None, ...]
+    readings: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True)
 class RealOutcome:
     oracle: Oracle
     moestro: Summary
@@ -111,18 +120,9 @@ def measure_regret(
     step: Step = lambda what: None,
 ) -> RealOutcome:
     """Oracle, repeated tunings, and the field's scheme on one case. Raises TuningError for several probes."""
-    inputs = case.synthesised(policy.seed)
-    candidates = candidates_of(case)
-    for index, runner in enumerate(case.runners):
-        if callable(getattr(runner, "reserve", None)):
-            runner.reserve(inputs, [tactic for i, tactic in candidates if i == index])
-    samplers = _prepare(case, candidates, inputs, timer)
-    readings = [*_reading(timer)]
-    load(samplers[0], policy, timer)
-    readings += _reading(timer)
     step("oracle")
-    oracle = consult(candidates, samplers, policy, oracle_seconds)
-    readings += _reading(timer)
+    judged = judge(case, timer, policy, oracle_seconds)
+    oracle, readings = judged.oracle, [*judged.readings]
     picks, chosen = [], []
     for i in range(repeats):
         step(f"tuning {i + 1} of {repeats}")
@@ -136,7 +136,7 @@ def measure_regret(
     field, field_chosen = [], []
     for _ in range(repeats):
         step("the field's scheme")
-        pick, candidate = _field(samplers, oracle)
+        pick, candidate = _field(judged.samplers, oracle)
         field.append(pick)
         field_chosen.append(candidate)
     return RealOutcome(
@@ -147,6 +147,22 @@ def measure_regret(
         tuple(_name(case, c) for c in field_chosen),
         merged(readings),
     )
+
+
+def judge(case: Case, timer: Timer, policy: MeasurementPolicy, seconds: float) -> Judged:
+    """Consult the oracle on a device under load: policy.sustained_s of it before."""
+    inputs = case.synthesised(policy.seed)
+    candidates = candidates_of(case)
+    for index, runner in enumerate(case.runners):
+        if callable(getattr(runner, "reserve", None)):
+            runner.reserve(inputs, [tactic for i, tactic in candidates if i == index])
+    samplers = _prepare(case, candidates, inputs, timer)
+    readings = [*_reading(timer)]
+    load(samplers[0], policy, timer)
+    readings += _reading(timer)
+    oracle = consult(candidates, samplers, policy, seconds)
+    readings += _reading(timer)
+    return Judged(oracle, tuple(samplers), tuple(readings))
 
 
 def _reading(timer: Timer) -> list[dict[str, Any]]:

@@ -22,7 +22,8 @@ __all__ = ["regret"]
 
 SCHEMA = "moestro.regret/1"
 LEGEND = (
-    "best: share that picks the fastest (on a device: within two standard errors of the oracle). same: share "
+    "best: share that picks the fastest (on a device: within two standard errors of the oracle). near: within 1 % of "
+    "it, or within those two errors. same: share "
     "of the most frequent pick. flips: share of repeated tunings that disagree. median, 95 %, worst: regret, "
     "the time of the pick over the fastest's, less 1. slower: share slower than the default by more than the "
     "noise floor. samples, time: of one tuning."
@@ -180,7 +181,7 @@ def _measure(spec: Any, json_file: Path | None) -> bool:
 def _table(summaries: Sequence[Summary]) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("scheme", no_wrap=True)
-    for name in ("best", "same", "flips", "median", "95 %", "worst", "slower", "samples", "time"):
+    for name in ("best", "near", "same", "flips", "median", "95 %", "worst", "slower", "samples", "time"):
         table.add_column(name, justify="right", no_wrap=True)
     for summary in summaries:
         table.add_row(*_cells(summary))
@@ -191,6 +192,7 @@ def _cells(summary: Summary) -> list[str]:
     return [
         summary.scheme,
         f"{summary.best_picked:.1%}",
+        f"{summary.near_best:.1%}",
         f"{summary.same_pick:.1%}",
         f"{summary.flips:.1%}",
         f"{summary.regret_median:.2%}",

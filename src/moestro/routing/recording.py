@@ -25,6 +25,7 @@ from moestro.errors import RoutingError
 from moestro.routing.recorded import read
 from moestro.routing.recorded import record as write
 
+EXPERTS = "is_concatenated"  # what Transformers gives every experts module
 IDS, WEIGHTS = 1, 2  # places among a layer's arguments (x, ids, weights)
 NAMES = {IDS: ("top_k_index", "ids"), WEIGHTS: ("top_k_weights", "weights")}
 
@@ -75,7 +76,7 @@ class Recording:
 
 def moe_layers(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
     """(name, module) of the layers whose routing can be seen. Raises RoutingError for a model that has none."""
-    found = [(name, m) for name, m in model.named_modules() if hasattr(m, "_is_expert_parallel")]
+    found = [(name, m) for name, m in model.named_modules() if hasattr(m, EXPERTS)]
     if not found:
         found = [(name, m) for name, m in model.named_modules() if type(m).__name__ == "FusedMoE"]
     if not found:

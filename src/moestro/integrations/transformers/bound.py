@@ -15,7 +15,7 @@ import torch
 from moestro import formats
 from moestro.errors import BackendError, MoestroError
 from moestro.integrations.transformers.activation import activation_of
-from moestro.integrations.transformers.modules import biases, matrices, weight_names
+from moestro.integrations.transformers.modules import biases, is_share, matrices, weight_names
 from moestro.integrations.transformers.settings import Settings
 from moestro.integrations.transformers.watch import Watch
 from moestro.kernels import backends
@@ -150,9 +150,7 @@ def _quantised(
 def _layer(module: Any, bound: Bound, top_k: int) -> FusedMoE:
     w = bound.weights
     # A rank's share of the experts: the index num_experts stands for those elsewhere, and top_k may exceed the share.
-    share: dict[str, Any] = (
-        {"num_experts": max(w.num_experts + 1, top_k)} if module._is_expert_parallel else {}
-    )
+    share: dict[str, Any] = {"num_experts": max(w.num_experts + 1, top_k)} if is_share(module) else {}
     with named_errors(module):
         return FusedMoE(
             w,

@@ -16,12 +16,26 @@ from moestro.checkpoints.layouts import fp4_of_deepseek, fp8
 from moestro.errors import BackendError
 from moestro.formats import BF16, FormatTensor, FP8Block
 
-FLAG = "_is_expert_parallel"  # what the decorator gives every experts module
+FLAG = "is_concatenated"  # what the decorator gives every experts module
+COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # of a config
 
 
 def experts_modules(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
     """(name, module) of everything that runs through Transformers' experts interface."""
     return ((name, module) for name, module in model.named_modules() if hasattr(module, FLAG))
+
+
+def is_share(module: Any) -> bool:
+    """Whether a module has one rank's share of the experts.
+
+    A Transformers that does not say so (5.17) counts the share in the module and all experts in its config.
+    """
+    said = getattr(module, "_is_expert_parallel", None)
+    if said is not None:
+        return bool(said)
+    own = getattr(module, "num_experts", None)
+    counts = [getattr(module.config, name, None) for name in COUNTS]
+    return isinstance(own, int) and any(isinstance(count, int) and count > own for count in counts)
 
 
 def up_name(module: Any) -> str:
