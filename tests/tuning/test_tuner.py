@@ -13,9 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tuning_fakes import Fake, Kernel, config, inputs, quiet_clock, tuner
 
-from moestro.errors import TuningError, TuningWarning
+from moestro.errors import TuningWarning
 from moestro.tuning import (
-    AutoTuner,
     DynamicTensorSpec,
     Probe,
     TuningConfig,
@@ -414,20 +413,3 @@ def test_a_changed_public_attribute_is_another_key() -> None:
     assert t.choose_one("op", [runner], cfg, inputs(64)) == (runner, 0)
     runner.tiles.append(3)  # type: ignore[attr-defined]
     assert t.choose_one("op", [runner], cfg, inputs(64)) == (runner, -1)
-
-
-def test_a_map_that_goes_down_is_an_error() -> None:
-    clock = quiet_clock()
-    t = tuner(clock)
-    with t.autotune(True), pytest.raises(TuningError, match="monotone"):
-        t.choose_one(
-            "op", [Kernel(clock, FAST_LATER)], config((8, 64), lambda x: max(1, 100 - x)), inputs(64)
-        )
-
-
-@pytest.mark.parametrize("runners", [[], None, [object()]])
-def test_runners_must_be_runners(runners: Any) -> None:
-    with pytest.raises(TuningError, match="runner"):
-        AutoTuner().choose_one("op", runners, config(), inputs(1))
-    with pytest.raises(TuningError, match="runner"):
-        AutoTuner().bind("op", runners, config())

@@ -28,11 +28,11 @@ from moestro.tuning.measure.budget import Budget
 from moestro.tuning.measure.campaign import Campaign
 from moestro.tuning.measure.request import Job
 from moestro.tuning.measure.scope import capturing
-from moestro.tuning.measure.timers import Timer
+from moestro.tuning.measure.timers import Timer, as_timer
 from moestro.tuning.progress import Progress, showing
 from moestro.tuning.spec.evidence import Record
 from moestro.tuning.spec.keys import StaticKey, device_of, shapes_of, static_key
-from moestro.tuning.spec.policy import MeasurementPolicy
+from moestro.tuning.spec.policy import MeasurementPolicy, as_policy
 from moestro.tuning.spec.runner import DEFAULT_TACTIC, check_runners
 from moestro.tuning.spec.specs import Probe, Sizes, TuningConfig
 from moestro.tuning.spec.tactic_list import TacticList, from_environment
@@ -68,8 +68,8 @@ class AutoTuner(Toolbox):
         tactics: Iterable[str | os.PathLike[str]] = (),
     ) -> None:
         self.store = _as_store(store)
-        self.policy = policy or MeasurementPolicy()
-        self._timer = timer
+        self.policy = as_policy(policy) or MeasurementPolicy()
+        self._timer = as_timer(timer)
         self._timers = {}
         self._clock = clock
         self._contexts = Contexts()
