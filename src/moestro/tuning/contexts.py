@@ -15,12 +15,12 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from moestro.errors import TuningError, as_flag
+from moestro.errors import TuningError, as_flag, as_optional
 from moestro.tuning.group import Group
 from moestro.tuning.measure.budget import Budget
-from moestro.tuning.progress import Progress
+from moestro.tuning.progress import Progress, as_progress
 from moestro.tuning.spec.buckets import checked_buckets, make_bucket_mapper
-from moestro.tuning.spec.policy import MeasurementPolicy, as_policy
+from moestro.tuning.spec.policy import MeasurementPolicy
 from moestro.tuning.spec.specs import DynamicTensorSpec, Probe, TuningConfig
 from moestro.tuning.store.store import Store
 
@@ -57,7 +57,8 @@ class Options:
         for name in FLAGS:
             if given.get(name) is not None:
                 given[name] = as_flag(FLAGS[name], given[name], TuningError)
-        given["policy"] = as_policy(given.get("policy"))
+        given["policy"] = as_optional("policy", given.get("policy"), MeasurementPolicy, TuningError)
+        given["progress"] = as_progress(given.get("progress"))
         if given.get("buckets") is not None:
             given["buckets"] = checked_buckets(given["buckets"], "tuning_buckets")
         if given.get("probes") is not None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from moestro.errors import TuningError, TuningWarning
+from moestro.errors import TuningError, TuningWarning, as_optional
 from moestro.tuning.contexts import Contexts, Options
 from moestro.tuning.forks import survive
 from moestro.tuning.group import group_of, leaving
@@ -32,7 +32,7 @@ from moestro.tuning.measure.timers import Timer, as_timer
 from moestro.tuning.progress import Progress, showing
 from moestro.tuning.spec.evidence import Record
 from moestro.tuning.spec.keys import StaticKey, device_of, shapes_of, static_key
-from moestro.tuning.spec.policy import MeasurementPolicy, as_policy
+from moestro.tuning.spec.policy import MeasurementPolicy
 from moestro.tuning.spec.runner import DEFAULT_TACTIC, check_runners
 from moestro.tuning.spec.specs import Probe, Sizes, TuningConfig
 from moestro.tuning.spec.tactic_list import TacticList, from_environment
@@ -68,7 +68,7 @@ class AutoTuner(Toolbox):
         tactics: Iterable[str | os.PathLike[str]] = (),
     ) -> None:
         self.store = _as_store(store)
-        self.policy = as_policy(policy) or MeasurementPolicy()
+        self.policy = as_optional("policy", policy, MeasurementPolicy, TuningError) or MeasurementPolicy()
         self._timer = as_timer(timer)
         self._timers = {}
         self._clock = clock

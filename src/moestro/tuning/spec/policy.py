@@ -9,7 +9,7 @@ from typing import Any
 
 from moestro.errors import TuningError, as_count, as_flag
 
-__all__ = ["MeasurementPolicy", "as_policy"]
+__all__ = ["MeasurementPolicy"]
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,3 @@ class MeasurementPolicy:
             else:
                 raise TuningError(f"{name} must be a number, got {value!r}")
             object.__setattr__(self, one.name, plain)
-
-
-def as_policy(value: Any) -> MeasurementPolicy | None:
-    """A policy, or None for none. Raises TuningError for anything else."""
-    if value is not None and not isinstance(value, MeasurementPolicy):
-        raise TuningError(f"policy must be a MeasurementPolicy or None, got {value!r}")
-    return value
