@@ -115,7 +115,9 @@ def test_symmetric_memory_is_used_by_all_ranks_or_none() -> None:
     assert Symmetric.why_not(OneOf(["", "elsewhere"]), device, "bf16") == "the ranks are on 2 hosts"  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("value", "why"), [("0", "=0"), ("false", "must be 0 or 1, got 'false'"), ("1", "GPUs")])
+@pytest.mark.parametrize(
+    ("value", "why"), [("0", "=0"), ("false", "must be 0 or 1, got 'false'"), ("1", "GPUs")]
+)
 def test_the_switch_is_0_or_1(value: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOESTRO_SYMMETRIC_MEMORY", value)
     assert why in _why_not_here(torch.device("cuda:0"), 1 << 20)
