@@ -24,6 +24,7 @@ from __future__ import annotations
 import difflib
 import operator
 from collections.abc import Iterable
+from typing import TypeVar
 
 __all__ = [
     "BackendError",
@@ -42,8 +43,12 @@ __all__ = [
     "TuningWarning",
     "as_count",
     "as_flag",
+    "as_optional",
     "unknown_name",
 ]
+
+
+T = TypeVar("T")
 
 
 class MoestroError(Exception):
@@ -138,3 +143,10 @@ def as_count(name: str, value: object, error: type[MoestroError], least: int | N
     words: dict[int | None, str] = {None: "an integer", 1: "a positive integer"}
     wanted = words.get(least, f"an integer of at least {least}")
     raise error(f"{name} must be {wanted}, got {value!r}")
+
+
+def as_optional(name: str, value: object, kind: type[T], error: type[MoestroError]) -> T | None:
+    """An object of a class, or None. Raises `error`, naming the argument, for anything else."""
+    if value is not None and not isinstance(value, kind):
+        raise error(f"{name} must be a {kind.__name__} or None, got {value!r}")
+    return value

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 
 import moestro
 from moestro.checkpoints import Experts, Safetensors
-from moestro.checkpoints.int4 import to_compressed_tensors
+from moestro.checkpoints.int4 import from_awq, from_compressed_tensors, from_gptq, to_compressed_tensors
 from moestro.checkpoints.scheme import parse
-from moestro.errors import FormatError
+from moestro.errors import DTypeError, FormatError, ShapeError
 from moestro.formats import INT4
 
 E, H, I, P = 3, 256, 128, "model.layers.0.mlp.experts"  # noqa: E741
@@ -191,3 +191,35 @@ def test_configs_that_are_read() -> None:
     assert "INT4" in str(parse({"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False}))
     kimi = {"weights": {"num_bits": 4, "group_size": 32, "type": "int", "symmetric": True, "actorder": None}}
     assert "pack-quantized" in str(parse({**COMPRESSED, "config_groups": {"group_0": kimi}}))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.int8])
+@pytest.mark.parametrize(
+    ("make", "read", "names"),
+    [
+        (gptq, from_gptq, ("qweight", "qzeros")),
+        (awq, from_awq, ("qweight", "qzeros")),
+        (None, from_compressed_tensors, ("packed", "zero")),
+    ],
+)
+def test_words_of_another_type_are_refused(make: Any, read: Any, names: Any, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(5)
+    if make is None:
+        q = INT4.quantize(torch.randn(64, 256, generator=g), symmetric=False)
+        pieces = to_compressed_tensors(q)
+        pieces = {name: pieces[f"weight_{was}"] for name, was in
+                  (("packed", "packed"), ("scale", "scale"), ("shape", "shape"), ("zero", "zero_point"))}  # fmt: skip
+    else:
+        pieces = make(64, 256, g)[0]
+    read(**pieces)
+    for name in names:
+        with pytest.raises(DTypeError, match=f"{name}.* must be int32, got"):
+            read(**{**pieces, name: pieces[name].to(dtype)})
+        with pytest.raises(ShapeError, match=f"{name}.* must be a matrix"):
+            read(**{**pieces, name: pieces[name][0]})
+
+
+def test_a_weight_shape_of_one_size_is_refused() -> None:
+    pieces = to_compressed_tensors(INT4.quantize(torch.randn(64, 256)))
+    with pytest.raises(ShapeError, match="weight_shape must hold 2 sizes, got"):
+        from_compressed_tensors(pieces["weight_packed"], pieces["weight_scale"], pieces["weight_shape"][:1])

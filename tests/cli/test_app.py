@@ -83,6 +83,21 @@ def test_doctor_says_what_runs_and_why_not(run: Run) -> None:
     if isinstance(found["gpus"], str):
         assert found["gpus"] in " ".join(done.output.split())
     assert found["cpu"]["cores"] >= 1
+    assert found["software"] == json.loads(run("doctor", "--json", "-").stdout)["software"]
+
+
+def test_findings_that_cannot_be_written_are_one_message(run: Run) -> None:
+    done = run("doctor", "--json", ".")
+    assert done.exit_code == 1
+    assert "cannot write" in done.output
+    assert "Traceback" not in done.output
+
+
+def test_memory_that_runs_out_is_one_message(run: Run) -> None:
+    done = run("bench", *TINY, *QUICK, "--peers", "none", "--tokens", str(10**12))
+    assert done.exit_code == 1
+    assert "can't allocate memory" in done.output
+    assert "Traceback" not in done.output
 
 
 def test_doctor_json_to_the_terminal_is_only_json(run: Run) -> None:
@@ -102,3 +117,4 @@ def test_a_store_that_cannot_be_written_is_a_warning_not_an_error(run: Run) -> N
     with pytest.warns(StoreWarning, match="cannot be written"):
         done = run("tune", *TINY, "--tokens", "1", "--store", "file/store")
     assert done.exit_code == 0, done.output
+    assert "not kept: file/store cannot be written" in done.output

@@ -177,6 +177,13 @@ def test_a_failure_of_ours_is_status_1_after_the_table(run: Run, monkeypatch: py
     assert "Traceback" not in done.output
 
 
+def test_a_run_that_measures_nothing_is_status_1(run: Run) -> None:
+    done = run("bench", *TINY, *QUICK, "--tokens", "1", "--peers", "none", "--backend", "triton")
+    assert done.exit_code == 1
+    assert "not run: backend 'triton' cannot run this" in " ".join(done.output.split())
+    assert "nothing could be measured" in done.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -186,6 +193,9 @@ def test_a_failure_of_ours_is_status_1_after_the_table(run: Run, monkeypatch: py
         (["--sizes", "8,2,64"], "four positive integers"),
         ([*TINY, "--tokens", "0"], "expected positive integers"),
         ([*TINY, "--tokens", "8..4"], "expected positive integers"),
+        ([*TINY, "--tokens", ""], "expected positive integers"),
+        ([*TINY, "--tokens", "²"], "expected positive integers"),
+        ([*TINY, "--store", "file"], "is a file"),
         ([*TINY, "--format", "nvpf4"], "did you mean 'nvfp4'"),
         ([*TINY, "--backend", "tritom"], "did you mean 'triton'"),
         ([*TINY, "--routing", "zip:1"], "did you mean 'zipf'"),
@@ -197,6 +207,7 @@ def test_a_failure_of_ours_is_status_1_after_the_table(run: Run, monkeypatch: py
     ],
 )
 def test_wrong_usage_is_status_2_and_says_what_is_meant(run: Run, arguments: list[str], said: str) -> None:
+    Path("file").touch()
     done = run("bench", *arguments)
     assert done.exit_code == 2
     flat = " ".join(done.output.replace("│", " ").split())

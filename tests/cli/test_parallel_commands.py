@@ -40,6 +40,12 @@ def test_plan_shows_every_number_of_ranks_and_writes_them(tmp_path: Path) -> Non
     }
 
 
+def test_plan_says_which_copies_have_no_room() -> None:
+    done = CliRunner().invoke(app, ["plan", "--model", "mixtral-8x7b", "--gpus", "2", "--replicas", "0,8,9"])
+    assert done.exit_code == 0, done.output
+    assert "left out, more than a copy on every rank: 9 on 2 ranks" in " ".join(done.output.split())
+
+
 def test_plan_names_a_gpu_without_figures() -> None:
     done = CliRunner().invoke(app, ["plan", "--model", "qwen3-30b-a3b", "--gpu", "b200"])
     assert done.exit_code == 2

@@ -111,3 +111,19 @@ def test_what_cannot_be_quantised_is_refused() -> None:
         INT4(**wrong(scale=torch.full((4, 2), -1.0))).check_scales("w")
     with pytest.raises(FormatError, match=r"w\.zero must be at most 16, got 17"):
         INT4(**wrong(zero=torch.full((4, 2), 17, dtype=torch.uint8))).check_scales("w")
+    for odd in (32.0, "32", True):
+        with pytest.raises(ShapeError, match="group must be an integer"):
+            INT4.quantize(dense, odd)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_values_at_the_end_of_float32_stay_finite_or_are_refused(symmetric: bool, dtype: torch.dtype) -> None:
+    most = torch.finfo(torch.float32).max
+    for first, last in ((-1.0, 1.0), (1.0, 1.0), (-1.0, 0.0), (-1.0, -1.0)):
+        dense = 0.87 * most * torch.linspace(first, last, 64).expand(4, 64)
+        found = INT4.quantize(dense, symmetric=symmetric, dtype=dtype).dequantize()
+        assert bool(found.isfinite().all())
+        assert float(((found.double() - dense.double()) / most).abs().max()) < 0.13
+    with pytest.raises(FormatError, match=r"values up to 2\.977\d*e\+38, got 3\.0"):
+        INT4.quantize(0.9 * dense / 0.87, symmetric=symmetric, dtype=dtype)

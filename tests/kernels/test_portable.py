@@ -2,141 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from portable_cases import ACTIVATIONS, FORMATS, TACTICS, Case, E, fits, make
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensorMode,
 )
 
-from moestro import ExpertWeights, SwiGLU, formats, reference
+from moestro import ExpertWeights
 from moestro.errors import BackendError, ShapeError
 from moestro.formats import NVFP4
-from moestro.kernels.activations import Activation, resolve_activation
 from moestro.kernels.portable import runner as portable
-from moestro.kernels.portable.quantize import through
 from moestro.kernels.portable.runner import PortableRunner
 from moestro.kernels.problem import MoeProblem
 from moestro.kernels.scratch import carve, plan_bytes
-
-E, K = 11, 3
-TACTICS: list[Any] = [
-    ("loop", 1),
-    ("pairs", 3),
-    ("grouped", 4),
-    ("grouped", 0),
-    ("masked", 4),
-    ("blocks", 16),
-]
-FORMATS = sorted(formats.FORMATS)
-ACTIVATIONS = ["silu", "gelu_tanh", "relu2", SwiGLU(alpha=1.702, limit=0.5, up_shift=1.0)]
-
-
-@dataclass
-class Case:
-    """A problem with its weights, and its runner."""
-
-    runner: PortableRunner
-    w: ExpertWeights
-
-    @property
-    def problem(self) -> MoeProblem:
-        return self.runner.problem
-
-    def inputs(self, num_tokens: int, seed: int = 0, experts: list[int] | None = None) -> list[Any]:
-        """x, ids (distinct, of `experts` if given), weights, and an output full of NaN."""
-        g = torch.Generator().manual_seed(seed)
-        p = self.problem
-        x = torch.randn(num_tokens, p.hidden_size, generator=g).to(p.dtype)
-        pool = torch.tensor(experts if experts is not None else range(p.num_experts), dtype=torch.int32)
-        order = torch.rand(num_tokens, len(pool), generator=g).argsort(-1)
-        ids = pool[order[:, : p.top_k]]
-        weights = torch.rand(num_tokens, p.top_k, generator=g)
-        return [x, ids.contiguous(), weights, torch.full_like(x, torch.nan)]
-
-    def reference(self, inputs: list[Any]) -> torch.Tensor:
-        x, ids, weights, _, *scales = inputs
-        p = self.problem
-        return reference.fused_moe(
-            NVFP4(x, *scales) if scales else x,
-            ids,
-            weights,
-            self.w,
-            activation=p.activation,
-            input_format=p.input_format,
-            expert_offset=p.expert_offset,
-        )
-
-    def error(self, inputs: list[Any], tactic: Any) -> float:
-        """Relative error norm, in a poisoned workspace of exactly the bytes asked for."""
-        num_tokens = inputs[0].shape[0]
-        nbytes = self.runner.workspace_bytes(num_tokens, tactic)
-        self.runner.use_workspace(torch.full((nbytes,), 0xFF, dtype=torch.uint8))
-        out = self.runner.forward(inputs, tactic)
-        assert out is inputs[3]
-        assert not torch.isnan(out).any()
-        expected = self.reference(inputs)
-        return float((out - expected).norm() / expected.norm().clamp(min=1e-12))
-
-
-def make(
-    fmt: str = "bf16",
-    activation: str | Activation = "silu",
-    *,
-    dtype: torch.dtype = torch.bfloat16,
-    offset: int = 0,
-    local: int | None = None,
-    bias: bool = False,
-    scales: str | None = None,
-    seed: int = 0,
-    **options: Any,
-) -> Case:
-    """A case of E experts (those from offset to 3 before the last, if there is an offset)."""
-    g = torch.Generator().manual_seed(seed)
-    hidden, inter = (96, 160) if formats.get(fmt).block == 32 else (48, 80)
-    act = resolve_activation(activation)
-    held = local or (E - offset - 3 if offset else E)
-    rows = 2 * inter if act.gated else inter
-
-    def randn(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=g) * 0.2
-
-    dense_dtype = dtype if fmt == "bf16" else torch.float32
-    scale_shape = {"one": (), "each": (held,)}.get(scales or "")
-    w = ExpertWeights.from_dense(
-        randn(held, rows, hidden).to(dense_dtype),
-        randn(held, hidden, inter).to(dense_dtype),
-        fmt,
-        gate_up_bias=randn(held, rows) if bias else None,
-        down_bias=randn(held, hidden).bfloat16() if bias else None,
-        gate_up_input_scale=None if scale_shape is None else torch.full(scale_shape, 2e-3),
-        down_input_scale=None if scale_shape is None else torch.full(scale_shape, 1e-3),
-    )
-    problem = MoeProblem(
-        num_experts=E,
-        num_local_experts=held,
-        expert_offset=offset,
-        top_k=K,
-        hidden_size=hidden,
-        intermediate_size=inter,
-        weight_format=fmt,
-        activation=act,
-        dtype=dtype,
-        weight_dtype=w.dense_dtype,
-        biased=w.biased,
-        **options,
-    )
-    return Case(PortableRunner(problem, w), w)
-
-
-def fits(case: Case, tactic: Any, num_tokens: int) -> bool:
-    return case.runner.unfit(tactic, num_tokens) is None
 
 
 @pytest.mark.parametrize("offset", [0, 2])
@@ -243,84 +129,6 @@ def test_dense_weights_of_another_dtype_lose_nothing(x_dtype: torch.dtype, weigh
     for tactic in TACTICS:
         if fits(other, tactic, 17):
             assert other.error(other.inputs(17), tactic) < 5e-3
-
-
-@pytest.mark.parametrize("scales", [None, "one", "each"])
-@pytest.mark.parametrize("tactic", TACTICS, ids=str)
-def test_quantised_activations(tactic: Any, scales: str | None) -> None:
-    for fmt in ("bf16", "nvfp4"):
-        case = make(fmt, input_format="nvfp4", scales=scales, offset=2, bias=True)
-        if fits(case, tactic, 33):
-            assert case.error(case.inputs(33), tactic) < 1e-2
-        exact = make(fmt, input_format="nvfp4", scales=scales, dtype=torch.float32)
-        if fits(exact, tactic, 33):
-            assert exact.error(exact.inputs(33), tactic) < 1e-5
-
-
-@pytest.mark.parametrize("input_format", ["fp8", "int8"])
-@pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize("tactic", TACTICS, ids=str)
-def test_eight_bit_activations_equal_their_reference(tactic: Any, fmt: str, input_format: str) -> None:
-    """Exactly but for the order of sums: float32 throughout, biases and a limit included."""
-    case = make(fmt, ACTIVATIONS[3], dtype=torch.float32, bias=True, offset=2, input_format=input_format)
-    inputs = case.inputs(17)
-    inputs[0][3] = 0  # a token of zeros has no scale
-    if fits(case, tactic, 17):
-        assert case.error(inputs, tactic) < 1e-5
-
-
-def test_eight_bit_activations_are_rounded_as_written_down() -> None:
-    """By hand, in float64, on columns that are no multiple of a block."""
-    rows = torch.randn(5, 300, generator=torch.Generator().manual_seed(0)).float()
-    rows[1] *= 1e-30
-    for kind, most, width in (("int8", 127.0, 32), ("fp8", 448.0, 300), ("fp8", 448.0, 128)):
-        fmt = "fp8_block" if width == 128 else "nvfp4"
-        problem = MoeProblem(E, E, 0, K, 300, 300, fmt, input_format=kind)
-        for first in range(0, 300, width):
-            part = rows[:, first : first + width]
-            scale = (part.abs().amax(1, keepdim=True) / torch.tensor(most)).double()
-            codes = part.double() / scale
-            rounded = codes.round() if kind == "int8" else codes.float().to(torch.float8_e4m3fn).double()
-            found = through(problem, rows, None)[:, first : first + width]
-            torch.testing.assert_close(found, (rounded * scale).float(), rtol=3e-7, atol=0)
-        assert torch.equal(through(problem, rows, None), reference.through(
-            rows, kind, fp8_columns=128 if width == 128 else None
-        ))  # fmt: skip
-
-
-@pytest.mark.parametrize(("input_format", "low", "high"), [("fp8", 0.01, 0.06), ("int8", 0.004, 0.03)])
-def test_eight_bit_activations_cost_what_is_written_down(input_format: str, low: float, high: float) -> None:
-    case, plain = make("nvfp4", input_format=input_format), make("nvfp4")
-    inputs = case.inputs(64)
-    a, b = case.reference(inputs), plain.reference(inputs)
-    assert low < float((a - b).norm() / b.norm()) < high
-
-
-def test_weights_folded_to_e4m3_are_within_their_rounding() -> None:
-    case = make("nvfp4")
-    inputs = case.inputs(64)
-    exact = case.reference(inputs)
-    folded = reference.fused_moe(*inputs[:3], case.w, weight_rounding="e4m3")
-    assert 0.005 < float((folded - exact).norm() / exact.norm()) < 0.06
-    mxfp4 = make("mxfp4").w.gate_up.expert(0)  # one power of two apart at most here: folds exactly
-    assert torch.equal(reference.fold_e4m3(mxfp4), mxfp4.dequantize())
-
-
-def test_quantised_activations_differ_from_unquantised_ones() -> None:
-    """What the test above would not see if input_format did nothing."""
-    case, plain = make(input_format="nvfp4"), make()
-    inputs = case.inputs(33)
-    a, b = case.reference(inputs), plain.reference(inputs)
-    assert 0.05 < float((a - b).norm() / b.norm()) < 0.5
-
-
-@pytest.mark.parametrize("tactic", TACTICS, ids=str)
-def test_activations_that_come_quantised(tactic: Any) -> None:
-    case = make("nvfp4", input_format="nvfp4")
-    x, ids, weights, out = case.inputs(17)
-    q = NVFP4.quantize_rows(x)
-    if fits(case, tactic, 17):
-        assert case.error([q.packed, ids, weights, out, q.scale, q.global_scale], tactic) < 1e-2
 
 
 @pytest.mark.parametrize("tactic", TACTICS, ids=str)

@@ -159,12 +159,14 @@ def test_a_spoiled_scale_is_refused_whole_and_expert_by_expert(fmt: str, piece: 
 
 
 @pytest.mark.parametrize("value", ["yes", None, 2, 1.0, "False", [True]])
-@pytest.mark.parametrize("name", ["deterministic", "batch_invariant", "use_cuda_graph"])
+@pytest.mark.parametrize(
+    "name", ["deterministic", "batch_invariant", "use_cuda_graph", "own_output", "donate"]
+)
 def test_a_switch_of_another_type_is_an_error_that_names_it(name: str, value: Any) -> None:
     w = make_weights()
     with pytest.raises(errors.BackendError, match=f"{name} must be True or False, got"):
         FusedMoE(w, K, 16, **{name: value})
-    if name != "use_cuda_graph":
+    if name in ("deterministic", "batch_invariant"):
         with pytest.raises(errors.BackendError, match=f"{name} must be True or False, got"):
             fused_moe(*make_call(3), w, **{name: value if value.__hash__ else "x"})
 
@@ -199,3 +201,36 @@ def test_an_expert_of_another_shape_is_named(how: str, fmt: str) -> None:
         errors.ShapeError, match=r"gate_up of expert 4 must be \[160, 48\] as of expert 0, got \[158, 48\]"
     ):
         ExpertWeights.from_experts(each, how)
+
+
+@pytest.mark.parametrize("name", ["tuner", "workspace"])
+def test_a_layer_of_other_parts_is_an_error_that_names_them(name: str) -> None:
+    with pytest.raises(errors.BackendError, match=f"{name} must be a .* or None, got 3"):
+        FusedMoE(make_weights(), K, 16, **{name: 3})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("probes", 5), ("probes", "zipf"), ("progress", 3), ("buckets", [4, 17]), ("buckets", "x")],
+)
+def test_settings_of_a_tuning_that_mean_nothing_are_named(name: str, value: Any) -> None:
+    layer = FusedMoE(make_weights(), K, 16, tuner=moestro.AutoTuner())
+    with pytest.raises(errors.MoestroError, match=f"{name} must be"):
+        layer.tune(**{"budget_s": 0, "progress": False, name: value})
+
+
+def test_experts_whose_ids_no_kernel_can_name_are_refused() -> None:
+    w, (x, ids, weights) = make_weights(), make_call(3)
+    last = 2**31 - E
+    y = fused_moe(x, ids.long() + last, weights, w, expert_offset=last)
+    assert torch.equal(y, fused_moe(x, ids, weights, w))
+    for offset in (last + 1, 2**31, 2**63, 2**64):
+        with pytest.raises(errors.RoutingError, match=f"expert_offset must be at most {last}.* got {offset}"):
+            fused_moe(x, ids.long(), weights, w, expert_offset=offset)
+
+
+def test_an_error_of_a_layers_first_call_comes_of_nothing_else() -> None:
+    x, ids, weights = make_call(3)
+    with pytest.raises(errors.ShapeError, match="x must be") as caught:
+        FusedMoE(make_weights(), K, 16)(x[0], ids, weights)
+    assert caught.value.__context__ is None

@@ -12,7 +12,7 @@ import torch
 
 from moestro import reference
 from moestro.parallel.placement import Placement
-from moestro.parallel.symmetric import Buffers, Symmetric, pull, push, unpack
+from moestro.parallel.symmetric import Buffers, Symmetric, _why_not_here, pull, push, unpack
 from moestro.parallel.ways import Routes
 
 pytest.importorskip("triton")
@@ -113,3 +113,11 @@ def test_symmetric_memory_is_used_by_all_ranks_or_none() -> None:
     assert Symmetric.why_not(OneOf(["", ""]), device, "bf16") is None  # type: ignore[arg-type]
     assert Symmetric.why_not(OneOf(["no Triton", ""]), device, "bf16") == "rank 1: no Triton"  # type: ignore[arg-type]
     assert Symmetric.why_not(OneOf(["", "elsewhere"]), device, "bf16") == "the ranks are on 2 hosts"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("value", "why"), [("0", "=0"), ("false", "must be 0 or 1, got 'false'"), ("1", "GPUs")]
+)
+def test_the_switch_is_0_or_1(value: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOESTRO_SYMMETRIC_MEMORY", value)
+    assert why in _why_not_here(torch.device("cuda:0"), 1 << 20)

@@ -1,8 +1,11 @@
-"""autotune contexts: nesting, inheritance, threads, options."""
+"""autotune contexts: nesting, inheritance, threads, tasks, forks, options."""
 
 from __future__ import annotations
 
+import asyncio
+import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +180,49 @@ def test_settings_that_make_no_sense_are_errors(options: Any) -> None:
         pass
     assert t._contexts.current is None
     assert t._contexts.active == 0
+
+
+def test_an_asyncio_task_has_a_context_of_its_own() -> None:
+    clock = quiet_clock()
+    t, runner, cfg = tuner(clock), Kernel(clock, {-1: 1e-3, 0: 5e-4}), config((64,))
+
+    async def tuning(entered: asyncio.Event, served: asyncio.Event) -> None:
+        with t.autotune(True):
+            entered.set()
+            await served.wait()
+
+    async def serving(entered: asyncio.Event, served: asyncio.Event) -> None:
+        await entered.wait()
+        t.choose_one("op", [runner], cfg, inputs(4))
+        served.set()
+
+    async def main() -> None:
+        events = asyncio.Event(), asyncio.Event()
+        await asyncio.gather(tuning(*events), serving(*events))
+
+    asyncio.run(main())
+    assert runner._runs == []
+    assert t._contexts.active == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_child_that_was_forked_inside_a_context_looks_up_until_it_enters_one() -> None:
+    clock = quiet_clock()
+    t, runner, cfg = tuner(clock), Kernel(clock, {-1: 1e-3, 0: 5e-4}), config((64,))
+    with t.autotune(True), t._measuring:
+        child = os.fork()
+        if child == 0:
+            before = t.choose_one("op", [runner], cfg, inputs(64))[1], len(runner._runs)
+            with t.autotune(True):
+                after = t.choose_one("op", [runner], cfg, inputs(64))[1]
+            os._exit(0 if (before, after) == ((-1, 0), 0) else 1)
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.01)
+    else:
+        os.kill(child, 9)
+    assert done
+    assert os.waitstatus_to_exitcode(status) == 0

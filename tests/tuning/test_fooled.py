@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tuning_fakes import WRONG, Kernel, config, inputs, quiet_clock, tuner
 
-from moestro.errors import TuningError, TuningWarning
+from moestro.errors import TuningWarning
 from moestro.tuning import AutoTuner, DynamicTensorSpec, TunableRunner, TuningConfig
 from moestro.tuning.measure.compare import why_different
 from moestro.tuning.measure.request import is_out_of_memory
@@ -241,18 +238,6 @@ def test_one_odd_reading_of_the_clock_bans_nobody(reading: float, store: Path) -
     assert not list(store.rglob("quarantine*"))
 
 
-def test_a_clock_that_is_always_senseless_is_an_error_that_names_it() -> None:
-    class Broken:
-        name = "sundial"
-
-        def prepare(self, call: Any) -> Any:
-            return lambda: float("nan")
-
-    t = AutoTuner(timer=Broken())  # type: ignore[arg-type]
-    with t.autotune(True), pytest.raises(TuningError, match="sundial"):
-        t.choose_one("op", [Kernel(quiet_clock(), {-1: 1e-3, 0: 1e-3})], config((64,)), inputs(64))
-
-
 def test_a_default_that_fails_once_takes_part_again(store: Path) -> None:
     clock, busy = quiet_clock(), [True]
     times = {-1: lambda n: RuntimeError("device busy") if busy[0] else 1e-4, 0: 2e-3}
@@ -285,7 +270,7 @@ def test_a_tactic_serves_only_where_it_is_offered_else_the_next_best() -> None:
             assert t.choose_one("op", [runner], cfg, inputs(n))[1] == pick(inputs(n))[1] == tactic
 
 
-# --- short tunings, tasks, forks ---------------------------------------------------------------------------
+# --- short tunings -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("default", [0.04, 2.0])
 def test_short_tunings_add_up(store: Path, default: float) -> None:
     clock = quiet_clock()
@@ -297,58 +282,6 @@ def test_short_tunings_add_up(store: Path, default: float) -> None:
             got = t.choose_one("op", [runner], cfg, inputs(64))[1]
     assert got == 19
     assert sum(tactic == -1 for _, tactic in runner._runs) < 0.4 * len(runner._runs)
-
-
-def test_an_asyncio_task_has_a_context_of_its_own() -> None:
-    clock = quiet_clock()
-    t, runner, cfg = tuner(clock), Kernel(clock, {-1: 1e-3, 0: 5e-4}), config((64,))
-
-    async def tuning(entered: asyncio.Event, served: asyncio.Event) -> None:
-        with t.autotune(True):
-            entered.set()
-            await served.wait()
-
-    async def serving(entered: asyncio.Event, served: asyncio.Event) -> None:
-        await entered.wait()
-        t.choose_one("op", [runner], cfg, inputs(4))
-        served.set()
-
-    async def main() -> None:
-        events = asyncio.Event(), asyncio.Event()
-        await asyncio.gather(tuning(*events), serving(*events))
-
-    asyncio.run(main())
-    assert runner._runs == []
-    assert t._contexts.active == 0
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-def test_a_child_that_was_forked_inside_a_context_looks_up_until_it_enters_one() -> None:
-    clock = quiet_clock()
-    t, runner, cfg = tuner(clock), Kernel(clock, {-1: 1e-3, 0: 5e-4}), config((64,))
-    with t.autotune(True), t._measuring:
-        child = os.fork()
-        if child == 0:
-            before = t.choose_one("op", [runner], cfg, inputs(64))[1], len(runner._runs)
-            with t.autotune(True):
-                after = t.choose_one("op", [runner], cfg, inputs(64))[1]
-            os._exit(0 if (before, after) == ((-1, 0), 0) else 1)
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            break
-        time.sleep(0.01)
-    else:
-        os.kill(child, 9)
-    assert done
-    assert os.waitstatus_to_exitcode(status) == 0
-
-
-@pytest.mark.parametrize("budget", ["5", [1], 10**400, float("nan"), -1, True, b"1"])
-def test_a_budget_that_is_no_number_of_seconds_is_an_error(budget: Any) -> None:
-    with pytest.raises(TuningError, match="budget_s"), tuner(quiet_clock()).autotune(True, budget_s=budget):
-        pass
 
 
 # --- whatever happens ----------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from moestro.tuning import (
 )
 from moestro.tuning.measure.simulated import SimulatedClock, SimulatedTimer
 
+FAST_LATER: dict[Any, Any] = {-1: 1e-3, 0: lambda n: n * 1e-6, 1: 5e-4}  # 0 is the best up to 500, 1 beyond
 WRONG = "wrong numbers"  # a time: fast, and gives what the others do not give
 
 

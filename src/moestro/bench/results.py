@@ -114,16 +114,18 @@ def write(result: BenchResult, path: Path) -> None:
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write an object as JSON, as a whole or not at all, making the folder. Raises MoestroError if it cannot."""
-    partial = path.with_name(f"{path.name}.partial")
     try:
+        partial = path.with_name(f"{path.name}.partial")
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():  # a device, a pipe: nothing to rename over
             path.write_text(json.dumps(data, indent=1) + "\n")
             return
         partial.write_text(json.dumps(data, indent=1) + "\n")
         os.replace(partial, path)
-    except OSError as error:
-        raise MoestroError(f"json: cannot write {path}: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # ValueError: a path without a name
+        raise MoestroError(
+            f"json: cannot write {path}: {getattr(error, 'strerror', None) or error}"
+        ) from error
 
 
 def read(path: Path) -> BenchResult:

@@ -369,8 +369,10 @@ def _memory(shape: MoeShape, contenders: Iterable[Contender]) -> list[dict[str, 
 
 
 def check_measured(result: BenchResult) -> None:
-    """Raises MoestroError if a contender of ours failed, naming each."""
+    """Raises MoestroError if a contender of ours failed, naming each, or if nothing could be measured."""
     ours = [entry for entry in result.failed if entry["contender"].startswith("moestro")]
     if ours:
         lines = [f"{entry['contender']} at N = {entry['tokens']}: {entry['reason']}" for entry in ours]
         raise MoestroError("\n".join(["moestro failed where it should have run:", *lines]))
+    if not result.rows:
+        raise MoestroError("nothing could be measured; the reasons are above")

@@ -91,6 +91,7 @@ class TuneResult:
     seconds: float = 0.0
     phases: dict[str, float] = field(default_factory=dict)  # seconds of each part
     interrupted: bool = False
+    kept: bool = True  # whether the store could be written
 
     def to_json(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **asdict(self)}
@@ -153,7 +154,8 @@ def run(spec: TuneSpec, command: str, listener: Listener | None = None) -> TuneR
         rows=[],
     )
     phases = _Phases(result, listener or Listener())
-    tuner = AutoTuner(store=Store(spec.store_root))
+    store = Store(spec.store_root)
+    tuner = AutoTuner(store=store)
     each = list(itertools.product(spec.formats, spec.inputs, spec.backends))
     left, interrupted = spec.budget_s, False
     try:
@@ -175,7 +177,9 @@ def run(spec: TuneSpec, command: str, listener: Listener | None = None) -> TuneR
             left = None if left is None else left - (time.monotonic() - began)
     except KeyboardInterrupt:
         interrupted = True
-    return dataclasses.replace(result, interrupted=interrupted, seconds=time.monotonic() - start)
+    return dataclasses.replace(
+        result, interrupted=interrupted, seconds=time.monotonic() - start, kept=not store.unwritable
+    )
 
 
 def _tune_layer(

@@ -15,6 +15,7 @@ import torch
 
 from moestro.errors import FormatError, ShapeError
 from moestro.formats import INT4
+from moestro.formats.checks import require_dtype
 
 WORD = 8  # codes of an int32
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a word is row order[i]
@@ -24,6 +25,9 @@ def from_compressed_tensors(
     packed: torch.Tensor, scale: torch.Tensor, shape: torch.Tensor, zero: torch.Tensor | None = None
 ) -> INT4:
     """weight_packed int32 [R, C/8], weight_scale [R, C/G], weight_shape [2], weight_zero_point int32 [ceil(R/8), C/G]."""
+    _require_words(weight_packed=packed, weight_zero_point=zero)
+    if shape.numel() != 2:
+        raise ShapeError(f"weight_shape must hold 2 sizes, got {list(shape.shape)}")
     rows, columns = (int(size) for size in shape.flatten().tolist())
     if tuple(packed.shape) != (rows, columns // WORD) or columns % WORD:
         bits = 32 * packed.shape[-1] / max(1, columns)
@@ -45,6 +49,7 @@ def from_compressed_tensors(
 
 def from_awq(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor) -> INT4:
     """qweight int32 [C, R/8], qzeros int32 [C/G, R/8], scales [C/G, R]."""
+    _require_words(qweight=qweight, qzeros=qzeros)
     columns, rows = qweight.shape[0], scales.shape[-1]
     if rows % WORD or tuple(qweight.shape) != (columns, rows // WORD):
         if tuple(qweight.shape[1:]) == (rows,):
@@ -59,6 +64,7 @@ def from_awq(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor) 
 
 def from_gptq(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor) -> INT4:
     """qweight int32 [C/8, R], qzeros int32 [C/G, R/8] (zero - 1), scales [C/G, R], g_idx int32 [C]."""
+    _require_words(qweight=qweight, qzeros=qzeros)
     words, rows = qweight.shape
     columns, groups = words * WORD, scales.shape[0]
     if tuple(g_idx.shape) != (columns,) or not groups or columns % groups or scales.shape[1:] != (rows,):
@@ -106,6 +112,16 @@ def _nibbles(codes: torch.Tensor) -> torch.Tensor:
 def _int32(nibbles: torch.Tensor) -> torch.Tensor:
     """uint8 [A, 4 B] to int32 [A, B]; through one dimension, since one row may have any stride."""
     return nibbles.reshape(-1).view(torch.int32).view(len(nibbles), -1)
+
+
+def _require_words(**given: torch.Tensor | None) -> None:
+    """Raise unless these are matrices of int32 words: other bytes would be read as other codes."""
+    for name, words in given.items():
+        if words is None:
+            continue
+        require_dtype(name, words, torch.int32)
+        if words.ndim != 2:
+            raise ShapeError(f"{name} must be a matrix, got {list(words.shape)}")
 
 
 def _require_zeros(qzeros: torch.Tensor, scales: torch.Tensor) -> None:

@@ -46,13 +46,19 @@ class MoestroGroup(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except MoestroError as error:
-            if ctx.obj["debug"]:
+        except Exception as error:
+            if ctx.obj["debug"] or not (isinstance(error, MoestroError) or _out_of_memory(error)):
                 raise
             errors.print(f"[bold red]error:[/] {type(error).__name__}", highlight=False)
             errors.print(str(error), markup=False, highlight=False)
             errors.print("[dim]--debug shows where it happened[/]", highlight=False)
             raise typer.Exit(1) from error
+
+
+def _out_of_memory(error: Exception) -> bool:
+    from moestro.tuning.measure.request import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 app = typer.Typer(

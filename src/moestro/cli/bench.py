@@ -123,7 +123,7 @@ def bench(
         return
     exact.only_with_accuracy({"--model-dir": model_dir, "--text": text})
     shape = opt.parse_shape(model, sizes, ep, local_pairs)
-    chosen_tokens = opt.parse_tokens(tokens or "1..1024")
+    chosen_tokens = opt.parse_tokens("1..1024" if tokens is None else tokens)
     from moestro.bench import run as runs
     from moestro.bench.measure import Plan
 

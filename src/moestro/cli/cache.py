@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from moestro.cli.console import output
+from moestro.cli.options import usage
 from moestro.cli.tactics import load_tactics
 
 if TYPE_CHECKING:
@@ -245,18 +246,20 @@ def prune(
     from moestro.tuning.store.bundle import prune as delete
     from moestro.tuning.store.store import KINDS
 
-    for name in kind or ():
-        if name not in KINDS:
-            raise TuningError(unknown_name("--kind", name, KINDS))
     source = _store(store)
-    gone = delete(
-        source,
-        environments=environment or (),
-        older_than_days=older_than,
-        kinds=tuple(kind or sorted(KINDS)),
-        op=op,
-        dry_run=dry_run,
-    )
+    with usage("--kind"):
+        for name in kind or ():
+            if name not in KINDS:
+                raise TuningError(unknown_name("--kind", name, KINDS))
+    with usage("--environment / --older-than / --op / --kind"):
+        gone = delete(
+            source,
+            environments=environment or (),
+            older_than_days=older_than,
+            kinds=tuple(kind or sorted(KINDS)),
+            op=op,
+            dry_run=dry_run,
+        )
     output.print(
         f"{len(gone)} files {'would be ' if dry_run else ''}deleted from {source.root}", markup=False
     )

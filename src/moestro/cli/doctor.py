@@ -26,7 +26,7 @@ def doctor(
 
     Exit status 0 as long as one backend runs NVFP4 and bf16 on some device.
     """
-    from moestro.bench import checkup
+    from moestro.bench import checkup, results
 
     found = checkup.examine()
     if json_file is not None and str(json_file) == "-":
@@ -34,7 +34,7 @@ def doctor(
     else:
         _show(found)
         if json_file is not None:
-            json_file.write_text(json.dumps(found, indent=1) + "\n")
+            results.write_json(json_file, found)
     if not any(entry["runs"] for entry in found["backends"]):
         raise typer.Exit(1)
 
@@ -148,9 +148,8 @@ def _machine_lines(found: dict[str, Any]) -> list[tuple[str, str]]:
                 f"{gpu['name']}, sm_{gpu['capability'].replace('.', '')}, {bytes_text(gpu['memory'])}",
             )
         )
-    lines.append(("driver", software.pop("driver", None) or "none"))
-    for name, value in software.items():
-        lines.append((name, value or "not installed"))
+    lines.append(("driver", software.get("driver") or "none"))
+    lines += [(name, value or "not installed") for name, value in software.items() if name != "driver"]
     lines.append(("store", f"{found['store']['path']} ({found['store']['decisions']} decisions)"))
     for bundle in found["bundles"]:
         counts = f"{bundle['decisions']} decisions for {bundle['layers']} layers"

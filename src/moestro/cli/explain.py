@@ -9,6 +9,7 @@ import typer
 
 from moestro.cli.cache import EnvironmentOption, OpOption, StoreOption, screen
 from moestro.cli.console import output
+from moestro.cli.options import usage
 from moestro.cli.tactics import load_tactics
 
 __all__ = ["app", "explain"]
@@ -62,8 +63,11 @@ def explain(
     from moestro.tuning.store.store import Store, default_root
 
     load_tactics()
+    if store is not None and not store.is_dir():
+        raise typer.BadParameter(f"no such folder: {store}", param_hint="--store")
     source = Store(store if store is not None else default_root())
-    sizes = parse_sizes(tokens) if tokens is not None else None
+    with usage("--tokens"):
+        sizes = parse_sizes(tokens) if tokens is not None else None
     found = families(source.entries(), op, environment or (), match)
     if sizes is not None:
         found = [f for f in found if f.dynamic == len(sizes)]

@@ -169,7 +169,11 @@ SeedOption = Annotated[
 StoreOption = Annotated[
     Path | None,
     typer.Option(
-        "--store", metavar="DIR", rich_help_panel=TUNING, help="Store of decisions; default: the user's."
+        "--store",
+        metavar="DIR",
+        file_okay=False,
+        rich_help_panel=TUNING,
+        help="Store of decisions; default: the user's.",
     ),
 ]
 JsonOption = Annotated[
@@ -210,8 +214,8 @@ def parse_tokens(text: str) -> list[int]:
     for part in text.split(","):
         low, dots, high = part.strip().partition("..")
         if (
-            not low.isdigit()
-            or (dots and not high.isdigit())
+            not low.isdecimal()
+            or (dots and not high.isdecimal())
             or int(low) < 1
             or (dots and int(high) < int(low))
         ):

@@ -32,7 +32,7 @@ PlanReplicasOption = Annotated[
     str, typer.Option("--replicas", metavar="LIST", help="Copies of hot experts, all ranks together.")
 ]
 OneFormatOption = Annotated[
-    str, typer.Option("--format", "-f", metavar="NAME", help="nvfp4, mxfp4, fp8_block or bf16.")
+    str, typer.Option("--format", "-f", metavar="NAME", help="nvfp4, mxfp4, fp8_block, int4 or bf16.")
 ]
 
 
@@ -68,6 +68,9 @@ def plan(
         f"{shape.describe()}, {format}, {tokens} tokens a rank, {routing} routing, {gpu}", highlight=False
     )
     output.print(_table(rows, tokens))
+    there = {(row.ranks, row.replicas) for row in rows}
+    if left := [f"{c} on {n} ranks" for n in counts for c in copies if n > 1 and (n, c) not in there]:
+        output.print(f"[dim]left out, more than a copy on every rank: {', '.join(left)}[/]", highlight=False)
     fastest = planner.best(rows)
     output.print(_verdict(fastest, tokens), highlight=False)
     if json_file is not None:
@@ -76,7 +79,7 @@ def plan(
 
 def _numbers(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() for part in parts):
+    if not all(part.isdecimal() for part in parts):
         raise typer.BadParameter(f"expected numbers like 0,16, got {text!r}", param_hint="--replicas")
     return sorted({int(part) for part in parts})
 

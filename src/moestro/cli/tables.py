@@ -271,4 +271,6 @@ def tune_view(result: TuneResult) -> RenderableType:
     parts.append(
         Text(f"{len(result.rows)} decisions {stopped} {result.seconds:.0f} s, in {result.store}", "dim")
     )
+    if not result.kept:
+        parts.append(Text(f"not kept: {result.store} cannot be written", style="yellow"))
     return Group(*parts)

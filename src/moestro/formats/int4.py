@@ -12,7 +12,7 @@ from typing import ClassVar, Self
 
 import torch
 
-from moestro.errors import FormatError, ShapeError
+from moestro.errors import FormatError, ShapeError, as_count
 from moestro.formats.checks import (
     require_dense,
     require_dtype,
@@ -28,6 +28,7 @@ SYMMETRIC = 8  # the zero point of symmetric weights
 MOST_ZERO = 16  # GPTQ keeps zero - 1 in 4 bits
 SCALES = (torch.bfloat16, torch.float16, torch.float32)
 TINY = torch.finfo(torch.float32).tiny
+MOST_VALUE = torch.finfo(torch.float32).max * 7 / 8  # a code stands for up to 8 / 7.5 of the largest value
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,15 +88,18 @@ class INT4(Pieces):
         is the smallest that does not. Raises FormatError for infinities, NaN and scales beyond `dtype`, ShapeError
         unless the group is a multiple of 32 that divides C. Reads the largest magnitude back to the host.
         """
+        group = as_count("group", group, ShapeError, least=None)
         if group < BLOCK or group % BLOCK:
             raise ShapeError(f"group must be a multiple of {BLOCK} columns, got {group}")
         require_dense("dense", dense, group)
         require_dtype("scale", torch.empty(0, dtype=dtype), *SCALES)
         amax = magnitude(dense, (-2, -1))
         require_finite("dense", dense, amax, cls.format)
-        if amax.numel() and float(amax.max()) / 7.5 > torch.finfo(dtype).max:
+        most = min(7.5 * torch.finfo(dtype).max, MOST_VALUE)
+        if amax.numel() and float(amax.max()) > most:
             raise FormatError(
-                f"dense must have a scale within {dtype} for int4, got values up to {float(amax.max())}"
+                f"dense must have a scale within {dtype} and codes within float32 for int4, so values up to {most:g}, "
+                f"got {float(amax.max()):g}"
             )
         *outer, columns = dense.shape
         packed = dense.new_empty((*outer, columns // 2), dtype=torch.uint8)
@@ -153,7 +157,7 @@ def _quantize_chunk(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tenso
     """Codes (uint8) of groups [R, C/G, G]; writes their scale, and their zero point if it has columns."""
     if zero.shape[-1]:
         low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-        step = (high - low) / 15
+        step = (high / 2 - low / 2) / 7.5  # their difference may be beyond float32
     else:
         low, step = None, magnitude(groups, (-1,)) / 7.5
     step = torch.where(step == 0, 1.0, step.clamp(min=_smallest(scale.dtype)))

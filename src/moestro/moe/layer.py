@@ -23,6 +23,7 @@ from moestro.errors import (
     ShapeError,
     as_count,
     as_flag,
+    as_optional,
 )
 from moestro.formats import NVFP4
 from moestro.kernels.activations import Activation
@@ -39,18 +40,11 @@ from moestro.moe.workspace import Workspace, shared
 from moestro.routing import Distribution
 from moestro.tuning import AutoTuner, Decision, Probe, TuningConfig
 from moestro.tuning.progress import Progress
+from moestro.tuning.spec.buckets import checked_buckets
 
 Kind = torch.dtype | str  # of x: its dtype, or "nvfp4"
-OF_PROCESS = {
-    "tuner",
-    "workspace",
-    "_calls",
-    "_outputs",
-    "_text",
-    "_sources",
-    "_marks",
-    "_refreshing",
-}  # what no copy and no pickle has
+# what no copy and no pickle has
+OF_PROCESS = {"tuner", "workspace", "_calls", "_outputs", "_text", "_sources", "_marks", "_refreshing"}
 
 
 class Facts(NamedTuple):
@@ -119,7 +113,10 @@ class FusedMoE(torch.nn.Module):
         self.top_k = as_count("top_k", top_k, RoutingError)
         self.max_num_tokens = as_count("max_num_tokens", max_num_tokens, ShapeError)
         self.use_cuda_graph = as_flag("use_cuda_graph", use_cuda_graph, BackendError)
-        self.own_output = self.use_cuda_graph and as_flag("own_output", own_output, BackendError)
+        self.own_output = as_flag("own_output", own_output, BackendError) and self.use_cuda_graph
+        donate = as_flag("donate", donate, BackendError)
+        tuner = as_optional("tuner", tuner, AutoTuner, BackendError)
+        workspace = as_optional("workspace", workspace, Workspace, BackendError)
         self.options = Options(
             activation,
             input_format,
@@ -250,6 +247,8 @@ class FusedMoE(torch.nn.Module):
         try:
             bound = self._calls[x.dtype]  # type: ignore[union-attr]
         except (AttributeError, KeyError):
+            bound = None  # left before _first, whose errors must not seem to come of this one
+        if bound is None:
             bound = self._first(x, ids, weights)
         if out is None and owned and self.own_output:
             return bound(x, ids, weights, None, self._output)
@@ -344,13 +343,9 @@ class FusedMoE(torch.nn.Module):
         their layers together, all by this call, as in autotune(). Decisions go to the store. Raises BackendError for a
         layer with a fixed tactic, ShapeError for more tokens than the layer takes.
         """
-        size = self.max_num_tokens
-        if max_num_tokens is not None:
-            size = as_count("max_num_tokens", max_num_tokens, ShapeError, least=None)
-        if not 0 < size <= self.max_num_tokens:
-            raise ShapeError(
-                f"max_num_tokens must be in 1..{self.max_num_tokens} of this layer, got {size!r}"
-            )
+        if buckets is not None:
+            buckets = checked_buckets(buckets, "buckets")
+        size = self._tuned_up_to(max_num_tokens, buckets)
         if self.options.tactic is not None:
             raise BackendError(f"tactic must be None for a layer to be tuned, got {self.options.tactic!r}")
         bound = self._call(self.dtype)
@@ -373,6 +368,18 @@ class FusedMoE(torch.nn.Module):
         ):
             self.tuner.choose_one(OP, bound.runners, bound.tuning_config, self._example(size))
         bound.release()
+
+    def _tuned_up_to(self, max_num_tokens: int | None, buckets: Sequence[int] | None) -> int:
+        size = self.max_num_tokens
+        if max_num_tokens is not None:
+            size = as_count("max_num_tokens", max_num_tokens, ShapeError, least=None)
+        if not 0 < size <= self.max_num_tokens:
+            raise ShapeError(
+                f"max_num_tokens must be in 1..{self.max_num_tokens} of this layer, got {size!r}"
+            )
+        if buckets is not None and buckets[-1] > size:
+            raise ShapeError(f"buckets must be at most max_num_tokens={size}, got {buckets[-1]}")
+        return size
 
     def _example(self, num_tokens: int, device: torch.device | str | None = None) -> list[torch.Tensor]:
         """Inputs of a call with this many tokens: shapes and dtypes, no values."""

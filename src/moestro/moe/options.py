@@ -24,6 +24,8 @@ from moestro.kernels.problem import INPUT_FORMATS, MoeProblem
 from moestro.moe.checks import X_DTYPES, Limits, check_top_k
 from moestro.moe.weights import ExpertWeights
 
+MOST_EXPERTS = 1 << 31  # ids are int32 in kernels
+
 
 @dataclass(frozen=True)
 class Options:
@@ -117,6 +119,10 @@ def _check_input_format(options: Options, w: ExpertWeights) -> None:
 
 def _check_experts(options: Options, w: ExpertWeights) -> None:
     offset = as_count("expert_offset", options.expert_offset, RoutingError, least=0)
+    if offset + w.num_experts > MOST_EXPERTS:
+        raise RoutingError(
+            f"expert_offset must be at most {MOST_EXPERTS - w.num_experts}, since ids are 32-bit integers, got {offset}"
+        )
     if options.num_experts is None:
         return
     total = as_count("num_experts", options.num_experts, RoutingError, least=0)

@@ -42,21 +42,7 @@ def fused_moe(
     Returns [N, H] in `dtype` (float32 or float64), computed in it.
     Raises ShapeError, DTypeError, FormatError or BackendError for what does not fit.
     """
-    if dtype not in (torch.float32, torch.float64):
-        raise DTypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
-    for name, value, known in (
-        ("input_format", input_format, tuple(INPUT_FORMATS)),
-        ("weight_rounding", weight_rounding, WEIGHT_ROUNDINGS),
-    ):
-        if value is not None and value not in known:
-            raise FormatError(unknown_name(name, value, known))
-    if ids.ndim != 2 or ids.shape != weights.shape or len(x.shape) != 2 or x.shape[0] != ids.shape[0]:
-        raise ShapeError(
-            f"x must be [N, H], ids and weights [N, K], got {list(x.shape)}, {list(ids.shape)}, "
-            f"{list(weights.shape)}"
-        )
-    if isinstance(x, NVFP4) and input_format not in (None, "nvfp4"):
-        raise FormatError(f"input_format must be None or 'nvfp4' for an NVFP4 x, got {input_format!r}")
+    _check(x, ids, weights, input_format, dtype, weight_rounding)
     act = resolve_activation(activation)
     quantized = "nvfp4" if isinstance(x, NVFP4) else input_format
     dense = x.dequantize(torch.float32) if isinstance(x, NVFP4) else x
@@ -82,6 +68,31 @@ def fused_moe(
             y = y + w.down_bias[e].to(dtype)
         out.index_add_(0, token, y * weights[token, slot, None].to(dtype))
     return out
+
+
+def _check(
+    x: torch.Tensor | NVFP4,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    input_format: str | None,
+    dtype: torch.dtype,
+    weight_rounding: str | None,
+) -> None:
+    if dtype not in (torch.float32, torch.float64):
+        raise DTypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+    for name, value, known in (
+        ("input_format", input_format, tuple(INPUT_FORMATS)),
+        ("weight_rounding", weight_rounding, WEIGHT_ROUNDINGS),
+    ):
+        if value is not None and value not in known:
+            raise FormatError(unknown_name(name, value, known))
+    if ids.ndim != 2 or ids.shape != weights.shape or len(x.shape) != 2 or x.shape[0] != ids.shape[0]:
+        raise ShapeError(
+            f"x must be [N, H], ids and weights [N, K], got {list(x.shape)}, {list(ids.shape)}, "
+            f"{list(weights.shape)}"
+        )
+    if isinstance(x, NVFP4) and input_format not in (None, "nvfp4"):
+        raise FormatError(f"input_format must be None or 'nvfp4' for an NVFP4 x, got {input_format!r}")
 
 
 def through(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -79,6 +79,8 @@ def routing_probe(problem: MoeProblem, distribution: Distribution) -> Probe:
 def as_probes(problem: MoeProblem, probes: Sequence[Probe | Distribution]) -> tuple[Probe, ...]:
     """Probes, of which some may be given as routing distributions. TuningError for anything else."""
     made = []
+    if isinstance(probes, str) or not isinstance(probes, Iterable):
+        raise TuningError(f"probes must be a list of Probe or routing distributions, got {probes!r}")
     for probe in probes:
         if isinstance(probe, Probe):
             made.append(probe)

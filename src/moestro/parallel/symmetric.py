@@ -135,8 +135,12 @@ def _host() -> str:
 def _why_not_here(device: torch.device, ranks: int) -> str:
     if device.type != "cuda":
         return f"symmetric memory is for CUDA devices, this is {device}"
-    if os.environ.get("MOESTRO_SYMMETRIC_MEMORY", "1") == "0":
+    switch = os.environ.get("MOESTRO_SYMMETRIC_MEMORY", "1")
+    if switch == "0":
         return "MOESTRO_SYMMETRIC_MEMORY=0"
+    # a reason, which all ranks hear: an error of one would leave the others waiting
+    if switch not in ("", "1"):
+        return f"MOESTRO_SYMMETRIC_MEMORY must be 0 or 1, got {switch!r}"
     try:
         import torch.distributed._symmetric_memory
         import triton  # noqa: F401

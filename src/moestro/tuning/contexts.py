@@ -15,15 +15,23 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from moestro.errors import TuningError, as_flag, as_optional
 from moestro.tuning.group import Group
 from moestro.tuning.measure.budget import Budget
-from moestro.tuning.progress import Progress
+from moestro.tuning.progress import Progress, as_progress
 from moestro.tuning.spec.buckets import checked_buckets, make_bucket_mapper
 from moestro.tuning.spec.policy import MeasurementPolicy
 from moestro.tuning.spec.specs import DynamicTensorSpec, Probe, TuningConfig
 from moestro.tuning.store.store import Store
 
 __all__ = ["Contexts", "Options"]
+
+FLAGS = {  # fields that are switches, by the names that callers know
+    "tune": "tune_mode",
+    "round_up": "round_up",
+    "crossover": "crossover",
+    "only_sizes_seen": "only_sizes_seen",
+}
 
 
 @dataclass(frozen=True)
@@ -45,13 +53,17 @@ class Options:
     answers: Any = None  # testing.TacticsCapture or Replay: who notes or answers the choices made inside
 
     def inner(self, *, skip_ops: Iterable[str] | str | None, **given: Any) -> Options:
-        """The options of a context inside this one."""
+        """The options of a context inside this one. Raises TuningError for a value of another type, naming it."""
+        for name in FLAGS:
+            if given.get(name) is not None:
+                given[name] = as_flag(FLAGS[name], given[name], TuningError)
+        given["policy"] = as_optional("policy", given.get("policy"), MeasurementPolicy, TuningError)
+        given["progress"] = as_progress(given.get("progress"))
         if given.get("buckets") is not None:
             given["buckets"] = checked_buckets(given["buckets"], "tuning_buckets")
         if given.get("probes") is not None:
             given["probes"] = TuningConfig(probes=tuple(given["probes"])).probes
-        skip_ops = (skip_ops,) if isinstance(skip_ops, str) else skip_ops or ()
-        given["skip_ops"] = self.skip_ops | frozenset(skip_ops)
+        given["skip_ops"] = self.skip_ops | _names("skip_ops", skip_ops)
         return replace(self, **{name: value for name, value in given.items() if value is not None})
 
     @property
@@ -84,6 +96,15 @@ class Options:
             )
             config = replace(config, dynamic_tensor_specs=specs)
         return config if self.probes is None else replace(config, probes=self.probes, accepts=())
+
+
+def _names(argument: str, given: Iterable[str] | str | None) -> frozenset[str]:
+    """Names, of which one may be given as it is."""
+    if isinstance(given, str):
+        return frozenset((given,))
+    if given is not None and not isinstance(given, Iterable):
+        raise TuningError(f"{argument} must be names of operations, got {given!r}")
+    return frozenset(given or ())
 
 
 def _alone(size: int) -> tuple[int]:

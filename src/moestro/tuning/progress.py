@@ -7,7 +7,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["Listener", "Progress", "showing"]
+from moestro.errors import TuningError
+
+__all__ = ["Listener", "Progress", "as_progress", "showing"]
 
 
 class Listener:
@@ -41,6 +43,13 @@ class _Lines(Listener):
 
 
 Progress = bool | Callable[[str], None] | Listener
+
+
+def as_progress(value: Progress | None) -> Progress | None:
+    """A progress, or None for none. Raises TuningError for anything else."""
+    if value is None or isinstance(value, bool | Listener) or callable(value):
+        return value
+    raise TuningError(f"progress must be True, False, a function of a line or a Listener, got {value!r}")
 
 
 @contextmanager

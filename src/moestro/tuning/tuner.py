@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from moestro.errors import TuningError, TuningWarning
+from moestro.errors import TuningError, TuningWarning, as_optional
 from moestro.tuning.contexts import Contexts, Options
 from moestro.tuning.forks import survive
 from moestro.tuning.group import group_of, leaving
@@ -28,7 +28,7 @@ from moestro.tuning.measure.budget import Budget
 from moestro.tuning.measure.campaign import Campaign
 from moestro.tuning.measure.request import Job
 from moestro.tuning.measure.scope import capturing
-from moestro.tuning.measure.timers import Timer
+from moestro.tuning.measure.timers import Timer, as_timer
 from moestro.tuning.progress import Progress, showing
 from moestro.tuning.spec.evidence import Record
 from moestro.tuning.spec.keys import StaticKey, device_of, shapes_of, static_key
@@ -68,8 +68,8 @@ class AutoTuner(Toolbox):
         tactics: Iterable[str | os.PathLike[str]] = (),
     ) -> None:
         self.store = _as_store(store)
-        self.policy = policy or MeasurementPolicy()
-        self._timer = timer
+        self.policy = as_optional("policy", policy, MeasurementPolicy, TuningError) or MeasurementPolicy()
+        self._timer = as_timer(timer)
         self._timers = {}
         self._clock = clock
         self._contexts = Contexts()

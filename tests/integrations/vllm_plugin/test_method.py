@@ -1,4 +1,4 @@
-"""Our method class against stand-ins of vLLM's: numbers, ranks, weights."""
+"""Our method class against stand-ins of vLLM's: numbers and ranks (weights: test_method_weights.py)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from method_cases import assert_near, by_itself, call, inputs, make_layer, truth  # noqa: F401
 from stand_ins import (
     Config,
     Dense,
@@ -22,64 +23,13 @@ from stand_ins import (
 )
 
 import moestro
-from moestro.errors import BackendError, FormatError, RoutingError
+from moestro.errors import RoutingError
 from moestro.formats import NVFP4, FP8Block
-from moestro.integrations.vllm import execute, hooks, kinds, log, ranks
+from moestro.integrations.vllm import execute, hooks, kinds
 from moestro.integrations.vllm.settings import Settings
 from moestro.kernels.activations import SwiGLU
 
-TOLERANCE = 2e-2  # of the largest value: x and the result are bf16
-
-
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fresh log, and no other ranks to talk to (test_ranks.py has them)."""
-    log.forget()
-    monkeypatch.setattr(ranks, "link", lambda moe: None)
-
-
-def make_layer(
-    moe: Config, name: str, tensors: dict[str, torch.Tensor], settings: Settings | None = None, **layer: Any
-) -> RoutedExperts:
-    """A layer of vLLM's method class `name` with the plugin installed, loaded and processed."""
-    cls = getattr(method_classes(), name)
-    hooks.install(cls, kinds.KINDS[cls.__name__], settings or Settings())
-    made = RoutedExperts(cls(quant_config(), moe) if name == "nvfp4" else cls(moe), **layer)
-    load(made, **tensors)
-    made.quant_method.process_weights_after_loading(made)
-    return made
-
-
-def call(layer: RoutedExperts, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    result: torch.Tensor = layer.quant_method.apply(layer, x, weights, ids, None, None)
-    return result
-
-
-def inputs(moe: Config, num_tokens: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    make = torch.Generator().manual_seed(seed)
-    x = torch.randn(num_tokens, moe.hidden_dim, generator=make).to(moe.in_dtype)
-    logits = torch.randn(num_tokens, moe.num_experts, generator=make)
-    weights, ids = logits.softmax(-1).topk(moe.experts_per_token)
-    return x, weights, ids
-
-
-def truth(
-    values: tuple[torch.Tensor, torch.Tensor],
-    x: torch.Tensor,
-    weights: torch.Tensor,
-    ids: torch.Tensor,
-    **options: Any,
-) -> torch.Tensor:
-    biases = {name: options.pop(name, None) for name in ("gate_up_bias", "down_bias")}
-    w = moestro.ExpertWeights.from_dense(*values, format="bf16", **biases)
-    return moestro.reference.fused_moe(x.float(), ids, weights, w, **options)
-
-
-def assert_near(expected: torch.Tensor, actual: torch.Tensor) -> None:
-    assert actual.shape == expected.shape
-    assert bool(torch.isfinite(actual).all())
-    if expected.numel():
-        assert float((actual.float() - expected).abs().max()) <= TOLERANCE * float(expected.abs().max())
+pytestmark = pytest.mark.usefixtures("by_itself")
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 7, 33])
@@ -300,97 +250,6 @@ def test_negative_block_scales_as_of_dummy_weights_keep_their_values() -> None:
     x, weights, ids = inputs(moe, 9)
     expected = truth((gate_up, dense.nvfp4_values()[1]), x, weights, ids)
     assert_near(expected, call(make_layer(moe, "nvfp4", tensors), x, weights, ids))
-
-
-# --- weights ---------------------------------------------------------------------------------------------
-def test_vllms_parameters_are_given_back_and_one_copy_is_kept() -> None:
-    moe = Config()
-    layer = make_layer(moe, "nvfp4", Dense.random(moe).nvfp4())
-    assert {name: p.numel() for name, p in layer.named_parameters() if p.numel()} == {}
-    packed = moe.num_experts * 3 * moe.hidden_dim * moe.intermediate_size_per_partition * 9 // 16
-    assert packed <= layer.quant_method.experts.weights.nbytes <= 1.2 * packed
-
-
-@pytest.mark.parametrize(("name", "at"), [("w13_weight_scale_2", (2, 1)), ("w2_weight_scale", (3, 5, 0))])
-def test_a_scale_that_the_checkpoint_does_not_have_is_an_error_that_names_it(
-    name: str, at: tuple[int, ...]
-) -> None:
-    moe = Config()
-    tensors = Dense.random(moe).nvfp4()
-    tensors[name] = tensors[name].float()
-    tensors[name][at] = torch.nan
-    tensors[name] = tensors[name].to(torch.float8_e4m3fn if name.endswith("scale") else torch.float32)
-    with pytest.raises(
-        FormatError, match=rf"mlp\.experts: every expert must have .* {name}, got none .*experts {at[0]}$"
-    ):
-        make_layer(moe, "nvfp4", tensors)
-
-
-def test_nothing_loaded_for_a_scale_is_seen_by_its_global_number() -> None:
-    moe = Config(num_local_experts=2, moe_parallel_config=Parallel(ep_size=2, use_ep=True))
-    tensors = Dense.random(moe, experts=2).nvfp4()
-    del tensors["w2_weight_scale_2"]
-    with pytest.raises(FormatError, match=r"w2_weight_scale_2, got none .* for experts 3, 1$"):
-        make_layer(moe, "nvfp4", tensors, expert_map=torch.tensor([-1, 1, -1, 0], dtype=torch.int32))
-
-
-def test_missing_mxfp4_scales_are_seen() -> None:
-    tensors = Dense.random(Config()).mxfp4()
-    del tensors["w13_weight_scale"]
-    with pytest.raises(FormatError, match="for experts 0, 1, 2, 3"):
-        make_layer(Config(activation=MoEActivation.SWIGLUOAI), "mxfp4", tensors)
-
-
-def test_a_reload_serves_the_new_weights() -> None:
-    moe = Config()
-    layer = make_layer(moe, "nvfp4", Dense.random(moe).nvfp4())
-    method, expert_map = layer.quant_method, layer.expert_map
-    again = RoutedExperts(method, expert_map)  # vLLM restores the parameters, then loads and processes
-    other = Dense.random(moe, seed=7)
-    load(again, **other.nvfp4())
-    method.process_weights_after_loading(again)
-    x, weights, ids = inputs(moe, 5)
-    assert_near(truth(other.nvfp4_values(), x, weights, ids), call(again, x, weights, ids))
-
-
-def test_a_reload_under_cuda_graphs_says_no(monkeypatch: pytest.MonkeyPatch) -> None:
-    moe = Config()
-    layer = make_layer(moe, "nvfp4", Dense.random(moe).nvfp4())
-    monkeypatch.setattr(type(layer.quant_method), "_graphs", lambda self: True)
-    again = RoutedExperts(layer.quant_method)
-    with pytest.raises(BackendError, match="must not be reloaded where CUDA graphs"):
-        layer.quant_method.process_weights_after_loading(again)
-
-
-def test_a_layer_that_vllm_asks_twice_for_is_packed_once() -> None:
-    layer = make_layer(Config(), "nvfp4", Dense.random(Config()).nvfp4())
-    made = layer.quant_method.experts
-    layer.quant_method.process_weights_after_loading(layer)
-    assert layer.quant_method.experts is made
-
-
-def test_a_call_before_loading_is_an_error() -> None:
-    cls = method_classes().nvfp4
-    hooks.install(cls, kinds.KINDS[cls.__name__], Settings())
-    layer = RoutedExperts(cls(quant_config(), Config()))
-    with pytest.raises(BackendError, match="must be loaded and processed"):
-        call(layer, *inputs(Config(), 2))
-
-
-def test_dense_experts_are_quantised_at_load_where_that_is_asked_for() -> None:
-    moe = Config()
-    dense = Dense.random(moe)
-    gate_up, down = torch.cat([dense.gate, dense.up], 1).bfloat16(), dense.down.bfloat16()
-    cls = method_classes().bf16
-    ours = hooks.subclass(cls, kinds.KINDS[cls.__name__], Settings())
-    ours.quantize_to = "nvfp4"  # type: ignore[attr-defined]
-    layer = RoutedExperts(ours(moe))
-    load(layer, w13_weight=gate_up, w2_weight=down)
-    layer.quant_method.process_weights_after_loading(layer)
-    held = layer.quant_method.experts.weights
-    expected = moestro.ExpertWeights.from_dense(gate_up, down, format="nvfp4").dequantize()
-    assert held.format == "nvfp4"
-    assert all(torch.equal(a, b) for a, b in zip(held.dequantize(), expected, strict=True))
 
 
 # --- torch.compile ---------------------------------------------------------------------------------------

@@ -27,6 +27,8 @@ class Function:
         if self.name == "cuGraphInstantiateWithFlags":
             self.library.graphs += 1
             arguments[0]._obj.value = self.library.graphs
+        if self.name == "cuStreamEndCapture" and not self.library.refuses.get(self.name):
+            arguments[1]._obj.value = 5
         if self.name == "cuStreamCreate":
             arguments[0]._obj.value = 99
         if self.name == "cuThreadExchangeStreamCaptureMode":
@@ -108,16 +110,21 @@ def test_a_refusal_ends_it_for_the_process_with_one_line(
     assert f"{name} must return 0, got 801" in record.getMessage()
 
 
-def test_a_launch_that_fails_while_it_is_captured_ends_the_capture(library: Library) -> None:
+@pytest.mark.parametrize("status", [0, 901])
+def test_a_launch_that_cannot_be_captured_ends_the_capture_and_is_left_to_an_ordinary_launch(
+    library: Library, caplog: pytest.LogCaptureFixture, status: int
+) -> None:
     def launches(*_: int) -> None:
-        raise RuntimeError("no")
+        raise RuntimeError("not while capturing")
 
+    library.refuses["cuStreamEndCapture"] = status  # as after an error inside
     plan = graphs.Graphs(graphs.Driver(library), 0, launches)
-    plan.launch(7, 16)
-    plan.launch(7, 16)
-    with pytest.raises(RuntimeError, match="no"):
-        plan.launch(7, 16)
-    assert "cuStreamEndCapture" in library.calls
+    with caplog.at_level(logging.WARNING, logger="moestro"):
+        assert [plan.launch(7, 16) for _ in range(3)] == [False] * 3
+    assert graphs.Graphs.broken
+    [record] = caplog.records
+    assert ("cuStreamEndCapture must return 0" if status else "not while capturing") in record.getMessage()
+    assert library.calls.count("cuGraphDestroy") == (status == 0)
     assert library.mode == 0
 
 

@@ -7,8 +7,8 @@ time on a machine where three launches take 22 to 28. Nothing of the graph can b
 and the plan say, and both are looked at before (Replay.ready).
 
 The driver is called through ctypes with the interpreter's lock held, since a graph that can be launched is not to be
-touched by two threads at a time. Whatever the driver refuses ends this for the process, with one log line, and the
-call is launched as before.
+touched by two threads at a time. Whatever the driver refuses, and a launch that cannot be captured, ends this for the
+process, with one log line, and the call is launched as before.
 """
 
 from __future__ import annotations
@@ -82,15 +82,21 @@ class Driver:
             self._call("cuStreamCreate", ctypes.byref(made), NON_BLOCKING)
             stream = self._streams[device] = made.value or 0
         graph, ready = ctypes.c_void_p(), ctypes.c_void_p()
+        failure: Exception | None = None
         self._call("cuStreamBeginCapture_v2", stream, THREAD_LOCAL)
         try:
             launch(stream)
+        except Exception as error:  # perhaps only here: what may be launched may not always be captured
+            failure = error
         finally:
             self._call("cuStreamEndCapture", stream, ctypes.byref(graph))
         try:
+            if failure is not None:
+                raise BackendError(f"a launch cannot be captured: {failure}") from failure
             self._call("cuGraphInstantiateWithFlags", ctypes.byref(ready), graph, 0)
         finally:
-            self._call("cuGraphDestroy", graph)
+            if graph.value:
+                self._call("cuGraphDestroy", graph)
         return ready.value or 0
 
     def free(self, graph: int) -> None:

@@ -23,7 +23,7 @@ from moestro.tuning.measure.candidates import NOTHING_RUNS, Trial
 from moestro.tuning.measure.request import Candidate, Job, candidate_name, evidence_name, record_name
 from moestro.tuning.measure.scope import measured
 from moestro.tuning.race.race import RaceResult, race
-from moestro.tuning.race.rounds import ClockError, Combine, Samples
+from moestro.tuning.race.rounds import ClockError, Combine, Samples, as_seconds
 from moestro.tuning.spec.evidence import CandidateEvidence, Evidence, Record
 from moestro.tuning.spec.runner import DEFAULT_TACTIC, stored_tactic
 from moestro.tuning.spec.specs import Sizes
@@ -132,7 +132,7 @@ def _sampler(trial: Trial, candidate: Candidate, inputs: Sequence[Any]) -> Calla
     sample = job.timer.prepare(measured(functools.partial(job.run, candidate, inputs)))
 
     def sampler() -> float:
-        seconds = float(sample())
+        seconds = as_seconds(sample())
         if 0 < seconds < math.inf:  # a wild reading must not eat the budget
             if trial.shortest < math.inf:
                 job.budget.sampled(min(seconds, WILD * trial.shortest))

@@ -22,11 +22,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from moestro.errors import TuningError
 from moestro.machine import last_level_cache_bytes
 from moestro.tuning.measure.scope import is_in_profile_measurement, measurement
 from moestro.tuning.spec.policy import MeasurementPolicy
 
-__all__ = ["CpuTimer", "Timer", "default_timer", "is_in_profile_measurement"]
+__all__ = ["CpuTimer", "Timer", "as_timer", "default_timer", "is_in_profile_measurement"]
 
 WARM_UP_SECONDS = 0.2  # a call that takes longer has warmed up in its first run
 
@@ -38,6 +39,13 @@ class Timer(Protocol):
 
     def prepare(self, call: Callable[[], Any]) -> Callable[[], float]:
         """Warm up; the sampler that runs `call` once, as served, and returns seconds."""
+
+
+def as_timer(timer: Timer | None) -> Timer | None:
+    """A timer, or None for none. Raises TuningError for anything else."""
+    if timer is not None and not (hasattr(timer, "name") and callable(getattr(timer, "prepare", None))):
+        raise TuningError(f"timer must have a name and prepare(call), or be None, got {timer!r}")
+    return timer
 
 
 def default_timer(device: str, policy: MeasurementPolicy, *, graph: bool = False) -> Timer:

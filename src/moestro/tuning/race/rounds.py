@@ -21,7 +21,7 @@ from moestro.tuning.race.statistics import Floats, gaps, half_width
 from moestro.tuning.spec.evidence import CandidateEvidence
 from moestro.tuning.spec.policy import MeasurementPolicy
 
-__all__ = ["ClockError", "Combine", "Rounds", "Sampler", "Samples"]
+__all__ = ["ClockError", "Combine", "Rounds", "Sampler", "Samples", "as_seconds"]
 
 Sampler = Callable[[], float]
 Combine = Callable[[list[float]], list[float]]
@@ -36,6 +36,14 @@ ROWS_KEPT = 200  # of a race that goes on another time
 
 class ClockError(TuningError):
     """The clock makes no sense, whatever is timed."""
+
+
+def as_seconds(reading: Any) -> float:
+    """A clock's reading as a number. Raises ClockError for what is none."""
+    try:
+        return float(reading)
+    except (TypeError, ValueError):
+        raise ClockError(f"the clock read {reading!r}, expected positive seconds") from None
 
 
 @dataclass(frozen=True)
@@ -219,9 +227,10 @@ class Rounds:
         """A reading that makes sense."""
         readings = []
         for _ in range(READINGS):
-            readings.append(float(sampler()))
-            if 0 < readings[-1] < math.inf:
-                return readings[-1]
+            seconds = as_seconds(sampler())
+            if 0 < seconds < math.inf:
+                return seconds
+            readings.append(seconds)
         raise ClockError(f"the clock read {readings} in a row, expected positive seconds")
 
     def _aborted(self) -> bool:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Real
+from typing import Any
 
-from moestro.errors import TuningError
+from moestro.errors import TuningError, as_count, as_flag
 
 __all__ = ["MeasurementPolicy"]
 
@@ -38,6 +40,7 @@ class MeasurementPolicy:
     seed: int = 0  # of orders and of synthesised inputs
 
     def __post_init__(self) -> None:
+        self._check_types()
         for name, ok, expected in (
             ("confidence", 0.5 <= self.confidence < 1, "in [0.5, 1)"),
             ("min_gain", 0 <= self.min_gain < 1, "in [0, 1)"),
@@ -54,3 +57,19 @@ class MeasurementPolicy:
         ):
             if not ok:
                 raise TuningError(f"MeasurementPolicy.{name} must be {expected}, got {getattr(self, name)!r}")
+
+    def _check_types(self) -> None:
+        """Each field as its default is: a switch, a count or a number; numpy's become Python's, for the key."""
+        for one in fields(self):
+            value, name = getattr(self, one.name), f"MeasurementPolicy.{one.name}"
+            if isinstance(one.default, bool):
+                plain: Any = as_flag(name, value, TuningError)
+            elif isinstance(one.default, int):
+                plain = as_count(name, value, TuningError, least=None)
+            elif value is None and one.name == "max_seconds":
+                plain = None
+            elif isinstance(value, Real) and not isinstance(value, bool):
+                plain = float(value)
+            else:
+                raise TuningError(f"{name} must be a number, got {value!r}")
+            object.__setattr__(self, one.name, plain)

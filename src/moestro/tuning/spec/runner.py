@@ -184,6 +184,8 @@ def check_runners(runners: Sequence[Any]) -> None:
     if not isinstance(runners, list | tuple) or not runners:
         raise TuningError(f"runners must be a list with at least one runner, got {runners!r}")
     for runner in runners:
+        if isinstance(runner, type):
+            raise TuningError(f"runners must be objects, got the class {runner.__name__}")
         for method in ("forward", "get_valid_tactics"):
             if not callable(getattr(runner, method, None)):
                 raise TuningError(f"runners must have a method {method}(), got {runner!r}")

@@ -144,6 +144,7 @@ class Store:
             self.root = Path(os.path.abspath(Path(text).expanduser()))
         except (TypeError, ValueError, RuntimeError, OSError) as error:
             raise TuningError(f"a store must be a folder's path, got {root!r}: {error}") from error
+        self.unwritable = False  # whether a decision could not be written
         self._warned: set[str] = set()
         self._families: dict[
             str, tuple[int, dict[str, list[Path]]]
@@ -313,6 +314,7 @@ class Store:
                 write_atomically(home / "environment.json", {"schema": SCHEMA, "facts": environment.facts})
             write_atomically(home / folder_of(key) / name, whole)
         except (OSError, ValueError) as error:
+            self.unwritable = True
             self._warn(
                 "write", f"the store {self.root} cannot be written ({error}); decisions stay in memory"
             )

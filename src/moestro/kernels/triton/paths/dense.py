@@ -17,13 +17,8 @@ from moestro.kernels.triton.chip import has_wgmma
 from moestro.kernels.triton.device.arguments import Rows
 from moestro.kernels.triton.paths import path
 from moestro.kernels.triton.paths.fused import with_stages_that_fit
-from moestro.kernels.triton.paths.warp_specialized import (
-    BESIDE,
-    REGISTER_FILE,
-    SUMS,
-    THREADS,
-    programs,
-)
+from moestro.kernels.triton.paths.registers import most_registers, narrow_code, programs
+from moestro.kernels.triton.paths.warp_specialized import BESIDE, SUMS
 from moestro.kernels.triton.tactic import SHARED_BYTES, Tactic, Tile, gated
 
 NAME = "dense"
@@ -129,16 +124,16 @@ def _product(call: Call, stage: int, rows: Rows, out: torch.Tensor) -> None:
     width, extra = path.parts(pairs)
     parts = extra // 2 if width < 128 and extra > 16 else extra  # what is copied at least: dense._produce
     piece = min(parts or PIECE, width // 2, PIECE)
-    narrow = {"": kernels.WHOLE, "halves": kernels.HALVES, "quarters": kernels.QUARTERS}[call.tactic.narrow]
+    narrow = narrow_code(kernels, call.tactic.narrow)
     grid = kernels.Grid(tile.rows, width, extra, piece, groups, tile.k_blocks, tile.stages, call.tactic.raster_group,
-                        narrow.value, consumer, producer)  # fmt: skip
+                        narrow, consumer, producer)  # fmt: skip
     w_desc = _weights(call, stage, tile.rows)
     x_desc = w_desc if stage == 1 else _described(rows.data, [piece, 64])  # the first product gathers
     routing, stride = call.routing(stage)
     call.add(
         kernels.dense_wide_gemm, (call.processors * each,), rows.data, x_desc, w_desc, routing, stride,
         call.weights_of(stage), out, call.size(stage), HOW=call.product(stage), TILE=grid, num_warps=4,
-        maxnreg=REGISTER_FILE // (THREADS * (groups + 1) * each) // 8 * 8,
+        maxnreg=most_registers(groups + 1, each),
     )  # fmt: skip
 
 

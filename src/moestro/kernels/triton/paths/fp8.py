@@ -20,11 +20,11 @@ from moestro.kernels.triton.device.arguments import Rows
 from moestro.kernels.triton.device.fp8 import PLACES, Grid, Recipe, quantize_fp8
 from moestro.kernels.triton.fp8_layout import TritonFP4, descriptor
 from moestro.kernels.triton.paths import path
+from moestro.kernels.triton.paths.registers import most_registers
 from moestro.kernels.triton.tactic import SHARED_BYTES, Tactic, Tile, gated, sizes
 from moestro.kernels.triton.words import kernel_rows_of
 
 NAME = "fp8"
-REGISTER_FILE, THREADS = 65536, 128
 BESIDE = 20_480  # shared bytes beside the rings: barriers, and what turns results
 # (pairs, rows, warps that multiply) -> (blocks of 64 pairs a group, groups that decode, their registers, a multiplier's)
 SHAPES = {
@@ -161,5 +161,5 @@ def _product(call: Call, stage: int, x: Rows, out: torch.Tensor) -> None:
     call.add(
         kernels.fp4_fp8_gemm, (call.processors,), x, descriptor(x.data, pairs), routing, stride, call.weights_of(stage),
         kernel_rows_of(rows, gated(call.p, stage)), Rows(out, None), call.size(stage), HOW=call.product(stage), TILE=grid,
-        num_warps=4, maxnreg=REGISTER_FILE // (THREADS * (groups + decoders)) // 8 * 8,
+        num_warps=4, maxnreg=most_registers(groups + decoders),
     )  # fmt: skip

@@ -19,11 +19,11 @@ from moestro.kernels.triton.device.fp8 import BLOCKS, ROWS, Grid
 from moestro.kernels.triton.fp8_layout import TritonE4M3, TritonFP4, descriptor
 from moestro.kernels.triton.paths import path
 from moestro.kernels.triton.paths.fp8 import BESIDE, fp8_scratch, quantized, unfit_for_fp8
+from moestro.kernels.triton.paths.registers import most_registers
 from moestro.kernels.triton.tactic import SHARED_BYTES, Tactic, Tile, gated, sizes
 from moestro.kernels.triton.words import kernel_rows_of
 
 NAME = "fp8_once"
-REGISTER_FILE, THREADS = 65536, 128
 CONSUMER, PRODUCER = 216, 72  # registers of a thread
 WEIGHT_ROWS = 256
 
@@ -122,7 +122,7 @@ def _product(call: Call, stage: int, x: Rows, out: Rows) -> None:
     call.add(
         kernels.fp8_gemm, (call.processors,), x, x_desc, routing, stride, call.weights_of(stage), w_desc, padded, out,
         call.size(stage), HOW=call.product(stage), TILE=grid, num_warps=4,
-        maxnreg=REGISTER_FILE // (THREADS * (groups + 1)) // 8 * 8,
+        maxnreg=most_registers(groups + 1),
     )  # fmt: skip
 
 

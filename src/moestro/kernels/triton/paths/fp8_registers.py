@@ -20,10 +20,10 @@ from moestro.kernels.triton.device.fp8 import Recipe, quantize_fp8
 from moestro.kernels.triton.fp8_layout import COLS, TritonFP4
 from moestro.kernels.triton.paths import path
 from moestro.kernels.triton.paths.fp8 import unfit_for_fp8
+from moestro.kernels.triton.paths.registers import THREADS, most_registers, narrow_code, programs
 from moestro.kernels.triton.tactic import SHARED_BYTES, Tactic, Tile
 
 NAME = "fp8_registers"
-REGISTER_FILE, THREADS = 65536, 128
 SUMS, OVERLAPPED_SUMS = 128, 96  # registers of a thread for sums, at most
 BESIDE = 10_240  # shared bytes beside the ring: barriers, and what turns results
 AT_ONCE = 8192  # columns that a program keeps in registers while it looks for the largest
@@ -55,11 +55,6 @@ TABLE: Mapping[str, tuple[Tactic, ...]] = {
 
 def fitted(problem: MoeProblem, tactic: Tactic) -> Tactic:
     return tactic
-
-
-def programs(warps: int) -> int:
-    """Programs that share a processor: one of two consumers, or two of one."""
-    return 1 if warps == 8 else 2
 
 
 def sums(tile: Tile, pairs: int) -> int:
@@ -166,11 +161,11 @@ def _product(call: Call, stage: int, x: Rows, out: torch.Tensor) -> None:
     width, extra = path.parts(pairs)
     assert isinstance(call.packed(stage), TritonFP4)
     routing, stride = call.routing(stage)
-    narrow = {"": kernels.WHOLE, "halves": kernels.HALVES, "quarters": kernels.QUARTERS}[call.tactic.narrow]
+    narrow = narrow_code(kernels, call.tactic.narrow)
     grid = kernels.Grid(tile.rows, width, extra, groups, tile.k_blocks, tile.stages,
-                        call.tactic.raster_group, narrow.value, call.tactic.overlap_steps, consumer, producer)  # fmt: skip
+                        call.tactic.raster_group, narrow, call.tactic.overlap_steps, consumer, producer)  # fmt: skip
     call.add(
         kernels.fp4_fp8_registers, (call.processors * each,), x, routing, stride, call.weights_of(stage), out,
         call.size(stage), HOW=call.product(stage), TILE=grid, num_warps=4,
-        maxnreg=REGISTER_FILE // (THREADS * (groups + 1) * each) // 8 * 8,
+        maxnreg=most_registers(groups + 1, each),
     )  # fmt: skip

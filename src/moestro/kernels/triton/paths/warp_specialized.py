@@ -17,11 +17,10 @@ from moestro.kernels.triton.device.arguments import Rows
 from moestro.kernels.triton.layout import PACKED
 from moestro.kernels.triton.paths import path
 from moestro.kernels.triton.paths.fused import with_stages_that_fit
+from moestro.kernels.triton.paths.registers import most_registers, narrow_code, programs
 from moestro.kernels.triton.tactic import SHARED_BYTES, Tactic, Tile, sizes
 
 NAME = "warp_specialized"
-THREADS = 128  # of a consumer, and of the producer
-REGISTER_FILE = 65536
 # registers of a thread for sums, at most, by the warps that multiply: more, and ptxas serialises (C7512)
 SUMS = {4: 128, 8: 144}
 BESIDE = 10_240  # shared bytes beside the ring: barriers, and what turns results
@@ -59,11 +58,6 @@ def fitted(problem: MoeProblem, tactic: Tactic) -> Tactic:
 def _exceeds(problem: MoeProblem, tactic: Tactic, stage: int) -> bool:
     """Whether the programs that share a processor need more shared memory than it has."""
     return shared_bytes(problem, tactic, stage) * programs(tactic.tiles[stage - 1].warps) > SHARED_BYTES
-
-
-def programs(warps: int) -> int:
-    """Programs that share a processor: one of two consumers, or two of one."""
-    return 1 if warps == 8 else 2
 
 
 def registers(warps: int, turn: int) -> tuple[int, int]:
@@ -153,13 +147,13 @@ def _product(call: Call, stage: int, rows: Rows, out: torch.Tensor) -> None:
     consumer, producer = registers(tile.warps, tile.k_blocks)
     width, extra = path.parts(pairs)
     routing, stride = call.routing(stage)
-    narrow = {"": kernels.WHOLE, "halves": kernels.HALVES, "quarters": kernels.QUARTERS}[call.tactic.narrow]
+    narrow = narrow_code(kernels, call.tactic.narrow)
     split = call.tactic.split_k if stage == 2 else 1
     odd = triton.cdiv(sizes(call.p, stage)[1], 64) // split % 2 == 1
     grid = kernels.Grid(tile.rows, width, extra, groups, tile.k_blocks, tile.stages, call.tactic.raster_group,
-                        narrow.value, odd, consumer, producer)  # fmt: skip
+                        narrow, odd, consumer, producer)  # fmt: skip
     call.add(
         kernels.wide_gemm, (call.processors * each,), rows.data, routing, stride, call.weights_of(stage), out,
         call.size(stage), HOW=call.product(stage), TILE=grid, num_warps=4,
-        maxnreg=REGISTER_FILE // (THREADS * (groups + 1) * each) // 8 * 8,
+        maxnreg=most_registers(groups + 1, each),
     )  # fmt: skip
