@@ -42,6 +42,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         {"broken": broken, "picky": lambda: Picky, "portable": lambda: PortableRunner},
     )
     backends._load.cache_clear()
+    backends._say.cache_clear()
     yield
     backends._load.cache_clear()
 
@@ -53,6 +54,18 @@ def changed(**fields: Any) -> MoeProblem:
 def test_auto_is_all_that_can_in_the_order_of_preference() -> None:
     assert backends.resolve("auto", PROBLEM) == [Picky, PortableRunner]
     assert backends.resolve("auto", changed(device="cuda")) == [PortableRunner]
+
+
+def test_what_is_left_to_the_portable_backend_is_logged_once_with_the_reason(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "OWN", {"cuda": "picky", "cpu": "picky"})
+    for device in ("cpu", "cuda", "cuda"):
+        backends.resolve("auto", changed(device=device))
+    backends.resolve("portable", changed(device="cuda"))
+    (said,) = caplog.messages
+    assert "nvfp4 weights, x in bfloat16 on cuda" in said
+    assert said.endswith("backend 'picky' cannot: no such device")
 
 
 def test_a_named_backend_is_alone() -> None:

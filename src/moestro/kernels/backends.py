@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 from collections.abc import Callable
 from typing import cast
 
@@ -15,6 +16,9 @@ from moestro.errors import BackendError, unknown_name
 from moestro.kernels.problem import MoeProblem, MoeRunner
 
 AUTO = "auto"
+PORTABLE = "portable"
+OWN = {"cuda": "triton", "cpu": "cpu"}  # the backend with kernels for a type of device
+log = logging.getLogger("moestro")
 Loader = Callable[[], type[MoeRunner]]
 
 
@@ -72,9 +76,16 @@ def resolve(backend: str, problem: MoeProblem) -> list[type[MoeRunner]]:
 
     Of a batch-invariant problem the preferred one alone: backends differ in the order of their sums, and one bucket's
     rows must have another's bits. Raises BackendError for a name that is unknown or cannot, with the reason.
+    What is left to the portable backend on a device that has a backend of its own is logged, once a reason.
     """
     if backend == AUTO:
         able = [load(name) for name in BACKENDS if why_not(name, problem) is None]
+        own = OWN.get(problem.device)
+        if own in BACKENDS and able and able[0].backend == PORTABLE:
+            inputs = f", {problem.input_format} activations" if problem.input_format else ""
+            dtype = str(problem.dtype).removeprefix("torch.")
+            what = f"{problem.weight_format} weights, x in {dtype}{inputs} on {problem.device}"
+            _say(what, own, why_not(own, problem) or "")
         return able[:1] if problem.batch_invariant else able
     reason = why_not(backend, problem) if isinstance(backend, str) else ""
     if reason is None:
@@ -82,3 +93,10 @@ def resolve(backend: str, problem: MoeProblem) -> list[type[MoeRunner]]:
     if not isinstance(backend, str):
         raise BackendError(f"backend must be a name, got {backend!r}")
     raise BackendError(f"backend {backend!r} cannot run this: {reason}")
+
+
+@functools.cache
+def _say(what: str, own: str, reason: str) -> None:
+    log.warning(
+        "the portable backend runs %s, in PyTorch's own operators; backend %r cannot: %s", what, own, reason
+    )

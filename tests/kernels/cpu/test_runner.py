@@ -149,6 +149,9 @@ def test_without_a_core_the_backend_says_so_and_portable_runs() -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("portable")
     assert "cannot be loaded" in done.stdout
+    assert (
+        done.stderr.count("the portable backend runs nvfp4 weights") == 1
+    )  # once, for the layer and its call
 
 
 FORKED = """
