@@ -37,15 +37,19 @@ class Grid(NamedTuple):
 @triton.jit
 def _product(x, x_rows, there, w, w_rows, real, columns, TILE: tl.constexpr):
     """float32 [rows, pairs]: rows w_rows of w, block scales included, times the codes of rows x_rows of x."""
+    ROWS: tl.constexpr = TILE.rows
+    PAIRS: tl.constexpr = TILE.pairs
     BK: tl.constexpr = TILE.columns
     CODES: tl.constexpr = TILE.codes
     FORMAT: tl.constexpr = "e2m1" if CODES == 2 else "e4m3"
+    if TILE.even:
+        columns = columns // BK * BK  # the same number: so rows are known to be aligned, and copies are asynchronous
     byte, group, k = tl.arange(0, BK // CODES), tl.arange(0, BK // 32), tl.arange(0, BK)
     wp = w.data + w_rows[:, None] * (columns // CODES) + byte[None, :]
     ws = w.scales + w_rows[:, None] * (columns // 32) + group[None, :]
     xp = x + x_rows[:, None] * columns + k[None, :]
-    ones = tl.full((TILE.pairs, BK // 32), ONE, tl.uint8)
-    acc = tl.zeros((TILE.rows, TILE.pairs), tl.float32)
+    ones = tl.full((PAIRS, BK // 32), ONE, tl.uint8)
+    acc = tl.zeros((ROWS, PAIRS), tl.float32)
     for first in tl.range(0, columns, BK, num_stages=TILE.stages):
         left = columns - first
         w_mask, ws_mask, x_mask = real[:, None], real[:, None], there[:, None]
@@ -74,6 +78,7 @@ def mx_gemm(
     BF16: rows of weights have no scale of their own. TILE: Grid.
     """
     ROWS: tl.constexpr = TILE.rows
+    PAIRS: tl.constexpr = TILE.pairs
     pid = tl.program_id(0)
     strips = tl.num_programs(0) // slots
     slot = pid // (TILE.group * strips) * TILE.group + pid % TILE.group
@@ -84,7 +89,7 @@ def mx_gemm(
         e = tl.load(routing.table + slot).to(tl.int64)
         place = tl.load(routing.table + stride + slot)
         count = tl.load(routing.table + 2 * stride + slot) - place
-        t = tl.arange(0, TILE.pairs)
+        t = tl.arange(0, PAIRS)
         pairs = tl.load(routing.sorted_pairs + place + t, t < count, other=-1)
         r = m * ROWS + tl.arange(0, ROWS)
         dense_r, real = dense_rows(r, size.rows, HOW.gated)
@@ -96,4 +101,4 @@ def mx_gemm(
         acc = _product(x.data, x_rows.to(tl.int64), pairs >= 0, w, w_rows, real, size.columns, TILE)
         at = Spot(e, m, 0, place, count)
         epilogue(acc, None, shift, x.scale, x_rows, pairs, place + t, w.bias, routing.weights, out, at, r, real,
-                 size, HOW, ROWS, TILE.pairs)  # fmt: skip
+                 size, HOW, ROWS, PAIRS)  # fmt: skip

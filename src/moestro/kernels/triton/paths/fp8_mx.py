@@ -27,6 +27,7 @@ from moestro.kernels.triton.words import kernel_rows_of
 
 NAME = "fp8_mx"
 BYTES = {"mxfp4": 17 / 32, "mxfp8": 33 / 32}  # of a weight
+BARRIERS = 64  # bytes, at most
 
 
 def tactic(pairs: int, tile: Tile) -> Tactic:
@@ -42,7 +43,7 @@ TABLE: Mapping[str, tuple[Tactic, ...]] = {
         tactic(32, Tile(128, 4, 4, 5)),
         tactic(64, Tile(128, 4, 4, 5)),
         tactic(128, Tile(128, 4, 8, 4)),
-        tactic(256, Tile(128, 2, 8, 5)),
+        tactic(256, Tile(128, 4, 8, 3)),
     ),
 }
 INVARIANT = TABLE["fp8"][2]
@@ -77,10 +78,10 @@ def why_not(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> str | None:
 
 
 def shared_bytes(problem: MoeProblem, tactic: Tactic, stage: int) -> int:
-    """Of the pipeline buffers of a product, where e2m1 takes a byte, too, and of a step's scales."""
+    """Of the pipeline buffers of a product, where e2m1 takes a byte, too."""
     tile, width = tactic.of_stage(stage)
     step = 64 * tile.k_blocks
-    return (tile.rows + width) * step * (tile.stages - 1) + tile.rows * step // 32
+    return ((tile.rows + width) * step + tile.rows * step // 32) * (tile.stages - 1) + BARRIERS
 
 
 def cost(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> float:
