@@ -177,7 +177,7 @@ def sm_100() -> list[str]:
     """The families of sm_90 on the tensor cores of sm_100, and W4A4 and FP8 activations on those that take scales."""
     nvfp4, bf16 = runner_of(8, 2, 512, 256, "nvfp4"), runner_of(8, 2, 512, 256, "bf16")
     large, dequantized = (tactic for _, tactic in choose.WITHOUT_WGMMA)
-    others = [runner_of(8, 2, 512, 256, fmt, biases=True) for fmt in ("mxfp4", "fp8_block", "int4")]
+    others = [runner_of(8, 2, 512, 256, fmt, biases=True) for fmt in ("mxfp4", "mxfp8", "fp8_block", "int4")]
     launches = [
         launch
         for runner, n, tactic in (
@@ -217,6 +217,9 @@ def sm_100() -> list[str]:
     for launch in native_launches:
         problem = _without(launch, SCALED.get(launch.kernel, ""))
         bad += [problem] if problem else []
+        if launch.kernel is block_scaled.mx_gemm and launch.meta["TILE"].even:
+            slow = re.search(r"ld\.global\S*\.b(8|16)\b", compile_launch(launch, 100).asm["ptx"])
+            bad += [f"{launch.meta}: scales are not copied asynchronously"] if slow else []
     print(len(launches) + len(native_launches), "kernels")
     return bad
 
