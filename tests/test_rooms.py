@@ -34,7 +34,7 @@ ROOMS: Mapping[str, Mapping[str, set[str]]] = {
         "fp8_layout": {"chip", "layout", "words"},
         "call": {"device", "layout", "tactic", "chip"},
         "paths": {"device", "words", "chip", "tactic", "layout", "fp8_layout", "call"},
-        "choose": {"chip", "tactic", "paths", "layout"},
+        "choose": {"chip", "tactic", "paths", "layout", "fp8_layout"},
         "counters": {"device", "paths", "tactic"},
     },
     "kernels/portable": {

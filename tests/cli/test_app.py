@@ -80,6 +80,8 @@ def test_doctor_says_what_runs_and_why_not(run: Run) -> None:
     chosen = [(e["device"], e["format"]) for e in found["backends"] if e["first_choice"]]
     assert len(chosen) == len(set(chosen))
     assert ("cpu", "bf16") in chosen
+    assert found["first_choices"]["cpu"]["mxfp8"]["int8"] == "portable"
+    assert "auto, cpu" in done.output
     if isinstance(found["gpus"], str):
         assert found["gpus"] in " ".join(done.output.split())
     assert found["cpu"]["cores"] >= 1

@@ -10,7 +10,7 @@ import pytest
 from moestro.kernels.cpu import CpuRunner
 from moestro.kernels.portable import PortableRunner
 from moestro.kernels.problem import MoeRunner
-from moestro.kernels.triton import TritonRunner
+from moestro.kernels.triton import TritonRunner, chip
 from moestro.tuning.store.sources import file_digests, source_digest
 
 
@@ -24,6 +24,14 @@ def test_a_backends_sources_are_its_device_code() -> None:
     assert "runner.py" not in sources(CpuRunner)
     assert {"common.py", "fused.py", "warp_specialized.py"} <= sources(TritonRunner)
     assert not {"runner.py", "choose.py", "call.py"} & sources(TritonRunner)
+
+
+@pytest.mark.parametrize(("capability", "counts"), [((9, 0), False), ((10, 0), True), ((12, 0), False)])
+def test_kernels_of_one_chip_alone_count_there_alone(
+    capability: tuple[int, int], counts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chip, "capability", lambda: capability)
+    assert ("fp8_mx.py" in sources(TritonRunner)) == counts
 
 
 @pytest.fixture

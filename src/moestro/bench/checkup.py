@@ -1,7 +1,8 @@
 """The findings behind `moestro doctor`, as JSON values.
 
 Every backend is asked, for every device type and weight format, whether it can run one Qwen3-30B-A3B layer
-here; its own `why_not` gives the reason where it can't. Every bundle that ships with the package is held
+here; its own `why_not` gives the reason where it can't. A table says which one backend="auto" begins with for each dtype
+of x and each format of activations. Every bundle that ships with the package is held
 against this GPU and these kernels.
 """
 
@@ -13,13 +14,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moestro import formats, machine
 from moestro.bench.models import find
 from moestro.errors import BackendError
 from moestro.kernels import backends
 from moestro.kernels.cpu import core
 from moestro.kernels.cpu.placement import placement
-from moestro.kernels.problem import MoeProblem, MoeRunner
+from moestro.kernels.problem import INPUT_FORMATS, MoeProblem, MoeRunner
 from moestro.tuning.store import shipped
 from moestro.tuning.store.bundle import Bundle
 from moestro.tuning.store.sources import source_digest
@@ -27,6 +30,13 @@ from moestro.tuning.store.store import default_root
 
 __all__ = ["examine"]
 
+# What x may be: as it is in a dtype, or in bf16 and quantised.
+ACTIVATIONS: dict[str, dict[str, Any]] = {
+    "x bf16": {},
+    "x fp16": {"dtype": torch.float16},
+    "x fp32": {"dtype": torch.float32},
+    **{name: {"input_format": name} for name in INPUT_FORMATS},
+}
 PACKAGES = ("moestro", "torch", "triton", "transformers", "matplotlib")
 
 
@@ -47,6 +57,9 @@ def examine() -> dict[str, Any]:
         "store": _store(),
         "bundles": [entry for bundle in shipped.bundles() for entry in _bundle(bundle, here)],
         "backends": [entry for device in ("cpu", "cuda") for entry in _verdicts(device, gpus)],
+        "first_choices": {
+            device: _first_choices(device) for device in (("cpu", "cuda") if here else ("cpu",))
+        },
     }
 
 
@@ -83,7 +96,19 @@ def _verdicts(device: str, gpus: object) -> list[dict[str, Any]]:
     return entries
 
 
-def _problem(device: str, format: str) -> MoeProblem:
+def _first_choices(device: str) -> dict[str, dict[str, str | None]]:
+    """format -> what x is -> the backend that backend="auto" begins with, None where none runs it."""
+    return {
+        format: {what: _first(_problem(device, format, **rest)) for what, rest in ACTIVATIONS.items()}
+        for format in formats.FORMATS
+    }
+
+
+def _first(problem: MoeProblem) -> str | None:
+    return next((name for name in backends.BACKENDS if backends.why_not(name, problem) is None), None)
+
+
+def _problem(device: str, format: str, **rest: Any) -> MoeProblem:
     shape = find("qwen3-30b-a3b")
     return MoeProblem(
         num_experts=shape.num_experts,
@@ -94,6 +119,8 @@ def _problem(device: str, format: str) -> MoeProblem:
         intermediate_size=shape.intermediate_size,
         weight_format=format,
         device=device,
+        weight_dtype=torch.bfloat16 if format == "bf16" else None,
+        **rest,
     )
 
 

@@ -55,11 +55,19 @@ def _show(found: dict[str, Any]) -> None:
         said = Text("yes", style="green") if runs else Text(f"no: {verdict}", style="yellow")
         backends.add_row(device, backend, " ".join(names), said)
     output.print(backends)
-    chosen = [
-        f"{e['format']} on {e['device']}: {e['backend']}" for e in found["backends"] if e["first_choice"]
-    ]
-    if chosen:
-        output.print(Text(f"backend='auto' takes  {',  '.join(chosen)}", style="dim"))
+    for device, choices in found["first_choices"].items():
+        output.print()
+        output.print(_choices_table(device, choices))
+
+
+def _choices_table(device: str, choices: dict[str, dict[str, str | None]]) -> Table:
+    """What backend="auto" begins with, by format of weights and what x is."""
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for title in (f"auto, {device}", *next(iter(choices.values()))):
+        table.add_column(title, overflow="fold")
+    for format, by_x in choices.items():
+        table.add_row(format, *(name or "none" for name in by_x.values()))
+    return table
 
 
 def _grouped(entries: list[dict[str, Any]]) -> dict[tuple[str, str, str | None], list[str]]:

@@ -19,16 +19,22 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from moestro.kernels.activations import ReLU2
-from moestro.kernels.triton import chip, choose
+from moestro.kernels.triton import Tactic, TritonRunner, chip, choose
 from moestro.kernels.triton.call import Launch
 from moestro.kernels.triton.device import fp4 as blackwell
+from moestro.kernels.triton.device import fp8_mx as block_scaled
 from moestro.kernels.triton.device import loops
 from moestro.kernels.triton.device.decode import BF16
-from moestro.kernels.triton.paths import chain, dense, fp4, warp_specialized
+from moestro.kernels.triton.paths import chain, dense, fp4, fp8_mx, warp_specialized
 from moestro.kernels.triton.tactic import SHARED_BYTES, Tile
 
 TENSOR_COLUMNS = 512  # of a processor's tensor memory on sm_100
 WGMMA, MMA = "wgmma.mma_async", "mma.sync"
+# of block-scaled products: scales of 16 and of 32 columns, as Triton 3.9 or 3.6 spells them
+SCALED = {
+    blackwell.scaled_gemm: r"tcgen05\.mma\S*mxf4nvf4\S*(block16|4X)",
+    block_scaled.mx_gemm: r"tcgen05\.mma\S*kind::mxf8f6f4\.block_scale\.(block32|scale_vec::1X)",
+}
 DENSE = "dense_wide_gemm"
 
 
@@ -168,10 +174,10 @@ def machine_code(name: str, cubin: bytes) -> list[str]:
 
 
 def sm_100() -> list[str]:
-    """The families of sm_90 on the tensor cores of sm_100, and W4A4 on its FP4 ones, scales included."""
+    """The families of sm_90 on the tensor cores of sm_100, and W4A4 and FP8 activations on those that take scales."""
     nvfp4, bf16 = runner_of(8, 2, 512, 256, "nvfp4"), runner_of(8, 2, 512, 256, "bf16")
     large, dequantized = (tactic for _, tactic in choose.WITHOUT_WGMMA)
-    others = [runner_of(8, 2, 512, 256, fmt, biases=True) for fmt in ("mxfp4", "fp8_block", "int4")]
+    others = [runner_of(8, 2, 512, 256, fmt, biases=True) for fmt in ("mxfp4", "mxfp8", "fp8_block", "int4")]
     launches = [
         launch
         for runner, n, tactic in (
@@ -188,18 +194,40 @@ def sm_100() -> list[str]:
     with patch.object(chip, "capability", return_value=(10, 0)):
         odd = runner_of(4, 2, 144, 80, "nvfp4", ReLU2(), biases=True, input_format="nvfp4")
         even = runner_of(8, 2, 512, 256, "nvfp4", input_format="nvfp4")
+        mxfp4, mxfp8 = (runner_of(8, 2, 512, 256, fmt, input_format="fp8") for fmt in ("mxfp4", "mxfp8"))
+        odd_mxfp4 = runner_of(4, 2, 160, 96, "mxfp4", ReLU2(), biases=True, input_format="fp8")
+        by_table = fp8_mx.TABLE["fp8"]
         native_launches = [
             launch
-            for runner, found in ((even, fp4.TABLE["nvfp4"]), (odd, fp4.TABLE["nvfp4"][1:2]))
+            for runner, found in (
+                (even, fp4.TABLE["nvfp4"]),
+                (odd, fp4.TABLE["nvfp4"][1:2]),
+                (mxfp4, by_table),
+                (mxfp8, (by_table[0], by_table[-1])),
+                (odd_mxfp4, by_table[1:2]),
+            )
             for tactic in found
             for launch in runner.plan(inputs_of(runner, 700), tactic)[1:]  # without the sort
         ]
-    scaled = r"tcgen05\.mma\S*mxf4nvf4\S*(block16|4X)"
+        bad += [
+            f"{tactic}: more shared memory than its path says"
+            for tactic in by_table
+            if shared_of_products(mxfp4, tactic) > fp8_mx.shared_bytes(mxfp4.problem, tactic, 1)
+        ]
     for launch in native_launches:
-        problem = _without(launch, scaled if launch.kernel is blackwell.scaled_gemm else "")
+        problem = _without(launch, SCALED.get(launch.kernel, ""))
         bad += [problem] if problem else []
+        if launch.kernel is block_scaled.mx_gemm and launch.meta["TILE"].even:
+            slow = re.search(r"ld\.global\S*\.b(8|16)\b", compile_launch(launch, 100).asm["ptx"])
+            bad += [f"{launch.meta}: scales are not copied asynchronously"] if slow else []
     print(len(launches) + len(native_launches), "kernels")
     return bad
+
+
+def shared_of_products(runner: TritonRunner, tactic: Tactic) -> int:
+    """The most shared bytes of a tactic's block-scaled products."""
+    launches = runner.plan(inputs_of(runner, 700), tactic)
+    return max(compile_launch(a, 100).metadata.shared for a in launches if a.kernel in SCALED)
 
 
 def _without(launch: Launch, instruction: str) -> str | None:

@@ -103,6 +103,10 @@ def zeros(weight_format: str, experts: int, rows: int, columns: int) -> Any:
         return NVFP4(packed, data[..., : columns // 16].contiguous(), torch.ones(experts))
     if weight_format == "mxfp4":
         return MXFP4(packed, packed[..., : columns // 32].contiguous())
+    if weight_format == "mxfp8":
+        from moestro.formats import MXFP8  # see int4
+
+        return MXFP8(data, packed[..., : columns // 32].contiguous())
     if weight_format == "fp8_block":
         return FP8Block(data, torch.ones(experts, -(-rows // 128), -(-columns // 128)))
     if weight_format == "int4":

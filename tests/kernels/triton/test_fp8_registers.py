@@ -47,13 +47,14 @@ class Quantize:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(x: Any, ids: Any, pairs: Any, data: Any, scales: Any, columns: int, **meta: Any) -> None:
-            assert meta["HOW"].turned
             assert grid == (len(data),)
+            assert not meta["HOW"].gather
             scale = (x.float().abs().amax(1) / 448).clamp(min=torch.finfo(torch.float32).tiny)
             scales.copy_(torch.where(x.float().abs().amax(1) == 0, 1.0, scale))
             full = torch.zeros(data.shape)
             full[:, :columns] = x.float() / scales[:, None]
-            data.copy_(full[:, turned(columns)].to(torch.float8_e4m3fn))
+            order = turned(columns) if meta["HOW"].turned else slice(columns)
+            data.copy_(full[:, order].to(torch.float8_e4m3fn))
 
         return launch
 

@@ -9,7 +9,7 @@ import torch
 from moestro.kernels.problem import MoeProblem
 from moestro.kernels.triton.device import common
 
-FP4_CAPABILITY = (10, 0)
+BLOCK_SCALES = (10, 0)  # the first capability whose tensor cores take scales of blocks
 
 
 @lru_cache
@@ -31,7 +31,12 @@ def has_wgmma() -> bool:
     return not common.INTERPRETED and capability()[0] == 9
 
 
+def has_block_scales() -> bool:
+    """Whether tensor cores take a scale for each block of both operands: on sm_100 (sm_120's instructions are others)."""
+    return BLOCK_SCALES <= capability() < (12, 0)
+
+
 def multiplies_fp4(problem: MoeProblem) -> bool:
-    """Whether a problem goes to FP4 tensor cores: NVFP4 times NVFP4, on sm_100 (sm_120's instructions are others)."""
+    """Whether a problem goes to FP4 tensor cores: NVFP4 times NVFP4."""
     w4a4 = problem.weight_format == "nvfp4" and problem.input_format == "nvfp4"
-    return w4a4 and FP4_CAPABILITY <= capability() < (12, 0)
+    return w4a4 and has_block_scales()

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from moestro.kernels.problem import MoeProblem
 from moestro.kernels.triton.chip import multiplies_fp4
+from moestro.kernels.triton.fp8_layout import block_scaled
 from moestro.kernels.triton.paths import (
     PATHS,
     Path,
@@ -18,6 +19,7 @@ from moestro.kernels.triton.paths import (
     dequantized,
     fp4,
     fp8,
+    fp8_mx,
     fp8_once,
     fp8_registers,
     fused,
@@ -91,16 +93,22 @@ def candidates(problem: MoeProblem, num_tokens: int) -> list[Tactic]:
         rows += [fitted(problem, t) for t in INVARIANT_ROWS]
     found = [t for t in dict.fromkeys(rows) if why_not(problem, t, num_tokens) is None]
     found.sort(key=lambda t: cost(problem, t, num_tokens))
-    if multiplies_fp4(problem):  # nobody has measured whether the estimate is right there
-        first = fp4.default(problem, num_tokens)
+    if (first := _untried_default(problem, num_tokens)) is not None:
         found.sort(key=lambda t: t != first)
     return found
+
+
+def _untried_default(problem: MoeProblem, num_tokens: int) -> Tactic | None:
+    """The default on tensor cores that we have not run: nobody has measured whether the estimate is right there."""
+    if multiplies_fp4(problem):
+        return fp4.default(problem, num_tokens)
+    return fp8_mx.default(problem, num_tokens) if block_scaled(problem) else None
 
 
 def worth_measuring(problem: MoeProblem, num_tokens: int) -> list[Tactic]:
     """The candidates within FACTOR of the smallest estimate, that one first."""
     found = candidates(problem, num_tokens)
-    if multiplies_fp4(problem):
+    if _untried_default(problem, num_tokens) is not None:
         return found
     estimates = [cost(problem, tactic, num_tokens) for tactic in found]
     limit = FACTOR * min(estimates, default=0.0)
@@ -196,8 +204,8 @@ INVARIANT_ROWS = (
 def default(problem: MoeProblem, num_tokens: int) -> Tactic:
     """What runs before anything is tuned: by pairs per expert, as measured."""
     p = problem
-    if multiplies_fp4(p):
-        return fp4.default(p, num_tokens)
+    if (untried := _untried_default(p, num_tokens)) is not None:
+        return untried
     if p.input_format == "fp8":
         return _fp8_default(p, num_tokens)
     chosen = _dense_default(p, num_tokens) if p.weight_format == "bf16" else _packed_default(p, num_tokens)

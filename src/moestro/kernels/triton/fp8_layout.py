@@ -24,7 +24,7 @@ from moestro.formats import MXFP4, NVFP4, FP8Block
 from moestro.formats.base import FormatTensor
 from moestro.formats.mxfp4 import decode_e8m0
 from moestro.kernels.problem import MoeProblem
-from moestro.kernels.triton.chip import multiplies_fp4
+from moestro.kernels.triton.chip import has_block_scales, multiplies_fp4
 from moestro.kernels.triton.layout import PACKED, Packed
 from moestro.kernels.triton.words import row_order
 
@@ -149,9 +149,16 @@ class TritonE4M3(Packed):
 PACKED_FP8: dict[str, type[Packed]] = {cls.format: cls for cls in (FP8FromNVFP4, FP8FromMXFP4, TritonE4M3)}
 
 
+def block_scaled(problem: MoeProblem) -> bool:
+    """Whether a problem goes to block-scaled tensor cores with e4m3 activations: weights with a power of two per 32."""
+    return (
+        problem.weight_format in ("mxfp4", "mxfp8") and problem.input_format == "fp8" and has_block_scales()
+    )
+
+
 def packed_type(problem: MoeProblem) -> type[Packed] | None:
     """The layout that a problem's weights are repacked to; None for those that are run as they are, or not at all."""
-    if multiplies_fp4(problem):
+    if multiplies_fp4(problem) or block_scaled(problem):
         return None
     table = PACKED_FP8 if problem.input_format == "fp8" else PACKED
     return table.get(problem.weight_format)

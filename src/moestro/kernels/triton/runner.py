@@ -1,7 +1,7 @@
 """TritonRunner: the MoE operator in Triton kernels, for quantised and dense weights.
 
 A tactic is a tactic.Tactic, chosen by choose.py; its path (paths/) turns a call into launches. Quantised weights are
-run in the layouts of layout.py, dense ones as they are; W4A4 on a chip with FP4 tensor cores takes the checkpoint's
+run in the layouts of layout.py, dense ones as they are; products with scales of blocks (sm_100) take the checkpoint's
 layout.
 """
 
@@ -23,7 +23,7 @@ from moestro.kernels.problem import Experts, Held, MoeProblem, MoeRunner, Replay
 from moestro.kernels.scratch import carve, plan_bytes
 from moestro.kernels.triton import choose, replay
 from moestro.kernels.triton.call import Call, Launch
-from moestro.kernels.triton.chip import processors
+from moestro.kernels.triton.chip import has_block_scales, processors
 from moestro.kernels.triton.counters import Counters
 from moestro.kernels.triton.device.common import ACTIVATIONS
 from moestro.kernels.triton.fp8_layout import PACKED_FP8, packed_type
@@ -35,6 +35,7 @@ log = logging.getLogger("moestro")
 # x in float16 becomes bfloat16 where weights are decoded to that: an error of up to 2^-9 of each value. Float32 would
 # lose sixteen bits, so it stays with the portable backend.
 X_DTYPES = (torch.bfloat16, torch.float16)
+BLOCK_SCALED_CODE = {"fp8_mx.py"}  # of device/
 
 
 class TritonRunner(MoeRunner):
@@ -65,8 +66,9 @@ class TritonRunner(MoeRunner):
         if reason := activations.why_not(problem.activation, ACTIVATIONS):
             return reason
         packs = packed_type(problem)
-        if packs is not None and problem.weight_layout not in (CHECKPOINT, packs.layout):
-            return f"it needs weights in the layout {packs.layout!r} here, they were prepared as {problem.weight_layout!r}"
+        wanted = CHECKPOINT if packs is None else packs.layout
+        if problem.weight_layout not in (CHECKPOINT, wanted):
+            return f"it needs weights in the layout {wanted!r} here, they were prepared as {problem.weight_layout!r}"
         if problem.intermediate_size % 8 or problem.hidden_size % 8:
             return "hidden and intermediate size must be multiples of 8"
         if problem.top_k > 64:
@@ -164,8 +166,9 @@ class TritonRunner(MoeRunner):
 
     @classmethod
     def kernel_sources(cls) -> list[Path]:
-        """The device code of these kernels."""
-        return sorted((Path(__file__).parent / "device").glob("*.py"))
+        """The device code of these kernels: what another chip alone compiles does not count."""
+        paths = sorted((Path(__file__).parent / "device").glob("*.py"))
+        return [path for path in paths if path.name not in BLOCK_SCALED_CODE or has_block_scales()]
 
     def tolerance(self, inputs: Sequence[Any]) -> float:
         """Of the difference to the default tactic, as a ratio of norms: two roundings of bf16 sums."""

@@ -32,6 +32,7 @@ from moestro.kernels.triton.paths import (
     dequantized,
     fp4,
     fp8,
+    fp8_mx,
     fp8_once,
     fp8_registers,
     fused,
@@ -51,6 +52,7 @@ PATHS: dict[str, Path] = {
         fp8_registers,
         fp8,
         fp8_once,
+        fp8_mx,
     )
 }
 
