@@ -42,10 +42,8 @@ def _product(x, x_rows, there, w, w_rows, real, columns, TILE: tl.constexpr):
     BK: tl.constexpr = TILE.columns
     CODES: tl.constexpr = TILE.codes
     FORMAT: tl.constexpr = "e2m1" if CODES == 2 else "e4m3"
-    if TILE.even:
-        columns = (
-            columns // BK * BK
-        )  # the same number: so rows are known to be aligned, and copies are asynchronous
+    if TILE.even:  # the same number: so rows are known to be aligned, and copies are asynchronous
+        columns = columns // BK * BK
     byte, group, k = tl.arange(0, BK // CODES), tl.arange(0, BK // 32), tl.arange(0, BK)
     wp = w.data + w_rows[:, None] * (columns // CODES) + byte[None, :]
     ws = w.scales + w_rows[:, None] * (columns // 32) + group[None, :]
