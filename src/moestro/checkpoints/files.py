@@ -145,7 +145,7 @@ def _open(file: Path) -> Any:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
-        raise FormatError("reading checkpoints needs safetensors: pip install safetensors") from error
+        raise FormatError("reading checkpoints needs safetensors: pip install 'moestro[hf]'") from error
     try:
         return safe_open(str(file), framework="pt")
     except (SafetensorError, OSError) as error:
