@@ -4,7 +4,8 @@
 
 For each experts class that goes through the experts interface: its module with random weights against Transformers'
 eager one (float32 and bf16), and after quantize_experts against the dequantised weights. For each causal language
-model that has one: greedy tokens in float32 equal to eager's. What is refused stands there with the refusal's text.
+model that has one, or text model: greedy tokens in float32 equal to eager's. What is refused stands there with the
+refusal's text.
 """
 
 from __future__ import annotations
@@ -398,8 +399,8 @@ experts: in float32, in bf16, and of NVFP4 experts (`quantize_experts`) against 
 tokens in float32 of a whole model whose experts are large enough to matter against eager's, and their logits within 1e-4
 (a text model without a head uses its embedding); its logits in bf16 and those of eager, each against eager's in
 float32 and of the median token (a rounding may send a token to another expert), as after
-`from_pretrained(dtype=torch.bfloat16)`; and 8 tokens after `quantize_experts` against those of the model whose experts hold the
-dequantised values.
+`from_pretrained(dtype=torch.bfloat16)`; and 8 tokens after `quantize_experts` against those of the model whose experts
+hold the dequantised values. Zaya with such weights is far from float32 in bf16, whatever runs its experts.
 
 | model | class | float32 | bf16 | NVFP4 | greedy | logits bf16 | eager's | greedy NVFP4 |
 |---|---|---|---|---|---|---|---|---|

@@ -89,7 +89,7 @@ def unpack_linears(model: Any, dtype: torch.dtype | None) -> None:
         with torch.device("meta"):
             made = torch.nn.Linear(packed.in_features, packed.out_features, bias=False)
         made.weight = torch.nn.Parameter(dense, requires_grad=False)
-        made.bias = packed._parameters["bias"]
+        made._parameters["bias"] = packed._parameters["bias"]
         parent, _, leaf = name.rpartition(".")
         model.get_submodule(parent)._modules[leaf] = made.train(packed.training)
 
