@@ -2,7 +2,6 @@
 # make test-vllm: the vLLM plugin in vLLM itself, on the CPU, in an environment of its own (.venv-vllm; about 15 minutes).
 # make smoke-vllm: one model of it (make test ends with that); skipped, and said so, where vLLM cannot be had in time.
 # make docs: the site, in site/.
-# make test-vllm: the vLLM plugin in vLLM itself, on the CPU, in an environment of its own (.venv-vllm; about 12 minutes).
 # Each makes the virtual environment it needs.
 PYTHON ?= python3
 VENV := .venv

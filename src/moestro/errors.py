@@ -9,6 +9,7 @@ MoestroError
 ├── BackendError    an unknown backend, or one that cannot run this call (also a ValueError)
 ├── ModelError      an unknown model name                          (also a ValueError)
 ├── FileError       a file that cannot be made or written          (also an OSError)
+├── PackageError    a package that an extra of moestro's brings is not here, or too old (also an ImportError)
 └── TuningError     a tuner that was set up wrongly, or a miss where tuning is not allowed (also a RuntimeError)
     └── GroupError  ranks that work together have lost one, or one did not come in time; it names the rank
 
@@ -36,6 +37,7 @@ __all__ = [
     "GroupError",
     "ModelError",
     "MoestroError",
+    "PackageError",
     "RoutingError",
     "ShapeError",
     "StoreWarning",
@@ -85,6 +87,10 @@ class ModelError(MoestroError, ValueError):
 
 class FileError(MoestroError, OSError):
     """A file that cannot be made or written: no room, no permission."""
+
+
+class PackageError(MoestroError, ImportError):
+    """A package that one of moestro's extras brings is not installed, or too old."""
 
 
 class TuningError(MoestroError, RuntimeError):

@@ -143,6 +143,17 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         checkpoints.convert(src, other)
 
 
+def test_blocks_that_gate_and_up_would_share_are_refused_before_the_work(tmp_path: Path) -> None:
+    src = tmp_path / "src"
+    src.mkdir()
+    shapes = {"gate_proj": (96, 128), "up_proj": (96, 128), "down_proj": (128, 96)}
+    tensors = {f"model.layers.0.mlp.experts.0.{n}.weight": torch.ones(s) for n, s in shapes.items()}
+    save_file(tensors, src / "model.safetensors")
+    with pytest.raises(FormatError, match="fp8_block needs gate and up with rows divisible by 128, got 96"):
+        checkpoints.convert(src, tmp_path / "dst", "fp8_block")
+    assert not list((tmp_path / "dst").glob("*.safetensors"))
+
+
 def test_calibrated_scales_are_written_and_read(tmp_path: Path) -> None:
     src = source(tmp_path / "src")
     seen = {

@@ -170,7 +170,20 @@ COMPRESSED = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
         ),
         ({"quant_method": "gptq", "bits": 8, "group_size": 128}, "bits of gptq must be 4, got 8"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2"}, "checkpoint_format of gptq"),
+        (
+            {"quant_method": "gptq", "bits": 4, "format": "gptq_v2"},
+            "format of gptq must be 'gptq', got 'gptq_v2'",
+        ),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version of awq must be 'gemm', got 'gemv'"),
+        ({"quant_method": "awq", "bits": 4, "format": "gemv"}, "format of awq must be 'gemm', got 'gemv'"),
+        (
+            {**COMPRESSED, "transform_config": {"config_groups": {"u": {"type": "hadamard"}}}},
+            "transform_config of compressed-tensors must have no config_groups, got u",
+        ),
+        (
+            {**COMPRESSED, "sparsity_config": {"format": "sparse-24-bitmask"}},
+            "sparsity_config .*'dense', got 'sparse-24-bitmask'",
+        ),
         (
             {**COMPRESSED, "config_groups": {"g": {"weights": {"num_bits": 8}}}},
             "num_bits of g must be 4 for pack-quantized, got 8",
@@ -190,7 +203,8 @@ def test_configs_that_are_read() -> None:
     assert "INT4" in str(parse({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "GEMM"}))
     assert "INT4" in str(parse({"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False}))
     kimi = {"weights": {"num_bits": 4, "group_size": 32, "type": "int", "symmetric": True, "actorder": None}}
-    assert "pack-quantized" in str(parse({**COMPRESSED, "config_groups": {"group_0": kimi}}))
+    plain = {"transform_config": {}, "sparsity_config": {"format": "dense"}, "global_compression_ratio": 1.5}
+    assert "pack-quantized" in str(parse({**COMPRESSED, **plain, "config_groups": {"group_0": kimi}}))
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.int8])

@@ -291,6 +291,18 @@ def test_an_expert_that_calibration_never_reached_takes_the_largest_scale_and_sa
     assert w.down_input_scale.tolist() == [0.5, 2.5, 2.5]
 
 
+def test_a_second_copy_beside_the_models_file_is_passed_over(tmp_path: Path) -> None:
+    """Mistral's repositories have a consolidated.safetensors, others variants."""
+    tensors, _ = checkpoint(modelopt)
+    for name in ("model.safetensors", "consolidated.safetensors", "model.fp16.safetensors"):
+        save_file(tensors, tmp_path / name)
+    found = Safetensors(tmp_path)
+    assert {found.file_of(name).name for name in found} == {"model.safetensors"}
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FormatError, match="must be in one file"):
+        Safetensors(tmp_path)
+
+
 def test_files_that_cannot_be_are_named(tmp_path: Path) -> None:
     tensors, _ = checkpoint(modelopt)
     file, index = tmp_path / "model-1.safetensors", tmp_path / "model.safetensors.index.json"

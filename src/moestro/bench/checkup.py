@@ -8,8 +8,7 @@ against this GPU and these kernels.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -136,7 +135,7 @@ def _bundle(bundle: Bundle, gpus: Sequence[dict[str, Any]]) -> list[dict[str, An
         decisions = [e for e in bundle.entries if e.environment == name and e.kind == "decision"]
         runners = {runner["class"] for entry in decisions for runner in entry.key["runners"]}
         layers = {id(entry.key) for entry in decisions}
-        serves, verdict = _worth(facts, _current_sources(runners), gpus)
+        serves, verdict = _worth(facts, runners, gpus)
         found.append(
             {
                 "bundle": bundle.path.stem,
@@ -151,9 +150,13 @@ def _bundle(bundle: Bundle, gpus: Sequence[dict[str, Any]]) -> list[dict[str, An
     return found
 
 
-def _worth(facts: Mapping[str, Any], current: str | None, gpus: Sequence[dict[str, Any]]) -> tuple[bool, str]:
+def _worth(facts: Mapping[str, Any], runners: set[str], gpus: Sequence[dict[str, Any]]) -> tuple[bool, str]:
     """(whether it serves here, what is to be said of it)."""
-    if facts.get("sources") != current:
+    classes, missing = _classes_here()
+    if lost := sorted(runners - set(classes)):
+        why = "; ".join(missing) or "this moestro has no such backend"
+        return False, f"for {facts['device']}: its runner {lost[0].rpartition('.')[2]} is not here ({why})"
+    if facts.get("sources") != source_digest([classes[name] for name in sorted(runners)]):
         return False, (
             "measured with other kernels than these: its winners are only tried first. "
             "`moestro tune` decides anew"
@@ -163,14 +166,15 @@ def _worth(facts: Mapping[str, Any], current: str | None, gpus: Sequence[dict[st
     return True, "serves layers that have not been tuned here"
 
 
-def _current_sources(names: Iterable[str]) -> str | None:
-    """The digest of the sources of these runner classes as they are here; None if one is no backend of ours."""
+def _classes_here() -> tuple[dict[str, type[MoeRunner]], list[str]]:
+    """(our backends' runner classes by name, why the others cannot be loaded)."""
     classes: dict[str, type[MoeRunner]] = {}
+    missing = []
     for backend in backends.BACKENDS:
-        with contextlib.suppress(BackendError):
+        try:
             cls = backends.load(backend)
+        except BackendError as error:
+            missing.append(str(error))
+        else:
             classes[f"{cls.__module__}.{cls.__qualname__}"] = cls
-    wanted = [classes.get(name) for name in sorted(names)]
-    if None in wanted:
-        return None
-    return source_digest([cls for cls in wanted if cls is not None])
+    return classes, missing

@@ -65,8 +65,9 @@ class ModelReference:
 
 def open_model(folder: Path, text: Path) -> ModelReference:
     """The reference on a text. Raises FormatError for a folder that holds no dense checkpoint, or an empty text."""
-    import transformers
+    from moestro.integrations import need_transformers
 
+    transformers = need_transformers()
     from moestro.integrations.transformers.calibrate import text_batches
 
     config = folder / "config.json"

@@ -20,6 +20,7 @@ from moestro.formats.pages import release
 from moestro.tuning.forks import Lock
 
 INDEX = "model.safetensors.index.json"
+WHOLE = "model.safetensors"
 DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
@@ -38,7 +39,7 @@ DTYPES = {
 
 
 class Safetensors(Mapping[str, torch.Tensor]):
-    """A checkpoint: a .safetensors file, a folder with an index or with such files, or a list of files.
+    """A checkpoint: a .safetensors file, a folder with an index, model.safetensors or such files, or a list of files.
 
     Tensors share the files' pages (on Linux) and are not to be written to. Reading is safe from several threads.
     Raises FormatError for a path without such files, and for files that cannot be what they say.
@@ -103,6 +104,10 @@ class Safetensors(Mapping[str, torch.Tensor]):
     def _find(self, path: Path) -> dict[str, Path]:
         if (index := path / INDEX).is_file():
             return self._by_index(index)
+        if (
+            whole := path / WHOLE
+        ).is_file():  # what else is there is another copy: Mistral's consolidated one, a variant
+            return self._names_of([whole])
         files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
         if not files:
             raise FormatError(f"path must be a safetensors file or a folder with some, got {str(path)!r}")
@@ -145,7 +150,7 @@ def _open(file: Path) -> Any:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
-        raise FormatError("reading checkpoints needs safetensors: pip install safetensors") from error
+        raise FormatError("reading checkpoints needs safetensors: pip install 'moestro[hf]'") from error
     try:
         return safe_open(str(file), framework="pt")
     except (SafetensorError, OSError) as error:

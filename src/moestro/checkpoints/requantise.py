@@ -22,6 +22,7 @@ from moestro.checkpoints.stream import Shape
 from moestro.checkpoints.writers import Writer
 from moestro.errors import FormatError
 from moestro.formats import INT4, MXFP4, MXFP8, NVFP4, FP8Block
+from moestro.formats.fp8_block import BLOCK
 from moestro.formats.nvfp4 import dynamic_global_scale
 from moestro.formats.pieces import magnitude
 
@@ -116,6 +117,8 @@ def _expert_steps(
             f"{name}: {source.writer.format} needs columns divisible by {block}, got [{rows}, {columns}]"
         )
     parts = 2 if projection == "gate_up_proj" else 1
+    if source.writer.format == "fp8_block" and experts.gated and projection != experts.projections[-1]:
+        _require_whole_blocks(name, rows // parts)
     blank = source.writer.pieces(_blank(source.writer.format, rows // parts, columns))
     for e in range(len(experts)) if experts.stacked else (expert,):
         makes: dict[str, Shape] = {}
@@ -132,6 +135,14 @@ def _expert_steps(
             return _expert(source, prefix, e, projection, parts)
 
         yield Step(makes, run, () if experts.stacked else (name,))
+
+
+def _require_whole_blocks(name: str, rows: int) -> None:
+    """Gate and up are one matrix when they run: a block of both has one scale, which two tensors do not have."""
+    if rows % BLOCK:
+        raise FormatError(
+            f"{name}: fp8_block needs gate and up with rows divisible by {BLOCK}, got {rows}, or nothing reads the result"
+        )
 
 
 def _expert(source: Source, prefix: str, e: int, projection: str, parts: int) -> Made:

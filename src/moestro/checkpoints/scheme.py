@@ -123,8 +123,13 @@ def _modelopt(raw: dict[str, Any]) -> Scheme:
 
 # What these methods' configs must say, where they say it; the first is what they mean by saying nothing.
 INTEGERS: dict[str, dict[str, tuple[Any, ...]]] = {
-    "awq": {"bits": (4,), "version": ("gemm",)},
-    "gptq": {"bits": (4,), "desc_act": (False, None), "checkpoint_format": ("gptq",)},
+    "awq": {"bits": (4,), "version": ("gemm",), "format": ("gemm",), "checkpoint_format": ("gemm",)},
+    "gptq": {
+        "bits": (4,),
+        "desc_act": (False, None),
+        "checkpoint_format": ("gptq",),
+        "format": ("gptq",),
+    },
 }
 
 
@@ -159,7 +164,22 @@ def _upper(algorithm: Any) -> str:
     return str(algorithm).upper()
 
 
+def _require_plain(raw: dict[str, Any]) -> None:
+    """Weights that are transformed, or sparse, are not what their codes and scales stand for."""
+    if ((raw.get("transform_config") or {}).get("config_groups") or {}) != {}:
+        raise FormatError(
+            "transform_config of compressed-tensors must have no config_groups, got "
+            f"{', '.join(raw['transform_config']['config_groups'])}: moestro rotates neither weights nor inputs"
+        )
+    sparse = (raw.get("sparsity_config") or {}).get("format") or "dense"
+    if sparse != "dense":
+        raise FormatError(
+            f"sparsity_config of compressed-tensors must have the format 'dense', got {sparse!r}: moestro does not read it"
+        )
+
+
 def _compressed_tensors(raw: dict[str, Any]) -> Scheme:
+    _require_plain(raw)
     algorithm = _known(str(raw.get("format")), COMPRESSED_TENSORS, "format")
     groups = raw.get("config_groups") or {}
     layers = {}

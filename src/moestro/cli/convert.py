@@ -61,8 +61,9 @@ def convert(
 
 
 def _calibration(src: Path, text: Path) -> Any:
-    import transformers
+    from moestro.integrations import need_transformers
 
+    transformers = need_transformers()
     from moestro.integrations.transformers.calibrate import calibrate, text_batches
 
     model = transformers.AutoModelForCausalLM.from_pretrained(src, dtype="auto").eval()

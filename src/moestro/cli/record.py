@@ -25,9 +25,11 @@ def record(
 ) -> None:
     """Run a text through a model and record the experts of every token and layer: [sequence, layers, K]."""
     import torch
-    import transformers
 
     from moestro import load, routing
+    from moestro.integrations import need_transformers
+
+    transformers = need_transformers()
     from moestro.integrations.transformers.calibrate import text_batches
 
     if not text.is_file():

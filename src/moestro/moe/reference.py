@@ -139,7 +139,10 @@ def fold_e4m3(tensor: FormatTensor) -> torch.Tensor:
         plain = checkpoint.dequantize_unscaled(torch.float32)
     elif isinstance(checkpoint, MXFP4):
         scale, width = torch.exp2(checkpoint.scale.double() - 127.0), 32
-        rest, plain = torch.ones((), device=scale.device), checkpoint.dequantize(torch.float32)
+        rest, plain = (
+            torch.ones((), dtype=torch.float32, device=scale.device),
+            checkpoint.dequantize(torch.float32),
+        )
     else:
         return checkpoint.dequantize(torch.float32)
     if not plain.numel():

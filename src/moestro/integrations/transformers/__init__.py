@@ -19,9 +19,15 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from transformers.integrations.moe import ExpertsInterface
 
 from moestro.errors import BackendError
+from moestro.integrations import no_transformers
+
+try:
+    from transformers.integrations.moe import ExpertsInterface
+except ImportError as error:
+    raise no_transformers(error) from error
+
 from moestro.integrations.transformers import forward, hooks
 from moestro.integrations.transformers.bound import LAYER, NAME_IN_MODEL, bind, bound_to
 from moestro.integrations.transformers.linears import EXCLUDED, quantise

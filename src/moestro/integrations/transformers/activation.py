@@ -46,8 +46,8 @@ def _probe(gated: bool, values: dict[str, list[float]]) -> torch.Tensor:
     points = [*MAGNITUDES, *(f * v for v in values["limit"] + values["cap"] for f in (0.99, 1.01, 2.0))]
     points = sorted({sign * p for p in points for sign in (1.0, -1.0)})
     if not gated:
-        return torch.tensor([points, points])
-    pairs = torch.tensor(list(itertools.product(points, points)))
+        return torch.tensor([points, points], dtype=torch.float32)
+    pairs = torch.tensor(list(itertools.product(points, points)), dtype=torch.float32)
     return torch.cat([pairs[:, 0], pairs[:, 1]])[None].repeat(2, 1)  # [2, 2P]
 
 

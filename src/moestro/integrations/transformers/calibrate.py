@@ -21,7 +21,9 @@ def calibrate(model: Any, batches: list[torch.Tensor]) -> Calibration:
     seen: Calibration = {}
     handles = []
     for name, module in experts_modules(model):
-        seen[name] = {part: torch.zeros(module.num_experts) for part in ("gate_up", "down")}
+        seen[name] = {
+            part: torch.zeros(module.num_experts, dtype=torch.float32) for part in ("gate_up", "down")
+        }
 
         def look(m: Any, args: Any, kwargs: Any, found: dict[str, torch.Tensor] = seen[name]) -> None:
             values = [*args, *kwargs.values()]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from transformers import modeling_utils
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.integrations.moe import ExpertsInterface
+from transformers.utils.hub import cached_file
 
 from moestro.checkpoints.scheme import raw_scheme
 from moestro.errors import BackendError
@@ -30,6 +32,17 @@ from moestro.integrations.transformers.settings import REGISTERED, Settings, of_
 log = logging.getLogger("moestro")
 DONE = "_moestro"
 MODELOPT_FILE = "hf_quant_config.json"
+# Of from_pretrained: where a checkpoint's files are.
+HUB_KEYWORDS = (
+    "subfolder",
+    "revision",
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "token",
+    "repo_type",
+)
 # Experts of quantisers that do not ask the interface: choosing us for them would be ignored.
 DEAF = ("Mxfp4GptOssExperts",)
 
@@ -88,12 +101,25 @@ def _from_pretrained(
 
 
 def _get_config_dict(theirs: Any, cls: Any, path: Any, **kwargs: Any) -> Any:
-    """A folder whose config.json says nothing of its quantisation may have ModelOpt's hf_quant_config.json."""
+    """A checkpoint whose config.json says nothing of its quantisation may have ModelOpt's hf_quant_config.json."""
+    where = {name: kwargs[name] for name in HUB_KEYWORDS if kwargs.get(name) is not None}
     config, rest = theirs(cls, path, **kwargs)
-    beside = Path(str(path)) / MODELOPT_FILE
-    if config and "quantization_config" not in config and beside.is_file():
-        config["quantization_config"] = raw_scheme(path)
+    if config and config.get("quantization_config") is None and kwargs.get("gguf_file") is None:
+        beside = _beside(str(path), {**where, "_commit_hash": config.get("_commit_hash")})
+        if beside is not None:
+            config["quantization_config"] = raw_scheme(beside.parent)
     return config, rest
+
+
+def _beside(path: str, where: dict[str, Any]) -> Path | None:
+    """ModelOpt's file of a folder, or of a repository on the Hub (in its cache, or fetched); None without one."""
+    if os.path.isfile(path):
+        return None
+    silent = ("missing_entries", "gated_repo", "connection_errors")
+    found = cached_file(
+        path, MODELOPT_FILE, **where, **{f"_raise_exceptions_for_{kind}": False for kind in silent}
+    )
+    return None if found is None else Path(found)
 
 
 def _get_hf_quantizer(

@@ -82,6 +82,18 @@ def put(model: Any, name: str, weight: FormatTensor, settings: Settings, **side:
     return made
 
 
+def unpack_linears(model: Any, dtype: torch.dtype | None) -> None:
+    """torch's Linear layers again, with the values that packed ones stand for."""
+    for name, packed in list(packed_linears(model)):
+        dense = packed.dequantize(dtype)
+        with torch.device("meta"):
+            made = torch.nn.Linear(packed.in_features, packed.out_features, bias=False)
+        made.weight = torch.nn.Parameter(dense, requires_grad=False)
+        made._parameters["bias"] = packed._parameters["bias"]
+        parent, _, leaf = name.rpartition(".")
+        model.get_submodule(parent)._modules[leaf] = made.train(packed.training)
+
+
 def pack_linears(model: Any) -> list[Report]:
     """Let the core run every Linear layer of a loaded model that it can, in its own dtype; a line on each.
 

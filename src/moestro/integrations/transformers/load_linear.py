@@ -6,6 +6,7 @@ Their tensors are recognised by the same table as experts' projections.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +55,8 @@ def quantised_linears(model: Any, tensors: Renamed) -> list[QuantisedLinear]:
         pieces = {suffix: n for suffix, n in pieces.items() if suffix not in CACHE_SCALES}
         if not pieces or not is_quantised(pieces, tensors):
             continue
+        if name not in modules and _is_beyond(model, modules, name):
+            continue  # Transformers reports such tensors, or passes over them, as for a dense checkpoint
         if not isinstance(modules.get(name), torch.nn.Linear):
             raise FormatError(
                 f"{next(iter(pieces.values()))} is quantised, but {name} is no Linear layer of the model"
@@ -65,6 +68,18 @@ def quantised_linears(model: Any, tensors: Renamed) -> list[QuantisedLinear]:
             "%s of the key-value cache are not used: it stays in the model's dtype", ", ".join(sorted(kv))
         )
     return found
+
+
+def _is_beyond(model: Any, modules: Mapping[str, torch.nn.Module], name: str) -> bool:
+    """Whether a module is one that the model is not made with: a layer after its last (a checkpoint's prediction of
+    further tokens), or what its class says to ignore.
+    """
+    spelt = (f"{name}.", f"{name.removeprefix(model.base_model_prefix + '.')}.")
+    if any(re.search(p, s) for p in model._keys_to_ignore_on_load_unexpected or () for s in spelt):
+        return True
+    parts = name.split(".")
+    above = next(n for n in range(len(parts) - 1, -1, -1) if ".".join(parts[:n]) in modules)
+    return isinstance(modules[".".join(parts[:above])], torch.nn.ModuleList) and parts[above].isdigit()
 
 
 def load_linear(model: Any, linears: list[QuantisedLinear], tensors: Renamed) -> list[Report]:

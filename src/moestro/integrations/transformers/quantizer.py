@@ -10,22 +10,32 @@ from __future__ import annotations
 
 import logging
 import re
+from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from moestro.checkpoints.files import Safetensors
+from moestro.checkpoints.files import INDEX, Safetensors
 from moestro.checkpoints.renamed import Renamed
 from moestro.checkpoints.scheme import METHODS, parse
 from moestro.errors import BackendError, FormatError
-from moestro.integrations.transformers.linears import ASKED, pack_linears, settings_of, wanted
+from moestro.integrations.transformers.bound import LAYER
+from moestro.integrations.transformers.linears import (
+    ASKED,
+    pack_linears,
+    settings_of,
+    unpack_linears,
+    wanted,
+)
 from moestro.integrations.transformers.load_experts import Report, Sizes, load_experts
 from moestro.integrations.transformers.load_linear import QuantisedLinear, load_linear, quantised_linears
 from moestro.integrations.transformers.modules import experts_modules, sizes, weight_names
+from moestro.integrations.transformers.packed import restore
 from moestro.integrations.transformers.saving import checkpoint_state
 from moestro.integrations.transformers.settings import REGISTERED, of_model
 
@@ -81,7 +91,7 @@ class MoestroQuantizer(HfQuantizer):  # type: ignore[misc]
             raise FormatError(
                 f"a {self.scheme} checkpoint must be of safetensors files, got {checkpoint_files}"
             )
-        self._tensors = _renamed(model, Safetensors(files))
+        self._tensors = _renamed(model, _opened(files))
         self._experts = {name: sizes(module) for name, module in experts_modules(model)}
         self._linears = quantised_linears(model, self._tensors)
         for name, module in experts_modules(model):
@@ -94,8 +104,8 @@ class MoestroQuantizer(HfQuantizer):  # type: ignore[misc]
             module = model.get_submodule(linear.name)
             del module._parameters["weight"]
             module._is_hf_initialized = True
-        ours = {rf"^{re.escape(name)}\." for name in self._experts}
-        ours |= {rf"^{re.escape(linear.name)}\.(?!bias$)" for linear in self._linears}
+        ours = {rf"{_named(model, name)}\." for name in self._experts}
+        ours |= {rf"{_named(model, linear.name)}\.(?!bias$)" for linear in self._linears}
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ours}
         return model
 
@@ -107,6 +117,15 @@ class MoestroQuantizer(HfQuantizer):  # type: ignore[misc]
         self._tensors = None
         for line in self.report:
             log.info("%s", line)
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """model.dequantize(): experts and Linear layers get their own parameters; moestro runs the experts as bf16."""
+        for _, module in experts_modules(model):
+            if not weight_names(module):
+                restore(module, dtype)
+            module.__dict__.pop(LAYER, None)
+        unpack_linears(model, dtype)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -148,8 +167,31 @@ def quantizer_for(config: Any, asked: Any, device_map: Any) -> MoestroQuantizer 
     if raw.get("dequantize"):
         return None
     made = MoestroQuantConfig.from_dict({"quant_method": MODELOPT, **raw})
+    if asked is not None:
+        log.warning(
+            "quantization_config=%s is not used: the checkpoint has its own (%s)",
+            asked,
+            made.raw["quant_method"],
+        )
     config.quantization_config = made
     return MoestroQuantizer(made, pre_quantized=True)
+
+
+def _opened(files: list[str]) -> Safetensors:
+    """The checkpoint's files; by their index where they have one, which says of a tensor in two files which it is."""
+    folders = {Path(file).parent for file in files}
+    if len(folders) == 1 and (folder := folders.pop()).joinpath(INDEX).is_file():
+        by_index = Safetensors(folder)
+        if {by_index.file_of(name) for name in by_index} == {Path(file) for file in files}:
+            return by_index
+    return Safetensors(files)
+
+
+def _named(model: Any, name: str) -> str:
+    """A pattern of a module's name, with the base model's prefix and without: as the checkpoint may have it."""
+    base = re.escape(model.base_model_prefix)
+    bare = name.removeprefix(f"{model.base_model_prefix}.")
+    return rf"^(?:{base}\.)?{re.escape(bare)}" if base else rf"^{re.escape(name)}"
 
 
 def _renamed(model: Any, tensors: Safetensors) -> Renamed:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from moestro.checkpoints.writers import Writer, config_for, expert_tensors, writer_for
+from moestro.checkpoints.writers import WRITERS, Writer, config_for, expert_tensors, writer_for
 from moestro.errors import FormatError
 from moestro.formats import INT4, FormatTensor
 from moestro.integrations.transformers.bound import SIDE, bound_to
@@ -120,7 +120,5 @@ def _below(key: str, names: Any) -> bool:
 
 def _layout(raw: dict[str, Any], format: str) -> str | None:
     """The layout that a config stands for, where it can hold the format."""
-    method = raw.get("quant_method")
-    if method in ("modelopt", "compressed-tensors"):
-        return str(method)
-    return None
+    method = str(raw.get("quant_method"))
+    return method if (method, format) in WRITERS else None

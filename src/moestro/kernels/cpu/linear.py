@@ -118,7 +118,7 @@ class CpuLinear:
         self._panels, self.rows, self.columns, self.dtype = panels, rows, columns, dtype
         _, self._padded_rows, self._padded_columns = panels.shape
         with torch.inference_mode(False):  # to be written in any mode
-            self._bias = torch.zeros(self._padded_rows) if biased else None
+            self._bias = torch.zeros(self._padded_rows, dtype=torch.float32) if biased else None
         self._layer = core.Layer(
             isa=core.ISAS.index(self._isa),
             format=core.FORMATS[panels.format],
