@@ -377,8 +377,10 @@ class FusedMoE(torch.nn.Module):
             raise ShapeError(
                 f"max_num_tokens must be in 1..{self.max_num_tokens} of this layer, got {size!r}"
             )
-        if buckets is not None and buckets[-1] > size:
-            raise ShapeError(f"buckets must be at most max_num_tokens={size}, got {buckets[-1]}")
+        if buckets is not None and buckets[-1] > self.max_num_tokens:
+            raise ShapeError(
+                f"buckets must be at most this layer's max_num_tokens={self.max_num_tokens}, got {buckets[-1]}"
+            )
         return size
 
     def _example(self, num_tokens: int, device: torch.device | str | None = None) -> list[torch.Tensor]:
