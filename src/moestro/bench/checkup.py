@@ -98,13 +98,12 @@ def _verdicts(device: str, gpus: object) -> list[dict[str, Any]]:
 def _first_choices(device: str) -> dict[str, dict[str, str | None]]:
     """format -> what x is -> the backend that backend="auto" begins with, None where none runs it."""
     return {
-        format: {what: _first(_problem(device, format, **rest)) for what, rest in ACTIVATIONS.items()}
+        format: {
+            what: next(iter(backends.able(_problem(device, format, **rest))), None)
+            for what, rest in ACTIVATIONS.items()
+        }
         for format in formats.FORMATS
     }
-
-
-def _first(problem: MoeProblem) -> str | None:
-    return next((name for name in backends.BACKENDS if backends.why_not(name, problem) is None), None)
 
 
 def _problem(device: str, format: str, **rest: Any) -> MoeProblem:

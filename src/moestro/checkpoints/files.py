@@ -104,9 +104,7 @@ class Safetensors(Mapping[str, torch.Tensor]):
     def _find(self, path: Path) -> dict[str, Path]:
         if (index := path / INDEX).is_file():
             return self._by_index(index)
-        if (
-            whole := path / WHOLE
-        ).is_file():  # what else is there is another copy: Mistral's consolidated one, a variant
+        if (whole := path / WHOLE).is_file():  # others are copies: Mistral's consolidated one, a variant
             return self._names_of([whole])
         files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
         if not files:

@@ -71,6 +71,11 @@ def why_not(name: str, problem: MoeProblem) -> str | None:
     return runner.why_not(problem)
 
 
+def able(problem: MoeProblem) -> list[str]:
+    """The backends that can run a problem on this machine, the preferred one first."""
+    return [name for name in BACKENDS if why_not(name, problem) is None]
+
+
 def resolve(backend: str, problem: MoeProblem) -> list[type[MoeRunner]]:
     """The runner classes that can run a problem, the preferred one first: all of them, or the one named.
 
@@ -79,14 +84,14 @@ def resolve(backend: str, problem: MoeProblem) -> list[type[MoeRunner]]:
     What is left to the portable backend on a device that has a backend of its own is logged, once a reason.
     """
     if backend == AUTO:
-        able = [load(name) for name in BACKENDS if why_not(name, problem) is None]
+        runners = [load(name) for name in able(problem)]
         own = OWN.get(problem.device)
-        if own in BACKENDS and able and able[0].backend == PORTABLE:
+        if own in BACKENDS and runners and runners[0].backend == PORTABLE:
             inputs = f", {problem.input_format} activations" if problem.input_format else ""
             dtype = str(problem.dtype).removeprefix("torch.")
             what = f"{problem.weight_format} weights, x in {dtype}{inputs} on {problem.device}"
             _say(what, own, why_not(own, problem) or "")
-        return able[:1] if problem.batch_invariant else able
+        return runners[:1] if problem.batch_invariant else runners
     reason = why_not(backend, problem) if isinstance(backend, str) else ""
     if reason is None:
         return [load(backend)]

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import triton
 
 from moestro.kernels.problem import MoeProblem
 from moestro.kernels.scratch import Plan
@@ -20,9 +19,8 @@ from moestro.kernels.triton.chip import multiplies_fp4
 from moestro.kernels.triton.device import decode
 from moestro.kernels.triton.device import fp4 as kernels
 from moestro.kernels.triton.device.arguments import Rows, Weights
-from moestro.kernels.triton.paths import path
-from moestro.kernels.triton.tactic import SHARED_BYTES, Tactic, Tile, gated, num_slots, sizes
-from moestro.kernels.triton.words import kernel_rows_of
+from moestro.kernels.triton.paths import fused, path
+from moestro.kernels.triton.tactic import SHARED_BYTES, Tactic, Tile, sizes
 
 NAME = "fp4"
 
@@ -47,9 +45,7 @@ TABLE: Mapping[str, tuple[Tactic, ...]] = {
 
 def default(problem: MoeProblem, num_tokens: int) -> Tactic:
     """The width that holds the pairs of an average expert."""
-    each = num_tokens * problem.top_k / problem.num_experts
-    table = TABLE["nvfp4"]
-    return next((t for t in table if t.pairs1 >= each), table[-1])
+    return path.holding(TABLE["nvfp4"], problem, num_tokens)
 
 
 def fitted(problem: MoeProblem, tactic: Tactic) -> Tactic:
@@ -104,20 +100,18 @@ def _inputs(call: Call) -> Rows:
 
 
 def _product(call: Call, stage: int, x: Rows, out: torch.Tensor) -> None:
-    rows, columns = sizes(call.p, stage)
+    columns = sizes(call.p, stage)[1]
     tile, width = call.tactic.of_stage(stage)
     step = 64 * tile.k_blocks
     q: Any = call.experts.gate_up if stage == 1 else call.experts.down
     weights = Weights(q.packed, q.scale, q.global_scale, call.bias(stage))
-    slots = num_slots(call.p, call.pairs, width)
-    group = min(call.tactic.raster_group, triton.next_power_of_2(slots))
-    slots = triton.cdiv(slots, group) * group
-    strips = triton.cdiv(kernel_rows_of(rows, gated(call.p, stage)), tile.rows)
-    grid = kernels.Grid(tile.rows, width, step, tile.stages, group, columns % step == 0)
-    how = call.product(stage)._replace(format=decode.NVFP4.value)
+    slots, how = fused.schedule(call, stage)
+    programs = slots * fused.strips(call, stage)
+    grid = kernels.Grid(tile.rows, width, step, tile.stages, how.group, columns % step == 0)
+    product = call.product(stage)._replace(format=decode.NVFP4.value)
     routing, stride = call.routing(stage)
     call.add(
-        kernels.scaled_gemm, (slots * strips,), x, call.s["x_blocks" if stage == 1 else "act_blocks"], routing,
-        stride, slots, weights, q.global_scale[0].numel(), out, call.size(stage), HOW=how, TILE=grid,
+        kernels.scaled_gemm, (programs,), x, call.s["x_blocks" if stage == 1 else "act_blocks"], routing,
+        stride, slots, weights, q.global_scale[0].numel(), out, call.size(stage), HOW=product, TILE=grid,
         num_warps=tile.warps,
     )  # fmt: skip

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import triton
 
 from moestro.formats import MXFP4, MXFP8
 from moestro.kernels.problem import MoeProblem
@@ -20,10 +19,9 @@ from moestro.kernels.triton.call import Call
 from moestro.kernels.triton.device import fp8_mx as kernels
 from moestro.kernels.triton.device.arguments import Rows, Weights
 from moestro.kernels.triton.fp8_layout import block_scaled
-from moestro.kernels.triton.paths import path
+from moestro.kernels.triton.paths import fused, path
 from moestro.kernels.triton.paths.fp8 import quantized
-from moestro.kernels.triton.tactic import SHARED_BYTES, Tactic, Tile, gated, num_slots, sizes
-from moestro.kernels.triton.words import kernel_rows_of
+from moestro.kernels.triton.tactic import SHARED_BYTES, Tactic, Tile, sizes
 
 NAME = "fp8_mx"
 BYTES = {"mxfp4": 17 / 32, "mxfp8": 33 / 32}  # of a weight
@@ -53,8 +51,7 @@ def default(problem: MoeProblem, num_tokens: int) -> Tactic:
     """The width that holds the pairs of an average expert."""
     if problem.batch_invariant:
         return INVARIANT
-    each = num_tokens * problem.top_k / problem.num_experts
-    return next((t for t in TABLE["fp8"] if t.pairs1 >= each), TABLE["fp8"][-1])
+    return path.holding(TABLE["fp8"], problem, num_tokens)
 
 
 def fitted(problem: MoeProblem, tactic: Tactic) -> Tactic:
@@ -107,19 +104,17 @@ def launch(call: Call) -> None:
 
 
 def _product(call: Call, stage: int, x: Rows, out: torch.Tensor) -> None:
-    rows, columns = sizes(call.p, stage)
+    columns = sizes(call.p, stage)[1]
     tile, width = call.tactic.of_stage(stage)
     step = 64 * tile.k_blocks
     q = call.experts.gate_up if stage == 1 else call.experts.down
     assert isinstance(q, MXFP4 | MXFP8)
     data, codes = (q.packed, 2) if isinstance(q, MXFP4) else (q.data, 1)
-    slots = num_slots(call.p, call.pairs, width)
-    group = min(call.tactic.raster_group, triton.next_power_of_2(slots))
-    slots = triton.cdiv(slots, group) * group
-    strips = triton.cdiv(kernel_rows_of(rows, gated(call.p, stage)), tile.rows)
-    grid = kernels.Grid(tile.rows, width, step, tile.stages, group, columns % step == 0, codes)
+    slots, how = fused.schedule(call, stage)
+    programs = slots * fused.strips(call, stage)
+    grid = kernels.Grid(tile.rows, width, step, tile.stages, how.group, columns % step == 0, codes)
     routing, stride = call.routing(stage)
     call.add(
-        kernels.mx_gemm, (slots * strips,), x, routing, stride, slots, Weights(data, q.scale, None, call.bias(stage)),
+        kernels.mx_gemm, (programs,), x, routing, stride, slots, Weights(data, q.scale, None, call.bias(stage)),
         out, call.size(stage), HOW=call.product(stage)._replace(by_pair=False), TILE=grid, num_warps=tile.warps,
     )  # fmt: skip

@@ -6,7 +6,7 @@ Estimates are used for nothing but the order in which candidates are tried, and 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from moestro.kernels.problem import MoeProblem
@@ -68,6 +68,12 @@ def walk(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> float:
     """
     per_expert = num_tokens * problem.top_k / problem.num_experts
     return 2.0 if tactic.raster_group >= LONG_WALK and per_expert < LONG_WALK_PAIRS else 1.0
+
+
+def holding(table: Sequence[Tactic], problem: MoeProblem, num_tokens: int) -> Tactic:
+    """The first tactic, of ascending widths, that holds the pairs of an average expert; else the last."""
+    each = num_tokens * problem.top_k / problem.num_experts
+    return next((t for t in table if t.pairs1 >= each), table[-1])
 
 
 class Estimate(NamedTuple):
