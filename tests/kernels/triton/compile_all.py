@@ -25,7 +25,7 @@ from moestro.kernels.triton.device import fp4 as blackwell
 from moestro.kernels.triton.device import fp8_mx as block_scaled
 from moestro.kernels.triton.device import loops
 from moestro.kernels.triton.device.decode import BF16
-from moestro.kernels.triton.paths import chain, dense, fp4, fp8_mx, warp_specialized
+from moestro.kernels.triton.paths import chain, dense, fp4, fp8_mx, fused, warp_specialized
 from moestro.kernels.triton.tactic import SHARED_BYTES, Tile
 
 TENSOR_COLUMNS = 512  # of a processor's tensor memory on sm_100
@@ -58,6 +58,12 @@ def sm_90() -> list[str]:
         (runner_of(4, 2, 144, 80, "nvfp4", ReLU2(), biases=True), 700, plain),
         (bf16, 700, plain),
         (bf16, 700, dequantized),
+        (bf16, 700, fused.tactic(32, medium, medium)),
+        (
+            runner_of(4, 2, 576, 192, "bf16"),
+            700,
+            chain.tactic(8, Tile(128, 2, 4, 5)),
+        ),  # steps of three blocks
         (runner_of(4, 2, 144, 80, "nvfp4", input_format="nvfp4"), 9, plain),
     ]
     for fmt in ("mxfp4", "fp8_block", "int4"):
@@ -69,19 +75,35 @@ def sm_90() -> list[str]:
         ]
     seen = set()
     for runner, n, wanted in cases:
-        tactic = wanted if wanted == -1 else choose.fitted(runner.problem, wanted)
+        default = choose.default(runner.problem, n)
+        tactic = default if wanted == -1 else choose.fitted(runner.problem, wanted)
         for launch in runner.plan(inputs_of(runner, n), tactic):
             if launch.key not in seen:
                 seen.add(launch.key)
-                bad += complaints(launch)
+                bad += complaints(launch, ring_of(launch, runner, tactic))
     print(len(seen), "kernels")
     return bad
 
 
-def complaints(launch: Launch) -> list[str]:
+def ring_of(launch: Launch, runner: TritonRunner, tactic: Tactic) -> int:
+    """Bytes of shared memory that the path says a product's pipeline takes; 0 for what is no product of the fused path."""
+    stages = {"moe_gemm": (getattr(launch.meta.get("HOW"), "stage", 0),), "moe_chain": (1, 2)}
+    return max(
+        (fused.shared_bytes(runner.problem, tactic, s) for s in stages.get(launch.kernel.__name__, ())),
+        default=0,
+    )
+
+
+def complaints(launch: Launch, ring: int = 0) -> list[str]:
+    """What is wrong with a kernel. ring: see `ring_of`."""
     name = f"{launch.kernel.__name__} {launch.meta}"
-    compiled = compile_launch(launch).asm
+    kernel = compile_launch(launch)
+    compiled = kernel.asm
     ptx, bad = compiled["ptx"], []
+    if ring and kernel.metadata.shared > ring:
+        bad.append(
+            f"{name}: {kernel.metadata.shared} bytes of shared memory, not {ring}: it may not fit where it should"
+        )
     if launch.kernel.__name__ == "wide_gemm":
         bad += machine_code(name, compiled["cubin"])
     if re.search("gemm|chain", launch.kernel.__name__) and WGMMA not in ptx and MMA not in ptx:

@@ -13,12 +13,15 @@ from moestro.kernels.triton import fp8_layout
 from moestro.kernels.triton.fp8_layout import (
     HALVES,
     LARGEST,
+    PACKED_FP8,
     SMALLEST,
     FP8FromMXFP4,
     FP8FromNVFP4,
     TritonE4M3,
 )
+from moestro.kernels.triton.layout import Packed
 from moestro.moe import reference
+from moestro.moe.weights import ExpertWeights
 
 STEP = 1 / 16  # of e4m3: half a step, relative
 
@@ -116,5 +119,20 @@ def test_the_checkpoint_cannot_be_had_back() -> None:
 def test_fp8_blocks_keep_their_values(gated: bool) -> None:
     q = FP8Block.quantize(dense(2, 256, 160))
     packed = TritonE4M3.pack(q, gated)
+    assert packed.shape == q.shape
+    assert packed.expert(1).shape == q.expert(1).shape
     assert torch.equal(packed.dequantize(), q.dequantize(torch.float32))
     assert torch.equal(packed.to_checkpoint().data.view(torch.uint8), q.data.view(torch.uint8))
+
+
+FP8_CHECKPOINTS = {"nvfp4": NVFP4, "mxfp4": MXFP4, "fp8_block": FP8Block}
+
+
+@pytest.mark.parametrize(("fmt", "form"), PACKED_FP8.items())
+def test_a_layer_holds_experts_in_the_layout_that_it_packed(fmt: str, form: type[Packed]) -> None:
+    quantize = FP8_CHECKPOINTS[fmt].quantize
+    checkpoint = ExpertWeights(quantize(dense(3, 256, 128)), quantize(dense(3, 128, 128)))
+    packed = checkpoint.with_tensors(form.pack(checkpoint.gate_up, True), form.pack(checkpoint.down, False))
+    sizes = ("num_experts", "hidden_size", "intermediate_size", "format")
+    assert [getattr(packed, name) for name in sizes] == [getattr(checkpoint, name) for name in sizes]
+    assert packed.layout == form.layout

@@ -122,6 +122,10 @@ class TritonE4M3(Packed):
     WORD: ClassVar[torch.dtype] = torch.float8_e4m3fn
     SCALE: ClassVar[torch.dtype] = torch.float32
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.words.shape[:-2], self.rows, self.columns)
+
     @classmethod
     def pack(cls, q: Any, gated: bool) -> Self:
         """Repack a checkpoint tensor [L, R, C], one expert at a time."""

@@ -130,11 +130,15 @@ def why_not(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> str | None:
 
 
 def shared_bytes(problem: MoeProblem, tactic: Tactic, stage: int) -> int:
-    """Of the pipeline buffers of a product."""
+    """Of the pipeline buffers of a product, as Triton lays them out: a wgmma that still runs reads a stage of x, and of
+    dense weights, more than those that are being copied; weights that are decoded are in registers by then.
+    """
     tile, width = tactic.of_stage(stage)
     packed = PACKED.get(problem.weight_format)
-    row = 128 if packed is None else packed.row_bytes()
-    return (tile.rows * row + width * 128) * tile.k_blocks * (tile.stages - 1)
+    copied = tile.stages - 1
+    read = copied + (tile.rows >= WGMMA[0] and tile.warps >= WGMMA[1])
+    weights = tile.rows * (128 * read if packed is None else packed.row_bytes() * copied)
+    return (weights + width * 128 * read) * tile.k_blocks
 
 
 def cost(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> float:

@@ -1,0 +1,69 @@
+"""Kernels of FP8 layers under Nsight Compute: what limits them, for docs/lab/hopper.md.
+
+    PYTHONPATH=src ncu --profile-from-start off --clock-control none $(python benchmarks/gpu_profile.py --sections) \\
+        --kernel-name regex:'gemm|registers' python benchmarks/gpu_profile.py
+
+A layer runs twice with each tactic; the second run is profiled. Where ncu cannot read the counters it says so and fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+
+SECTIONS = (
+    "SpeedOfLight",
+    "WarpStateStats",
+    "SchedulerStats",
+    "MemoryWorkloadAnalysis",
+    "ComputeWorkloadAnalysis",
+    "InstructionStats",
+    "LaunchStats",
+)
+
+
+def cases() -> Iterator[tuple[str, str, str | None, int, object]]:
+    """(model, format, input format, tokens, tactic)."""
+    from moestro.kernels.triton.paths import fp8_once, fp8_registers
+    from moestro.kernels.triton.tactic import Tile
+
+    wide = fp8_registers.tactic(256, Tile(128, 2, 8, 5), "halves")
+    yield "deepseek", "nvfp4", "fp8", 4096, wide
+    yield "deepseek", "nvfp4", "fp8", 4096, fp8_once.LARGE
+    yield "deepseek", "nvfp4", "fp8", 1024, fp8_registers.tactic(192, Tile(128, 2, 8, 6), "halves")
+    yield "deepseek", "nvfp4", "fp8", 256, fp8_registers.tactic(96, Tile(256, 2, 8, 7), "halves")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sections", action="store_true", help="print ncu's options")
+    if parser.parse_args().sections:
+        print(" ".join(f"--section {name}" for name in SECTIONS))
+        return 0
+    import torch
+    from gpu_fp8 import MODELS, inputs_of, make
+
+    from moestro.kernels.activations import SwiGLU
+
+    runners = {}
+    for model, fmt, input_format, tokens, tactic in cases():
+        key = (model, fmt, input_format)
+        if key not in runners:
+            L, K, H, I = MODELS[model]  # noqa: E741
+            runners[key] = make(fmt, L, K, H, I, SwiGLU(), False, L, 0, input_format)[0]
+        inputs = inputs_of(runners[key].problem, tokens)
+        runners[key].forward(inputs, tactic)
+        torch.cuda.synchronize()
+        print(f"--- {model} {fmt} {input_format} N={tokens} {tactic}", flush=True)
+        torch.cuda.profiler.start()
+        runners[key].forward(inputs, tactic)
+        torch.cuda.synchronize()
+        torch.cuda.profiler.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
