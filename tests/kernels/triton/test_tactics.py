@@ -222,6 +222,29 @@ def measured(model: str, num_tokens: int) -> tuple[MoeProblem, dict[Tactic, floa
     return MoeProblem(experts, experts, 0, top_k, hidden, inter, "nvfp4", device="cuda"), times
 
 
+def few_on_h200(model: str, num_tokens: int, batch_invariant: bool) -> dict[Tactic, float]:
+    """tactic -> µs as recorded on an H200 under uniform routing."""
+    rows = json.loads((RESULTS / "h200-few-tokens.json").read_text())["layers"]
+    wanted = {"model": model, "tokens": num_tokens, "routing": "uniform", "batch_invariant": batch_invariant}
+    found = [row for row in rows if wanted.items() <= row.items()]
+    tiles = [{name: Tile(*row["tactic"][name]) for name in ("gemm1", "gemm2")} for row in found]
+    return {Tactic(**row["tactic"] | tile): row["us"] for row, tile in zip(found, tiles, strict=True)}
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 4, 8, 16, 32, 64])
+@pytest.mark.parametrize("model", SIZES)
+def test_the_default_of_batch_invariant_problems_is_near_the_measured_best(
+    model: str, num_tokens: int
+) -> None:
+    experts, top_k, hidden, inter = SIZES[model]
+    problem = MoeProblem(experts, experts, 0, top_k, hidden, inter, "nvfp4", device="cuda", deterministic=True,
+                         batch_invariant=True)  # fmt: skip
+    times = few_on_h200(model, num_tokens, True)
+    default = choose.default(problem, num_tokens)
+    assert default in choose.candidates(problem, num_tokens)
+    assert times[default] <= 1.015 * min(times.values())
+
+
 @pytest.mark.parametrize(("model", "num_tokens"), sorted(layers()))
 def test_one_as_fast_as_the_measured_best_is_a_candidate_and_the_default_is_near_it(
     model: str, num_tokens: int, monkeypatch: pytest.MonkeyPatch
@@ -233,6 +256,8 @@ def test_one_as_fast_as_the_measured_best_is_a_candidate_and_the_default_is_near
     assert any(times[t] <= 1.01 * times[best] for t in candidates & set(times))
     default = choose.default(problem, num_tokens)
     if num_tokens <= 64:  # the default is among the measured ones, and no worse than the spread between runs
-        assert times[default] <= 1.015 * times[best]
+        if default not in times:
+            times = few_on_h200(model, num_tokens, False)
+        assert times[default] <= 1.015 * min(times.values())
     elif default in times:
         assert times[default] <= 1.03 * times[best]

@@ -128,7 +128,7 @@ def fitted(problem: MoeProblem, tactic: Tactic) -> Tactic:
 
 
 # The default of quantised weights, by pairs per hit expert: the first limit that is not exceeded. (limit, tactic)
-_CHAIN32 = chain.tactic(32, Tile(128, 2, 4, 3))
+_CHAIN16, _CHAIN32 = chain.tactic(16, Tile(128, 2, 4, 3)), chain.tactic(32, Tile(128, 2, 4, 3))
 FULL = fused.tactic(64, Tile(128, 2, 4, 3), Tile(128, 2, 4, 3), narrow="quarters")  # runs everywhere
 _WS128 = warp_specialized.tactic(128, Tile(256, 4, 8, 7))
 _WS144 = warp_specialized.tactic(144, Tile(256, 4, 8, 7), "halves")
@@ -148,19 +148,9 @@ _MOST = (
 # Of about 256 pairs an expert a tile of 288 is up to 4 % faster than two of 144 where each has as many, and up to 20 %
 # slower under skewed routing (benchmarks/results/h200-routing.json).
 _LARGE = (*_MANY, (275.0, _WS144), *_MOST)
-PACKED_DEFAULTS = (
-    (5.0, chain.tactic(8, Tile(128, 2, 4, 3))),
-    (24.0, _CHAIN32),
-    *_LARGE,
-)
+PACKED_DEFAULTS = ((5.0, chain.tactic(8, Tile(128, 2, 4, 3))), (12.0, _CHAIN16), (24.0, _CHAIN32), *_LARGE)
 DEEP = 6144  # columns of a first product whose tiles last long enough for more stages
-DEEP_DEFAULTS = ((5.0, chain.tactic(8, Tile(128, 2, 4, 5))), (24.0, _CHAIN32), *_LARGE)
-# of an odd number of 64-column blocks, gpt-oss's 45: steps of three blocks make tiles of 32 pairs too large
-ODD_DEFAULTS = (
-    (5.0, chain.tactic(8, Tile(128, 2, 4, 3))),
-    (12.0, chain.tactic(16, Tile(128, 2, 4, 3))),
-    *PACKED_DEFAULTS[1:],
-)
+DEEP_DEFAULTS = ((5.0, chain.tactic(8, Tile(128, 2, 4, 5))), *PACKED_DEFAULTS[1:])
 BYTES_LIMIT = 1500.0  # pairs per expert from which codes of a byte are dequantised once
 LONG = 8192  # columns of a second product that few rows of tiles are shared out over
 LONG_DEFAULTS = (
@@ -192,13 +182,25 @@ SHORT = 3072
 # warp-specialized and dequantized paths agree bit for bit (benchmarks/results/h200-formats.json), but for tiles of
 # mma.sync and split columns.
 INVARIANT = fused.tactic(16, Tile(128, 2, 4, 3), Tile(128, 2, 4, 3))
+INVARIANT_ONE = fused.tactic(16, Tile(64, 2, 4, 4), Tile(64, 2, 4, 4), "direct")
+INVARIANT_ONE_LONG = fused.tactic(16, Tile(64, 2, 4, 6), Tile(64, 2, 4, 6), "direct")
+INVARIANT_FEW = chain.tactic(16, Tile(128, 2, 4, 3))
+INVARIANT_FEW_DEEP = chain.tactic(16, Tile(128, 2, 4, 5))
+INVARIANT_FEW_LONG = chain.tactic(16, Tile(64, 4, 4, 4))
+INVARIANT_DIRECT = chain.tactic(16, Tile(128, 2, 4, 5), "direct")
 INVARIANT_ROWS = (
-    fused.tactic(16, Tile(64, 2, 4, 4), Tile(64, 2, 4, 4), "direct"),
+    INVARIANT_ONE,
+    INVARIANT_ONE_LONG,
     chain.tactic(16, Tile(64, 2, 4, 4), "direct"),
+    chain.tactic(16, Tile(128, 2, 4, 3), "direct"),
+    INVARIANT_DIRECT,
     chain.tactic(16, Tile(64, 2, 4, 6)),
-    chain.tactic(16, Tile(128, 2, 4, 3)),
+    INVARIANT_FEW_LONG,
+    INVARIANT_FEW,
+    INVARIANT_FEW_DEEP,
     INVARIANT,
 )
+INVARIANT_LIMIT = 12.0  # pairs per expert up to which tiles of 16 are enough
 
 
 def default(problem: MoeProblem, num_tokens: int) -> Tactic:
@@ -211,12 +213,28 @@ def default(problem: MoeProblem, num_tokens: int) -> Tactic:
     chosen = _dense_default(p, num_tokens) if p.weight_format == "bf16" else _packed_default(p, num_tokens)
     if p.input_format is not None and chosen.path == "chain":
         chosen = replace(chosen, path="fused", prefetch_kib=0)
-    few = INVARIANT_ROWS if p.batch_invariant and num_tokens * p.top_k <= 5 * p.num_experts else ()
-    for tactic in (chosen, replace(chosen, split_k=1), *few, FULL, INVARIANT):
+    if p.batch_invariant and p.weight_format != "bf16":
+        chosen = _invariant_default(p, num_tokens) or chosen
+    for tactic in (chosen, replace(chosen, split_k=1), *INVARIANT_ROWS * p.batch_invariant, FULL, INVARIANT):
         tactic = fitted(p, tactic)
         if why_not(p, tactic, num_tokens) is None:
             return tactic
     return fitted(p, FULL)
+
+
+def _invariant_default(p: MoeProblem, num_tokens: int) -> Tactic | None:
+    """Of few pairs of quantised weights, as measured on an H200 (benchmarks/results/h200-few-tokens.json); else None."""
+    pairs = num_tokens * p.top_k
+    long, deep = p.intermediate_size >= LONG, p.hidden_size >= DEEP
+    if num_tokens == 1:
+        return INVARIANT_ONE_LONG if long else INVARIANT_ONE
+    if pairs <= 16:
+        if long:
+            return INVARIANT_FEW_LONG if pairs <= 8 else INVARIANT_FEW
+        return INVARIANT_FEW_DEEP if deep else INVARIANT_ONE
+    if pairs <= DIRECT_PAIRS and 4 * pairs <= p.num_experts:
+        return INVARIANT_DIRECT
+    return INVARIANT_FEW if pairs <= INVARIANT_LIMIT * min(p.num_experts, pairs) else None
 
 
 def _packed_default(p: MoeProblem, num_tokens: int) -> Tactic:
@@ -229,13 +247,14 @@ def _packed_default(p: MoeProblem, num_tokens: int) -> Tactic:
         tiles = (Tile(64, 2, 4, 4), Tile(128, 2, 4, 3)) if deep else (Tile(32, 4, 2, 4), Tile(32, 4, 2, 4))
         return fused.tactic(8, *tiles, "direct")
     if long and pairs <= 16:
-        return chain.tactic(8, Tile(64, 2, 4, 4), "direct", split_k=8)
+        return chain.tactic(8, Tile(64, 2, 4, 8) if pairs <= 4 else Tile(128, 2, 4, 5), "direct", split_k=4)
     if pairs <= 16 or (pairs <= DIRECT_PAIRS and 4 * pairs <= p.num_experts):
-        return chain.tactic(8, Tile(64, 2, 4, 4 if pairs <= 16 and not deep else 6), "direct")
+        few_tile = Tile(64, 2, 4, 6) if pairs > 16 else Tile(64, 4, 4, 4) if deep else Tile(64, 2, 4, 4)
+        return chain.tactic(8, few_tile, "direct")
     if pairs <= min(64, p.num_experts):
         return chain.tactic(8, Tile(128, 2, 4, 3) if odd else Tile(64, 2, 4, 4))
     per_expert = pairs / min(p.num_experts, pairs)
-    table = LONG_DEFAULTS if long else DEEP_DEFAULTS if deep else ODD_DEFAULTS if odd else PACKED_DEFAULTS
+    table = LONG_DEFAULTS if long else DEEP_DEFAULTS if deep else PACKED_DEFAULTS
     chosen = next(t for most, t in table if per_expert <= most)
     if per_expert > BYTES_LIMIT and weight_bytes(p) > 1.0 and p.input_format is None:
         return dequantized.LARGE
@@ -268,7 +287,7 @@ FP8_INVARIANT = (
 FP8_DEFAULTS = (
     (12.0, fp8_registers.tactic(16, Tile(128, 2, 4, 8), overlap=True)),
     (24.0, fp8_registers.tactic(32, Tile(128, 2, 4, 7), overlap=True)),
-    (50.0, fp8_registers.tactic(64, Tile(256, 2, 8, 8), "halves", True)),
+    (50.0, fp8_registers.tactic(64, Tile(128, 2, 4, 5), "halves")),
     (100.0, fp8_registers.tactic(96, Tile(256, 2, 8, 7), "halves")),
     (160.0, fp8_registers.tactic(128, Tile(128, 2, 8, 8), "halves")),
     (700.0, fp8_registers.tactic(192, Tile(128, 2, 8, 6), "halves")),

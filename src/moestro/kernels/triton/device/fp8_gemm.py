@@ -136,7 +136,7 @@ def _consume(ring, call, WG: gl.constexpr, HOW: gl.constexpr, TILE: gl.constexpr
                     ring, call, m, e, place, there, stage, phase, WG, HOW, TILE, M
                 )
             else:
-                acc, acc2, stage, phase = _sums(ring, call, stage, phase, WG, TILE, M)
+                acc, acc2, stage, phase = _sums(ring, call, stage, phase, WG, HOW, TILE, M)
             if call.out.scale is not None:
                 _write_quantized(acc, acc2, call, m, e, place, there, HOW, TILE, M)
             else:
@@ -147,24 +147,32 @@ def _consume(ring, call, WG: gl.constexpr, HOW: gl.constexpr, TILE: gl.constexpr
 
 
 @gluon.jit
-def _sums(ring, call, stage, phase, WG: gl.constexpr, TILE: gl.constexpr, M: gl.constexpr):
+def _arrived(ring, stage, phase, HOW: gl.constexpr):
+    """A stage, once it is there; PTX counts cp.async, which wrote gathered rows, to another proxy than wgmma."""
+    mbarrier.wait(ring.full.index(stage), phase)
+    if HOW.stage == 1:
+        fence_async_shared()
+
+
+@gluon.jit
+def _half(ring, stage, none, WG: gl.constexpr, HALF: gl.constexpr):
+    """The product of a group's 64 pairs and 128 rows of weights."""
+    a = ring.x.index(stage).slice(WG * 64, 64)
+    b = ring.w.index(stage).slice(HALF * 128, 128).permute((1, 0))
+    part = warpgroup_mma(a, b, none, use_acc=False, is_async=True)
+    return warpgroup_mma_wait(0, deps=[part])
+
+
+@gluon.jit
+def _sums(ring, call, stage, phase, WG: gl.constexpr, HOW: gl.constexpr, TILE: gl.constexpr, M: gl.constexpr):
     STAGES: gl.constexpr = TILE.stages
     acc = gl.zeros([64, 128], gl.float32, M)
     acc2 = gl.zeros([64, 128], gl.float32, M)
     none = gl.zeros([64, 128], gl.float32, M)
     for _ in range(gl.cdiv(call.size.columns, 128)):
-        mbarrier.wait(ring.full.index(stage), phase)
-        fence_async_shared()
-        a = ring.x.index(stage).slice(WG * 64, 64)
-        part = warpgroup_mma(
-            a, ring.w.index(stage).slice(0, 128).permute((1, 0)), none, use_acc=False, is_async=True
-        )
-        part = warpgroup_mma_wait(0, deps=[part])
-        acc += part
-        part = warpgroup_mma(
-            a, ring.w.index(stage).slice(128, 128).permute((1, 0)), none, use_acc=False, is_async=True
-        )
-        part = warpgroup_mma_wait(0, deps=[part])
+        _arrived(ring, stage, phase, HOW)
+        acc += _half(ring, stage, none, WG, 0)
+        part = _half(ring, stage, none, WG, 1)
         mbarrier.arrive(ring.empty.index(stage))
         acc2 += part
         stage, phase = following(stage, phase, STAGES)
@@ -201,18 +209,9 @@ def _sums_of_blocks(ring, call, m, e, place, there, stage, phase, WG: gl.constex
             gl.load(wp + after),
             gl.load(wp2 + after),
         )
-        mbarrier.wait(ring.full.index(stage), phase)
-        fence_async_shared()
-        a = ring.x.index(stage).slice(WG * 64, 64)
-        part = warpgroup_mma(
-            a, ring.w.index(stage).slice(0, 128).permute((1, 0)), none, use_acc=False, is_async=True
-        )
-        part = warpgroup_mma_wait(0, deps=[part])
-        acc += _times(part, s * s1, s * s2, HOW.gated, M)
-        part = warpgroup_mma(
-            a, ring.w.index(stage).slice(128, 128).permute((1, 0)), none, use_acc=False, is_async=True
-        )
-        part = warpgroup_mma_wait(0, deps=[part])
+        _arrived(ring, stage, phase, HOW)
+        acc += _times(_half(ring, stage, none, WG, 0), s * s1, s * s2, HOW.gated, M)
+        part = _half(ring, stage, none, WG, 1)
         mbarrier.arrive(ring.empty.index(stage))
         if HOW.gated:
             acc2 += _times(part, s * s1, s * s2, HOW.gated, M)

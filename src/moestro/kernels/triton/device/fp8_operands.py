@@ -19,7 +19,6 @@ from moestro.kernels.triton.device.fp8_decode import _table
 from moestro.kernels.triton.device.loops import following
 
 warpgroup_mma, warpgroup_mma_wait = hopper.warpgroup_mma, hopper.warpgroup_mma_wait
-PART = gl.constexpr(64)  # pairs of a product, at most
 # of 64 rows: eight words of rows lane / 4 and lane / 4 + 8 a thread, and their pairs of scales
 CODES = gl.constexpr(
     gl.DistributedLinearLayout(
@@ -129,7 +128,7 @@ def _arrived(ring, stage, phase):
 
 
 @gluon.jit
-def no_sums(W: gl.constexpr, W2: gl.constexpr):
+def no_sums(W: gl.constexpr, W2: gl.constexpr, PART: gl.constexpr):
     """Zeros for the sums of each part of W pairs, one after the other, and of the W2 pairs beyond."""
     P: gl.constexpr = W if W < PART else PART
     acc = ()
@@ -141,7 +140,7 @@ def no_sums(W: gl.constexpr, W2: gl.constexpr):
 
 
 @gluon.jit
-def _started(acc, a, ring, stage, never, spare, W: gl.constexpr, W2: gl.constexpr):
+def _started(acc, a, ring, stage, never, spare, W: gl.constexpr, W2: gl.constexpr, PART: gl.constexpr):
     """(sums of all parts but the last, the parts before it, the last, which is under way).
 
     spare: added parts of the rows above, in whose place the first ones are written.
@@ -151,12 +150,17 @@ def _started(acc, a, ring, stage, never, spare, W: gl.constexpr, W2: gl.constexp
     sums = ()
     added = ()
     for i in gl.static_range(1, W // P):
-        over = added[i - 2] if i > 1 else spare[1] if len(spare) > 1 else None
-        later = _product(a, ring, stage, over, never, i * P, P)
-        part = warpgroup_mma_wait(1, deps=[part])
-        sums = sums + (acc[i - 1] + part,)  # type: ignore[assignment]  # noqa: RUF005
-        added = added + (part,)  # type: ignore[assignment]  # noqa: RUF005
-        part = later
+        if P > 64:  # registers for one product at a time
+            part = warpgroup_mma_wait(0, deps=[part])
+            sums = sums + (acc[i - 1] + part,)  # type: ignore[assignment]  # noqa: RUF005
+            part = _product(a, ring, stage, part, never, i * P, P)
+        else:
+            over = added[i - 2] if i > 1 else spare[1] if len(spare) > 1 else None
+            later = _product(a, ring, stage, over, never, i * P, P)
+            part = warpgroup_mma_wait(1, deps=[part])
+            sums = sums + (acc[i - 1] + part,)  # type: ignore[assignment]  # noqa: RUF005
+            added = added + (part,)  # type: ignore[assignment]  # noqa: RUF005
+            part = later
     if W2 > 0:
         over = spare[1] if len(spare) > 1 and W == P else added[W // P - 2] if W > P and W2 == P else None
         later = _product(a, ring, stage, over, never, W, W2)
@@ -168,7 +172,7 @@ def _started(acc, a, ring, stage, never, spare, W: gl.constexpr, W2: gl.constexp
 
 
 @gluon.jit
-def _ended(acc, sums, part, a, W: gl.constexpr, W2: gl.constexpr):
+def _ended(acc, sums, part, a, W: gl.constexpr, W2: gl.constexpr, PART: gl.constexpr):
     """(all sums, the last part), once nothing reads the operand any more."""
     P: gl.constexpr = W if W < PART else PART
     LAST: gl.constexpr = W // P - 1 + (1 if W2 > 0 else 0)
@@ -177,67 +181,67 @@ def _ended(acc, sums, part, a, W: gl.constexpr, W2: gl.constexpr):
 
 
 @gluon.jit
-def _summed(acc, a, ring, stage, never, spare, W: gl.constexpr, W2: gl.constexpr):
-    """A stage's products added."""
-    sums, _, part = _started(acc, a, ring, stage, never, spare, W, W2)
-    acc, _ = _ended(acc, sums, part, a, W, W2)
-    return acc
-
-
-@gluon.jit
-def _with_below(acc, a, ring, stage, never, ROW: gl.constexpr, W: gl.constexpr, W2: gl.constexpr):
-    """(`_summed`, the operand of rows ROW, the parts to write over)."""
-    sums, added, part = _started(acc, a, ring, stage, never, (), W, W2)
+def _with_below(
+    acc, a, ring, stage, never, ROW: gl.constexpr, W: gl.constexpr, W2: gl.constexpr, TILE: gl.constexpr
+):
+    """(`_ended`'s sums, the operand of rows ROW, the parts to write over)."""
+    sums, added, part = _started(acc, a, ring, stage, never, (), W, W2, TILE.part)
     b = _operand(ring, stage, ROW)
-    acc, part = _ended(acc, sums, part, a, W, W2)
+    acc, part = _ended(acc, sums, part, a, W, W2, TILE.part)
     return acc, b, added + (part,)  # noqa: RUF005
 
 
 @gluon.jit
+def _last(acc, a, ring, stage, never, spare, W: gl.constexpr, W2: gl.constexpr, TILE: gl.constexpr):
+    """A stage's last products added; then it is empty."""
+    sums, _, part = _started(acc, a, ring, stage, never, spare, W, W2, TILE.part)
+    acc, _ = _ended(acc, sums, part, a, W, W2, TILE.part)
+    mbarrier.arrive(ring.empty.index(stage))
+    return acc
+
+
+@gluon.jit
 def sums_of_64(ring, stage, phase, blocks, never, acc, ROW: gl.constexpr, W: gl.constexpr, W2: gl.constexpr,
-               STAGES: gl.constexpr):  # fmt: skip
+               TILE: gl.constexpr):  # fmt: skip
     """Sums of 64 rows of weights from ROW on, over all stages of a tile."""
     for _ in range(blocks):
         _arrived(ring, stage, phase)
         a = _operand(ring, stage, ROW)
-        acc = _summed(acc, a, ring, stage, never, (), W, W2)
-        mbarrier.arrive(ring.empty.index(stage))
-        stage, phase = following(stage, phase, STAGES)
+        acc = _last(acc, a, ring, stage, never, (), W, W2, TILE)
+        stage, phase = following(stage, phase, TILE.stages)
     return acc, stage, phase
 
 
 @gluon.jit
-def sums_of_128(ring, stage, phase, blocks, never, acc, below, ROW: gl.constexpr, W: gl.constexpr,
-                W2: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+def sums_of_128(ring, stage, phase, blocks, never, acc, below, ROW: gl.constexpr,
+                W: gl.constexpr, W2: gl.constexpr, TILE: gl.constexpr):  # fmt: skip
     """As `sums_of_64`, and of the 64 rows below."""
     for _ in range(blocks):
         _arrived(ring, stage, phase)
         a = _operand(ring, stage, ROW)
-        acc, b, spare = _with_below(acc, a, ring, stage, never, ROW + 64, W, W2)
-        below = _summed(below, b, ring, stage, never, spare, W, W2)
-        mbarrier.arrive(ring.empty.index(stage))
-        stage, phase = following(stage, phase, STAGES)
+        acc, b, spare = _with_below(acc, a, ring, stage, never, ROW + 64, W, W2, TILE)
+        below = _last(below, b, ring, stage, never, spare, W, W2, TILE)
+        stage, phase = following(stage, phase, TILE.stages)
     return acc, below, stage, phase
 
 
 @gluon.jit
-def overlapped(ring, stage, phase, blocks, never, acc, below, ROW: gl.constexpr, W: gl.constexpr,
-                   W2: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+def overlapped(ring, stage, phase, blocks, never, acc, below, ROW: gl.constexpr,
+               W: gl.constexpr, W2: gl.constexpr, TILE: gl.constexpr):  # fmt: skip
     """`sums_of_128`, where the next stage's operand is decoded ahead, beside the last part."""
     _arrived(ring, stage, phase)
     a = _operand(ring, stage, ROW)
     for _ in range(1, blocks):
-        acc, b, spare = _with_below(acc, a, ring, stage, never, ROW + 64, W, W2)
-        after, turned = following(stage, phase, STAGES)
-        sums, _, part = _started(below, b, ring, stage, never, spare, W, W2)
+        acc, b, spare = _with_below(acc, a, ring, stage, never, ROW + 64, W, W2, TILE)
+        after, turned = following(stage, phase, TILE.stages)
+        sums, _, part = _started(below, b, ring, stage, never, spare, W, W2, TILE.part)
         _arrived(ring, after, turned)
         a = _operand(ring, after, ROW)
-        below, _ = _ended(below, sums, part, b, W, W2)
+        below, _ = _ended(below, sums, part, b, W, W2, TILE.part)
         mbarrier.arrive(ring.empty.index(stage))
         stage = after
         phase = turned
-    acc, b, spare = _with_below(acc, a, ring, stage, never, ROW + 64, W, W2)
-    below = _summed(below, b, ring, stage, never, spare, W, W2)
-    mbarrier.arrive(ring.empty.index(stage))
-    stage, phase = following(stage, phase, STAGES)
+    acc, b, spare = _with_below(acc, a, ring, stage, never, ROW + 64, W, W2, TILE)
+    below = _last(below, b, ring, stage, never, spare, W, W2, TILE)
+    stage, phase = following(stage, phase, TILE.stages)
     return acc, below, stage, phase

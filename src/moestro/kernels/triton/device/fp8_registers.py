@@ -15,7 +15,6 @@ from triton.experimental.gluon import language as gl
 
 from moestro.kernels.triton.device.fp8 import async_copy, copy_async, fence_async_shared, mbarrier
 from moestro.kernels.triton.device.fp8_operands import (
-    PART,
     no_sums,
     of_part,
     overlapped,
@@ -53,6 +52,7 @@ class Grid(NamedTuple):
     overlap: bool  # operands are decoded while the ones before them are multiplied
     registers: int  # of a consumer's thread
     producer_registers: int
+    part: int  # pairs of a product, at most
 
 
 @gluon.jit(do_not_specialize=["stride"])
@@ -210,28 +210,28 @@ def _consume(ring, call, WG: gl.constexpr, HOW: gl.constexpr, TILE: gl.constexpr
 def _run(ring, call, at, stage, phase, HOW: gl.constexpr, TILE: gl.constexpr, ROW: gl.constexpr, W: gl.constexpr,
          W2: gl.constexpr):  # fmt: skip
     """One tile: W pairs, and W2 more where that is not 0."""
-    P: gl.constexpr = W if W < PART else PART
+    P: gl.constexpr = W if W < TILE.part else TILE.part
     ROWS: gl.constexpr = TILE.rows // TILE.consumers
     r = at.row + (gl.arange(0, 64, gl.SliceLayout(1, of_part(P))) + at.zero)
     upper = _of_rows(call, at.expert, r, HOW)
     blocks = gl.cdiv(call.size.columns, 128)
     never = call.size.rows < 0
-    acc = no_sums(W, W2)
+    acc = no_sums(W, W2, TILE.part)
     if ROWS == 64:
-        acc, stage, phase = sums_of_64(ring, stage, phase, blocks, never, acc, ROW, W, W2, TILE.stages)
+        acc, stage, phase = sums_of_64(ring, stage, phase, blocks, never, acc, ROW, W, W2, TILE)
     else:
         lower = _of_rows(call, at.expert, r + 64, HOW)
-        below = no_sums(W, W2)
+        below = no_sums(W, W2, TILE.part)
         if TILE.overlap:
             acc, below, stage, phase = overlapped(
-                ring, stage, phase, blocks, never, acc, below, ROW, W, W2, TILE.stages
+                ring, stage, phase, blocks, never, acc, below, ROW, W, W2, TILE
             )
         else:
             acc, below, stage, phase = sums_of_128(
-                ring, stage, phase, blocks, never, acc, below, ROW, W, W2, TILE.stages
+                ring, stage, phase, blocks, never, acc, below, ROW, W, W2, TILE
             )
-        _write(below, lower, call, at, at.row + 64, HOW, W, W2)
-    _write(acc, upper, call, at, at.row, HOW, W, W2)
+        _write(below, lower, call, at, at.row + 64, HOW, W, W2, TILE.part)
+    _write(acc, upper, call, at, at.row, HOW, W, W2, TILE.part)
     return stage, phase
 
 
@@ -239,7 +239,9 @@ def _run(ring, call, at, stage, phase, HOW: gl.constexpr, TILE: gl.constexpr, RO
 
 
 @gluon.jit
-def _write(acc, of_rows, call, at, row, HOW: gl.constexpr, W: gl.constexpr, W2: gl.constexpr):
+def _write(
+    acc, of_rows, call, at, row, HOW: gl.constexpr, W: gl.constexpr, W2: gl.constexpr, PART: gl.constexpr
+):
     """All parts of 64 rows, times the scales of their rows of x, to out."""
     P: gl.constexpr = W if W < PART else PART
     for i in gl.static_range(W // P):

@@ -25,6 +25,7 @@ from moestro.kernels.triton.tactic import SHARED_BYTES, Tactic, Tile, gated, siz
 from moestro.kernels.triton.words import kernel_rows_of
 
 NAME = "fp8"
+AT_ONCE = 8192  # columns that a program keeps in registers while it looks for the largest
 BESIDE = 20_480  # shared bytes beside the rings: barriers, and what turns results
 # (pairs, rows, warps that multiply) -> (blocks of 64 pairs a group, groups that decode, their registers, a multiplier's)
 SHAPES = {
@@ -117,23 +118,29 @@ def fp8_scratch(
     """The workspace of a call whose x and intermediate are e4m3; blocks: with a scale for each 128 columns."""
     p, pairs = problem, num_tokens * problem.top_k
     plan = dict(calls.scratch(problem, num_tokens, tactic, x_rows, half=True))
-    plan["act"] = ((pairs, p.intermediate_size), torch.float8_e4m3fn if blocks else torch.bfloat16)
+    # in float32: where bfloat16 rounds first, one value in 64 is rounded to another e4m3, 1.1 % of the result
+    plan["act"] = ((pairs, p.intermediate_size), torch.float8_e4m3fn if blocks else torch.float32)
     for name, rows, columns in (("x", x_rows, p.hidden_size), ("act", pairs, p.intermediate_size)):
         plan[f"{name}_values"] = ((rows, columns), torch.float8_e4m3fn)
         plan[f"{name}_scale"] = ((rows, -(-columns // 128)) if blocks else (rows,), torch.float32)
     return plan
 
 
-def quantized(call: Call, rows: torch.Tensor, name: str, gather: bool = False, blocks: bool = False) -> Rows:
-    """Rows as e4m3; gather: of x, by place."""
+def quantized(
+    call: Call, rows: torch.Tensor, name: str, gather: bool = False, blocks: bool = False, turned: bool = False,
+    beside: bool = False,
+) -> Rows:  # fmt: skip
+    """Rows as e4m3. gather: of x, by place; turned, beside: see device/fp8.Recipe."""
     data, scale = call.s[f"{name}_values"], call.s[f"{name}_scale"]
-    columns = rows.shape[1]
-    at_once = min(2048, max(128, triton.next_power_of_2(columns)))
-    how = Recipe(blocks, gather, call.p.top_k, call.p.expert_offset, call.p.num_local_experts, at_once)
+    width = max(128, triton.next_power_of_2(data.shape[1]))
+    whole = width <= AT_ONCE and not blocks
+    p = call.p
+    how = Recipe(blocks, gather, p.top_k, p.expert_offset, p.num_local_experts, width if whole else min(2048, width),
+                 turned, whole, beside)  # fmt: skip
     pairs = call.s["sorted_pairs"] if gather else call.ids
-    call.add(
-        quantize_fp8, (data.shape[0],), rows, call.ids, pairs, data, scale, columns, HOW=how, num_warps=4
-    )
+    args = (rows, call.ids, pairs, data, scale, rows.shape[1])
+    warps = 8 if whole and width > 2048 else 4
+    call.add(quantize_fp8, (data.shape[0],), *args, HOW=how, num_warps=warps)
     return Rows(data, scale)
 
 

@@ -9,24 +9,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import triton
 
 from moestro.kernels.problem import MoeProblem
 from moestro.kernels.scratch import Plan
 from moestro.kernels.triton import call as calls
 from moestro.kernels.triton.call import Call
 from moestro.kernels.triton.device.arguments import Rows
-from moestro.kernels.triton.device.fp8 import Recipe, quantize_fp8
 from moestro.kernels.triton.fp8_layout import COLS, TritonFP4
 from moestro.kernels.triton.paths import path
-from moestro.kernels.triton.paths.fp8 import unfit_for_fp8
+from moestro.kernels.triton.paths.fp8 import quantized, unfit_for_fp8
 from moestro.kernels.triton.paths.registers import THREADS, most_registers, narrow_code, programs
 from moestro.kernels.triton.tactic import SHARED_BYTES, Tactic, Tile
 
 NAME = "fp8_registers"
 SUMS, OVERLAPPED_SUMS = 128, 96  # registers of a thread for sums, at most
 BESIDE = 10_240  # shared bytes beside the ring: barriers, and what turns results
-AT_ONCE = 8192  # columns that a program keeps in registers while it looks for the largest
 ROW_BYTES = 72  # codes and scales of a row of a stage
 
 
@@ -41,6 +38,7 @@ TABLE: Mapping[str, tuple[Tactic, ...]] = {
         tactic(16, Tile(256, 4, 8, 10), overlap=True),
         tactic(32, Tile(128, 2, 4, 7), overlap=True),
         tactic(32, Tile(256, 2, 8, 9), overlap=True),
+        tactic(64, Tile(128, 2, 4, 5), "halves"),
         tactic(64, Tile(256, 2, 8, 8), "halves", True),
         tactic(96, Tile(128, 2, 8, 9), "halves"),
         tactic(96, Tile(256, 2, 8, 7), "halves"),
@@ -62,14 +60,24 @@ def sums(tile: Tile, pairs: int) -> int:
     return tile.rows * pairs // (THREADS * tile.warps // 4)
 
 
+def part_of(pairs: int) -> int:
+    """Pairs of a product, at most: wide ones take fewer instructions (1 to 3 % of a layer); beside 128 sums stand two
+    products of 64 as well as one of 128, and are as fast.
+    """
+    return 64 if pairs >= 256 else 128
+
+
 def registers(tile: Tile, pairs: int) -> tuple[int, int]:
     """Of each thread of (a consumer, the producer). Where ptxas finds too few: C7512, see warp_specialized.py.
 
-    Beside 128 sums stand two products of 32 and an operand of 16 or two; the producer then spills some addresses.
+    Beside the sums stand the products under way and an operand of 16 or two; with the fewest, the producer spills some
+    addresses.
     """
     if tile.warps == 4:
         return 200, 56
-    return (232, 40) if sums(tile, pairs) > 96 else (208, 88)
+    most, extra = path.parts(pairs)
+    products = 64 if most > part_of(pairs) else (most + extra) // 2
+    return (232, 40) if sums(tile, pairs) + products > 160 else (208, 88)
 
 
 def why_not(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> str | None:
@@ -134,22 +142,10 @@ def launch(call: Call) -> None:
     call.weighted = False  # the sum does it
     call.by_size = True
     call.sort()
-    _product(call, 1, _quantized(call, call.x, "x", beside=True), call.s["act"])
-    _product(call, 2, _quantized(call, call.s["act"], "act"), call.s["partial"])
+    x = quantized(call, call.x, "x", turned=True, beside=True)  # beside the sort, which it does not read
+    _product(call, 1, x, call.s["act"])
+    _product(call, 2, quantized(call, call.s["act"], "act", turned=True), call.s["partial"])
     call.sum_pairs()
-
-
-def _quantized(call: Call, rows: torch.Tensor, name: str, beside: bool = False) -> Rows:
-    """Rows as e4m3, in whole blocks of 128 columns that are turned; x beside the sort, which it does not read."""
-    data, scale = call.s[f"{name}_values"], call.s[f"{name}_scale"]
-    columns, width = rows.shape[1], triton.next_power_of_2(data.shape[1])
-    whole = width <= AT_ONCE
-    p = call.p
-    how = Recipe(False, False, p.top_k, p.expert_offset, p.num_local_experts, width if whole else 2048, True, whole,
-                 beside)  # fmt: skip
-    args = (rows, call.ids, call.ids, data, scale, columns)
-    call.add(quantize_fp8, (data.shape[0],), *args, HOW=how, num_warps=8 if whole and width > 2048 else 4)
-    return Rows(data, scale)
 
 
 def _product(call: Call, stage: int, x: Rows, out: torch.Tensor) -> None:
@@ -157,13 +153,13 @@ def _product(call: Call, stage: int, x: Rows, out: torch.Tensor) -> None:
 
     tile, pairs = call.tactic.of_stage(stage)
     groups, each = tile.warps // 4, programs(tile.warps)
-    consumer, producer = registers(tile, pairs)
+    (consumer, producer), part = registers(tile, pairs), part_of(pairs)
     width, extra = path.parts(pairs)
     assert isinstance(call.packed(stage), TritonFP4)
     routing, stride = call.routing(stage)
     narrow = narrow_code(kernels, call.tactic.narrow)
     grid = kernels.Grid(tile.rows, width, extra, groups, tile.k_blocks, tile.stages,
-                        call.tactic.raster_group, narrow, call.tactic.overlap_steps, consumer, producer)  # fmt: skip
+                        call.tactic.raster_group, narrow, call.tactic.overlap_steps, consumer, producer, part)  # fmt: skip
     call.add(
         kernels.fp4_fp8_registers, (call.processors * each,), x, routing, stride, call.weights_of(stage), out,
         call.size(stage), HOW=call.product(stage), TILE=grid, num_warps=4,

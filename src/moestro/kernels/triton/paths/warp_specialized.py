@@ -45,6 +45,7 @@ TABLE: Mapping[str, tuple[Tactic, ...]] = {  # see fused.TABLE
         # not measured here: dense weights take 4 % less so at 1024 pairs per expert
         replace(_128, raster_group=path.LONG_WALK),
         replace(_256, raster_group=path.LONG_WALK),
+        replace(_128, split_k=2),
         tactic(144, Tile(256, 4, 8, 7), "halves", split_k=2),
     ),
 }
