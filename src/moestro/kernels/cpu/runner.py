@@ -214,7 +214,7 @@ class CpuRunner(MoeRunner):
         with self._packing_cache:
             layer_at, sources, kept = self._layer_at, self._sources, (self._weights, self._biases)
         run, threads_now = self._core_cache.moestro_cpu_moe, torch.get_num_threads
-        make, at = core.Call, ctypes.byref
+        pack = core.CALL.pack
 
         def replay(inputs: Sequence[Any], workspace: torch.Tensor) -> bool:
             for source, version in sources:
@@ -224,11 +224,11 @@ class CpuRunner(MoeRunner):
             if threads_now() != threads:
                 return False
             x, ids, weights, out = inputs
-            call = make(
+            call = pack(
                 tokens, x.data_ptr(), ids.data_ptr(), weights.data_ptr(), out.data_ptr(), workspace.data_ptr(),
                 workspace.numel(),
             )  # fmt: skip
-            if status := run(layer_at, cut_at, at(call)):
+            if status := run(layer_at, cut_at, call):
                 raise self._refusal(status, tokens, tactic, workspace)
             return True
 
