@@ -27,9 +27,9 @@ DECODED = (*FP4, "int4")  # in registers, or in cache first
 # What the core's scratch memory and its 32-bit numbers hold; a store may come from anywhere.
 MOST = {"token_tile": 4096, "row_tile": 1024, "dequant_from": 1 << 30, "wave": 1 << 30}
 DENSE_NEVER = 1 << 30
-# Multiply-adds below which a further thread does not pay, some 4 µs of one on two Zen 5 cores: NVFP4 with 98 thousand took
-# 3.1 µs on one thread and 3.4 on two, with 393 thousand 10.4 and 8.2. Beside other processes the second thread has to wait
-# for its turn on a core, and the call with it: medians of 5.7 ms instead of 43 µs.
+# Multiply-adds that each thread of a call has: below, waking another costs what it brings. NVFP4 on two Zen 5 cores, µs on one
+# thread and on two: 98 thousand 2.5 and 2.9, 197 thousand 5.2 and 4.6, 393 thousand 10.2 and 7.6. Where other processes
+# compute, the second thread waits for its turn on a core, and the call with it: 8 ms were seen.
 WORK_OF_A_THREAD = 1 << 17
 BOUND_KEPT = 64  # calls of `forward`, which measurements make, whose structs are kept
 DEQUANT_FROM = {
