@@ -27,8 +27,8 @@ DECODED = (*FP4, "int4")  # in registers, or in cache first
 # What the core's scratch memory and its 32-bit numbers hold; a store may come from anywhere.
 MOST = {"token_tile": 4096, "row_tile": 1024, "dequant_from": 1 << 30, "wave": 1 << 30}
 DENSE_NEVER = 1 << 30
-# Multiply-adds that each thread of a call has: below, waking another costs what it brings. NVFP4 on two Zen 5 cores, µs on one
-# thread and on two: 98 thousand 2.5 and 2.9, 197 thousand 5.2 and 4.6, 393 thousand 10.2 and 7.6. Where other processes
+# Multiply-adds that each thread of a call has: below, waking another costs what it brings. NVFP4 on two Zen 5 cores, µs on
+# one thread and on two: 98 thousand 2.5 and 2.9, 197 thousand 5.2 and 4.6, 393 thousand 10.2 and 7.6. Where other processes
 # compute, the second thread waits for its turn on a core, and the call with it: 8 ms were seen.
 WORK_OF_A_THREAD = 1 << 17
 BOUND_KEPT = 64  # calls of `forward`, which measurements make, whose structs are kept
