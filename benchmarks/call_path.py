@@ -27,9 +27,9 @@ E, K, H, I = 4, 2, 64, 32  # noqa: E741
 
 
 def microseconds(
-    calls: dict[str, Callable[[], Any]], number: int = 500, rounds: int = 40
+    calls: dict[str, Callable[[], Any]], number: int = 100, rounds: int = 200
 ) -> dict[str, float]:
-    """Of one call each: the smallest mean of several rounds."""
+    """Of one call each: the smallest mean of several rounds, each shorter than a turn on a core."""
     for call in calls.values():
         for _ in range(200):
             call()
