@@ -1,9 +1,10 @@
-"""What a warm eager call costs on the host, beside a trivial torch operation, a new tensor, and the core alone.
+"""What a warm eager call costs on the host, beside a trivial torch operation and a new tensor.
 
-    python benchmarks/call_path.py [--backend cpu] [--json benchmarks/results/call_path.json]
+    python benchmarks/call_path.py [--backend cpu] [--threads 1] [--json benchmarks/results/cpu_call_path.json]
 
-A layer so small that its products cost nothing (E=4, K=2, H=64, I=32, NVFP4, one thread). Times are the smallest mean
-of several repeats. To compare two builds, alternate: run each with its own PYTHONPATH, several times.
+A layer so small that its products cost little (E=4, K=2, H=64, I=32, NVFP4). Times are the smallest mean of several
+rounds, in which all calls take their turns. To compare two builds, alternate: run each with its own PYTHONPATH, several
+times.
 """
 
 from __future__ import annotations
@@ -25,11 +26,17 @@ import moestro
 E, K, H, I = 4, 2, 64, 32  # noqa: E741
 
 
-def microseconds(call: Callable[[], Any], number: int = 4000, repeat: int = 9) -> float:
-    """Of one call: the smallest mean of several repeats."""
-    for _ in range(200):
-        call()
-    return min(timeit.repeat(call, number=number, repeat=repeat)) / number * 1e6
+def microseconds(
+    calls: dict[str, Callable[[], Any]], number: int = 100, rounds: int = 200
+) -> dict[str, float]:
+    """Of one call each: the smallest mean of several rounds, each shorter than a turn on a core."""
+    for call in calls.values():
+        for _ in range(200):
+            call()
+    means = [
+        {name: timeit.timeit(call, number=number) for name, call in calls.items()} for _ in range(rounds)
+    ]
+    return {name: min(mean[name] for mean in means) / number * 1e6 for name in calls}
 
 
 def measure(backend: str, num_tokens: int) -> dict[str, float]:
@@ -41,23 +48,23 @@ def measure(backend: str, num_tokens: int) -> dict[str, float]:
     x = torch.randn(num_tokens, H).bfloat16()
     ids, weights = torch.randint(0, E, (num_tokens, K), dtype=torch.int32), torch.rand(num_tokens, K)
     a, out = torch.randn(8), torch.empty_like(x)
-    return {
-        "a + a": microseconds(lambda: a + a),
-        "torch.empty": microseconds(lambda: torch.empty((num_tokens, H), dtype=torch.bfloat16)),
-        "layer(x, ids, weights)": microseconds(lambda: layer(x, ids, weights)),
-        "layer(x, ids, weights, out=out)": microseconds(lambda: layer(x, ids, weights, out=out)),
-        "fused_moe(x, ids, weights, w)": microseconds(
-            lambda: moestro.fused_moe(x, ids, weights, w, backend=backend)
-        ),
+    calls: dict[str, Callable[[], Any]] = {
+        "a + a": lambda: a + a,
+        "torch.empty": lambda: torch.empty((num_tokens, H), dtype=torch.bfloat16),
+        "layer(x, ids, weights)": lambda: layer(x, ids, weights),
+        "layer(x, ids, weights, out=out)": lambda: layer(x, ids, weights, out=out),
+        "fused_moe(x, ids, weights, w)": lambda: moestro.fused_moe(x, ids, weights, w, backend=backend),
     }
+    return microseconds(calls)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(arguments.threads)
     results: dict[str, dict[str, float]] = {}
     with torch.no_grad():
         for num_tokens in (1, 8):
@@ -73,6 +80,7 @@ def main() -> None:
             "torch": torch.__version__,
             "machine": platform.processor() or platform.machine(),
             "backend": arguments.backend,
+            "threads": arguments.threads,
         }
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(

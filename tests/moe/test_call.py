@@ -14,6 +14,7 @@ from moe_cases import E, H, K, error, make_call, make_weights
 
 from moestro import FusedMoE, errors, fused_moe
 from moestro.kernels.portable.runner import PortableRunner
+from moestro.moe import call as call_module
 from moestro.moe import devices
 
 
@@ -105,6 +106,87 @@ def test_a_guard_that_knows_a_call_refuses_what_the_checks_refuse() -> None:
         assert error(layer(*inside), *inside, w) < 1e-2
 
 
+def test_a_guard_that_knows_a_call_with_out_refuses_what_the_checks_refuse() -> None:
+    """Where memory overlaps is no matter of the guard: it is looked at each time."""
+    w, (x, ids, weights) = make_weights(), make_call(9)
+    layer, plain = FusedMoE(w, K, 9), torch.zeros_like(x)
+    expected = layer(x, ids, weights)
+    for _ in range(3):
+        assert layer(x, ids, weights, out=plain) is plain
+    room = torch.zeros(2 * x.numel(), dtype=x.dtype)
+    high = room[5 : 5 + x.numel()].view_as(x)
+    wanting = torch.zeros_like(x, requires_grad=True)
+    bad: list[tuple[type[Exception], str, Any, Any]] = [
+        (errors.ShapeError, "out must have x's shape", (x, ids, weights), plain[:8]),
+        (
+            errors.ShapeError,
+            "out must be contiguous",
+            (x, ids, weights),
+            torch.zeros_like(x.T.contiguous()).T,
+        ),
+        (errors.DTypeError, "out must be torch.bfloat16", (x, ids, weights), plain.float()),
+        (errors.DeviceError, "out must be on cpu", (x, ids, weights), plain.to("meta")),
+        (errors.DTypeError, "out must be a torch.Tensor", (x, ids, weights), [1.0]),
+        (errors.ShapeError, "out must not overlap x", (x, ids, weights), x),
+        (errors.ShapeError, "out must not overlap x", (room[: x.numel()].view_as(x), ids, weights), high),
+        (errors.ShapeError, "ids' shape", (x, ids, weights[:8]), plain),
+    ]
+    for kind, message, call, out in bad:
+        with pytest.raises(kind, match=message):
+            layer(*call, out=out)
+    with torch.no_grad():
+        for _ in range(3):
+            layer(x, ids, weights, out=wanting)
+    with pytest.raises(errors.BackendError, match="out must not want a gradient"):
+        layer(x, ids, weights, out=wanting)
+    assert torch.equal(layer(x, ids, weights, out=plain), expected)
+
+
+def test_out_over_the_routing_is_seen_in_a_warm_call() -> None:
+    w, (x, ids, weights) = make_weights(), make_call(9)
+    layer, out = FusedMoE(w, K, 9), torch.zeros_like(x)
+    for _ in range(3):
+        layer(x, ids, weights, out=out)
+    inside = out.view(torch.uint8).view(-1)[: 4 * ids.numel()]
+    for name, call in (
+        ("ids", (x, inside.view(torch.int32).view_as(ids).zero_(), weights)),
+        ("weights", (x, ids, inside.view(torch.float32).view_as(weights))),
+    ):
+        with pytest.raises(errors.ShapeError, match=f"out must not overlap {name}"):
+            layer(*call, out=out)
+
+
+def test_a_tensor_of_another_class_gets_a_plain_result_each_time() -> None:
+    """empty_like() of it would be of its class, or whatever the class makes of it."""
+
+    class Named(torch.Tensor):
+        pass
+
+    w, (x, ids, weights) = make_weights(), make_call(9)
+    layer = FusedMoE(w, K, 9)
+    expected = layer(x, ids, weights)
+    for given in (x.as_subclass(Named), torch.nn.Parameter(x, requires_grad=False)):
+        for _ in range(3):
+            y = layer(given, ids, weights)
+            assert type(y) is torch.Tensor
+            assert torch.equal(y, expected)
+
+
+def test_the_checks_are_made_once_for_a_number_of_tokens_and_a_kind_of_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer, made = FusedMoE(make_weights(), K, 16), []
+    check = call_module.check_call
+    monkeypatch.setattr(
+        call_module, "check_call", lambda *given: made.append(given[1].shape[0]) or check(*given)
+    )
+    for n in (3, 9, 3, 9, 9, 3):
+        call = make_call(n)
+        layer(*call)
+        layer(*call, out=torch.empty_like(call[0]))
+    assert made == [3, 3, 9, 9]  # without out and with it
+
+
 def test_what_fused_moe_binds_goes_with_the_weights() -> None:
     w = make_weights("nvfp4")
     fused_moe(*make_call(3), w)
@@ -120,7 +202,9 @@ def test_a_default_device_is_nothing_to_a_call(fmt: str, layer: bool) -> None:
     """A model made under torch.device("meta"), then filled: packing used to write to address zero."""
     w, call = make_weights(fmt), make_call(9)
     with torch.device("meta"):
-        y = FusedMoE(w, K, 16)(*call) if layer else fused_moe(*call, w)
+        made = FusedMoE(w, K, 16)
+        for _ in range(3):  # the last are warm
+            y = made(*call) if layer else fused_moe(*call, w)
         again = fused_moe(*call, w, input_format="int8", backend="portable", batch_invariant=True)
     assert error(y, *call, w) < 1e-2
     assert error(again, *call, w, input_format="int8") < 1e-2

@@ -24,7 +24,7 @@ from moestro.kernels import backends
 from moestro.kernels.problem import Held, MoeProblem, MoeRunner, Replay, dense_dtype
 from moestro.moe import devices
 from moestro.moe.checks import check_call, check_id_range, check_out, debugging, overlap, result_dtype
-from moestro.moe.guard import CallGuard
+from moestro.moe.guard import KNOWN_SIZES, CallGuard
 from moestro.moe.options import Options, limits_of, make_problem
 from moestro.moe.tuning_config import OP, tuning_config
 from moestro.moe.weights import ExpertWeights
@@ -33,7 +33,6 @@ from moestro.tuning import AutoTuner, TuningConfig
 
 Choice = tuple[MoeRunner, Any]
 Pick = Callable[[Sequence[Any]], Choice]
-KNOWN_SIZES = 1024  # numbers of tokens whose plans are kept
 
 
 class Plan(NamedTuple):
@@ -70,7 +69,7 @@ class BoundCall:
         self.tuner = tuner if tuner is not None else AutoTuner.get()
         self.workspace = workspace if workspace is not None else shared(w.device)
         self.tuning_config: TuningConfig = tuning_config(self.problem, quantized_input=quantized_input)
-        self._guard = CallGuard(self.limits)
+        self._guard, self._guard_with_out = CallGuard(), CallGuard()
         self._elsewhere = devices.elsewhere(w.device)
         self._plans: dict[int, Plan] = {}
         self._fixed: dict[int, Choice] = {}
@@ -95,22 +94,35 @@ class BoundCall:
 
         Raises, naming the argument, before any work.
         """
-        usual = self._guard.holds(x, ids, weights)
-        if not usual:
-            check_call(self.limits, x, ids, weights)
-            self._guard.learn(x, ids, weights)
-        if out is None and owned is not None:
-            out = owned(x)
-            if overlap(out, ids) or overlap(out, weights):
-                check_out(x, out, ids=ids, weights=weights)
-        elif out is None:
-            dtype = x.dtype if usual else result_dtype(x)  # type: ignore[union-attr]
-            out = torch.empty(x.shape, dtype=dtype, device=self.device)
+        try:
+            num_tokens = x.shape[0]
+        except (AttributeError, IndexError, TypeError):
+            num_tokens = -1  # no call is known of so many: the checks say what is wrong
+        usual = False
+        if out is None:
+            for same in self._guard.by_size.get(num_tokens, ()):
+                if usual := same(x, ids, weights):
+                    break
+            else:
+                check_call(self.limits, x, ids, weights)
+                self._guard.learn(x, ids, weights)
+            if owned is not None:
+                out = owned(x)
+                if overlap(out, ids, weights):
+                    check_out(x, out, ids=ids, weights=weights)
+            elif usual:  # x is a tensor: 1.5 µs less than empty()
+                out = torch.empty_like(x)  # type: ignore[arg-type]
+            else:
+                out = torch.empty(x.shape, dtype=result_dtype(x), device=self.device)
         else:
-            check_out(x, out, ids=ids, weights=weights)
+            for same in self._guard_with_out.by_size.get(num_tokens, ()):
+                if usual := same(x, ids, weights, out):
+                    break
+            if not usual or overlap(out, x, ids, weights):  # type: ignore[arg-type]
+                check_call(self.limits, x, ids, weights, out)
+                self._guard_with_out.learn(x, ids, weights, out)
         if debugging():
             check_id_range(ids, self.limits.num_experts)
-        num_tokens = x.shape[0]
         if num_tokens:
             inputs = [x, ids, weights, out] if usual else as_inputs(x, ids, weights, out)
             if self._elsewhere is not None and self._elsewhere():

@@ -143,10 +143,15 @@ def check_id_range(ids: torch.Tensor, num_experts: int | None) -> None:
         raise RoutingError(f"ids must be at least 0{bound}, got values from {low} to {high}")
 
 
-def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two contiguous tensors share memory."""
-    first, second = a.data_ptr(), b.data_ptr()
-    return first < second + b.nbytes and second < first + a.nbytes
+def overlap(a: torch.Tensor, *others: torch.Tensor) -> bool:
+    """Whether a contiguous tensor shares memory with one of others."""
+    first = a.data_ptr()
+    end = first + a.nbytes
+    for other in others:
+        start = other.data_ptr()
+        if first < start + other.nbytes and start < end:
+            return True
+    return False
 
 
 def _require_tensor(name: str, value: object) -> None:

@@ -1,8 +1,8 @@
 """Is a call like an earlier one that passed every check? Asked of each, so answered in C++.
 
-The full check of x, ids and weights reads some twenty attributes, 5 µs. The guard that torch.compile checks its inputs
-with compares dtypes, devices, static sizes and strides of all three in 0.3 µs; here the number of tokens is left open,
-and compared beside it. It may say no without need (another autograd mode, say): then the full check is made.
+The full check of x, ids, weights and out reads some thirty attributes, 5 µs. The guard that torch.compile checks its
+inputs with compares dtypes, devices, sizes and strides of all of them in 0.3 µs. It may say no without need (another
+autograd mode, say): then the full check is made.
 """
 
 from __future__ import annotations
@@ -12,47 +12,51 @@ from typing import Any
 
 import torch
 
-from moestro.moe.checks import Limits
+KEPT = 4  # kinds of calls of one number of tokens: x with and without inference mode, from a view, ...
+KNOWN_SIZES = 1024  # numbers of tokens that are remembered
+PLAIN = (
+    torch.Tensor,
+    torch.nn.Parameter,
+)  # of which empty_like() makes a tensor: other classes may do as they like
 
-KEPT = 4  # kinds of calls: x with and without inference mode, from a view, ...
-
-Check = Callable[[Any, Any, Any], bool]
+Check = Callable[..., bool]
 
 
 class CallGuard:
-    """Knows calls that passed `check_call`."""
+    """Knows calls of the same number of tensors that passed all checks.
 
-    def __init__(self, limits: Limits) -> None:
-        self._most = limits.max_num_tokens
-        self._checks: tuple[Check, ...] = ()
+    by_size: by the number of tokens, what tells such a call from its tensors. It says yes only where x is a plain
+    tensor, ids are int32, and dtypes, devices, sizes and strides are those of a call that passed.
+    """
 
-    def holds(self, x: Any, ids: Any, weights: Any) -> bool:
-        """Whether `check_call` would pass: x is a tensor, ids are int32, and all is as in an earlier call."""
-        for check in self._checks:
-            if check(x, ids, weights):
-                num_tokens = x.size(0)
-                same = num_tokens == ids.size(0) == weights.size(0)
-                return same and (self._most is None or num_tokens <= self._most)
-        return False
+    def __init__(self) -> None:
+        self.by_size: dict[int, tuple[Check, ...]] = {}
 
-    def learn(self, x: Any, ids: torch.Tensor, weights: torch.Tensor) -> None:
-        """Remember a call that passed. x of 0 or 1 tokens may have any stride there, and teaches nothing."""
-        if len(self._checks) >= KEPT or not isinstance(x, torch.Tensor) or ids.dtype != torch.int32:
+    def learn(self, *call: Any) -> None:
+        """Remember a call that passed: x, ids, weights, and out where that was given."""
+        x, ids = call[0], call[1]
+        if type(x) not in PLAIN or ids.dtype != torch.int32 or torch.compiler.is_compiling():
             return
-        if torch.compiler.is_compiling() or len({id(x), id(ids), id(weights)}) < 3:
+        if len({id(tensor) for tensor in call}) < len(call) or any(out.requires_grad for out in call[3:]):
+            return  # whether an out may want a gradient is a matter of the autograd mode, which the guard leaves open
+        known = self.by_size.get(x.shape[0], ())
+        check = _compiled(*call)
+        if check is None or len(known) >= KEPT or any(one(*call) for one in known):
             return
-        check = _compiled(x, ids, weights)
-        if check is not None and not any(known(x, ids, weights) for known in self._checks):
-            self._checks = (*self._checks, check)
+        if len(self.by_size) >= KNOWN_SIZES:
+            self.by_size.clear()
+        self.by_size[x.shape[0]] = (*known, check)
 
 
 def _compiled(*tensors: torch.Tensor) -> Check | None:
+    """None too where one is not [N, C] with the strides of contiguous rows: of 0 or 1 rows that may be."""
     try:
         from torch._C._dynamo.guards import TensorGuards
 
-        sizes: Any = [[None, tensor.shape[1]] for tensor in tensors]
-        strides: Any = [[tensor.shape[1], 1] for tensor in tensors]  # what contiguous rows have, whatever N
-        check: Check = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+        sizes = [[*tensor.shape] for tensor in tensors]
+        strides = [[tensor.shape[1], 1] for tensor in tensors]
+        made = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)  # type: ignore[arg-type]
+        check: Check = made.check
         return check if check(*tensors) else None
     except Exception:
         return None  # not in this torch, or not for these tensors

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+from torch.compiler import is_compiling
 
 from moestro.errors import (
     BackendError,
@@ -223,7 +224,7 @@ class FusedMoE(torch.nn.Module):
         w = self.weights
         if w.gate_up_pre_scale is not None:
             x = w.scaled_input(x)
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return call_operator(x, ids, weights, w, self._text, out)
         if not torch.is_grad_enabled() or not gradients_wanted(x, weights, w):
             return self.run(x, ids, weights, out)

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from moestro.kernels.cpu import core
+from moestro.kernels.cpu import core, runner
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -16,3 +16,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "kernels/cpu" in item.nodeid and "without_a_core" not in item.name:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def threads_however_little_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers of tests are small, and what they find is to hold for threads, too."""
+    monkeypatch.setattr(runner, "WORK_OF_A_THREAD", 1)

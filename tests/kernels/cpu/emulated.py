@@ -141,21 +141,22 @@ class EmulatedCore:
         pieces = bytes(struct_of(layer)), bytes(struct_of(tactic)), tokens.to_bytes(8, "little")
         return int.from_bytes(self.ask(WORKSPACE, *pieces, answer=8), "little")
 
-    def moestro_cpu_moe(self, layer_at: Any, tactic: Any, call_at: Any) -> int:
-        layer, call = struct_of(layer_at), struct_of(call_at)
+    def moestro_cpu_moe(self, layer_at: Any, tactic: Any, call: bytes) -> int:
+        layer = struct_of(layer_at)
+        tokens, x, ids, weights, out, _, _ = core.CALL.unpack(call)
         size = 4 if layer.x_type == core.X_TYPES.index("float32") else 2
-        out_bytes, pairs = call.tokens * layer.hidden * size, call.tokens * layer.top_k
+        out_bytes, pairs = tokens * layer.hidden * size, tokens * layer.top_k
         pieces = [
             *(bytes(part) for part in (layer, struct_of(tactic), call)),
             out_bytes.to_bytes(8, "little"),
             *matrix_pieces(layer, layer.gate_up, layer.intermediate * (1 + layer.gated), layer.hidden),
             *matrix_pieces(layer, layer.down, layer.hidden, layer.intermediate),
-            *tensor(call.x, out_bytes),
-            *tensor(call.ids, 4 * pairs),
-            *tensor(call.weights, 4 * pairs),
+            *tensor(x, out_bytes),
+            *tensor(ids, 4 * pairs),
+            *tensor(weights, 4 * pairs),
         ]
         found = self.ask(MOE, *pieces, answer=4 + out_bytes)
-        ctypes.memmove(call.out, found[4:], out_bytes)
+        ctypes.memmove(out, found[4:], out_bytes)
         return int.from_bytes(found[:4], "little", signed=True)
 
     def rate(self, isa: str, arithmetic: str) -> float:

@@ -18,6 +18,7 @@ import moestro
 from moestro.errors import BackendError
 from moestro.kernels.activations import SwiGLU
 from moestro.kernels.cpu import CpuRunner, CpuTactic, core
+from moestro.kernels.cpu import runner as runner_module
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +120,23 @@ def test_concurrent_calls_of_two_runners_do_not_mix() -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_a_call_takes_as_many_threads_as_find_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, before = Case("bf16"), torch.get_num_threads()
+    pair = 3 * case.hidden * case.inter
+    monkeypatch.setattr(runner_module, "WORK_OF_A_THREAD", 5 * case.problem.top_k * pair)
+    runner, calls = CpuRunner(case.problem, case.weights()), {n: case.call(n) for n in (1, 9, 10, 40)}
+    found = {}
+    try:
+        torch.set_num_threads(3)
+        for n, call in calls.items():
+            runner._cuts_cache.clear()
+            assert relative_error(run(runner, call), case.expected(call, case.weights())) < 4e-3
+            found[n] = {cut.threads for cut in runner._cuts_cache.values()}
+    finally:
+        torch.set_num_threads(before)
+    assert found == {1: {1}, 9: {1}, 10: {2}, 40: {3}}
 
 
 def test_threads_of_its_own_where_there_is_no_openmp() -> None:

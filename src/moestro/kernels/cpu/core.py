@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +68,9 @@ class TacticStruct(ctypes.Structure):
     ]
 
 
-class Call(ctypes.Structure):
-    """MoestroCall of csrc/moestro_cpu.h."""
-
-    _fields_ = [
-        ("tokens", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("x", "ids", "weights", "out", "workspace")),
-        ("workspace_bytes", ctypes.c_int64),
-    ]
+# MoestroCall of csrc/moestro_cpu.h as bytes: tokens, x, ids, weights, out, workspace, workspace_bytes. Making a struct of
+# ctypes for each call takes 0.5 µs more.
+CALL = struct.Struct("q5Qq")
 
 
 def why_no_core() -> str | None:
@@ -112,7 +108,7 @@ def _declare(lib: Any) -> None:
     lib.moestro_cpu_use_openmp.restype = None
     lib.moestro_cpu_workspace.argtypes = [pointer, pointer, i64]
     lib.moestro_cpu_workspace.restype = i64
-    lib.moestro_cpu_moe.argtypes = [pointer, pointer, pointer]
+    # moestro_cpu_moe has no argtypes: it gets byref() and bytes alone, and converting them would take 0.2 µs of each call.
     lib.moestro_cpu_linear_workspace.argtypes = [pointer, pointer, i64]
     lib.moestro_cpu_linear_workspace.restype = i64
     lib.moestro_cpu_linear.argtypes = [pointer, pointer, i64, pointer, pointer, pointer, i64]

@@ -27,6 +27,10 @@ DECODED = (*FP4, "int4")  # in registers, or in cache first
 # What the core's scratch memory and its 32-bit numbers hold; a store may come from anywhere.
 MOST = {"token_tile": 4096, "row_tile": 1024, "dequant_from": 1 << 30, "wave": 1 << 30}
 DENSE_NEVER = 1 << 30
+# Multiply-adds that each thread of a call has: below, waking another costs what it brings. NVFP4 on two Zen 5 cores, µs on
+# one thread and on two: 98 thousand 2.5 and 2.9, 197 thousand 5.2 and 4.6, 393 thousand 10.2 and 7.6. Where other processes
+# compute, the second thread waits for its turn on a core, and the call with it: 8 ms were seen.
+WORK_OF_A_THREAD = 1 << 17
 BOUND_KEPT = 64  # calls of `forward`, which measurements make, whose structs are kept
 DEQUANT_FROM = {
     **{"amx": 8, "amx_emulated": 8, "avx512": 24, "avx_vnni": 16, "avx2": 5, "generic": 24},
@@ -160,7 +164,7 @@ class CpuRunner(MoeRunner):
 
     def check_tactic(self, inputs: Sequence[Any], tactic: Any) -> None:
         """Every tactic runs every number of tokens: get_valid_tactics only leaves out what cannot pay."""
-        self._cut(tactic)
+        self._cut(tactic, inputs[0].shape[0])
 
     def default_tactic(self, inputs: Sequence[Any] = ()) -> CpuTactic:
         """The tactic behind -1, as measured on two Zen 5 cores.
@@ -175,7 +179,7 @@ class CpuRunner(MoeRunner):
         return CpuTactic(256, row_tile, DEQUANT_FROM[self.isa])
 
     def workspace_bytes(self, num_tokens: int, tactic: Any) -> int:
-        cut = self._cut(tactic)
+        cut = self._cut(tactic, num_tokens)
         return int(self._core_cache.moestro_cpu_workspace(self._layer_at, ctypes.byref(cut), num_tokens))
 
     def forward(
@@ -210,11 +214,11 @@ class CpuRunner(MoeRunner):
         thread is in keeps what it was bound to.
         """
         tokens, threads = inputs[0].shape[0], torch.get_num_threads()
-        cut_at = ctypes.byref(self._cut(tactic))
+        cut_at = ctypes.byref(self._cut(tactic, tokens))
         with self._packing_cache:
             layer_at, sources, kept = self._layer_at, self._sources, (self._weights, self._biases)
         run, threads_now = self._core_cache.moestro_cpu_moe, torch.get_num_threads
-        make, at = core.Call, ctypes.byref
+        pack = core.CALL.pack
 
         def replay(inputs: Sequence[Any], workspace: torch.Tensor) -> bool:
             for source, version in sources:
@@ -224,11 +228,11 @@ class CpuRunner(MoeRunner):
             if threads_now() != threads:
                 return False
             x, ids, weights, out = inputs
-            call = make(
+            call = pack(
                 tokens, x.data_ptr(), ids.data_ptr(), weights.data_ptr(), out.data_ptr(), workspace.data_ptr(),
                 workspace.numel(),
             )  # fmt: skip
-            if status := run(layer_at, cut_at, at(call)):
+            if status := run(layer_at, cut_at, call):
                 raise self._refusal(status, tokens, tactic, workspace)
             return True
 
@@ -245,15 +249,21 @@ class CpuRunner(MoeRunner):
             f"the CPU core returned {status}: workspace has {workspace.nbytes} bytes, {need} are needed"
         )
 
-    def _cut(self, tactic: Any) -> core.TacticStruct:
-        """The core's struct for a tactic and torch's threads, made once: a call's Python runs on cold caches."""
+    def _cut(self, tactic: Any, num_tokens: int) -> core.TacticStruct:
+        """The core's struct for a tactic and the threads of a call, made once: a call's Python runs on cold caches."""
         if tactic != -1 and not isinstance(tactic, CpuTactic):
             raise BackendError(f"tactic must be -1 or a CpuTactic, got {tactic!r}")
-        key = tactic, machine.threads()
+        key = tactic, self._threads(num_tokens)
         cut = self._cuts_cache.get(key)
         if cut is None:
             cut = self._cuts_cache[key] = self._make_cut(*key)
         return cut
+
+    def _threads(self, num_tokens: int) -> int:
+        """torch's threads, or as many as find work."""
+        of_a_pair = (self.problem.gate_up_rows + self.problem.intermediate_size) * self.problem.hidden_size
+        work = num_tokens * self.problem.top_k * of_a_pair
+        return max(1, min(machine.threads(), work // WORK_OF_A_THREAD))
 
     def _make_cut(self, tactic: Any, threads: int) -> core.TacticStruct:
         chosen = self.default_tactic() if tactic == -1 else tactic

@@ -46,7 +46,6 @@ class Lookup:
     __slots__ = (
         "__weakref__",
         "_capped",
-        "_fast",
         "_points",
         "_rounds",
         "_table",
@@ -57,6 +56,7 @@ class Lookup:
         "dims",
         "done",
         "environment",
+        "fast",
         "probes",
         "validity",
     )
@@ -74,14 +74,14 @@ class Lookup:
         self._rounds = roundings(site.config, site.direction)
         self._table: Table | None = None
         self._version = -1
-        self._fast: tuple[list[float], list[Pick | None]] | None = None
+        self.fast: tuple[list[float], list[Pick | None]] | None = None
         self.validity = Validity(book.key)
         self._points: PointTable | None = None
         book.views.add(self)
 
     def quick(self, inputs: Sequence[Any]) -> Pick | None:
         """The pick by the dynamic sizes alone; None if `find` must be asked."""
-        fast = self._fast
+        fast = self.fast
         if fast is None:
             return self._quick_point(inputs)
         bounds, picks = fast
@@ -106,11 +106,6 @@ class Lookup:
         record, within = points.find(sizes)
         pick = self.validity.pick_of(record)
         return pick if within and pick[1] == DEFAULT_TACTIC else None
-
-    @property
-    def fast(self) -> tuple[list[float], list[Pick | None]] | None:
-        """(bounds, picks) as they are now; None if `find` must be asked first."""
-        return self._fast
 
     def find(self, sizes: Sizes) -> tuple[Record | None, bool]:
         """The record that answers for these sizes, and whether they are within what was tuned."""
@@ -169,22 +164,22 @@ class Lookup:
 
     def forget(self) -> None:
         """The book has changed: nothing is served fast before `find` has been asked again."""
-        self._fast = self._points = None
+        self.fast = self._points = None
 
     def _publish(self) -> None:
         table, validity = self._table, self.validity
         if table is None:
-            self._fast = ([math.inf], [DEFAULT_PICK])
+            self.fast = ([math.inf], [DEFAULT_PICK])
         elif isinstance(table, IntervalTable):
-            self._fast = self._intervals(table)
+            self.fast = self._intervals(table)
         elif not self._rounds:
             record = table.find(())[0]
             pick = validity.pick_of(record)
-            self._fast = ([math.inf], [pick if pick[1] == DEFAULT_TACTIC else validity.by_size.get(())])
+            self.fast = ([math.inf], [pick if pick[1] == DEFAULT_TACTIC else validity.by_size.get(())])
         elif isinstance(table, PointTable):
             self._points = table
         if self._version != self.book.version:
-            self._fast = self._points = None  # a decision came meanwhile, and its forget() before this
+            self.fast = self._points = None  # a decision came meanwhile, and its forget() before this
 
     def _intervals(self, table: IntervalTable) -> tuple[list[float], list[Pick | None]]:
         """(bounds, picks): a record's pick where it is known to be valid, None where that must be asked."""
