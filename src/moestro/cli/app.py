@@ -1,7 +1,8 @@
 """The command `moestro`: the app, how errors look, and the exit statuses.
 
-0: done. 1: a failure of ours (one message; --debug shows the traceback). 2: wrong usage. 130: interrupted,
-with what was measured kept. Commands live beside this file and import torch only when they run.
+0: done. 1: a failure of ours, or results that could not be kept, which are shown first (one message; --debug shows
+the traceback). 2: wrong usage. 130: interrupted, with what was measured kept. Commands live beside this file and
+import torch only when they run.
 """
 
 from __future__ import annotations

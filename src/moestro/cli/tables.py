@@ -268,9 +268,7 @@ def tune_view(result: TuneResult) -> RenderableType:
         spent = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in slowest)
         parts.append(Text(f"\nmost of the time: {spent}", "dim"))
     stopped = "interrupted after" if result.interrupted else "in"
-    parts.append(
-        Text(f"{len(result.rows)} decisions {stopped} {result.seconds:.0f} s, in {result.store}", "dim")
-    )
-    if not result.kept:
-        parts.append(Text(f"not kept: {result.store} cannot be written", style="yellow"))
+    count = f"{len(result.rows)} decision{'s' * (len(result.rows) != 1)}"
+    where_to = f"in {result.store}" if result.kept else f"not kept in {result.store}"
+    parts.append(Text(f"{count} {stopped} {result.seconds:.0f} s, {where_to}", "dim"))
     return Group(*parts)

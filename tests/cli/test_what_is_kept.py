@@ -1,0 +1,189 @@
+"""Files and stores that cannot be written: said before any work, or else with what was measured on the terminal."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli_tools import QUICK, TINY, Run
+
+from moestro.bench import accuracy, plots, regret_layers, roofline
+from moestro.bench.contenders import make_layer
+from moestro.bench.layers import LayerSource, make_case
+from moestro.bench.models import from_sizes
+from moestro.errors import MoestroError, StoreWarning, TuningError, TuningWarning
+from moestro.routing import Uniform
+from moestro.tuning import AutoTuner, Store
+from moestro.tuning.store import bundle, store
+
+BENCH = ["bench", *TINY, *QUICK, "--peers", "none", "--format", "nvfp4"]
+FULL = OSError(errno.ENOSPC, "No space left on device")
+warned = pytest.mark.filterwarnings("always::moestro.errors.StoreWarning")
+
+
+def words(text: str) -> str:
+    return " ".join(text.split())
+
+
+# --- tune --------------------------------------------------------------------------------------------------
+@warned
+def test_decisions_that_a_store_cannot_take_are_shown_and_an_error(run: Run) -> None:
+    Path("file").write_text("not a folder")
+    with pytest.warns(StoreWarning, match="cannot be written"):
+        done = run("tune", *TINY, "--tokens", "1,2", "--store", "file/store", "--json", "t.json")
+    assert done.exit_code == 1
+    table, _, said = done.output.partition("error: TuningError")
+    assert "2 decisions in" in table
+    assert "cpu default" in table
+    assert "not kept: the store file/store could not be written ([Errno 20] Not a directory" in words(said)
+    assert "by --store or MOESTRO_STORE, and tune again" in words(said)
+    data = json.loads(Path("t.json").read_text())
+    assert [row["tokens"] for row in data["rows"]] == [1, 2]
+    assert data["kept"] is False
+    assert "Not a directory" in data["why_not_kept"]
+
+
+@warned
+def test_a_store_without_room_keeps_the_misses_that_it_could_not_answer(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("tune", *TINY, "--store", "s", "--tokens", "1").exit_code == 0
+    shape = from_sizes("8,2,64,32")
+    layer = make_layer(LayerSource(shape), "nvfp4", "auto", 64, AutoTuner(store="s"))
+    case = make_case(shape, 11, Uniform())
+    with pytest.warns(TuningWarning), torch.inference_mode():
+        layer(case.x, case.ids, case.weights)
+
+    def full(path: Path, data: Any) -> None:
+        raise FULL
+
+    monkeypatch.setattr(store, "write_atomically", full)
+    with pytest.warns(StoreWarning, match="No space left"):
+        done = run("tune", *TINY, "--store", "s", "--from-misses")
+    assert done.exit_code == 1
+    assert "No space left" in done.output
+    assert len(Store("s").entries(("miss",))) == 1
+
+
+@warned
+def test_a_miss_that_cannot_be_deleted_is_said(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("tune", *TINY, "--store", "s", "--tokens", "1").exit_code == 0
+    kept = Store("s")
+
+    def refuse(self: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.warns(StoreWarning, match="Permission denied"):
+        kept.forget(kept.entries()[0])
+    assert "Permission denied" in str(kept.unwritable)
+    with pytest.raises(TuningError, match=r"cannot be pruned: .*Permission denied"):
+        bundle.prune(kept, op="moestro.*")
+
+
+# --- files that are asked for --------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("path", "why"), [("file/x", "file is no folder"), (".", "it is a folder"), ("file/a/x", "is no folder")]
+)
+@pytest.mark.parametrize(
+    "command",
+    [
+        [*BENCH, "--json"],
+        [*BENCH, "--report"],
+        [*BENCH, "--accuracy", "--json"],
+        ["bench", "regret", *TINY, "--json"],
+        ["tune", *TINY, "--json"],
+        ["plan", *TINY[:2], "--json"],
+        ["report", "--store", ".", "--out"],
+        ["record", "model", "--text", "file", "--out"],
+    ],
+)
+def test_a_file_that_cannot_be_written_is_wrong_usage_before_any_work(
+    run: Run, command: list[str], path: str, why: str
+) -> None:
+    Path("file").write_text("not a folder")
+    done = run(*command, path)
+    assert done.exit_code == 2, done.output
+    assert f"cannot write {path}: " in done.output
+    assert why in done.output
+    assert command[-1] in done.output
+
+
+def test_devices_and_folders_that_are_to_be_made_can_be_written(run: Run) -> None:
+    for path in ("/dev/null", "new/folder/p.json"):
+        assert run("plan", *TINY[:2], "--json", path).exit_code == 0
+    assert Path("new/folder/p.json").is_file()
+
+
+@pytest.fixture
+def no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, data: Any) -> None:
+        raise MoestroError(f"json: cannot write {path}: No space left on device")
+
+    monkeypatch.setattr("moestro.bench.results.write_json", refuse)
+
+
+@pytest.mark.usefixtures("no_room")
+def test_bench_measures_on_and_shows_what_cannot_be_written(run: Run) -> None:
+    report = ["--report", "r.html"] if plots.why_not() is None else []
+    done = run(*BENCH, "--tokens", "1,2", "--json", "o.json", *report)
+    assert done.exit_code == 1
+    assert done.output.count("measuring goes on") == 1
+    table, _, said = done.output.partition("error: MoestroError")
+    assert [line.split()[0] for line in table.splitlines() if "±" in line][:2] == ["1", "2"]
+    assert "No space left" in said
+    assert not report or "moestro nvfp4" in Path("r.html").read_text()
+
+
+@pytest.mark.usefixtures("no_room")
+def test_accuracy_shows_what_cannot_be_written(run: Run) -> None:
+    done = run(*BENCH, "--accuracy", "--input-format", "none", "--tokens", "2", "--json", "o.json")
+    assert done.exit_code == 1
+    assert "own: to the reference" in done.output
+    assert "No space left" in done.output
+
+
+def test_accuracy_that_breaks_off_keeps_the_rows_before(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = accuracy.layer_rows
+
+    def broken(*args: Any, **options: Any) -> Any:
+        yield next(iter(real(*args, **options)))
+        raise MoestroError("it is Monday")
+
+    monkeypatch.setattr(accuracy, "layer_rows", broken)
+    done = run(*BENCH, "--accuracy", "--tokens", "2", "--json", "o.json")
+    assert done.exit_code == 1
+    assert "it is Monday" in done.output
+    assert len(json.loads(Path("o.json").read_text())["layer"]) == 1
+
+
+def test_regret_keeps_the_sizes_before_ctrl_c(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, done = regret_layers.measure_regret, []
+
+    def once(*args: Any, **options: Any) -> Any:
+        if done:
+            raise KeyboardInterrupt
+        done.append(1)
+        return real(*args, **options)
+
+    monkeypatch.setattr(regret_layers, "measure_regret", once)
+    small = ["--repeats", "2", "--oracle-seconds", "0", "--tokens", "1,2"]
+    ended = run("bench", "regret", *TINY, *small, "--json", "o.json")
+    assert ended.exit_code == 130, ended.output
+    assert "nvfp4 auto, 1 tokens" in ended.output
+    assert [row["tokens"] for row in json.loads(Path("o.json").read_text())["rows"]] == [1]
+
+
+def test_nothing_is_measured_for_a_file_that_is_in_the_way(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roofline, "measure_ceilings", lambda device: pytest.fail("measured"))
+    assert run(*BENCH, "--json", ".").exit_code == 2
+
+
+def test_a_recording_needs_a_suffix_before_the_model_runs(run: Run) -> None:
+    done = run("record", "no-such-model", "--text", "t", "--out", "routing.bin")
+    assert done.exit_code == 2
+    assert "must end in .npy, .pt, .safetensors, got routing.bin" in done.output
