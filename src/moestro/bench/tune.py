@@ -73,6 +73,12 @@ class TuneRow:
     candidates: int
     samples: int
     seconds: float
+    complete: bool = True  # False: the budget or Ctrl-C ended the race; tuning again goes on with it
+
+    @property
+    def own(self) -> bool:
+        """Whether it was measured at this number of tokens, and not at another one that serves it so far."""
+        return self.bucket == self.tokens
 
 
 @dataclass(frozen=True)
@@ -222,8 +228,8 @@ def _tune_layer(
             if decision is None or decision.status == "extrapolated":
                 result.open.append({"format": format, "backend": backend, "tokens": size})
             else:
-                result.rows.append(_row(format, backend, size, decision))
-                for entry in misses.get(size, ()) if store.unwritable is None else ():
+                result.rows.append(row := _row(format, backend, size, decision))
+                for entry in misses.get(size, ()) if row.own and store.unwritable is None else ():
                     store.forget(entry)
 
 
@@ -263,6 +269,7 @@ def _row(format: str, backend: str, tokens: int, decision: Decision) -> TuneRow:
         candidates=len(evidence.candidates),
         samples=evidence.samples,
         seconds=evidence.seconds,
+        complete=decision.record.complete,
     )
 
 

@@ -67,7 +67,7 @@ def bench_ep(
     """Measure expert parallelism: ways, stages, imbalance, beside one rank and plain PyTorch. Under torchrun."""
     shape = opt.parse_shape(model, sizes)
     shape = dataclasses.replace(shape, num_experts=experts) if experts is not None else shape
-    chosen_tokens, formats = opt.parse_tokens(tokens), opt.parse_formats(format, ("nvfp4",))
+    chosen_tokens, formats = opt.parse_tokens(tokens), opt.parse_formats(format, ("nvfp4",), shape)
     distribution = opt.parse_routing(routing)
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         raise typer.BadParameter(

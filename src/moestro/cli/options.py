@@ -252,15 +252,36 @@ def parse_tokens(text: str) -> list[int]:
     return sorted(found)
 
 
-def parse_formats(names: list[str] | None, default: tuple[str, ...]) -> list[str]:
-    """Known format names, each once, in the order given."""
+def parse_formats(
+    names: list[str] | None, default: tuple[str, ...], shape: MoeShape | None = None
+) -> list[str]:
+    """Known format names, each once, in the order given; those that a layer's sizes can be blocked for."""
     from moestro import formats
 
     chosen = list(dict.fromkeys(names or default))
     with usage("--format"):
         for name in chosen:
             formats.get(name)
+    if shape is not None:
+        for name in chosen:
+            _check_blocks(name, shape)
     return chosen
+
+
+def _check_blocks(format: str, shape: MoeShape) -> None:
+    """A usage error where a row of the weights is not whole blocks of a format."""
+    import torch
+
+    from moestro import formats
+
+    for letter, columns in (("H", shape.hidden_size), ("I", shape.intermediate_size)):
+        try:
+            formats.get(format).quantize(torch.zeros(1, 1, columns))
+        except MoestroError as error:
+            raise typer.BadParameter(
+                f"{letter} = {columns} of {shape.name} cannot be {format}: {error}",
+                param_hint="--sizes / --format",
+            ) from error
 
 
 def parse_backends(names: list[str] | None) -> list[str]:

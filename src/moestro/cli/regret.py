@@ -85,11 +85,12 @@ def regret(
     else:
         from moestro.bench.regret_layers import LayersSpec
 
+        shape = opt.parse_shape(model, sizes, ep, local_pairs)
         spec = LayersSpec(
-            shape=opt.parse_shape(model, sizes, ep, local_pairs),
+            shape=shape,
             tokens=tuple(opt.parse_tokens(tokens)),
             routing=opt.parse_routing(routing),
-            formats=tuple(opt.parse_formats(format, ("nvfp4",))),
+            formats=tuple(opt.parse_formats(format, ("nvfp4",), shape)),
             backends=tuple(opt.parse_backends(backend)),
             device=opt.parse_device(device),
             seed=seed,

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from moestro.bench.parity import Delta
 from moestro.bench.results import BenchResult, Row
-from moestro.bench.tune import TuneResult
+from moestro.bench.tune import TuneResult, TuneRow
 from moestro.bench.worst import Worst
 from moestro.cli.console import seconds_text
 from moestro.machine import bytes_text
@@ -237,21 +237,7 @@ def tune_view(result: TuneResult) -> RenderableType:
     for title in ("noise", "candidates", "samples", "time"):
         table.add_column(title, justify="right", style="dim")
     for row in result.rows:
-        kept = row.tactic == "default"
-        chosen = Text(f"{row.runner} {row.tactic}")
-        if row.status != "measured":
-            chosen.append(f"  ({row.status})", style="yellow")
-        gain = Text("1 (kept)" if kept else "–" if row.gain is None else f"{row.gain:.2f}")
-        table.add_row(
-            row.format,
-            str(row.tokens),
-            chosen,
-            Text("–", style="dim") if row.gain is None and not kept else gain,
-            f"{100 * row.noise_floor:.1f}%",
-            str(row.candidates),
-            str(row.samples),
-            seconds_text(row.seconds),
-        )
+        table.add_row(*_tuned_cells(row))
     problem, where = result.problem, result.environment
     head = Text()
     head.append(problem["name"], style="bold")
@@ -260,15 +246,44 @@ def tune_view(result: TuneResult) -> RenderableType:
     parts: list[RenderableType] = [head, *([table] if result.rows else [])]
     for entry in result.skipped:
         parts.append(Text(f"{entry['format']} {entry['backend']}: {entry['reason']}", style="yellow"))
-    if result.open:
-        left = ", ".join(f"{entry['format']} N = {entry['tokens']}" for entry in result.open)
-        parts.append(Text(f"not decided: {left}; run again to go on from here", style="yellow"))
+    undecided = [(entry["format"], entry["tokens"]) for entry in result.open]
+    for what, cases in (
+        ("not decided", undecided),
+        ("not measured themselves", [(row.format, row.tokens) for row in result.rows if not row.own]),
+        ("unfinished", [(row.format, row.tokens) for row in result.rows if row.own and not row.complete]),
+    ):
+        if cases:
+            left = ", ".join(f"{format} N = {tokens}" for format, tokens in cases)
+            parts.append(Text(f"{what}: {left}; run again to go on from here", style="yellow"))
     if result.phases:
         slowest = sorted(result.phases.items(), key=lambda item: -item[1])[:4]
         spent = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in slowest)
         parts.append(Text(f"\nmost of the time: {spent}", "dim"))
     stopped = "interrupted after" if result.interrupted else "in"
-    count = f"{len(result.rows)} decision{'s' * (len(result.rows) != 1)}"
+    made = sum(row.own for row in result.rows)
+    count = f"{made} decision{'s' * (made != 1)}"
     where_to = f"in {result.store}" if result.kept else f"not kept in {result.store}"
     parts.append(Text(f"{count} {stopped} {result.seconds:.0f} s, {where_to}", "dim"))
     return Group(*parts)
+
+
+def _tuned_cells(row: TuneRow) -> tuple[str | Text, ...]:
+    """Of one number of tokens; what belongs to the decision of another number is told there."""
+    kept = row.tactic == "default"
+    chosen = Text(f"{row.runner} {row.tactic}")
+    if row.status != "measured":
+        chosen.append(f"  ({row.status})", style="yellow")
+    if not row.own:
+        chosen.append(f"  (that of N = {row.bucket})", style="yellow")
+        return (row.format, str(row.tokens), chosen)
+    gain = Text("1 (kept)" if kept else "–" if row.gain is None else f"{row.gain:.2f}")
+    return (
+        row.format,
+        str(row.tokens),
+        chosen,
+        Text("–", style="dim") if row.gain is None and not kept else gain,
+        f"{100 * row.noise_floor:.1f}%",
+        str(row.candidates),
+        str(row.samples),
+        seconds_text(row.seconds),
+    )

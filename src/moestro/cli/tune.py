@@ -97,7 +97,7 @@ def tune(
         shape=shape,
         tokens=tuple(chosen_tokens),
         routings=tuple(opt.parse_routing(text) for text in routing or ()),
-        formats=tuple(opt.parse_formats(format, ("nvfp4",))),
+        formats=tuple(opt.parse_formats(format, ("nvfp4",), shape)),
         inputs=tuple(None if name == "none" else name for name in parse_inputs(input_format, ("none",))),
         backends=tuple(opt.parse_backends(backend)),
         device=opt.parse_device(device),
