@@ -1,9 +1,11 @@
-"""Files and stores that cannot be written: said before any work, or else with what was measured on the terminal."""
+"""Files and stores that cannot be written, or that hold nothing: said before any work, or else with what was measured."""
 
 from __future__ import annotations
 
 import errno
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -187,3 +189,71 @@ def test_a_recording_needs_a_suffix_before_the_model_runs(run: Run) -> None:
     done = run("record", "no-such-model", "--text", "t", "--out", "routing.bin")
     assert done.exit_code == 2
     assert "must end in .npy, .pt, .safetensors, got routing.bin" in done.output
+
+
+# --- parity: runs are processes of their own -------------------------------------------------------------------
+PARITY = ["bench", "parity", *TINY, *QUICK, "--tokens", "1", "--peers", "eager"]
+
+
+def runs(run: Run, monkeypatch: pytest.MonkeyPatch, fail_at: int = 99) -> list[int]:
+    """Each run in this process; the number of those that were begun."""
+    begun: list[int] = []
+
+    def one(arguments: list[str]) -> None:
+        begun.append(1)
+        if len(begun) == fail_at:
+            raise MoestroError("a bench run failed:\nit is Monday")
+        assert run("bench", *arguments).exit_code == 0
+
+    monkeypatch.setattr("moestro.bench.parity._bench", one)
+    return begun
+
+
+def test_a_run_that_fails_takes_nothing_from_those_before(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs(run, monkeypatch, fail_at=3)
+    done = run(*PARITY, "--runs", "3", "--json", "p.json")
+    assert done.exit_code == 1
+    assert "it is Monday" in done.output
+    assert "Δ mean" in done.output
+    assert json.loads(Path("p.json").read_text())["runs"] == 2
+
+
+def test_a_peer_that_is_not_there_is_said_after_the_first_run(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = runs(run, monkeypatch)
+    done = run(*PARITY, "--runs", "3", "--against", "nobody")
+    assert done.exit_code == 1
+    assert "no peer 'nobody' was measured" in done.output
+    assert len(begun) == 1
+
+
+# --- stores that do not serve -----------------------------------------------------------------------------------
+def test_a_store_that_is_named_and_serves_nothing_is_said(run: Run) -> None:
+    said = words(run(*BENCH, "--tokens", "1", "--store", "slip").output)
+    assert (
+        "slip is no folder: default tactics were measured; moestro tune --store slip chooses others" in said
+    )
+    assert run("tune", *TINY, "--tokens", "1", "--store", "s").exit_code == 0
+    assert "default tactics were measured" not in run(*BENCH, "--tokens", "1", "--store", "s").output
+    other = ["bench", "--sizes", "8,2,96,32", *QUICK, "--peers", "none", "--tokens", "1", "--store", "s"]
+    assert "s has no decisions for this layer: default" in words(run(*other).output)
+
+
+def test_a_report_of_nothing_is_an_error(run: Run) -> None:
+    pytest.importorskip("matplotlib")
+    Path("empty").mkdir()
+    done = run("report", "--store", "empty")
+    assert done.exit_code == 1
+    assert "no decisions for several sizes in empty" in words(done.output)
+    assert not Path("report.html").exists()
+
+
+def test_a_warning_is_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "s" / "env" / "key"
+    folder.mkdir(parents=True)
+    (folder / "1.json").write_text("{")
+    command = [sys.executable, "-m", "moestro", "cache", "list", "--store", str(tmp_path / "s")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"warning: {folder}/1.json cannot be read (")

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from moestro.cli import bench, cache, convert, doctor, explain, inspect, plan, record, report, tune
-from moestro.cli.console import errors
+from moestro.cli.console import errors, plain_warnings
 from moestro.errors import MoestroError
 
 __all__ = ["app", "main"]
@@ -106,4 +106,5 @@ def _root(
 def main() -> None:
     """The entry point of the console script. A request to end (SIGTERM) is taken as Ctrl-C: what is measured is kept."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    plain_warnings()
     app(prog_name="moestro")
