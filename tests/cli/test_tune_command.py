@@ -168,3 +168,8 @@ def test_sizes_that_a_format_cannot_block_are_wrong_usage(run: Run, command: lis
     assert done.exit_code == 2
     assert said in done.output
     assert "--sizes" in done.output
+
+
+def test_each_of_several_backends_is_named(run: Run) -> None:
+    done = run(*TUNE, "--tokens", "1", "--backend", "portable", "--backend", "auto", "--budget", "0")
+    assert "not decided: nvfp4 portable N = 1, nvfp4 auto N = 1" in done.output

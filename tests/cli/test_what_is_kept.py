@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from moestro.bench import accuracy, plots, regret_layers, roofline
 from moestro.bench.contenders import make_layer
 from moestro.bench.layers import LayerSource, make_case
 from moestro.bench.models import from_sizes
+from moestro.cli.deliver import every
 from moestro.errors import MoestroError, StoreWarning, TuningError, TuningWarning
 from moestro.routing import Uniform
 from moestro.tuning import AutoTuner, Store
@@ -257,3 +259,43 @@ def test_a_warning_is_one_line(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"warning: {folder}/1.json cannot be read (")
+
+
+@pytest.mark.parametrize(
+    "command", [["tune", *TINY, "--tokens", "1", "--budget", "1"], [*BENCH, "--tokens", "1"]]
+)
+def test_results_are_written_though_nobody_reads_the_terminal(tmp_path: Path, command: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {**os.environ, "MOESTRO_STORE": str(tmp_path / "store")}
+    whole = [sys.executable, "-m", "moestro", *command, "--json", "o.json"]
+    with open(writer, "w") as gone:
+        done = subprocess.run(
+            whole, stdout=gone, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment, check=False
+        )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "rows" in json.loads((tmp_path / "o.json").read_text())
+
+
+def test_a_file_called_minus_is_not_made(run: Run) -> None:
+    done = run(*BENCH, "--json", "-")
+    assert done.exit_code == 2
+    assert "give a file" in words(done.output)
+
+
+def test_every_step_is_taken_and_every_failure_told(capsys: pytest.CaptureFixture[str]) -> None:
+    taken: list[int] = []
+
+    def fail(error: BaseException) -> None:
+        taken.append(1)
+        raise error
+
+    with pytest.raises(TuningError, match=r"^one$"):
+        every(lambda: fail(TuningError("one")), lambda: taken.append(1))
+    with pytest.raises(MoestroError, match=r"^one\ntwo$"):
+        every(lambda: fail(TuningError("one")), lambda: fail(MoestroError("two")))
+    with pytest.raises(SystemExit):
+        every(lambda: fail(SystemExit(1)), lambda: fail(MoestroError("two")))
+    assert len(taken) == 6
+    assert "error: two" in capsys.readouterr().err

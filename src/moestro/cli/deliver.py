@@ -14,17 +14,24 @@ __all__ = ["every", "keeping", "write_results", "wrote"]
 
 
 def every(*steps: Callable[[], object]) -> None:
-    """Take every step: one that fails takes nothing from those after it. Raises MoestroError at the end if any has."""
-    failed: list[MoestroError] = []
+    """Take every step: one that fails takes nothing from those after it. What has failed is raised at the end, errors of
+    ours as one MoestroError; where the terminal is gone, or something else went wrong, they are said and that is raised.
+    """
+    ours: list[MoestroError] = []
+    others: list[Exception | SystemExit] = []
     for step in steps:
         try:
             step()
         except MoestroError as error:
-            failed.append(error)
-    if len(failed) == 1:
-        raise failed[0]
-    if failed:
-        raise MoestroError("\n".join(map(str, failed)))
+            ours.append(error)
+        except (Exception, SystemExit) as error:  # SystemExit: rich's, where the terminal is gone
+            others.append(error)
+    if ours and not others:
+        raise ours[0] if len(ours) == 1 else MoestroError("\n".join(map(str, ours)))
+    for one in ours:
+        errors.print(f"error: {one}", style="red", markup=False, highlight=False, soft_wrap=True)
+    if others:
+        raise others[0]
 
 
 def write_results(json_file: Path | None, data: Mapping[str, Any]) -> None:

@@ -56,6 +56,8 @@ def writable(path: Path | None) -> Path | None:
 
 
 def _why_unwritable(path: Path) -> str | None:
+    if str(path) == "-":
+        return "the terminal has the tables; give a file"
     if path.is_dir():
         return "it is a folder"
     if os.path.exists(path) and not path.is_file():  # a device, a pipe: written as it is

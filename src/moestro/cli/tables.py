@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -236,8 +237,13 @@ def tune_view(result: TuneResult) -> RenderableType:
         table.add_column(title, justify="right" if "×" in title else "left")
     for title in ("noise", "candidates", "samples", "time"):
         table.add_column(title, justify="right", style="dim")
+    backends = {row.backend for row in result.rows} | {entry["backend"] for entry in result.open}
+
+    def asked(backend: str) -> str:  # which one was asked for, where that was several
+        return f" {backend}" if len(backends) > 1 else ""
+
     for row in result.rows:
-        table.add_row(*_tuned_cells(row))
+        table.add_row(row.format + asked(row.backend), *_tuned_cells(row))
     problem, where = result.problem, result.environment
     head = Text()
     head.append(problem["name"], style="bold")
@@ -246,15 +252,7 @@ def tune_view(result: TuneResult) -> RenderableType:
     parts: list[RenderableType] = [head, *([table] if result.rows else [])]
     for entry in result.skipped:
         parts.append(Text(f"{entry['format']} {entry['backend']}: {entry['reason']}", style="yellow"))
-    undecided = [(entry["format"], entry["tokens"]) for entry in result.open]
-    for what, cases in (
-        ("not decided", undecided),
-        ("not measured themselves", [(row.format, row.tokens) for row in result.rows if not row.own]),
-        ("unfinished", [(row.format, row.tokens) for row in result.rows if row.own and not row.complete]),
-    ):
-        if cases:
-            left = ", ".join(f"{format} N = {tokens}" for format, tokens in cases)
-            parts.append(Text(f"{what}: {left}; run again to go on from here", style="yellow"))
+    parts += _to_go_on_with(result, asked)
     if result.phases:
         slowest = sorted(result.phases.items(), key=lambda item: -item[1])[:4]
         spent = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in slowest)
@@ -267,6 +265,22 @@ def tune_view(result: TuneResult) -> RenderableType:
     return Group(*parts)
 
 
+def _to_go_on_with(result: TuneResult, asked: Callable[[str], str]) -> Iterator[Text]:
+    """What the budget or Ctrl-C left."""
+    of_others = [asdict(row) for row in result.rows if not row.own]
+    unfinished = [asdict(row) for row in result.rows if row.own and not row.complete]
+    for what, cases in (
+        ("not decided", result.open),
+        ("not measured themselves", of_others),
+        ("unfinished", unfinished),
+    ):
+        if cases:
+            left = ", ".join(
+                f"{case['format']}{asked(case['backend'])} N = {case['tokens']}" for case in cases
+            )
+            yield Text(f"{what}: {left}; run again to go on from here", style="yellow")
+
+
 def _tuned_cells(row: TuneRow) -> tuple[str | Text, ...]:
     """Of one number of tokens; what belongs to the decision of another number is told there."""
     kept = row.tactic == "default"
@@ -275,10 +289,9 @@ def _tuned_cells(row: TuneRow) -> tuple[str | Text, ...]:
         chosen.append(f"  ({row.status})", style="yellow")
     if not row.own:
         chosen.append(f"  (that of N = {row.bucket})", style="yellow")
-        return (row.format, str(row.tokens), chosen)
+        return (str(row.tokens), chosen)
     gain = Text("1 (kept)" if kept else "–" if row.gain is None else f"{row.gain:.2f}")
     return (
-        row.format,
         str(row.tokens),
         chosen,
         Text("–", style="dim") if row.gain is None and not kept else gain,
