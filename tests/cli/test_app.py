@@ -90,8 +90,8 @@ def test_doctor_says_what_runs_and_why_not(run: Run) -> None:
 
 def test_findings_that_cannot_be_written_are_one_message(run: Run) -> None:
     done = run("doctor", "--json", ".")
-    assert done.exit_code == 1
-    assert "cannot write" in done.output
+    assert done.exit_code == 2
+    assert "cannot write .: it is a folder" in done.output
     assert "Traceback" not in done.output
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import subprocess
@@ -13,11 +14,14 @@ from typing import Any
 import pytest
 import torch
 from cli_tools import QUICK, TINY, Run
+from rich.console import Console
 
 from moestro.bench import accuracy, plots, regret_layers, roofline
 from moestro.bench.contenders import make_layer
 from moestro.bench.layers import LayerSource, make_case
 from moestro.bench.models import from_sizes
+from moestro.bench.regret import Summary
+from moestro.cli import regret
 from moestro.cli.deliver import every
 from moestro.errors import MoestroError, StoreWarning, TuningError, TuningWarning
 from moestro.routing import Uniform
@@ -299,3 +303,11 @@ def test_every_step_is_taken_and_every_failure_told(capsys: pytest.CaptureFixtur
         every(lambda: fail(SystemExit(1)), lambda: fail(MoestroError("two")))
     assert len(taken) == 6
     assert "error: two" in capsys.readouterr().err
+
+
+def test_figures_of_regret_are_whole_in_80_columns() -> None:
+    worst = Summary("moestro", 10, 1.0, 1.0, 1.0, 1.0, 0.1234, 0.2345, 0.6899, 1.0, 374.0, 5.26)
+    text = io.StringIO()
+    Console(width=80, file=text).print(regret._table([worst]))
+    assert "…" not in text.getvalue()
+    assert "68.99%" in text.getvalue()

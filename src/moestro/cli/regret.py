@@ -196,7 +196,7 @@ def _write_measured(json_file: Path | None, spec: Any, outcomes: Sequence[Any]) 
 
 # --- both ---
 def _table(summaries: Sequence[Summary]) -> Table:
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))  # 80 columns hold it
     table.add_column("scheme", no_wrap=True)
     for name in ("best", "near", "same", "flips", "median", "95 %", "worst", "slower", "samples", "time"):
         table.add_column(name, justify="right", no_wrap=True)
