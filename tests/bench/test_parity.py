@@ -49,11 +49,11 @@ def test_each_run_is_a_process_with_its_ep(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(parity, "_bench", bench)
     monkeypatch.setattr(parity.results, "read", lambda path: some_result())
-    done = parity.repeat(["--sizes", "8,2,64,32"], runs=3, eps=[1, 2])
+    done = list(parity.repeat(["--sizes", "8,2,64,32"], runs=3, eps=[1, 2]))
     assert len(done) == 3  # what was whole when it was interrupted
     assert [arguments[arguments.index("--ep") + 1] for arguments in asked] == ["1", "2", "1", "2"]
 
 
 def test_a_run_that_fails_says_what_it_said() -> None:
     with pytest.raises(MoestroError, match="'mixtral-8x7b'"):
-        parity.repeat(["--model", "mixtral-8x7"], runs=2, eps=[1])
+        list(parity.repeat(["--model", "mixtral-8x7"], runs=2, eps=[1]))

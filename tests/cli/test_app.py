@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from cli_tools import QUICK, TINY, Run
 
-from moestro.errors import StoreWarning, TuningError
+from moestro.errors import TuningError
 
 
 @pytest.mark.parametrize("command", [[], ["tune"], ["bench"], ["bench", "parity"], ["doctor"], ["report"]])
@@ -90,8 +90,8 @@ def test_doctor_says_what_runs_and_why_not(run: Run) -> None:
 
 def test_findings_that_cannot_be_written_are_one_message(run: Run) -> None:
     done = run("doctor", "--json", ".")
-    assert done.exit_code == 1
-    assert "cannot write" in done.output
+    assert done.exit_code == 2
+    assert "cannot write .: it is a folder" in done.output
     assert "Traceback" not in done.output
 
 
@@ -111,12 +111,3 @@ def test_doctor_fails_where_nothing_runs(run: Run, monkeypatch: pytest.MonkeyPat
     done = run("doctor")
     assert done.exit_code == 1
     assert "it is Monday" in done.output
-
-
-@pytest.mark.filterwarnings("always::moestro.errors.StoreWarning")
-def test_a_store_that_cannot_be_written_is_a_warning_not_an_error(run: Run) -> None:
-    Path("file").write_text("not a folder")
-    with pytest.warns(StoreWarning, match="cannot be written"):
-        done = run("tune", *TINY, "--tokens", "1", "--store", "file/store")
-    assert done.exit_code == 0, done.output
-    assert "not kept: file/store cannot be written" in done.output

@@ -80,7 +80,7 @@ def test_record_and_calibrated_convert_run_a_text(run: Run, tmp_path: Path) -> N
     assert "modelopt NVFP4" in done.output  # with input scales: not W4A16
     assert run("record", str(tmp_path / "model"), "--text", str(tmp_path / "none")).exit_code == 2
     (empty := tmp_path / "empty.txt").write_text(" \n")
-    for command in (["record", "--out", str(tmp_path / "x")], ["convert", str(tmp_path / "uncalibrated")]):
+    for command in (["record", "--out", str(tmp_path / "x.pt")], ["convert", str(tmp_path / "uncalibrated")]):
         done = run(command[0], str(tmp_path / "model"), *command[1:], "--text", str(empty))
         assert done.exit_code == 1
         assert "must have at least one token" in done.output

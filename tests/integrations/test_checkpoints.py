@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from safetensors.torch import load_file, save_file
 import moestro
 from moestro.errors import BackendError, CheckpointWarning, FormatError
 from moestro.kernels.cpu import core
-from moestro.tuning import AutoTuner
 
 transformers = pytest.importorskip("transformers", minversion="5.7")
 
@@ -27,14 +25,7 @@ from moestro.integrations.transformers.bound import bound_to  # noqa: E402
 from moestro.integrations.transformers.modules import experts_modules  # noqa: E402
 
 F32 = torch.float32
-
-
-@pytest.fixture(autouse=True)
-def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(AutoTuner, "_default", AutoTuner())
-    mt.register(backend="portable")
-    yield
-    mt.REGISTERED.clear()
+pytestmark = pytest.mark.usefixtures("registered_portable")
 
 
 def wide() -> Any:

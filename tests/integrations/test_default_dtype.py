@@ -12,7 +12,6 @@ import torch
 from moestro.formats import NVFP4
 from moestro.kernels.cpu import core
 from moestro.moe.linear import PackedLinear
-from moestro.tuning import AutoTuner
 
 transformers = pytest.importorskip("transformers", minversion="5.7")
 
@@ -21,15 +20,13 @@ import tiny  # noqa: E402
 from moestro.integrations import transformers as mt  # noqa: E402
 
 DEFAULTS = [torch.bfloat16, torch.float64]
+pytestmark = pytest.mark.usefixtures("registered", "float32_afterwards")
 
 
-@pytest.fixture(autouse=True)
-def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(AutoTuner, "_default", AutoTuner())
-    mt.register()
+@pytest.fixture
+def float32_afterwards() -> Iterator[None]:
     yield
     torch.set_default_dtype(torch.float32)
-    mt.REGISTERED.clear()
 
 
 @pytest.mark.parametrize("default", DEFAULTS)

@@ -6,7 +6,6 @@ model dequantised by the producer's formula, run by Transformers' eager experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +16,13 @@ from safetensors.torch import load_file
 import moestro
 from moestro.checkpoints import Experts
 from moestro.formats import NVFP4
-from moestro.tuning import AutoTuner
 
 transformers = pytest.importorskip("transformers", minversion="5.7")
 
 import tiny  # noqa: E402
 
-from moestro.integrations import transformers as mt  # noqa: E402
-
 F32, P = torch.float32, "model.layers.0.mlp.experts"
-
-
-@pytest.fixture(autouse=True)
-def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(AutoTuner, "_default", AutoTuner())
-    mt.register()
-    yield
-    mt.REGISTERED.clear()
+pytestmark = pytest.mark.usefixtures("registered")
 
 
 def right(folder: Path, model: Any, truth: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,10 @@ import moestro.integrations.transformers as mt
 from moestro.errors import BackendError, FormatError
 from moestro.integrations.transformers.linears import packed_linears
 from moestro.moe.linear import PackedLinear
-from moestro.tuning import AutoTuner
 
 F32, BF16 = torch.float32, torch.bfloat16
 AUTO = transformers.AutoModelForCausalLM
-
-
-@pytest.fixture(autouse=True)
-def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(AutoTuner, "_default", AutoTuner())
-    mt.register()
-    yield
-    mt.REGISTERED.clear()
-    mt.ExpertsInterface._global_mapping.pop("moestro", None)
+pytestmark = pytest.mark.usefixtures("registered")
 
 
 def wide() -> Any:

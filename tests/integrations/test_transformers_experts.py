@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from moestro.errors import BackendError
-from moestro.tuning import AutoTuner
 
 transformers = pytest.importorskip("transformers", minversion="5.7")
 
@@ -23,14 +21,7 @@ SMALL = {
     "num_key_value_heads": 1,
     "head_dim": 16,
 }
-
-
-@pytest.fixture(autouse=True)
-def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(AutoTuner, "_default", AutoTuner())
-    integration.register()
-    yield
-    integration.REGISTERED.clear()
+pytestmark = pytest.mark.usefixtures("registered")
 
 
 def qwen3() -> Any:

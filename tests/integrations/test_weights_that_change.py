@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ import torch
 
 from moestro.errors import BackendError, FormatError, ShapeError
 from moestro.formats import get
-from moestro.tuning import AutoTuner
 
 transformers = pytest.importorskip("transformers", minversion="5.7")
 
@@ -29,14 +27,7 @@ from moestro.integrations.transformers.modules import (  # noqa: E402
 )
 
 F32 = torch.float32
-
-
-@pytest.fixture(autouse=True)
-def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(AutoTuner, "_default", AutoTuner())
-    mt.register()
-    yield
-    mt.REGISTERED.clear()
+pytestmark = pytest.mark.usefixtures("registered")
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moestro.errors import FormatError
-from moestro.tuning import AutoTuner
 
 transformers = pytest.importorskip("transformers", minversion="5.7")
 
@@ -26,14 +24,7 @@ from moestro.integrations.transformers.modules import experts_modules  # noqa: E
 F32 = torch.float32
 COMMIT = "a" * 40
 INDEX = "model.safetensors.index.json"
-
-
-@pytest.fixture(autouse=True)
-def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(AutoTuner, "_default", AutoTuner())
-    mt.register(backend="portable")
-    yield
-    mt.REGISTERED.clear()
+pytestmark = pytest.mark.usefixtures("registered_portable")
 
 
 def checkpoint(folder: Path, layout: str = "modelopt-w4a16-nvfp4", **options: Any) -> torch.Tensor:

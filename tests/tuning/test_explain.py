@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from tuning_fakes import WRONG, Kernel, config, inputs, quiet_clock, tuner
 
 from moestro.errors import TuningWarning
 from moestro.tuning import Probe
+from moestro.tuning.show.explain import Case, explain
+from moestro.tuning.spec.evidence import CandidateEvidence, Evidence, Record
 
 TIMES: dict[Any, Any] = {
     -1: 3e-4,
@@ -116,3 +120,33 @@ def test_explaining_warns_of_nothing_and_tunes_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", TuningWarning)
         explain(100_000)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_figures_are_whole_in_any_terminal(width: int) -> None:
+    candidates = tuple(
+        CandidateEvidence(
+            "moestro.kernels.portable.runner.PortableRunner#0123456789ab",
+            -1 if n == 0 else " ".join(f"a_long_knob_{k}={n}" for k in range(6)),
+            "winner" if n == 0 else "eliminated",
+            median=0.0123,
+            ratio=1.0 + n / 1000,
+            low=0.987,
+            high=1.654 + n,
+            samples=12345,
+            reason="slower in the screening",
+            probes={
+                p: {"ratio": 1.5 + n} for p in ("uniform", "zipf(1.0)", "trained(e32-k4-python@759ce30f)")
+            },
+        )
+        for n in range(3)
+    )
+    record = Record((8,), candidates[0].runner, -1, "measured", evidence=Evidence(candidates))
+    key: Any = SimpleNamespace(op="moe")
+    table = explain(Case(key, record, {(8,): record}), width).split("Measured")[0].splitlines()
+    for figure in ("12.3 ms", "1.002", "0.987 - 3.654", "12345", *(["3.500"] if width == 120 else [])):
+        assert any(figure in line for line in table), figure
+    assert not any("…" in line for line in table)
+    folded = "".join("".join(table).split())
+    assert "a_long_knob_5=2" in folded
+    assert "screening" in folded

@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -78,13 +78,12 @@ def repeat(
     eps: Sequence[int],
     on_run: Callable[[int, int], None] = lambda ep, run: None,
     keep: Path | None = None,
-) -> list[BenchResult]:
-    """Run `moestro bench ARGUMENTS --ep EP` `runs` times per EP, each in a process of its own.
+) -> Iterator[BenchResult]:
+    """Run `moestro bench ARGUMENTS --ep EP` `runs` times per EP, each in a process of its own; each result as it comes.
 
-    `keep` is a folder for every run's JSON. KeyboardInterrupt returns the runs that are complete.
+    `keep` is a folder for every run's JSON. KeyboardInterrupt ends it after the runs that are complete.
     Raises MoestroError with the last lines of a run that fails.
     """
-    done: list[BenchResult] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
@@ -94,10 +93,9 @@ def repeat(
                     on_run(ep, run)
                     path = folder / f"ep{ep}-run{run}.json"
                     _bench([*arguments, "--ep", str(ep), "--json", str(path)])
-                    done.append(results.read(path))
+                    yield results.read(path)
         except KeyboardInterrupt:
             pass
-    return done
 
 
 def write(path: Path, found: Sequence[Delta], runs: Sequence[BenchResult]) -> None:

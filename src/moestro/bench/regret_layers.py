@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -43,12 +43,11 @@ class LayerOutcome:
     found: RealOutcome
 
 
-def run(spec: LayersSpec, step: Callable[[str], None] = lambda what: None) -> list[LayerOutcome]:
-    """Every format, backend and number of tokens."""
+def run(spec: LayersSpec, step: Callable[[str], None] = lambda what: None) -> Iterator[LayerOutcome]:
+    """Every format, backend and number of tokens, one after the other."""
     policy = MeasurementPolicy(seed=spec.seed)
     if spec.sustained_s is not None:
         policy = replace(policy, sustained_s=spec.sustained_s)
-    outcomes = []
     for format in spec.formats:
         for backend in spec.backends:
             source = LayerSource(spec.shape, seed=spec.seed, device=spec.device)
@@ -68,5 +67,4 @@ def run(spec: LayersSpec, step: Callable[[str], None] = lambda what: None) -> li
                     oracle_seconds=spec.oracle_seconds,
                     step=lambda what, at=f"{format} N={tokens}": step(f"{at}: {what}"),  # type: ignore[misc]
                 )
-                outcomes.append(LayerOutcome(format, backend, tokens, found))
-    return outcomes
+                yield LayerOutcome(format, backend, tokens, found)

@@ -63,9 +63,11 @@ def write_report(path: Path, results: Sequence[BenchResult], store: Path | None 
     """
     if (reason := plots.why_not()) is not None:
         raise MoestroError(f"report: {reason}")
+    if not any(result.rows for result in results) and not _tuned(store):
+        raise MoestroError(
+            f"report: nothing to show: no bench rows, and no decisions for several sizes in {store or 'a store'}"
+        )
     tuning = _tuning(store) if store is not None else ""
-    if not tuning and not any(result.rows for result in results):
-        raise MoestroError("report: nothing to show: no bench rows, and no decisions in the store")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(page(results, tuning))
@@ -89,6 +91,12 @@ def _tuning(store: Path) -> str:
     from moestro.tuning.show import report as tuner
 
     return f'<section class="tuning">{tuner.section(store)}</section>'
+
+
+def _tuned(store: Path | None) -> bool:
+    from moestro.tuning.show import report as tuner
+
+    return store is not None and bool(tuner.shown(store))
 
 
 def _section(result: BenchResult) -> str:

@@ -19,7 +19,7 @@ from moestro.bench import results
 from moestro.bench.contenders import make_layer, tactic_words
 from moestro.bench.layers import LayerSource
 from moestro.bench.models import MoeShape
-from moestro.errors import BackendError
+from moestro.errors import BackendError, TuningError
 from moestro.moe.call import as_inputs
 from moestro.moe.layer import FusedMoE
 from moestro.moe.tuning_config import OP
@@ -29,7 +29,7 @@ from moestro.tuning.progress import Listener
 from moestro.tuning.spec.keys import static_key
 from moestro.tuning.store.store import Entry, default_root, folder_of
 
-__all__ = ["SCHEMA", "TuneResult", "TuneRow", "TuneSpec", "run"]
+__all__ = ["SCHEMA", "TuneResult", "TuneRow", "TuneSpec", "check_kept", "run"]
 
 SCHEMA = "moestro.tune/1"
 
@@ -73,6 +73,12 @@ class TuneRow:
     candidates: int
     samples: int
     seconds: float
+    complete: bool = True  # False: the budget or Ctrl-C ended the race; tuning again goes on with it
+
+    @property
+    def own(self) -> bool:
+        """Whether it was measured at this number of tokens, and not at another one that serves it so far."""
+        return self.bucket == self.tokens
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,8 @@ class TuneResult:
     seconds: float = 0.0
     phases: dict[str, float] = field(default_factory=dict)  # seconds of each part
     interrupted: bool = False
-    kept: bool = True  # whether the store could be written
+    kept: bool = True  # whether the store took everything
+    why_not_kept: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **asdict(self)}
@@ -173,13 +180,27 @@ def run(spec: TuneSpec, command: str, listener: Listener | None = None) -> TuneR
                 phases.end()
             began = time.monotonic()
             budget = None if left is None else max(0.0, left / (len(each) - done))
-            _tune_layer(spec, layer, name, backend, budget, result, phases)
+            _tune_layer(spec, layer, name, backend, budget, result, phases, store)
             left = None if left is None else left - (time.monotonic() - began)
     except KeyboardInterrupt:
         interrupted = True
     return dataclasses.replace(
-        result, interrupted=interrupted, seconds=time.monotonic() - start, kept=not store.unwritable
+        result,
+        interrupted=interrupted,
+        seconds=time.monotonic() - start,
+        kept=store.unwritable is None,
+        why_not_kept=store.unwritable,
     )
+
+
+def check_kept(result: TuneResult) -> None:
+    """Raises TuningError if the store did not take everything: what serves later will not find it."""
+    if result.why_not_kept is not None:
+        raise TuningError(
+            f"not kept: the store {result.store} could not be written ({result.why_not_kept}). The decisions above are "
+            "lost to later processes, but for those that it took before; give a folder that can be written, with room, "
+            "by --store or MOESTRO_STORE, and tune again"
+        )
 
 
 def _tune_layer(
@@ -190,6 +211,7 @@ def _tune_layer(
     budget: float | None,
     result: TuneResult,
     phases: _Phases,
+    store: Store,
 ) -> None:
     misses = _misses(spec, layer) if spec.from_misses else {}
     tokens = sorted(misses) if spec.from_misses else sorted(spec.tokens)
@@ -206,9 +228,9 @@ def _tune_layer(
             if decision is None or decision.status == "extrapolated":
                 result.open.append({"format": format, "backend": backend, "tokens": size})
             else:
-                result.rows.append(_row(format, backend, size, decision))
-                for entry in misses.get(size, ()):
-                    entry.path.unlink(missing_ok=True)
+                result.rows.append(row := _row(format, backend, size, decision))
+                for entry in misses.get(size, ()) if row.own and store.unwritable is None else ():
+                    store.forget(entry)
 
 
 def _most(spec: TuneSpec) -> int:
@@ -247,6 +269,7 @@ def _row(format: str, backend: str, tokens: int, decision: Decision) -> TuneRow:
         candidates=len(evidence.candidates),
         samples=evidence.samples,
         seconds=evidence.seconds,
+        complete=decision.record.complete,
     )
 
 

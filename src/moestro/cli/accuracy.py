@@ -12,7 +12,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moestro.cli.console import errors, output, progress, quiet
+from moestro.cli.console import output, progress, quiet
+from moestro.cli.deliver import every, write_results
 from moestro.machine import bytes_text
 
 if TYPE_CHECKING:
@@ -128,23 +129,27 @@ def measure(spec: AccuracySpec, json_file: Path | None) -> None:
     }
     result = accuracy.new_result(results.command_line(), spec.device, spec.shape, conditions)
     interrupted = False
-    try:
-        with progress() as bar, quiet():
-            task = bar.add_task("accuracy", total=None)
-            result = _measured(spec, result, lambda what: bar.update(task, description=what))
-    except KeyboardInterrupt:
-        interrupted = True
-    if json_file is not None:
-        results.write_json(json_file, result.to_json())
-    output.print(accuracy_view(result))
-    if json_file is not None:
-        errors.print(f"[dim]results: {json_file}[/]")
+
+    def run() -> None:
+        nonlocal interrupted
+        try:
+            with progress() as bar, quiet():
+                task = bar.add_task("accuracy", total=None)
+                _measured(spec, result, lambda what: bar.update(task, description=what))
+        except KeyboardInterrupt:
+            interrupted = True
+
+    every(
+        run,
+        lambda: write_results(json_file, result.to_json()),
+        lambda: output.print(accuracy_view(result)),
+    )
     if interrupted:
         raise typer.Exit(130)
 
 
-def _measured(spec: AccuracySpec, result: AccuracyResult, step: Any) -> AccuracyResult:
-    """The result with its rows, which are added one by one: what is in it stays if the run breaks off."""
+def _measured(spec: AccuracySpec, result: AccuracyResult, step: Any) -> None:
+    """Adds the rows to the result one by one: what is in it stays if the run breaks off."""
     from moestro.bench import accuracy, model_accuracy
 
     if spec.shape is not None:
@@ -162,7 +167,6 @@ def _measured(spec: AccuracySpec, result: AccuracyResult, step: Any) -> Accuracy
             known, spec.formats, spec.inputs, backend=spec.backend, step=step
         ):
             result.model.append(one)
-    return result
 
 
 def accuracy_view(result: AccuracyResult) -> RenderableType:

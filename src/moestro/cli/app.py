@@ -1,7 +1,8 @@
 """The command `moestro`: the app, how errors look, and the exit statuses.
 
-0: done. 1: a failure of ours (one message; --debug shows the traceback). 2: wrong usage. 130: interrupted,
-with what was measured kept. Commands live beside this file and import torch only when they run.
+0: done. 1: a failure of ours, or results that could not be kept, which are shown first (one message; --debug shows
+the traceback). 2: wrong usage. 130: interrupted, with what was measured kept. Commands live beside this file and
+import torch only when they run.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from moestro.cli import bench, cache, convert, doctor, explain, inspect, plan, record, report, tune
-from moestro.cli.console import errors
+from moestro.cli.console import errors, plain_warnings
 from moestro.errors import MoestroError
 
 __all__ = ["app", "main"]
@@ -105,4 +106,5 @@ def _root(
 def main() -> None:
     """The entry point of the console script. A request to end (SIGTERM) is taken as Ctrl-C: what is measured is kept."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    plain_warnings()
     app(prog_name="moestro")

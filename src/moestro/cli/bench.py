@@ -13,6 +13,7 @@ from moestro.cli import ep as expert_parallel
 from moestro.cli import options as opt
 from moestro.cli import recall, regret
 from moestro.cli.console import ProgressListener, errors, output, progress, quiet
+from moestro.cli.deliver import every, keeping, wrote
 
 __all__ = ["app"]
 
@@ -72,7 +73,13 @@ SecondsOption = Annotated[
 RoundsOption = Annotated[int, typer.Option("--rounds", min=1, help="Alternating rounds at least.")]
 ReportOption = Annotated[
     Path | None,
-    typer.Option("--report", metavar="FILE", rich_help_panel="Output", help="Write report.html with plots."),
+    typer.Option(
+        "--report",
+        metavar="FILE",
+        callback=opt.writable,
+        rich_help_panel="Output",
+        help="Write report.html with plots.",
+    ),
 ]
 
 
@@ -134,7 +141,7 @@ def bench(
         shape=shape,
         tokens=tuple(chosen_tokens),
         routing=routings[0],
-        formats=tuple(opt.parse_formats(format, ("bf16", "nvfp4"))),
+        formats=tuple(opt.parse_formats(format, ("bf16", "nvfp4"), shape)),
         inputs=tuple(
             None if name == "none" else name for name in exact.parse_inputs(input_format, ("none",))
         ),
@@ -163,7 +170,7 @@ def _run(spec: Any, routings: list[Any], json_file: Path | None) -> Any:
     from moestro.bench import run as runs
 
     with progress() as bar, quiet():
-        keep = None if json_file is None else functools.partial(_write, json_file)
+        keep = None if json_file is None else keeping(functools.partial(_write, json_file))
         clock, command = timing.timer_for(spec.device), results.command_line()
         return runs.run_each(spec, routings, clock, command, ProgressListener(bar), keep)
 
@@ -179,26 +186,52 @@ def _write(json_file: Path, found: list[Any]) -> None:
 
 def _deliver(found: list[Any], json_file: Path | None, report: Path | None, store: Path | None) -> None:
     from moestro.bench import run as runs
-    from moestro.bench import worst
-    from moestro.cli.tables import bench_view, worst_view
 
-    if json_file is not None:  # first: nothing that goes wrong later may lose what was measured
-        _write(json_file, found)
-    for result in found:
-        output.print(bench_view(result))
-    if len(found) > 1 and (rows := worst.worst_ratios(found)):
-        output.print(worst_view(rows))
-    if json_file is not None:
-        errors.print(f"[dim]results: {json_file}[/]")
-    if report is not None and any(result.rows for result in found):
-        from moestro.bench.report import write_report
-
-        write_report(report, found, store)
-        errors.print(f"[dim]report: {report}[/]")
+    every(
+        lambda: _write_and_say(json_file, found),  # first: whatever becomes of the terminal, it is kept
+        lambda: _show(found),
+        lambda: _say_untuned(found, store),
+        lambda: _write_report(report, found, store),
+    )
     if any(result.interrupted for result in found):
         raise typer.Exit(130)
     for result in found:
         runs.check_measured(result)
+
+
+def _show(found: list[Any]) -> None:
+    from moestro.bench import worst
+    from moestro.cli.tables import bench_view, worst_view
+
+    for result in found:
+        output.print(bench_view(result))
+    if len(found) > 1 and (rows := worst.worst_ratios(found)):
+        output.print(worst_view(rows))
+
+
+def _say_untuned(found: list[Any], store: Path | None) -> None:
+    """Where a store was named and nothing of it served: a slip in its name would else look like a slow kernel."""
+    served = [row.facts.get("status") for result in found for row in result.rows if row.ours]
+    if store is not None and served and set(served) == {"default"}:
+        why = "has no decisions for this layer" if store.is_dir() else "is no folder"
+        errors.print(
+            f"{store} {why}: default tactics were measured; moestro tune --store {store} chooses others",
+            style="yellow", markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
+
+
+def _write_and_say(json_file: Path | None, found: list[Any]) -> None:
+    if json_file is not None:
+        _write(json_file, found)
+        wrote("results", json_file)
+
+
+def _write_report(report: Path | None, found: list[Any], store: Path | None) -> None:
+    if report is not None and any(result.rows for result in found):
+        from moestro.bench.report import write_report
+
+        write_report(report, found, store)
+        wrote("report", report)
 
 
 def _parse_peers(text: str, device: str) -> tuple[str, ...]:
@@ -248,23 +281,29 @@ def parity(
     from moestro.bench import parity as runs_of
     from moestro.cli.tables import parity_view
 
-    eps = ep or [1]
-    with progress() as bar:
-        task = bar.add_task("runs", total=runs * len(eps))
+    eps, done = ep or [1], list[Any]()
 
-        def on_run(ranks: int, run: int) -> None:
-            bar.update(
-                task, completed=run * len(eps) + eps.index(ranks), description=f"EP{ranks}, run {run + 1}"
-            )
+    def repeat() -> None:
+        with progress() as bar:
+            task = bar.add_task("runs", total=runs * len(eps))
 
-        done = runs_of.repeat(ctx.args, runs, eps, on_run, keep)
-    found = runs_of.deltas(done, against)
-    if not found:
-        raise _nothing_to_compare(against)
-    output.print(parity_view(found, done))
-    if json_file is not None:
-        runs_of.write(json_file, found, done)
-        errors.print(f"[dim]results: {json_file}[/]")
+            def on_run(ranks: int, run: int) -> None:
+                at = run * len(eps) + eps.index(ranks)
+                bar.update(task, completed=at, description=f"EP{ranks}, run {run + 1}")
+
+            for one in runs_of.repeat(ctx.args, runs, eps, on_run, keep):
+                done.append(one)
+                if len(done) == len(eps) and not runs_of.deltas(done, against):
+                    raise _nothing_to_compare(against)
+
+    def deliver() -> None:  # of the runs before, if one has failed
+        if found := runs_of.deltas(done, against):
+            output.print(parity_view(found, done))
+            if json_file is not None:
+                runs_of.write(json_file, found, done)
+                wrote("results", json_file)
+
+    every(repeat, deliver)
     if len(done) < runs * len(eps):
         raise typer.Exit(130)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -16,10 +17,10 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from moestro.errors import TuningWarning
+from moestro.errors import CheckpointWarning, StoreWarning, TuningWarning
 from moestro.tuning.progress import Listener
 
-__all__ = ["ProgressListener", "errors", "output", "progress", "quiet", "seconds_text"]
+__all__ = ["ProgressListener", "errors", "output", "plain_warnings", "progress", "quiet", "seconds_text"]
 
 output = Console()
 errors = Console(stderr=True)
@@ -53,6 +54,19 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TuningWarning)
         yield
+
+
+def plain_warnings() -> None:
+    """From here on a warning of ours is a line of its own, above a progress bar, without where in the code it came from."""
+    usual = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, StoreWarning | TuningWarning | CheckpointWarning):
+            errors.print(f"warning: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        else:
+            usual(message, category, *where, **more)
+
+    warnings.showwarning = show
 
 
 class ProgressListener(Listener):

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moestro.cli.console import output
+from moestro.cli.options import writable
 from moestro.machine import bytes_text
 
 __all__ = ["doctor"]
@@ -28,8 +29,11 @@ def doctor(
     """
     from moestro.bench import checkup, results
 
+    to_terminal = str(json_file) == "-"
+    if not to_terminal:
+        writable(json_file)
     found = checkup.examine()
-    if json_file is not None and str(json_file) == "-":
+    if to_terminal:
         typer.echo(json.dumps(found, indent=1))
     else:
         _show(found)

@@ -13,6 +13,7 @@ import typer
 
 from moestro.cli import options as opt
 from moestro.cli.console import output, quiet, seconds_text
+from moestro.cli.deliver import keeping
 from moestro.errors import ModelError
 
 __all__ = ["EXAMPLES", "bench_ep"]
@@ -66,7 +67,7 @@ def bench_ep(
     """Measure expert parallelism: ways, stages, imbalance, beside one rank and plain PyTorch. Under torchrun."""
     shape = opt.parse_shape(model, sizes)
     shape = dataclasses.replace(shape, num_experts=experts) if experts is not None else shape
-    chosen_tokens, formats = opt.parse_tokens(tokens), opt.parse_formats(format, ("nvfp4",))
+    chosen_tokens, formats = opt.parse_tokens(tokens), opt.parse_formats(format, ("nvfp4",), shape)
     distribution = opt.parse_routing(routing)
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         raise typer.BadParameter(
@@ -105,19 +106,27 @@ def _run(spec: Any, group: Any, json_file: Path | None) -> None:
     """Measure; rank 0 shows each row, and writes all so far, so that nothing that goes wrong later loses them."""
     from moestro.bench import ep, results
 
-    first, rows = group.rank() == 0, []
+    first = group.rank() == 0
+    rows: list[Any] = []
     if first:
         title = f"{spec.shape.describe()} on {group.size()} ranks, {spec.format}, {spec.routing.name} routing"
         output.print(title, highlight=False)
+
+    def write() -> None:
+        if json_file is not None:
+            results.write_json(json_file, ep.to_json(spec, rows, group.size(), results.command_line()))
+
+    keep = keeping(write)  # an error here would leave the other ranks waiting
 
     def on_row(row: Any) -> None:
         rows.append(row)
         if first:
             output.print(_line(row), highlight=False)
-        if first and json_file is not None:
-            results.write_json(json_file, ep.to_json(spec, rows, group.size(), results.command_line()))
+            keep()
 
     ep.run(spec, group, on_row)
+    if first:  # again: what could not be written on the way is an error now
+        write()
 
 
 def _line(row: Any) -> str:

@@ -7,6 +7,7 @@ and, for names, the nearest known ones.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -41,9 +42,31 @@ __all__ = [
     "parse_shape",
     "parse_tokens",
     "usage",
+    "writable",
 ]
 
 LAYER, TUNING, OUTPUT = "The layer", "Tuning", "Output"
+
+
+def writable(path: Path | None) -> Path | None:
+    """A file to be written, checked before any work (a callback of options). A usage error if that cannot be."""
+    if path is not None and (why := _why_unwritable(path)) is not None:
+        raise typer.BadParameter(f"cannot write {path}: {why}")
+    return path
+
+
+def _why_unwritable(path: Path) -> str | None:
+    if str(path) == "-":
+        return "the terminal has the tables; give a file"
+    if path.is_dir():
+        return "it is a folder"
+    if os.path.exists(path) and not path.is_file():  # a device, a pipe: written as it is
+        return None if os.access(path, os.W_OK) else "no permission"
+    above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    if not above.is_dir():
+        return f"{above} is no folder"
+    return None if os.access(above, os.W_OK | os.X_OK) else f"no permission to write in {above}"
+
 
 ModelOption = Annotated[
     str | None,
@@ -177,7 +200,10 @@ StoreOption = Annotated[
     ),
 ]
 JsonOption = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", rich_help_panel=OUTPUT, help="Write results as JSON.")
+    Path | None,
+    typer.Option(
+        "--json", metavar="FILE", callback=writable, rich_help_panel=OUTPUT, help="Write results as JSON."
+    ),
 ]
 
 
@@ -228,15 +254,36 @@ def parse_tokens(text: str) -> list[int]:
     return sorted(found)
 
 
-def parse_formats(names: list[str] | None, default: tuple[str, ...]) -> list[str]:
-    """Known format names, each once, in the order given."""
+def parse_formats(
+    names: list[str] | None, default: tuple[str, ...], shape: MoeShape | None = None
+) -> list[str]:
+    """Known format names, each once, in the order given; those that a layer's sizes can be blocked for."""
     from moestro import formats
 
     chosen = list(dict.fromkeys(names or default))
     with usage("--format"):
         for name in chosen:
             formats.get(name)
+    if shape is not None:
+        for name in chosen:
+            _check_blocks(name, shape)
     return chosen
+
+
+def _check_blocks(format: str, shape: MoeShape) -> None:
+    """A usage error where a row of the weights is not whole blocks of a format."""
+    import torch
+
+    from moestro import formats
+
+    for letter, columns in (("H", shape.hidden_size), ("I", shape.intermediate_size)):
+        try:
+            formats.get(format).quantize(torch.zeros(1, 1, columns))
+        except MoestroError as error:
+            raise typer.BadParameter(
+                f"{letter} = {columns} of {shape.name} cannot be {format}: {error}",
+                param_hint="--sizes / --format",
+            ) from error
 
 
 def parse_backends(names: list[str] | None) -> list[str]:

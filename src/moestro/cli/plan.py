@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from moestro.cli import options as opt
-from moestro.cli.console import errors, output, seconds_text
+from moestro.cli.console import output, seconds_text
+from moestro.cli.deliver import write_results
 
 __all__ = ["EXAMPLES", "plan"]
 
@@ -115,7 +116,7 @@ def _verdict(row: Any, tokens: int) -> str:
 def _write(path: Path, rows: list[Any], layer: Any, conditions: dict[str, Any]) -> None:
     from moestro.bench import results
 
-    results.write_json(
+    write_results(
         path,
         {
             "schema": "moestro.plan/1",
@@ -126,4 +127,3 @@ def _write(path: Path, rows: list[Any], layer: Any, conditions: dict[str, Any]) 
             "rows": [{**dataclasses.asdict(row), "total": row.total} for row in rows],
         },
     )
-    errors.print(f"[dim]results: {path}[/]")

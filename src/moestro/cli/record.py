@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from moestro.cli.console import errors, output
+from moestro.cli.options import usage, writable
 
 __all__ = ["record"]
 
@@ -18,17 +19,23 @@ def record(
     ],
     text: Annotated[Path, typer.Option("--text", metavar="FILE", help="What to run.")],
     out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="FILE", help="A .safetensors, .pt or .npy file.")
+        Path,
+        typer.Option(
+            "--out", "-o", metavar="FILE", callback=writable, help="A .safetensors, .pt or .npy file."
+        ),
     ] = Path("routing.safetensors"),
-    length: Annotated[int, typer.Option("--length", help="Tokens a call.")] = 512,
-    calls: Annotated[int, typer.Option("--calls", help="At most so many calls.")] = 64,
+    length: Annotated[int, typer.Option("--length", min=1, help="Tokens a call.")] = 512,
+    calls: Annotated[int, typer.Option("--calls", min=1, help="At most so many calls.")] = 64,
 ) -> None:
     """Run a text through a model and record the experts of every token and layer: [sequence, layers, K]."""
     import torch
 
     from moestro import load, routing
     from moestro.integrations import need_transformers
+    from moestro.routing import recorded
 
+    with usage("--out"):
+        recorded.check_suffix(out)
     transformers = need_transformers()
     from moestro.integrations.transformers.calibrate import text_batches
 

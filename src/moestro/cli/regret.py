@@ -13,6 +13,7 @@ from rich.table import Table
 
 from moestro.cli import options as opt
 from moestro.cli.console import output, progress, seconds_text
+from moestro.cli.deliver import every, write_results
 
 if TYPE_CHECKING:
     from moestro.bench.regret import Summary
@@ -84,11 +85,12 @@ def regret(
     else:
         from moestro.bench.regret_layers import LayersSpec
 
+        shape = opt.parse_shape(model, sizes, ep, local_pairs)
         spec = LayersSpec(
-            shape=opt.parse_shape(model, sizes, ep, local_pairs),
+            shape=shape,
             tokens=tuple(opt.parse_tokens(tokens)),
             routing=opt.parse_routing(routing),
-            formats=tuple(opt.parse_formats(format, ("nvfp4",))),
+            formats=tuple(opt.parse_formats(format, ("nvfp4",), shape)),
             backends=tuple(opt.parse_backends(backend)),
             device=opt.parse_device(device),
             seed=seed,
@@ -123,10 +125,7 @@ def _simulate(tunings: int, processes: int, json_file: Path | None) -> bool:
             mark = "[green]holds[/]" if held else "[bold red]FAILS[/]"
             output.print(f"{mark} {_target_text(target)}: {value:.2%}", highlight=False)
     output.print(f"\n{LEGEND}", style="dim")
-    if json_file is not None:
-        _write(
-            json_file, "simulated", [_simulated_json(outcome) for outcome in outcomes], {"tunings": tunings}
-        )
+    _write(json_file, "simulated", [_simulated_json(outcome) for outcome in outcomes], {"tunings": tunings})
     return all(outcome.held for outcome in outcomes)
 
 
@@ -149,11 +148,29 @@ def _simulated_json(outcome: Outcome) -> dict[str, Any]:
 
 # --- on a device ---
 def _measure(spec: Any, json_file: Path | None) -> bool:
+    """Whether no pick is slower than the default. What is measured when the run breaks off is shown and written."""
     from moestro.bench import regret_layers
 
-    with progress() as bar:
-        task = bar.add_task("making the layer", total=None)
-        outcomes = regret_layers.run(spec, lambda what: bar.update(task, description=what))
+    outcomes: list[Any] = []
+    interrupted = False
+
+    def run() -> None:
+        nonlocal interrupted
+        try:
+            with progress() as bar:
+                task = bar.add_task("making the layer", total=None)
+                for outcome in regret_layers.run(spec, lambda what: bar.update(task, description=what)):
+                    outcomes.append(outcome)
+        except KeyboardInterrupt:
+            interrupted = True
+
+    every(run, lambda: _show(outcomes), lambda: _write_measured(json_file, spec, outcomes))
+    if interrupted:
+        raise typer.Exit(130)
+    return all(outcome.found.moestro.slower_than_default == 0 for outcome in outcomes)
+
+
+def _show(outcomes: Sequence[Any]) -> None:
     for outcome in outcomes:
         found, oracle = outcome.found, outcome.found.oracle
         output.print(
@@ -168,18 +185,18 @@ def _measure(spec: Any, json_file: Path | None) -> bool:
             held = ", ".join(clocks.get("throttle") or ()) or "nothing"
             output.print(f"SM clock {low} to {high} MHz, held back by: {held}", style="dim", highlight=False)
     output.print(f"\n{LEGEND}", style="dim")
-    if json_file is not None:
-        conditions = dataclasses.asdict(
-            dataclasses.replace(spec, shape=None, routing=None)
-        )  # these two have a JSON form of their own
-        conditions |= {"problem": spec.shape.to_json(), "routing": spec.routing.name}
-        _write(json_file, spec.device, [dataclasses.asdict(outcome) for outcome in outcomes], conditions)
-    return all(outcome.found.moestro.slower_than_default == 0 for outcome in outcomes)
+
+
+def _write_measured(json_file: Path | None, spec: Any, outcomes: Sequence[Any]) -> None:
+    # shape and routing have a JSON form of their own
+    conditions = dataclasses.asdict(dataclasses.replace(spec, shape=None, routing=None))
+    conditions |= {"problem": spec.shape.to_json(), "routing": spec.routing.name}
+    _write(json_file, spec.device, [dataclasses.asdict(outcome) for outcome in outcomes], conditions)
 
 
 # --- both ---
 def _table(summaries: Sequence[Summary]) -> Table:
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))  # 80 columns hold it
     table.add_column("scheme", no_wrap=True)
     for name in ("best", "near", "same", "flips", "median", "95 %", "worst", "slower", "samples", "time"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -204,10 +221,10 @@ def _cells(summary: Summary) -> list[str]:
     ]
 
 
-def _write(path: Path, device: str, rows: list[dict[str, Any]], conditions: dict[str, Any]) -> None:
+def _write(path: Path | None, device: str, rows: list[dict[str, Any]], conditions: dict[str, Any]) -> None:
     from moestro.bench import results
 
-    results.write_json(
+    write_results(
         path,
         {
             "schema": SCHEMA,

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from moestro.cli.console import output
+from moestro.cli.options import writable
 from moestro.cli.tactics import load_tactics
 
 __all__ = ["report"]
@@ -22,9 +23,9 @@ def report(
         Path | None,
         typer.Option("--store", metavar="DIR", help="Store of decisions: adds the tuner's plots."),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Where to write.")] = Path(
-        "report.html"
-    ),
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="FILE", callback=writable, help="Where to write.")
+    ] = Path("report.html"),
 ) -> None:
     """A self-contained page of plots: latency, ratio to the best peer, roofline; and what the tuner chose
     and why.

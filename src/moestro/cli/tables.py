@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -10,7 +11,7 @@ from rich.text import Text
 
 from moestro.bench.parity import Delta
 from moestro.bench.results import BenchResult, Row
-from moestro.bench.tune import TuneResult
+from moestro.bench.tune import TuneResult, TuneRow
 from moestro.bench.worst import Worst
 from moestro.cli.console import seconds_text
 from moestro.machine import bytes_text
@@ -236,22 +237,13 @@ def tune_view(result: TuneResult) -> RenderableType:
         table.add_column(title, justify="right" if "×" in title else "left")
     for title in ("noise", "candidates", "samples", "time"):
         table.add_column(title, justify="right", style="dim")
+    backends = {row.backend for row in result.rows} | {entry["backend"] for entry in result.open}
+
+    def asked(backend: str) -> str:  # which one was asked for, where that was several
+        return f" {backend}" if len(backends) > 1 else ""
+
     for row in result.rows:
-        kept = row.tactic == "default"
-        chosen = Text(f"{row.runner} {row.tactic}")
-        if row.status != "measured":
-            chosen.append(f"  ({row.status})", style="yellow")
-        gain = Text("1 (kept)" if kept else "–" if row.gain is None else f"{row.gain:.2f}")
-        table.add_row(
-            row.format,
-            str(row.tokens),
-            chosen,
-            Text("–", style="dim") if row.gain is None and not kept else gain,
-            f"{100 * row.noise_floor:.1f}%",
-            str(row.candidates),
-            str(row.samples),
-            seconds_text(row.seconds),
-        )
+        table.add_row(row.format + asked(row.backend), *_tuned_cells(row))
     problem, where = result.problem, result.environment
     head = Text()
     head.append(problem["name"], style="bold")
@@ -260,17 +252,51 @@ def tune_view(result: TuneResult) -> RenderableType:
     parts: list[RenderableType] = [head, *([table] if result.rows else [])]
     for entry in result.skipped:
         parts.append(Text(f"{entry['format']} {entry['backend']}: {entry['reason']}", style="yellow"))
-    if result.open:
-        left = ", ".join(f"{entry['format']} N = {entry['tokens']}" for entry in result.open)
-        parts.append(Text(f"not decided: {left}; run again to go on from here", style="yellow"))
+    parts += _to_go_on_with(result, asked)
     if result.phases:
         slowest = sorted(result.phases.items(), key=lambda item: -item[1])[:4]
         spent = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in slowest)
         parts.append(Text(f"\nmost of the time: {spent}", "dim"))
     stopped = "interrupted after" if result.interrupted else "in"
-    parts.append(
-        Text(f"{len(result.rows)} decisions {stopped} {result.seconds:.0f} s, in {result.store}", "dim")
-    )
-    if not result.kept:
-        parts.append(Text(f"not kept: {result.store} cannot be written", style="yellow"))
+    made = sum(row.own for row in result.rows)
+    count = f"{made} decision{'s' * (made != 1)}"
+    where_to = f"in {result.store}" if result.kept else f"not kept in {result.store}"
+    parts.append(Text(f"{count} {stopped} {result.seconds:.0f} s, {where_to}", "dim"))
     return Group(*parts)
+
+
+def _to_go_on_with(result: TuneResult, asked: Callable[[str], str]) -> Iterator[Text]:
+    """What the budget or Ctrl-C left."""
+    of_others = [asdict(row) for row in result.rows if not row.own]
+    unfinished = [asdict(row) for row in result.rows if row.own and not row.complete]
+    for what, cases in (
+        ("not decided", result.open),
+        ("not measured themselves", of_others),
+        ("unfinished", unfinished),
+    ):
+        if cases:
+            left = ", ".join(
+                f"{case['format']}{asked(case['backend'])} N = {case['tokens']}" for case in cases
+            )
+            yield Text(f"{what}: {left}; run again to go on from here", style="yellow")
+
+
+def _tuned_cells(row: TuneRow) -> tuple[str | Text, ...]:
+    """Of one number of tokens; what belongs to the decision of another number is told there."""
+    kept = row.tactic == "default"
+    chosen = Text(f"{row.runner} {row.tactic}")
+    if row.status != "measured":
+        chosen.append(f"  ({row.status})", style="yellow")
+    if not row.own:
+        chosen.append(f"  (that of N = {row.bucket})", style="yellow")
+        return (str(row.tokens), chosen)
+    gain = Text("1 (kept)" if kept else "–" if row.gain is None else f"{row.gain:.2f}")
+    return (
+        str(row.tokens),
+        chosen,
+        Text("–", style="dim") if row.gain is None and not kept else gain,
+        f"{100 * row.noise_floor:.1f}%",
+        str(row.candidates),
+        str(row.samples),
+        seconds_text(row.seconds),
+    )

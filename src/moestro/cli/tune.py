@@ -10,7 +10,8 @@ import typer
 
 from moestro.cli import options as opt
 from moestro.cli.accuracy import parse_inputs
-from moestro.cli.console import ProgressListener, errors, output, progress
+from moestro.cli.console import ProgressListener, output, progress
+from moestro.cli.deliver import every, write_results
 from moestro.errors import MoestroError
 
 __all__ = ["tune"]
@@ -84,6 +85,8 @@ def tune(
 
     Every decision is on disk the moment it is made: Ctrl-C loses none, and running again goes on from there.
     Serving finds them through the store: [bold]moestro.autotune(False, cache=DIR)[/].
+
+    Exit status 1 where the store cannot take them: they are shown, but no other process will find them.
     """
     shape = opt.parse_shape(model, sizes, ep, local_pairs)
     chosen_tokens = opt.parse_tokens(tokens)
@@ -94,7 +97,7 @@ def tune(
         shape=shape,
         tokens=tuple(chosen_tokens),
         routings=tuple(opt.parse_routing(text) for text in routing or ()),
-        formats=tuple(opt.parse_formats(format, ("nvfp4",))),
+        formats=tuple(opt.parse_formats(format, ("nvfp4",), shape)),
         inputs=tuple(None if name == "none" else name for name in parse_inputs(input_format, ("none",))),
         backends=tuple(opt.parse_backends(backend)),
         device=opt.parse_device(device),
@@ -107,10 +110,11 @@ def tune(
         result = runs.run(spec, results.command_line(), ProgressListener(bar))
     from moestro.cli.tables import tune_view
 
-    output.print(tune_view(result))
-    if json_file is not None:
-        results.write_json(json_file, result.to_json())
-        errors.print(f"[dim]results: {json_file}[/]")
+    every(
+        lambda: output.print(tune_view(result)),
+        lambda: write_results(json_file, result.to_json()),
+        lambda: runs.check_kept(result),
+    )
     if result.interrupted:
         raise typer.Exit(130)
     if result.skipped and not result.rows and not from_misses:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moestro.errors import RoutingError
+from moestro.errors import FileError, RoutingError
 from moestro.routing.distributions import check_sample
 
 SUFFIXES = (".npy", ".pt", ".safetensors")
@@ -85,16 +85,26 @@ def record(
 ) -> None:
     """Write ids (integers [M, K] or [M, layers, K], distinct in each row) to `path`, as its suffix says.
 
-    num_experts, and weights of ids' shape, are kept by .pt and .safetensors. Raises RoutingError for ids that are
-    not routing, or another suffix.
+    num_experts, and weights of ids' shape, are kept by .pt and .safetensors. The file's folder is made. Raises
+    RoutingError for ids that are not routing, or another suffix; FileError where path cannot be written.
     """
     path = Path(path)
     _check_all("ids", ids, num_experts)
     ids = ids.detach().cpu().to(torch.int32).contiguous()
-    _check_suffix(path)
+    check_suffix(path)
     tensors = {"ids": ids} if weights is None else {"ids": ids, "weights": weights.float().cpu().contiguous()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _save(path, tensors, num_experts)
+    except RoutingError:
+        raise
+    except Exception as error:  # each writer raises its own kinds where there is no room, or no permission
+        raise FileError(f"{path} cannot be written: {error}") from error
+
+
+def _save(path: Path, tensors: dict[str, torch.Tensor], num_experts: int | None) -> None:
     if path.suffix == ".npy":
-        np.save(path, ids.numpy())
+        np.save(path, tensors["ids"].numpy())
     elif path.suffix == ".pt":
         torch.save({**tensors, "num_experts": num_experts}, path)
     else:
@@ -136,7 +146,7 @@ def check_ids(name: str, ids: torch.Tensor, num_experts: int | None) -> None:
 
 def _load(path: Path) -> tuple[torch.Tensor, int | None, torch.Tensor | None]:
     """(ids, num_experts and weights where the file has them) of any of the three formats."""
-    _check_suffix(path)
+    check_suffix(path)
     if not path.is_file():
         raise RoutingError(f"path must be a file of recorded routing, got {path}, which is no file")
     try:
@@ -166,7 +176,8 @@ def _read_bytes(path: Path) -> bytes:
         raise RoutingError(f"path must be a file of recorded routing, got {path}: {error}") from error
 
 
-def _check_suffix(path: Path) -> None:
+def check_suffix(path: Path) -> None:
+    """RoutingError unless path ends as a recording's file does."""
     if path.suffix not in SUFFIXES:
         raise RoutingError(f"path must end in {', '.join(SUFFIXES)}, got {path}")
 

@@ -1,4 +1,4 @@
-"""Models, made once, and what vLLM says of them, asked once."""
+"""Models, made once, and what vLLM says of them, asked once; the plugin by itself."""
 
 from __future__ import annotations
 
@@ -9,6 +9,15 @@ from typing import Any
 
 import pytest
 from vllm_runs import Run, Said, run_vllm, said_of
+
+from moestro.integrations.vllm import log, ranks
+
+
+@pytest.fixture
+def by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fresh log, and no other ranks to talk to (test_ranks.py has them)."""
+    log.forget()
+    monkeypatch.setattr(ranks, "link", lambda moe: None)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from stand_ins import (
     Config,
@@ -15,17 +14,10 @@ from stand_ins import (
 )
 
 import moestro
-from moestro.integrations.vllm import hooks, kinds, log, ranks
+from moestro.integrations.vllm import hooks, kinds
 from moestro.integrations.vllm.settings import Settings
 
 TOLERANCE = 2e-2  # of the largest value: x and the result are bf16
-
-
-@pytest.fixture
-def by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fresh log, and no other ranks to talk to (test_ranks.py has them)."""
-    log.forget()
-    monkeypatch.setattr(ranks, "link", lambda moe: None)
 
 
 def make_layer(

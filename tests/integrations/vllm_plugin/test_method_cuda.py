@@ -22,20 +22,16 @@ from stand_ins import (
 import moestro
 from moestro.errors import BackendError
 from moestro.formats import FP8Block
-from moestro.integrations.vllm import execute, hooks, kinds, ranks
+from moestro.integrations.vllm import execute, hooks, kinds
 from moestro.integrations.vllm.settings import Settings
 from moestro.kernels.activations import SwiGLU
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.usefixtures("by_itself"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 SIZES = {"hidden_dim": 256, "intermediate_size_per_partition": 128, "num_experts": 8, "num_local_experts": 8}
-
-
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks, "link", lambda moe: None)
 
 
 def make(name: str, moe: Config) -> tuple[RoutedExperts, tuple[torch.Tensor, torch.Tensor]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from method_cases import assert_near, by_itself, call, inputs, make_layer, truth  # noqa: F401
+from method_cases import assert_near, call, inputs, make_layer, truth
 from stand_ins import (
     Config,
     Dense,

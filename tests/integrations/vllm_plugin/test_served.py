@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import moestro
 from moestro.cli.app import app
 from moestro.errors import MoestroError, TuningWarning
-from moestro.integrations.vllm import hooks, kinds, log, ranks, served, tuning
+from moestro.integrations.vllm import hooks, kinds, served, tuning
 from moestro.integrations.vllm.settings import Settings
 
 PREFIX = "(Worker_TP{rank} pid={pid}) \x1b[32mINFO\x1b[0m 11-28 23:09:56 [tuning.py:66] "
@@ -73,11 +73,10 @@ def test_a_log_without_the_plugin_is_an_error_that_says_where_to_look(text: str,
         served.read(tmp_path)
 
 
+@pytest.mark.usefixtures("by_itself")
 def test_the_plugins_own_lines_are_read_and_its_layers_misses_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    log.forget()
-    monkeypatch.setattr(ranks, "link", lambda moe: None)
     moe, store = Config(max_num_tokens=64), tmp_path / "store"
     w = moestro.ExpertWeights.from_dense(torch.randn(4, 64, 64), torch.randn(4, 64, 32), format="nvfp4")
     tuner = tuning.tuner(Settings(store=str(store)))

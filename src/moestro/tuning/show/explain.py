@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 SHOWN = 12  # candidates in a table; a tuning may have hundreds
+ROOM = 118  # columns from which ratios by probe and notes have columns of their own
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Case:
     facts: Mapping[str, Any] | None = None  # of the environment that it was measured in
 
 
-def explain(case: Case, width: int = 110) -> str:
+def explain(case: Case, width: int = 120) -> str:
     """The explanation as text of this width."""
     from rich.console import Console
 
@@ -51,7 +52,7 @@ def explain(case: Case, width: int = 110) -> str:
     for line in _headline(case):
         console.print(line, markup=False, soft_wrap=True)
     if case.record.evidence.candidates:
-        console.print(_table(case))
+        console.print(_table(case, width))
     for title, lines in (("Measured", _conditions(case)), ("What would change it", _changes(case))):
         console.print(f"\n{title}", markup=False)
         for line in lines:
@@ -97,35 +98,37 @@ def _default(evidence: Evidence) -> CandidateEvidence | None:
     return next((c for c in evidence.candidates if c.tactic == -1), None)
 
 
-def _table(case: Case) -> Any:
+def _table(case: Case, width: int) -> Any:
     from rich import box
     from rich.table import Table
 
-    evidence = case.record.evidence
-    probes = sorted({name for c in evidence.candidates for name in c.probes})
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("runner", "tactic", "", "time", "ratio", "interval"):
-        table.add_column(name, justify="left" if name in {"runner", "tactic", ""} else "right", no_wrap=True)
-    for probe in probes if len(probes) > 1 else ():
-        table.add_column(probe, justify="right")
-    table.add_column("runs", justify="right")
-    table.add_column("note")
+    evidence, wide = case.record.evidence, width >= ROOM
+    probes = sorted({name for c in evidence.candidates for name in c.probes}) if wide else []
+    probes = probes if len(probes) > 1 else []
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for name, least in (("runner", 0), ("tactic", 10), ("", 0)):
+        table.add_column(name, no_wrap=name != "tactic", overflow="fold", min_width=least)
+    for name in ("time", "ratio", "interval", *_headings(probes), "runs"):
+        table.add_column(name, justify="right", no_wrap=True)  # a figure is whole
+    if wide:
+        table.add_column("note", overflow="fold")
     ordered = sorted(evidence.candidates, key=_rank)
     for c in ordered[:SHOWN]:
         interval = f"{ratio_text(c.low)} - {ratio_text(c.high)}" if c.low else ""
-        by_probe = [ratio_text(c.probes.get(p, {}).get("ratio")) for p in probes] if len(probes) > 1 else []
+        by_probe = [ratio_text(c.probes.get(p, {}).get("ratio")) for p in probes]
         note = "" if c.reason == c.fate else c.reason
-        cells = [
-            runner_text(c.runner),
-            tactic_text(c.tactic),
-            c.fate,
-            seconds_text(c.median),
-            ratio_text(c.ratio),
-        ]
-        table.add_row(*map(_plain, [*cells, interval, *by_probe, str(c.samples or ""), note]))
+        tactic = tactic_text(c.tactic) if wide or not note else f"{tactic_text(c.tactic)}: {note}"
+        cells = [runner_text(c.runner), tactic, c.fate, seconds_text(c.median), ratio_text(c.ratio), interval]
+        table.add_row(*map(_plain, [*cells, *by_probe, str(c.samples or ""), *([note] if wide else [])]))
     if len(ordered) > SHOWN:
         table.add_row("", f"and {len(ordered) - SHOWN} more")
     return table
+
+
+def _headings(probes: list[str]) -> list[str]:
+    """The probes' names without their arguments, where these tell none apart; they are told in full below."""
+    short = [name.partition("(")[0] for name in probes]
+    return short if len(set(short)) == len(short) else probes
 
 
 def _plain(text: str) -> str:

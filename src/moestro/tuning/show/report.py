@@ -40,12 +40,16 @@ def section(store: Path) -> str:
     Raises TuningError if matplotlib is not installed.
     """
     _pyplot()
-    source = Store(store)
-    found = [f for f in families(source.entries()) if f.dynamic == 1 and len(f.records) > 1]
-    found.sort(key=lambda f: -len(f.records))
+    source, found = Store(store), shown(store)
     if not found:
         return f"<h2>Tuning</h2><p>{html.escape(str(store))} holds no decisions over a dynamic size.</p>"
     return "<h2>Tuning</h2>" + "".join(_family(family, source) for family in found)
+
+
+def shown(store: Path) -> list[Family]:
+    """The families of decisions over several sizes in a store, the largest first."""
+    found = [f for f in families(Store(store).entries()) if f.dynamic == 1 and len(f.records) > 1]
+    return sorted(found, key=lambda f: -len(f.records))
 
 
 def _family(family: Family, source: Store) -> str:

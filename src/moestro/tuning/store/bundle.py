@@ -240,7 +240,7 @@ def prune(
 ) -> list[Path]:
     """Delete files of a store, or only list them: those of these environments (patterns; none: all) and
     kinds, at least so old. What is not a readable file of a store is never touched. Raises TuningError
-    without any condition.
+    without any condition, or where a file cannot be deleted.
     """
     patterns, kinds = tuple(environments), tuple(kinds)
     if not patterns and older_than_days is None and op == "*" and len(kinds) == 3:
@@ -253,9 +253,12 @@ def prune(
         and (not patterns or any(fnmatch.fnmatchcase(entry.environment, p) for p in patterns))
         and created(entry.data) <= limit
     ]
-    for path in () if dry_run else doomed:
-        path.unlink(missing_ok=True)
-        _remove_empty(path.parent, store.root)
+    try:
+        for path in () if dry_run else doomed:
+            path.unlink(missing_ok=True)
+            _remove_empty(path.parent, store.root)
+    except OSError as error:
+        raise TuningError(f"the store {store.root} cannot be pruned: {error}") from error
     return doomed
 
 

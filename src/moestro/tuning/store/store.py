@@ -144,7 +144,7 @@ class Store:
             self.root = Path(os.path.abspath(Path(text).expanduser()))
         except (TypeError, ValueError, RuntimeError, OSError) as error:
             raise TuningError(f"a store must be a folder's path, got {root!r}: {error}") from error
-        self.unwritable = False  # whether a decision could not be written
+        self.unwritable: str | None = None  # why something could not be written, if ever
         self._warned: set[str] = set()
         self._families: dict[
             str, tuple[int, dict[str, list[Path]]]
@@ -231,6 +231,13 @@ class Store:
         """Remember sizes that were served from beyond what was tuned; one file for each label."""
         self._write(environment, key, f"miss-{'x'.join(map(str, label))}.json", "miss", miss)
 
+    def forget(self, entry: Entry) -> None:
+        """Delete an entry's file, a miss that has been worked off; one warning if that cannot be."""
+        try:
+            entry.path.unlink(missing_ok=True)
+        except OSError as error:
+            self._cannot_write(error)
+
     # --- everything ----------------------------------------------------------------------------------
     def environments(self) -> list[Path]:
         """The environments' folders, the one changed last first."""
@@ -314,12 +321,13 @@ class Store:
                 write_atomically(home / "environment.json", {"schema": SCHEMA, "facts": environment.facts})
             write_atomically(home / folder_of(key) / name, whole)
         except (OSError, ValueError) as error:
-            self.unwritable = True
-            self._warn(
-                "write", f"the store {self.root} cannot be written ({error}); decisions stay in memory"
-            )
+            self._cannot_write(error)
             return False
         return True
+
+    def _cannot_write(self, error: Exception) -> None:
+        self.unwritable = self.unwritable or str(error)
+        self._warn("write", f"the store {self.root} cannot be written ({error}); decisions stay in memory")
 
     def _warn(self, about: str, message: str, quiet: bool = False) -> None:
         if not quiet and about not in self._warned and notice(message):
