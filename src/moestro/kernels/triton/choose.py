@@ -148,9 +148,11 @@ _MOST = (
 # Of about 256 pairs an expert a tile of 288 is up to 4 % faster than two of 144 where each has as many, and up to 20 %
 # slower under skewed routing (benchmarks/results/h200-routing.json).
 _LARGE = (*_MANY, (275.0, _WS144), *_MOST)
-PACKED_DEFAULTS = ((5.0, chain.tactic(8, Tile(128, 2, 4, 3))), (12.0, _CHAIN16), (24.0, _CHAIN32), *_LARGE)
+PACKED_DEFAULTS = ((5.0, chain.tactic(8, Tile(128, 2, 4, 3))), (8.0, _CHAIN16), (24.0, _CHAIN32), *_LARGE)
 DEEP = 6144  # columns of a first product whose tiles last long enough for more stages
 DEEP_DEFAULTS = ((5.0, chain.tactic(8, Tile(128, 2, 4, 5))), *PACKED_DEFAULTS[1:])
+# of an odd number of 64-column blocks, gpt-oss's 45: steps of three blocks make tiles of 32 pairs too large
+ODD_DEFAULTS = (PACKED_DEFAULTS[0], (12.0, _CHAIN16), *PACKED_DEFAULTS[2:])
 BYTES_LIMIT = 1500.0  # pairs per expert from which codes of a byte are dequantised once
 LONG = 8192  # columns of a second product that few rows of tiles are shared out over
 LONG_DEFAULTS = (
@@ -200,7 +202,7 @@ INVARIANT_ROWS = (
     INVARIANT_FEW_DEEP,
     INVARIANT,
 )
-INVARIANT_LIMIT = 12.0  # pairs per expert up to which tiles of 16 are enough
+INVARIANT_LIMIT = 8.0  # pairs per expert up to which tiles of 16 are enough
 
 
 def default(problem: MoeProblem, num_tokens: int) -> Tactic:
@@ -254,7 +256,7 @@ def _packed_default(p: MoeProblem, num_tokens: int) -> Tactic:
     if pairs <= min(64, p.num_experts):
         return chain.tactic(8, Tile(128, 2, 4, 3) if odd else Tile(64, 2, 4, 4))
     per_expert = pairs / min(p.num_experts, pairs)
-    table = LONG_DEFAULTS if long else DEEP_DEFAULTS if deep else PACKED_DEFAULTS
+    table = LONG_DEFAULTS if long else DEEP_DEFAULTS if deep else ODD_DEFAULTS if odd else PACKED_DEFAULTS
     chosen = next(t for most, t in table if per_expert <= most)
     if per_expert > BYTES_LIMIT and weight_bytes(p) > 1.0 and p.input_format is None:
         return dequantized.LARGE
