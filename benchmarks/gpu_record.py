@@ -230,11 +230,12 @@ class Session:
             lambda: layer.tune(max(step.tokens), budget, None, Listener(), buckets=step.tokens),
         )
         decisions = {n: layer.decision(n) for n in step.tokens}
-        done = {n: d for n, d in decisions.items() if d is not None and d.status in ("measured", "default")}
-        won = {n: d for n, d in done.items() if d.tactic != -1}
+        own = {n: d for n, d in decisions.items() if d is not None and d.record and d.record.bucket == (n,)}
+        whole = sum(d.record.complete for d in own.values())
+        won = {n: d for n, d in own.items() if d.tactic != -1}
         words = ", ".join(f"{n} {_won(d)}" for n, d in won.items())
-        self.say(f"tune {name} on {layer.runners[0].backend}: {len(done)} of {len(decisions)} sizes in "
-                 f"{time.monotonic() - began:.1f} s; not the default at {words or 'any'}")  # fmt: skip
+        self.say(f"tune {name} on {layer.runners[0].backend}: {whole} of {len(decisions)} sizes decided, "
+                 f"{len(own) - whole} begun in {time.monotonic() - began:.1f} s; not the default at {words or 'any'}")  # fmt: skip
         for n, d in won.items():
             print(name, n, tactic_words(d.tactic))  # to the log
         self.recorder.export()

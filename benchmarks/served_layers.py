@@ -31,8 +31,8 @@ from moestro.bench.contenders import tactic_words
 from moestro.bench.layers import Case, make_case
 from moestro.bench.models import MoeShape
 from moestro.bench.regret_real import Case as Question
-from moestro.bench.regret_real import judge
-from moestro.moe.tuning_config import OP, as_probes
+from moestro.bench.regret_real import Judged, judge
+from moestro.moe.tuning_config import OP
 from moestro.routing import Correlated, Uniform
 from moestro.tuning import MeasurementPolicy
 from moestro.tuning.measure.compile import jobs_of
@@ -146,7 +146,7 @@ SUSTAINED = (1, 4, 16, 64, 256, 1024, 4096, 16384)  # those of docs/peers.md
 
 
 def sustained(rows: Rows) -> int:
-    """Time of what serves over the best tactic's, both measured after --load seconds of load; NVFP4, two models."""
+    """Time of what serves over the best tactic's, both after --load seconds of load, over the tuning's probes; NVFP4."""
     o = rows.options
     sizes, policy = o.tokens or list(SUSTAINED), policy_of(o, sustained_s=o.load)
     for model in rows.cells(("qwen3-30b-a3b", "deepseek-v3")):
@@ -179,25 +179,42 @@ def _compiled(layer: FusedMoE, shape: MoeShape, sizes: Sequence[int], device: st
 
 
 def _judged(layer: FusedMoE, shape: MoeShape, n: int, policy: MeasurementPolicy, o: Any) -> dict[str, Any]:
-    """A row's figures: what serves, the best tactic of the preferred backend, and the clock meanwhile."""
-    problem = layer.runners[0].problem
-    config = replace(layer.tuning_config, probes=as_probes(problem, [Uniform()]), accepts=())
-    timer = default_timer(o.device, policy, graph=config.use_cuda_graph)
-    inputs = inputs_of(make_case(shape, n, Uniform(), device=o.device))
-    with torch.inference_mode():
-        found = judge(Question(OP, layer.runners[:1], config, inputs), timer, policy, o.oracle)
-    oracle, decision = found.oracle, layer.decision(n)
+    """A row's figures: what serves, the best tactic of the preferred backend, and the clock meanwhile.
+
+    As the tuner chooses: by a tactic's worst ratio to the default over the probes that it was tuned on.
+    """
+    decision = layer.decision(n)
     serves = (0, -1 if decision is None else decision.tactic)
-    if serves not in oracle.candidates or (decision and decision.runner.backend != layer.runners[0].backend):
+    if decision and decision.runner.backend != layer.runners[0].backend:
+        return {"of_best": NEVER, "serves": chosen(layer, n), "why": "another backend serves"}
+    inputs = inputs_of(make_case(shape, n, Uniform(), device=o.device))
+    found = [_by_probe(layer, inputs, probe, policy, o) for probe in layer.tuning_config.probes]
+    tables = [dict(zip(one.oracle.candidates, one.oracle.ratios, strict=True)) for one in found]
+    worst = {
+        candidate: max(t[candidate] for t in tables)
+        for candidate in tables[0]
+        if all(candidate in t for t in tables)
+    }
+    if serves not in worst:
         return {"of_best": NEVER, "serves": chosen(layer, n), "why": "what serves is no candidate"}
-    best = oracle.candidates[oracle.ratios.index(oracle.best)]
+    best = min(worst, key=lambda candidate: worst[candidate])
     return {
-        "of_best": oracle.ratios[oracle.candidates.index(serves)] / oracle.best,
-        "error": oracle.error,
+        "of_best": worst[serves] / worst[best],
+        "error": max(one.oracle.error for one in found),
         "serves": chosen(layer, n),
         "best": tactic_words(best[1]),
-        "default_us": oracle.default_seconds * 1e6,
-        "candidates": len(oracle.candidates),
-        "rounds": oracle.rounds,
-        "clocks": merged(found.readings),
+        "default_us": found[0].oracle.default_seconds * 1e6,
+        "by_probe": [t[serves] / min(t.values()) for t in tables],
+        "candidates": len(worst),
+        "rounds": min(one.oracle.rounds for one in found),
+        "clocks": merged([reading for one in found for reading in one.readings]),
     }
+
+
+def _by_probe(layer: FusedMoE, inputs: Any, probe: Any, policy: MeasurementPolicy, o: Any) -> Judged:
+    """All tactics of the preferred backend under one probe."""
+    config = replace(layer.tuning_config, probes=(probe,), accepts=())
+    timer = default_timer(o.device, policy, graph=config.use_cuda_graph)
+    with torch.inference_mode():
+        seconds = o.oracle / len(layer.tuning_config.probes)
+        return judge(Question(OP, layer.runners[:1], config, inputs), timer, policy, seconds)

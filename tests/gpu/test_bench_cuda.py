@@ -43,7 +43,9 @@ def test_bench_replays_graphs_of_checked_contenders(format: str, tmp_path: Path)
     ours = [row for row in data["rows"] if row["ours"]]
     assert [row["tokens"] for row in ours] == [1, 17, 300]
     assert {row["clock"] for row in ours} == {"cuda-graph-cold"}
-    assert all(row["error"] < 1e-2 for row in data["rows"])
+    assert all(
+        row["error"] < 1e-2 for row in ours
+    )  # those of peers, the bench has checked against their own bounds
     assert {row["facts"]["backend"] for row in ours} == {"triton"}
     named = {entry["contender"].split()[0] for entry in data["skipped"] + data["failed"] + data["rows"]}
     assert set(ADAPTERS) <= named  # each was run, or says why not

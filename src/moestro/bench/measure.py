@@ -33,9 +33,9 @@ QUANTISED = {
 # intermediate (peers round it to bf16 before) turns a code into the next one
 EXACT = {
     "int8": 0.03,
-    "fp8": 0.06,
+    "fp8": 0.07,
     "nvfp4": 0.2,
-}  # of quantised activations against unrounded ones; humming's: 4.6 %
+}  # of quantised activations against unrounded ones. fp8 on an H200: 4.4 to 4.7 %, NVFP4 folded into e4m3 5.9 to 6.1 %
 
 Truth = Callable[[Contender, Case], torch.Tensor | None]
 
