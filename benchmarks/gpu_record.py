@@ -235,7 +235,8 @@ class Session:
         won = {n: d for n, d in own.items() if d.tactic != -1}
         words = ", ".join(f"{n} {_won(d)}" for n, d in won.items())
         self.say(f"tune {name} on {layer.runners[0].backend}: {whole} of {len(decisions)} sizes decided, "
-                 f"{len(own) - whole} begun in {time.monotonic() - began:.1f} s; not the default at {words or 'any'}")  # fmt: skip
+                 f"{len(own) - whole} begun in {time.monotonic() - began:.1f} s; not the default at "
+                 f"{words or 'any'}")  # fmt: skip
         for n, d in won.items():
             print(name, n, tactic_words(d.tactic))  # to the log
         self.recorder.export()
