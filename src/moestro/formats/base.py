@@ -38,8 +38,8 @@ class FormatTensor(Protocol):
     def nbytes(self) -> int:
         """Bytes of all pieces."""
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The dense values [..., R, C]."""
+    def dequantize(self, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The dense values [..., R, C]; in `out`, contiguous and of `dtype`, where there is one."""
 
     def expert(self, index: int) -> FormatTensor:
         """The tensor [..., R, C] at `index` of the first dimension, without a copy."""

@@ -7,6 +7,7 @@ the experts first. Everything here treats the pieces alike; values are the busin
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from math import prod
 from typing import Any, ClassVar, Self
 
@@ -61,9 +62,14 @@ class Pieces:
         moved = [piece.to(device) for piece in self.pieces]
         return self if all(a is b for a, b in zip(moved, self.pieces, strict=True)) else type(self)(*moved)
 
+    def contiguous(self) -> Self:
+        """The same tensor with contiguous pieces; itself if they are."""
+        if all(piece.is_contiguous() for piece in self.pieces):
+            return self
+        return type(self)(*(piece.contiguous() for piece in self.pieces))
+
     def __reduce__(self) -> Any:
-        """Pickled by its pieces, float8 ones as bytes: pickle alone cannot read those back (torch 2.13)."""
-        return _unpickled, (type(self), [to_picklable(piece) for piece in self.pieces])
+        return reduced(self)
 
     def check_scales(self, name: str, start: int = 0) -> None:
         """FormatError, naming piece and expert, for scales of [E, ...] that no quantiser makes; start: the number of
@@ -130,8 +136,17 @@ def from_picklable(value: Picklable) -> torch.Tensor:
     return tensor if tensor.dtype == dtype else tensor.view(dtype)
 
 
-def _unpickled(cls: Callable[..., Any], pieces: list[Picklable]) -> Any:
-    return cls(*map(from_picklable, pieces))
+def reduced(tensor: Any) -> Any:
+    """What `__reduce__` of a format tensor gives, a dataclass of tensors and plain values: float8 ones as bytes, for
+    pickle alone cannot read those back (torch 2.13).
+    """
+    values = {f.name: getattr(tensor, f.name) for f in fields(tensor)}
+    tensors = {name: to_picklable(v) for name, v in values.items() if isinstance(v, torch.Tensor)}
+    return _unpickled, (type(tensor), tensors, {k: v for k, v in values.items() if k not in tensors})
+
+
+def _unpickled(cls: Callable[..., Any], tensors: dict[str, Picklable], rest: dict[str, Any]) -> Any:
+    return cls(**{name: from_picklable(value) for name, value in tensors.items()}, **rest)
 
 
 def dense_out(

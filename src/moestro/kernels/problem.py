@@ -61,6 +61,12 @@ class Held(NamedTuple):
     def of(cls, experts: Experts) -> Self:
         return cls(*(getattr(experts, name) for name in cls._fields))
 
+    def contiguous(self) -> Self:
+        """The same with contiguous tensors; kernel layouts, whose tensors are, stay as they are."""
+        held: tuple[Any, ...] = self
+        parts = [p.contiguous() if hasattr(p, "contiguous") else p for p in held]
+        return type(self)(*parts)
+
 
 # A bound call: replay(inputs, workspace) runs it and gives True; or gives False, before anything ran, where what it was
 # bound to has changed (torch's number of threads, weights written in place): then `bind` must be asked again.
@@ -139,6 +145,9 @@ class MoeRunner(TunableRunner):
     """
 
     backend: ClassVar[str]
+    strided: ClassVar[bool] = (
+        True  # whether weights and biases may have any strides; else they come contiguous
+    )
 
     def __init__(self, problem: MoeProblem, experts: Experts) -> None:
         self.problem = problem
@@ -181,6 +190,11 @@ class MoeRunner(TunableRunner):
         this backend wants them whole.
         """
         return None
+
+    @classmethod
+    def prepared_layout(cls, problem: MoeProblem) -> str:
+        """What prepare() makes of a problem's weights: problems of one such name share a packed copy."""
+        return cls.backend
 
     @classmethod
     def needs_prepare(cls, problem: MoeProblem) -> bool:

@@ -206,13 +206,14 @@ def _runners(experts: Held, problem: MoeProblem, backend: str, cache: dict[Any, 
 
 def _runner(cls: type[MoeRunner], problem: MoeProblem, experts: Held, cache: dict[Any, Any]) -> MoeRunner:
     """A runner on these experts; on a copy in its layout, which stays in the cache, where it needs one."""
-    if not cls.needs_prepare(problem):
+    if cls.strided and not cls.needs_prepare(problem):
         return cls(problem, experts)
-    key = ("prepared", cls.backend, problem.activation.gated)
+    key = ("prepared", cls.backend, cls.prepared_layout(problem), problem.activation.gated)
     prepared: Held | None = cache.get(key)
     if prepared is None:
         gate_up, down = cls.prepare(problem, experts)
-        prepared = cache[key] = experts._replace(gate_up=gate_up, down=down)
+        prepared = experts._replace(gate_up=gate_up, down=down)
+        prepared = cache[key] = prepared if cls.strided else prepared.contiguous()
     weight_dtype = dense_dtype(prepared.gate_up)
     return cls(replace(problem, weight_layout=prepared.gate_up.layout, weight_dtype=weight_dtype), prepared)
 

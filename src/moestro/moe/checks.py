@@ -14,8 +14,18 @@ from typing import NoReturn
 
 import torch
 
-from moestro.errors import BackendError, DeviceError, DTypeError, RoutingError, ShapeError
+from moestro.errors import (
+    BackendError,
+    DeviceError,
+    DTypeError,
+    FormatError,
+    RoutingError,
+    ShapeError,
+    unknown_name,
+)
 from moestro.formats import NVFP4
+from moestro.kernels.activations import Activation, resolve_activation
+from moestro.kernels.problem import INPUT_FORMATS
 
 X_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ID_DTYPES = (torch.int32, torch.int64)
@@ -217,6 +227,31 @@ def _explain_shapes(
         raise ShapeError(
             f"x must have at most max_num_tokens={limits.max_num_tokens} tokens, got {num_tokens}"
         )
+
+
+def checked_activation(given: str | Activation, gate_up: tuple[int, ...], inter: int) -> Activation:
+    """The activation that was given, for gate_up [L, 2I, H] or [L, I, H]. BackendError for none, ShapeError for one that
+    wants other rows.
+    """
+    activation = resolve_activation(given)
+    if not callable(activation) or not hasattr(activation, "gated"):
+        raise BackendError(f"activation must be a name or an Activation, got {given!r}")
+    if activation.gated != (gate_up[1] == 2 * inter):
+        rows = "[L, 2I, H], gate and up" if activation.gated else "[L, I, H], without a gate"
+        raise ShapeError(f"activation {given!r} must have gate_up of shape {rows}, got {list(gate_up)}")
+    return activation
+
+
+def check_input_format(given: str | None, **sizes: int) -> None:
+    """FormatError for a format of activations that there is not, ShapeError for sizes, by name, that it cannot block."""
+    if given is None:
+        return
+    if not isinstance(given, str) or given not in INPUT_FORMATS:
+        raise FormatError(unknown_name("input_format", given, INPUT_FORMATS))
+    block = INPUT_FORMATS[given]
+    for name, size in sizes.items():
+        if size % block:
+            raise ShapeError(f"input_format={given!r} must have {name} divisible by {block}, got {size}")
 
 
 def check_top_k(top_k: int, num_experts: int | None) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
 
 from moestro.errors import DTypeError, FormatError, ShapeError
 from moestro.formats.base import FormatTensor
+from moestro.formats.pieces import Pieces
 
 
 class ExpertSource(Protocol):
@@ -92,3 +93,19 @@ def leaves(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         if (leaf := getattr(node, "variable", None)) is not None:
             yield leaf
         todo.extend(following for following, _ in node.next_functions)
+
+
+def looked_at(experts: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
+    """The experts as they come, once their shapes are found to be the first's and their scales to be scales: what is
+    packed is not looked at again.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for index, pair in enumerate(experts):
+        for name, part in zip(("gate_up", "down"), pair, strict=True):
+            if tuple(part.shape) != shapes.setdefault(name, tuple(part.shape)):
+                raise ShapeError(
+                    f"{name} of expert {index} must be {list(shapes[name])} as of expert 0, got {list(part.shape)}"
+                )
+            if isinstance(part, Pieces):
+                type(part)(*(piece[None] for piece in part.pieces)).check_scales(name, index)
+        yield pair

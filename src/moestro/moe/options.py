@@ -9,19 +9,10 @@ from typing import Any
 
 import torch
 
-from moestro.errors import (
-    BackendError,
-    DTypeError,
-    FormatError,
-    RoutingError,
-    ShapeError,
-    as_count,
-    as_flag,
-    unknown_name,
-)
-from moestro.kernels.activations import Activation, GeGLUTanh, SwiGLU, resolve_activation
-from moestro.kernels.problem import INPUT_FORMATS, MoeProblem
-from moestro.moe.checks import X_DTYPES, Limits, check_top_k
+from moestro.errors import BackendError, DTypeError, RoutingError, as_count, as_flag
+from moestro.kernels.activations import Activation, GeGLUTanh, SwiGLU
+from moestro.kernels.problem import MoeProblem
+from moestro.moe.checks import X_DTYPES, Limits, check_input_format, check_top_k, checked_activation
 from moestro.moe.weights import ExpertWeights
 
 MOST_EXPERTS = 1 << 31  # ids are int32 in kernels
@@ -60,7 +51,7 @@ def make_problem(
 ) -> MoeProblem:
     """The problem of these weights and options. Raises what names the option that does not fit."""
     activation = _activation(options, w)
-    _check_input_format(options, w)
+    check_input_format(options.input_format, hidden_size=w.hidden_size, intermediate_size=w.intermediate_size)
     _check_experts(options, w)
     if dtype not in X_DTYPES:
         raise DTypeError(f"dtype must be torch.bfloat16, torch.float16 or torch.float32, got {dtype}")
@@ -87,34 +78,12 @@ def make_problem(
 
 
 def _activation(options: Options, w: ExpertWeights) -> Activation:
-    activation = resolve_activation(options.activation)
-    if not callable(activation) or not hasattr(activation, "gated"):
-        raise BackendError(f"activation must be a name or an Activation, got {options.activation!r}")
-    if activation.gated != w.gated:
-        rows = "[L, 2I, H], gate and up" if activation.gated else "[L, I, H], without a gate"
-        raise ShapeError(
-            f"activation {options.activation!r} must have gate_up of shape {rows}, "
-            f"got {list(w.gate_up.shape)}"
-        )
+    activation = checked_activation(options.activation, w.gate_up.shape, w.intermediate_size)
     if w.up_has_down_pre_scale and activation not in (SwiGLU(), GeGLUTanh()):
         raise BackendError(
             f"activation must be linear in up where the weights have a scale of down's input (AWQ), got {activation}"
         )
     return activation
-
-
-def _check_input_format(options: Options, w: ExpertWeights) -> None:
-    if options.input_format is None:
-        return
-    if not isinstance(options.input_format, str) or options.input_format not in INPUT_FORMATS:
-        raise FormatError(unknown_name("input_format", options.input_format, INPUT_FORMATS))
-    block = INPUT_FORMATS[options.input_format]
-    for name in ("hidden_size", "intermediate_size"):
-        size: int = getattr(w, name)
-        if size % block:
-            raise ShapeError(
-                f"input_format={options.input_format!r} must have {name} divisible by {block}, got {size}"
-            )
 
 
 def _check_experts(options: Options, w: ExpertWeights) -> None:

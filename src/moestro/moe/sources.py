@@ -32,30 +32,31 @@ class _Followed(NamedTuple):
 class Sources:
     """What `w` consists of, for a layer whose weights are `packed` from it."""
 
-    def __init__(self, w: ExpertWeights) -> None:
+    def __init__(self, w: ExpertWeights, packed: ExpertWeights) -> None:
         self._spec = w.spec
         self._all = [_follow(tensor, w) for tensor in w.tensors]
         pieces = {id(t) for part in (w.gate_up, w.down) for t in _tensors(part)}
-        self._at = [i for i, t in enumerate(w.tensors) if id(t) in pieces]
-        self._matrices = [self._all[i] for i in self._at]
+        shared = {id(t) for t in packed.tensors} - pieces  # biases that the layer has itself
+        self._at = [i for i, t in enumerate(w.tensors) if id(t) not in shared]
+        self._copied = [self._all[i] for i in self._at]
 
     @classmethod
     def of(cls, w: ExpertWeights, packed: ExpertWeights) -> Sources | None:
         """None where there is nothing to follow: the layer runs `w` as it is."""
-        return None if packed is w else cls(w)
+        return None if packed is w else cls(w, packed)
 
     @property
     def marks(self) -> tuple[tuple[weakref.ref[torch.Tensor], int], ...]:
-        """(reference, version) of every matrix whose writes are counted: what a call looks at."""
+        """(reference, version) of every copied tensor whose writes are counted: what a call looks at."""
         return tuple(
             (reference, followed.version)
-            for followed in self._matrices
+            for followed in self._copied
             for reference in followed.references
             if followed.version is not None
         )
 
     def changed(self) -> bool:
-        """Whether a matrix that lives was written since."""
+        """Whether a copied tensor that lives was written since."""
         return any(
             (t := reference()) is not None and t._version != version for reference, version in self.marks
         )
@@ -72,7 +73,7 @@ class Sources:
         made: ExpertWeights = flat.unflatten(there, self._spec)
         for i, tensor in enumerate(tensors):
             self._all[i] = self._all[i]._replace(version=None if tensor is None else _version(tensor))
-        self._matrices = [self._all[i] for i in self._at]
+        self._copied = [self._all[i] for i in self._at]
         return made
 
 

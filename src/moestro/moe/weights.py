@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Iterable, Iterator
 from typing import Any, Self
 
 import torch
 
 from moestro import formats
-from moestro.errors import DeviceError, DTypeError, FormatError, ShapeError
+from moestro.errors import BackendError, DeviceError, DTypeError, FormatError, ShapeError
 from moestro.formats.base import CHECKPOINT, FormatTensor
 from moestro.formats.checks import require_scale
 from moestro.formats.pieces import Picklable, Pieces, from_picklable, to_picklable
@@ -22,6 +21,7 @@ from moestro.kernels import backends
 from moestro.kernels.activations import Activation, resolve_activation
 from moestro.kernels.problem import MoeProblem, dense_dtype
 from moestro.moe import devices, flat
+from moestro.moe.checks import check_input_format, checked_activation
 from moestro.moe.expert_parts import (
     ExpertSource,
     OneExpert,
@@ -30,6 +30,7 @@ from moestro.moe.expert_parts import (
     check_side,
     exactly,
     leaves,
+    looked_at,
 )
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -154,11 +155,13 @@ class ExpertWeights:
         gate_up_input_scale: torch.Tensor | None = None,
         down_input_scale: torch.Tensor | None = None,
         backend: str | None = None,
+        input_format: str | None = None,
     ) -> Self:
         """Quantise dense weights gate_up [L, 2I, H] and down [L, H, I].
 
         "bf16" keeps the tensors (bf16, fp16 or fp32) without a copy. backend: quantise each expert straight
-        into this backend's kernel layout ("auto": the preferred one's), see `from_experts`.
+        into this backend's kernel layout ("auto": the preferred one's), see `from_experts`; input_format: of the
+        activations that this layout is for.
         Raises FormatError for an unknown format or values that it cannot hold, ShapeError for sizes that it
         cannot block, BackendError for a backend that cannot run them.
         """
@@ -175,11 +178,16 @@ class ExpertWeights:
             "down_input_scale": down_input_scale,
         }
         if backend is None:
+            if input_format is not None:
+                raise BackendError(
+                    f"backend must be given where weights are packed for input_format={input_format!r}"
+                )
             made = cls(quantize(gate_up.detach()), quantize(down.detach()), **side)
         elif len(gate_up) != len(down):
             raise ShapeError(f"down must have the {len(gate_up)} experts of gate_up, got {list(down.shape)}")
         else:
-            made = cls.from_experts(Quantized(quantize, gate_up.detach(), down.detach()), backend, **side)
+            experts = Quantized(quantize, gate_up.detach(), down.detach())
+            made = cls.from_experts(experts, backend, input_format=input_format, **side)
         made._note("gate_up", gate_up)
         made._note("down", down)
         object.__setattr__(made, "given", (weakref.ref(gate_up), weakref.ref(down)))
@@ -192,14 +200,16 @@ class ExpertWeights:
         backend: str = backends.AUTO,
         *,
         dtype: torch.dtype = torch.bfloat16,
+        input_format: str | None = None,
         **side: Any,
     ) -> Self:
         """Weights from one expert's (gate_up [2I, H], down [H, I]) after the other, in the checkpoint layout.
 
         Made in the kernel layout of `backend` ("auto": of the preferred one that can run them here for x of
-        `dtype`): a backend that packs expert by expert, as the cpu backend does, never holds more than the
-        result and one expert, wherever the experts come from (moestro.checkpoints.Experts maps them from
-        files). Others get them whole. side: biases and input scales, as in ExpertWeights.
+        `dtype`, quantised to `input_format`): a backend that packs expert by expert, as the cpu backend does,
+        never holds more than the result and one expert, wherever the experts come from
+        (moestro.checkpoints.Experts maps them from files). Others get them whole. side: biases and input
+        scales, as in ExpertWeights.
 
         Raises ShapeError or FormatError for experts that differ, BackendError for a backend that cannot.
         """
@@ -215,19 +225,20 @@ class ExpertWeights:
         gated = gate_up.shape[0] == 2 * down.shape[1]
         biases = (side.get("gate_up_bias"), side.get("down_bias"))
         problem = dataclasses.replace(
-            MoeProblem.of(OneExpert(gate_up, down, *biases), top_k=1, dtype=dtype),
+            MoeProblem.of(OneExpert(gate_up, down, *biases), top_k=1, dtype=dtype, input_format=input_format),
             num_experts=len(experts),
             num_local_experts=len(experts),
             activation=resolve_activation("silu" if gated else "relu2"),
         )
         with devices.on(gate_up.device):
-            each = _looked_at(exactly(len(experts), experts))
+            each = looked_at(exactly(len(experts), experts))
             made = backends.resolve(backend, problem)[0].prepare_each(problem, each)
         if made is not None:
             return cls(*made, **side)
-        columns = zip(*_looked_at(experts), strict=True)
+        columns = zip(*looked_at(experts), strict=True)
         whole = (type(first[i]).stack(parts) for i, parts in enumerate(columns))  # type: ignore[attr-defined]
-        return cls(*whole, **side).prepare(backend, activation=problem.activation, dtype=dtype, donate=True)  # type: ignore[return-value]
+        wanted = {"activation": problem.activation, "input_format": input_format, "dtype": dtype}
+        return cls(*whole, **side).prepare(backend, donate=True, **wanted)  # type: ignore[return-value,arg-type]
 
     @property
     def format(self) -> str:
@@ -261,6 +272,11 @@ class ExpertWeights:
     def gated(self) -> bool:
         """Whether gate_up has a gate half and an up half."""
         return self.gate_up.shape[1] == 2 * self.intermediate_size
+
+    @property
+    def exact(self) -> bool:
+        """Whether unpacked() can give the checkpoint's weights back: a layout may have rounded them."""
+        return bool(getattr(self.gate_up, "exact", True))
 
     @property
     def biased(self) -> bool:
@@ -300,24 +316,35 @@ class ExpertWeights:
 
         "auto": of the preferred backend that can run them on this machine. Drop the original to keep one, or
         donate it: then its memory may become the result's, and it must not be used again.
-        Raises BackendError for a backend that is unknown or cannot run them.
+        Raises BackendError for a backend that is unknown or cannot run them, FormatError or ShapeError for an
+        input_format or an activation that does not fit them.
         """
+        check_input_format(
+            input_format, hidden_size=self.hidden_size, intermediate_size=self.intermediate_size
+        )
         problem = MoeProblem.of(
             self,
             num_experts=max(top_k, self.num_experts),
             top_k=top_k,
-            activation=resolve_activation(activation),
+            activation=checked_activation(activation, self.gate_up.shape, self.intermediate_size),
             input_format=input_format,
             dtype=dtype,
             deterministic=batch_invariant,
             batch_invariant=batch_invariant,
         )
         with devices.on(self.device):
-            runner = backends.resolve(backend, problem)[0]
-            if self.layout != CHECKPOINT or not self.num_experts:
-                return self
-            gate_up, down = runner.prepare(problem, self, donate=donate)
-        return self if gate_up is self.gate_up and down is self.down else self.with_tensors(gate_up, down)
+            runner, made = backends.resolve(backend, problem)[0], self
+            if self.layout == CHECKPOINT and self.num_experts:
+                gate_up, down = runner.prepare(problem, self, donate=donate)
+                if gate_up is not self.gate_up or down is not self.down:
+                    made = self.with_tensors(gate_up, down)
+            return made if runner.strided else made.contiguous()
+
+    def contiguous(self) -> ExpertWeights:
+        """The same weights in contiguous tensors (self if they are)."""
+        parts = {name: p.contiguous() for name, p in self._parts().items() if hasattr(p, "contiguous")}
+        changed = {name: part for name, part in parts.items() if part is not getattr(self, name)}
+        return self._replace(changed) if changed else self
 
     def scaled_input(self, x: Any) -> Any:
         """x [N, H], times gate_up_pre_scale where there is one: in float32, rounded to x's dtype.
@@ -333,7 +360,7 @@ class ExpertWeights:
         return (x.float() * self.gate_up_pre_scale).to(x.dtype)
 
     def unpacked(self) -> ExpertWeights:
-        """The same weights in the checkpoint layout (self if they are)."""
+        """The same weights in the checkpoint layout (self if they are). FormatError unless they are `exact`."""
         if self.layout == CHECKPOINT:
             return self
         return self._replace({"gate_up": self.gate_up.to_checkpoint(), "down": self.down.to_checkpoint()})
@@ -367,19 +394,3 @@ class ExpertWeights:
 def _restored(tensors: list[Picklable], spec: str) -> ExpertWeights:
     made: ExpertWeights = flat.unflatten([from_picklable(tensor) for tensor in tensors], spec)
     return made
-
-
-def _looked_at(experts: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
-    """The experts as they come, once their shapes are found to be the first's and their scales to be scales: what is
-    packed is not looked at again.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for index, pair in enumerate(experts):
-        for name, part in zip(("gate_up", "down"), pair, strict=True):
-            if tuple(part.shape) != shapes.setdefault(name, tuple(part.shape)):
-                raise ShapeError(
-                    f"{name} of expert {index} must be {list(shapes[name])} as of expert 0, got {list(part.shape)}"
-                )
-            if isinstance(part, Pieces):
-                type(part)(*(piece[None] for piece in part.pieces)).check_scales(name, index)
-        yield pair

@@ -136,15 +136,18 @@ def backend_for(w: ExpertWeights, activation: Activation, settings: Settings) ->
 
 
 def _quantised(
-    gate_up: Any, down: Any, side: dict[str, torch.Tensor], activation: Activation, settings: Settings
+    gate_up: Any, down: Any, side: dict[str, Any], activation: Activation, settings: Settings
 ) -> ExpertWeights:
     """Dense weights quantised, one expert after the other, into the layout that they will run in."""
     assert settings.format is not None
     cls = formats.get(settings.format)
     one = {name: bias[:1] for name, bias in side.items()}
-    some = ExpertWeights(cls.quantize(gate_up.data[:1]), cls.quantize(down.data[:1]), **one)  # type: ignore[arg-type]
+    some = ExpertWeights(cls.quantize(gate_up.data[:1]), cls.quantize(down.data[:1]), **one)
     backend = backend_for(some, activation, settings)
-    return ExpertWeights.from_dense(gate_up.data, down.data, settings.format, backend=backend, **side)
+    input_format = settings.options.get("input_format")
+    return ExpertWeights.from_dense(
+        gate_up.data, down.data, settings.format, backend=backend, input_format=input_format, **side
+    )
 
 
 def _layer(module: Any, bound: Bound, top_k: int) -> FusedMoE:

@@ -97,7 +97,11 @@ def load_module(
     one = ExpertWeights(*(type(t).stack([t]) for t in first))
     backend = backend_for(one, activation, settings)
     w = ExpertWeights.from_experts(
-        source, backend, dtype=settings.options.get("dtype") or dtype, **_moved(side, device)
+        source,
+        backend,
+        dtype=settings.options.get("dtype") or dtype,
+        input_format=settings.options.get("input_format"),
+        **_moved(side, device),
     )
     found = Bound(for_backend(w, activation, settings), activation, settings, None)
     hold(module, found)

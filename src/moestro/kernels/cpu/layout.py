@@ -19,6 +19,7 @@ from moestro.errors import DTypeError, FormatError, ShapeError
 from moestro.formats import BF16, MXFP4, NVFP4, FormatTensor, FP8Block
 from moestro.formats.fp8_block import BLOCK as FP8_BLOCK
 from moestro.formats.pages import release
+from moestro.formats.pieces import reduced
 from moestro.kernels.cpu import core, memory
 
 PANEL = 16  # rows of a panel, columns of an NVFP4 block
@@ -55,8 +56,11 @@ class Panels:
     def nbytes(self) -> int:
         return sum(piece.nbytes for piece in self.pieces)
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return self.to_checkpoint().dequantize(dtype)
+    def dequantize(self, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None) -> torch.Tensor:
+        return self.to_checkpoint().dequantize(dtype, out=out)
+
+    def __reduce__(self) -> Any:
+        return reduced(self)
 
     def expert(self, index: int) -> Self:
         return self._with(piece[index] for piece in self.pieces)

@@ -23,6 +23,7 @@ from moestro.errors import FormatError
 from moestro.formats import MXFP4, NVFP4, FP8Block
 from moestro.formats.base import FormatTensor
 from moestro.formats.mxfp4 import decode_e8m0
+from moestro.formats.pieces import dense_out
 from moestro.kernels.problem import MoeProblem
 from moestro.kernels.triton.chip import has_block_scales, multiplies_fp4
 from moestro.kernels.triton.layout import PACKED, Packed
@@ -42,6 +43,7 @@ class TritonFP4(Packed):
     gives them. They are at most half a step of e4m3 (1/16) from the checkpoint's.
     """
 
+    exact: ClassVar[bool] = False
     CODE: ClassVar[int] = -1  # no kernel of decode.py reads it
     WORD: ClassVar[torch.dtype] = torch.int16
     SCALE: ClassVar[torch.dtype] = torch.int16
@@ -72,8 +74,8 @@ class TritonFP4(Packed):
     def bytes_per_weight(cls) -> float:
         return 0.5 + 1 / GROUP
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The values that the kernels multiply, [..., R, C]."""
+    def dequantize(self, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The values that the kernels multiply, [..., R, C]; in `out` where there is one."""
         codes = _from_words(_rows_of(self.words))  # [..., Rp, Cp]
         scale = _rows_of(self.scales).contiguous().view(torch.float8_e4m3fn).float()  # [..., Rp, Cp / 16]
         half = HALVES.to(self.device)[(codes & 7).long()] * torch.where(codes >= 8, -0.5, 0.5)
@@ -83,7 +85,8 @@ class TritonFP4(Packed):
             .float()
             .flatten(-2)
         )
-        return self._in_order(value * self.row_scale.unsqueeze(-1)).to(dtype)
+        dense = self._in_order(value * self.row_scale.unsqueeze(-1))
+        return dense_out(out, self.shape, dtype, self.device).copy_(dense)
 
     def to_checkpoint(self) -> FormatTensor:
         """Raises FormatError: rounding to e4m3 cannot be undone."""
@@ -135,7 +138,8 @@ class TritonE4M3(Packed):
         for e in range(experts):
             words[e] = _pad(q.data[e].view(torch.uint8), order, columns, 0)
         nothing = torch.empty((experts, 0), device=q.device)
-        return cls(words.view(torch.float8_e4m3fn), q.scale_inv, nothing, nothing, rows, columns, gated)
+        e4m3 = words.view(torch.float8_e4m3fn)
+        return cls(e4m3, q.scale_inv.contiguous(), nothing, nothing, rows, columns, gated)
 
     @classmethod
     def bytes_per_weight(cls) -> float:

@@ -25,6 +25,7 @@ import torch
 
 from moestro.formats import INT4, MXFP4, MXFP8, NVFP4, FP8Block
 from moestro.formats.base import FormatTensor
+from moestro.formats.pieces import reduced
 from moestro.kernels.triton.device import decode
 from moestro.kernels.triton.words import (
     COLS,
@@ -68,6 +69,7 @@ class Packed:
 
     format: ClassVar[str]
     layout: ClassVar[str]
+    exact: ClassVar[bool] = True  # whether to_checkpoint() gives the checkpoint's weights back
     CODE: ClassVar[int]  # device/decode.py's name of the format
     WORD: ClassVar[torch.dtype]
     SCALE: ClassVar[torch.dtype]
@@ -129,9 +131,9 @@ class Packed:
     def _tensors(self) -> dict[str, torch.Tensor]:
         return {f.name: v for f in fields(self) if torch.is_tensor(v := getattr(self, f.name))}
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The dense values [..., R, C]."""
-        return self.to_checkpoint().dequantize(dtype)
+    def dequantize(self, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The dense values [..., R, C]; in `out` where there is one."""
+        return self.to_checkpoint().dequantize(dtype, out=out)
 
     def expert(self, index: int) -> Self:
         """[..., R, C] at `index` of the first dimension, without a copy."""
@@ -141,6 +143,9 @@ class Packed:
     def to(self, device: torch.device | str) -> Self:
         tensors = {name: v.to(device) for name, v in self._tensors().items()}
         return type(self)(**tensors, rows=self.rows, columns=self.columns, gated=self.gated)
+
+    def __reduce__(self) -> Any:
+        return reduced(self)
 
     @abstractmethod
     def to_checkpoint(self) -> FormatTensor:

@@ -42,6 +42,7 @@ class TritonRunner(MoeRunner):
     """MoE on NVIDIA GPUs of compute capability 9.0 and newer, bf16 or fp16 activations."""
 
     backend: ClassVar[str] = "triton"
+    strided: ClassVar[bool] = False
 
     @classmethod
     def why_not(cls, problem: MoeProblem) -> str | None:
@@ -65,8 +66,7 @@ class TritonRunner(MoeRunner):
             return reason
         if reason := activations.why_not(problem.activation, ACTIVATIONS):
             return reason
-        packs = packed_type(problem)
-        wanted = CHECKPOINT if packs is None else packs.layout
+        wanted = TritonRunner.prepared_layout(problem)
         if problem.weight_layout not in (CHECKPOINT, wanted):
             return f"it needs weights in the layout {wanted!r} here, they were prepared as {problem.weight_layout!r}"
         if problem.intermediate_size % 8 or problem.hidden_size % 8:
@@ -80,6 +80,11 @@ class TritonRunner(MoeRunner):
         return layout == CHECKPOINT or layout in {
             packed.layout for table in (PACKED, PACKED_FP8) for packed in table.values()
         }
+
+    @classmethod
+    def prepared_layout(cls, problem: MoeProblem) -> str:
+        packs = packed_type(problem)
+        return CHECKPOINT if packs is None else packs.layout
 
     @classmethod
     def needs_prepare(cls, problem: MoeProblem) -> bool:
@@ -96,7 +101,7 @@ class TritonRunner(MoeRunner):
         return kind.pack(experts.gate_up, problem.activation.gated), kind.pack(experts.down, False)
 
     def __init__(self, problem: MoeProblem, experts: Experts) -> None:
-        super().__init__(problem, experts)
+        super().__init__(problem, Held.of(experts).contiguous())
         packs = packed_type(problem)
         if packs is not None and not isinstance(experts.gate_up, packs):
             raise BackendError(
