@@ -133,8 +133,6 @@ def fold_e4m3(tensor: FormatTensor) -> torch.Tensor:
     432, is rounded to e4m3 (to nearest, ties to even). A scale under 2^-5 there, which is 1152 times less than the
     row's largest at least, counts as 2^-5, and its codes as the nearest for that. Other formats are as they are.
     """
-    if not getattr(tensor, "exact", True):
-        return tensor.dequantize(torch.float32)  # in a layout of weights that were rounded so
     checkpoint = tensor.to_checkpoint()
     if isinstance(checkpoint, NVFP4):
         scale, rest, width = checkpoint.scale.float().abs(), checkpoint.row_global_scale(), 16

@@ -274,11 +274,6 @@ class ExpertWeights:
         return self.gate_up.shape[1] == 2 * self.intermediate_size
 
     @property
-    def exact(self) -> bool:
-        """Whether unpacked() can give the checkpoint's weights back: a layout may have rounded them."""
-        return bool(getattr(self.gate_up, "exact", True))
-
-    @property
     def biased(self) -> bool:
         return self.gate_up_bias is not None or self.down_bias is not None
 
@@ -360,7 +355,7 @@ class ExpertWeights:
         return (x.float() * self.gate_up_pre_scale).to(x.dtype)
 
     def unpacked(self) -> ExpertWeights:
-        """The same weights in the checkpoint layout (self if they are). FormatError unless they are `exact`."""
+        """The same weights in the checkpoint layout (self if they are)."""
         if self.layout == CHECKPOINT:
             return self
         return self._replace({"gate_up": self.gate_up.to_checkpoint(), "down": self.down.to_checkpoint()})

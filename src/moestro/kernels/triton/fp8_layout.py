@@ -21,13 +21,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from moestro.errors import FormatError
 from moestro.formats import MXFP4, NVFP4, FP8Block
-from moestro.formats.base import FormatTensor
 from moestro.formats.mxfp4 import decode_e8m0
 from moestro.formats.pieces import dense_out
 from moestro.kernels.problem import MoeProblem
 from moestro.kernels.triton.chip import has_block_scales, multiplies_fp4
 from moestro.kernels.triton.layout import PACKED, Packed
-from moestro.kernels.triton.words import row_order
+from moestro.kernels.triton.words import paired, row_order
 
 ROWS, COLS, GROUP = 64, 128, 16
 LARGEST = 72.0  # of a row's scales
@@ -40,10 +39,10 @@ class TritonFP4(Packed):
 
     words: int16 [L, Rb, Cb, 64, 32]; scales: int16 [L, Rb, Cb, 64, 4], two e4m3 bytes each, the even group's low.
     Its values are those that the kernels multiply: e2m1 · scale rounded to e4m3, times the row's scale; `dequantize`
-    gives them. They are at most half a step of e4m3 (1/16) from the checkpoint's.
+    gives them. They are at most half a step of e4m3 (1/16) from the checkpoint's. `to_checkpoint` gives the codes and
+    scales back, bit for bit where a scale was no negative one and none under SMALLEST: the products are not rounded there.
     """
 
-    exact: ClassVar[bool] = False
     CODE: ClassVar[int] = -1  # no kernel of decode.py reads it
     WORD: ClassVar[torch.dtype] = torch.int16
     SCALE: ClassVar[torch.dtype] = torch.int16
@@ -88,11 +87,11 @@ class TritonFP4(Packed):
         dense = self._in_order(value * self.row_scale.unsqueeze(-1))
         return dense_out(out, self.shape, dtype, self.device).copy_(dense)
 
-    def to_checkpoint(self) -> FormatTensor:
-        """Raises FormatError: rounding to e4m3 cannot be undone."""
-        raise FormatError(
-            f"weights in the layout {self.layout!r} are rounded to e4m3: keep the checkpoint's to have them back"
-        )
+    def _codes_and_scales(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(packed codes uint8 [..., R, C/2], e4m3 scales [..., R, C/16], row scales float32 [..., R, 1])."""
+        codes = self._in_order(_from_words(_rows_of(self.words)))
+        byte = self._in_order(_rows_of(self.scales).contiguous().view(torch.uint8), GROUP)
+        return paired(codes), byte.view(torch.float8_e4m3fn), self._in_order(self.row_scale.unsqueeze(-1))
 
     @classmethod
     def _expert(cls, *_: Any) -> torch.Tensor:
@@ -105,12 +104,27 @@ class FP8FromNVFP4(TritonFP4):
     format: ClassVar[str] = "nvfp4"
     layout: ClassVar[str] = "triton-fp8-nvfp4-r64c128"
 
+    @classmethod
+    def _kept(cls, q: Any) -> torch.Tensor:
+        kept: torch.Tensor = q.global_scale
+        return kept
+
+    def to_checkpoint(self) -> NVFP4:
+        packed, relative, row = self._codes_and_scales()
+        power = row / NVFP4(packed, relative, self.kept).row_global_scale()
+        return NVFP4(packed, (relative.float() * power).to(torch.float8_e4m3fn), self.kept)
+
 
 class FP8FromMXFP4(TritonFP4):
     """See TritonFP4."""
 
     format: ClassVar[str] = "mxfp4"
     layout: ClassVar[str] = "triton-fp8-mxfp4-r64c128"
+
+    def to_checkpoint(self) -> MXFP4:
+        packed, relative, row = self._codes_and_scales()
+        exponent = torch.frexp(relative[..., ::2].double() * row.double())[1] - 1
+        return MXFP4(packed, (exponent + 127).clamp(0, 254).to(torch.uint8))
 
 
 class TritonE4M3(Packed):

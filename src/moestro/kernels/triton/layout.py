@@ -69,7 +69,6 @@ class Packed:
 
     format: ClassVar[str]
     layout: ClassVar[str]
-    exact: ClassVar[bool] = True  # whether to_checkpoint() gives the checkpoint's weights back
     CODE: ClassVar[int]  # device/decode.py's name of the format
     WORD: ClassVar[torch.dtype]
     SCALE: ClassVar[torch.dtype]
