@@ -98,7 +98,11 @@ def call(num_tokens: int, dtype: torch.dtype, hidden: int = H) -> tuple[torch.Te
     ids = torch.rand(num_tokens, 2 * E, generator=gen).argsort(-1)[:, :K].int()
     ids = torch.where(ids == 1, -7, ids).contiguous()
     ids[:1, 0] = 0
-    return torch.randn(num_tokens, hidden, generator=gen).to(dtype), ids, torch.rand(num_tokens, K, generator=gen)
+    return (
+        torch.randn(num_tokens, hidden, generator=gen).to(dtype),
+        ids,
+        torch.rand(num_tokens, K, generator=gen),
+    )
 
 
 def plan(layer: FusedMoE, num_tokens: int) -> list[Any]:
@@ -271,7 +275,9 @@ def test_the_portable_backend_stands_in_on_every_layout(kind: Kind) -> None:
     x, ids, weights = call(9, kind.dtype)
     truth = reference.fused_moe(x, ids, weights, held, input_format=kind.input_format)
     x.requires_grad_()
-    y = fused_moe(x, ids, weights, held, input_format=kind.input_format, num_experts=2 * E, backend="portable")
+    y = fused_moe(
+        x, ids, weights, held, input_format=kind.input_format, num_experts=2 * E, backend="portable"
+    )
     assert float((y.detach().float() - truth).norm() / truth.norm()) < 1e-2
     y.float().sum().backward()
     assert x.grad is not None

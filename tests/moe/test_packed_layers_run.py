@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("triton", minversion="3.8")  # whose interpreter has dot_scaled
 
+import gluon_machine
 from chips import pretend, taken
 from test_packed_layers import Kind, name
 
@@ -16,6 +17,7 @@ from moestro import ExpertWeights, FusedMoE, formats, fused_moe, reference
 from moestro.bench import checkup
 from moestro.formats import MXFP4, MXFP8, NVFP4, FP8Block
 from moestro.formats.base import CHECKPOINT
+from moestro.kernels.triton.device import fp8_gemm, fp8_registers
 from moestro.kernels.triton.fp8_layout import TritonE4M3
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a chip of another capability is here")
@@ -41,9 +43,9 @@ def interpreted(chip: str) -> list[Kind]:
 KINDS = [*interpreted("hopper"), *interpreted("sm_100")]
 
 
-def weights_of(kind: Kind, *, strided: bool = False) -> ExpertWeights:
+def weights_of(kind: Kind, *, strided: bool = False, sizes: tuple[int, int] | None = None) -> ExpertWeights:
     gen = torch.Generator().manual_seed(0)
-    hidden, inter = sizes_of(kind.format)
+    hidden, inter = sizes or sizes_of(kind.format)
 
     def made(*shape: int, scale: float = 0.1) -> torch.Tensor:
         dense = torch.randn(shape[:-2] + shape[:-3:-1] if strided else shape, generator=gen) * scale
@@ -58,18 +60,22 @@ def weights_of(kind: Kind, *, strided: bool = False) -> ExpertWeights:
     )
 
 
-def call(num_tokens: int, kind: Kind) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def call(
+    num_tokens: int, kind: Kind, hidden: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """For the middle rank of three: nobody comes to its expert 1, half the pairs are other ranks'."""
     gen = torch.Generator().manual_seed(2)
     ids = torch.rand(num_tokens, 3 * E, generator=gen).argsort(-1)[:, :K].int()
     ids[:, 0] = ids[:, 0] % 2 * 2 + E
     ids[ids == E + 1] = -7
-    x = torch.randn(num_tokens, sizes_of(kind.format)[0], generator=gen).to(kind.dtype)
+    x = torch.randn(num_tokens, hidden or sizes_of(kind.format)[0], generator=gen).to(kind.dtype)
     return x, ids.contiguous(), torch.rand(num_tokens, K, generator=gen)
 
 
 def error(y: torch.Tensor, w: ExpertWeights, kind: Kind, num_tokens: int) -> float:
-    truth = reference.fused_moe(*call(num_tokens, kind), w, input_format=kind.input_format, expert_offset=E)
+    truth = reference.fused_moe(
+        *call(num_tokens, kind, w.hidden_size), w, input_format=kind.input_format, expert_offset=E
+    )
     return float((y.float() - truth).norm() / truth.norm())
 
 
@@ -98,6 +104,31 @@ def test_a_layer_on_packed_weights_is_the_reference_on_the_checkpoints(kind: Kin
         assert error(y, w, kind, num_tokens) < tolerance(kind)
 
 
+@pytest.mark.parametrize(
+    ("format", "dtype", "sizes"),
+    [
+        ("nvfp4", torch.bfloat16, (160, 96)),
+        ("mxfp4", torch.float16, (160, 96)),
+        ("fp8_block", torch.bfloat16, (144, 128)),
+    ],
+    ids=str,
+)
+def test_a_layer_of_fp8_products_is_the_reference(
+    format: str, dtype: torch.dtype, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hopper's, which the interpreter does not know, on gluon_machine.py."""
+    pretend(monkeypatch, "hopper")
+    for module, kernel in ((fp8_registers, "fp4_fp8_registers"), (fp8_gemm, "fp8_gemm")):
+        monkeypatch.setattr(module, kernel, gluon_machine.GluonMachine(getattr(module, kernel), 1, {}))
+    kind = Kind("hopper", format, "fp8", dtype)
+    w = weights_of(kind, sizes=sizes)
+    layer = FusedMoE(w, K, 16, dtype=dtype, **options_of(kind))
+    for num_tokens in (1, 9):
+        y = layer(*call(num_tokens, kind, sizes[0]))
+        assert y.dtype == dtype
+        assert error(y, w, kind, num_tokens) < FP8_TOLERANCE
+
+
 STRIDED = [kind for kind in KINDS if kind.dtype == torch.bfloat16 and kind.format in ("bf16", "nvfp4")]
 
 
@@ -123,7 +154,9 @@ def transposed(q: Any) -> Any:
 def test_pieces_in_any_order_of_memory_are_packed_alike(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where kernels take the checkpoint's own."""
     gen = torch.Generator().manual_seed(0)
-    plain = ExpertWeights(*(made.quantize(torch.randn(s, generator=gen)) for s in ((2, 256, 160), (2, 160, 128))))
+    plain = ExpertWeights(
+        *(made.quantize(torch.randn(s, generator=gen)) for s in ((2, 256, 160), (2, 160, 128)))
+    )
     strided = plain.with_tensors(transposed(plain.gate_up), transposed(plain.down))
     for chip in ("hopper", "sm_100"):
         pretend(monkeypatch, chip)
@@ -148,5 +181,7 @@ def test_the_doctor_gives_every_kind_that_is_taken_to_this_backend(monkeypatch: 
             for what, options in checkup.ACTIVATIONS.items():
                 dtype = options.get("dtype", torch.bfloat16)
                 mine = (fmt, options.get("input_format"), dtype) in kinds
-                half = fmt == "bf16" and dtype == torch.float16  # of bf16 weights, which x in float16 does not fit
+                half = (
+                    fmt == "bf16" and dtype == torch.float16
+                )  # of bf16 weights, which x in float16 does not fit
                 assert (by_x[what] == "triton") == mine or half

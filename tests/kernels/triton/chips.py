@@ -30,7 +30,9 @@ def pretend(patch: pytest.MonkeyPatch, name: str, *, wgmma: bool = True) -> None
     patch.setattr(TritonRunner, "why_not", classmethod(lambda cls, problem: cls._unsupported(problem)))
 
 
-def taken(name: str, hidden: int, inter: int, **options: Any) -> Iterator[tuple[str, str | None, torch.dtype]]:
+def taken(
+    name: str, hidden: int, inter: int, **options: Any
+) -> Iterator[tuple[str, str | None, torch.dtype]]:
     """(format, input format, dtype of x) of every layer that the backend says it takes on a chip."""
     with pytest.MonkeyPatch.context() as patch:
         pretend(patch, name, **options)

@@ -185,6 +185,14 @@ class Gl:
         return Tensor(torch.maximum(*_alike(a, b)))
 
     @staticmethod
+    def max(a: Tensor, axis: int) -> Tensor:
+        return Tensor(a.data.amax(axis))
+
+    @staticmethod
+    def abs(a: Tensor) -> Tensor:
+        return Tensor(a.data.abs())
+
+    @staticmethod
     def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
         return Tensor((a.data.double() * b.data.double() + c.data.double()).float())
 
@@ -246,6 +254,8 @@ class Gl:
 def _alike(a: Any, b: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Two tensors of one dtype: that of the one which was a tensor."""
     first, second = plain(a), plain(b)
+    if not isinstance(first, torch.Tensor) and not isinstance(second, torch.Tensor):
+        return torch.tensor(first), torch.tensor(second)
     if not isinstance(first, torch.Tensor):
         return torch.tensor(first, dtype=second.dtype), second
     return first, torch.as_tensor(second).to(first.dtype)

@@ -34,8 +34,7 @@ from moestro.integrations.transformers.linears import EXCLUDED, quantise
 from moestro.integrations.transformers.modules import experts_modules, weight_names
 from moestro.integrations.transformers.packed import pack, restore
 from moestro.integrations.transformers.quantizer import (
-    MoestroQuantConfig,
-    MoestroQuantizer,
+    mark_saved,
     register_modelopt,
 )
 from moestro.integrations.transformers.settings import (
@@ -215,7 +214,7 @@ def quantize_linear(
     made = quantise(model, format, exclude, settings)
     if not made:
         raise BackendError(f"{type(model).__name__} has no Linear layer that can be quantised to {format}")
-    _mark_saved(model)
+    mark_saved(model)
     return [str(line) for line in made]
 
 
@@ -226,15 +225,7 @@ def _mark(model: Any, name: str) -> None:
     for _, module in experts_modules(model):
         if module.config._experts_implementation not in REGISTERED:
             module.config._experts_implementation = name
-    _mark_saved(model)
-
-
-def _mark_saved(model: Any) -> None:
-    config = getattr(model, "config", None)
-    if config is None or getattr(config, "quantization_config", None) is not None:
-        return
-    made = MoestroQuantConfig(quant_algo="W4A16_NVFP4")
-    model.hf_quantizer, config.quantization_config = MoestroQuantizer(made), made
+    mark_saved(model)
 
 
 def refresh(model: torch.nn.Module) -> int:

@@ -26,7 +26,7 @@ from moestro.integrations.transformers.bound import NAME_IN_MODEL, bound_to, mod
 from moestro.integrations.transformers.linears import ASKED, pack_linears, wanted
 from moestro.integrations.transformers.modules import experts_modules, weight_names
 from moestro.integrations.transformers.packed import pack, restore
-from moestro.integrations.transformers.quantizer import MoestroQuantizer, quantizer_for
+from moestro.integrations.transformers.quantizer import MoestroQuantizer, mark_saved, quantizer_for
 from moestro.integrations.transformers.settings import REGISTERED, Settings, of_model
 
 log = logging.getLogger("moestro")
@@ -140,7 +140,9 @@ def _finalize(theirs: Any, model: Any, load_config: Any, loading_info: Any) -> A
         for name, module in experts_modules(model):
             module.__dict__[NAME_IN_MODEL] = name
             if settings.release and _loaded(module):
-                pack(module, settings)
+                found = pack(module, settings)
+                if found.weights.format != "bf16":
+                    mark_saved(model)
     if wanted(model) and not isinstance(load_config.hf_quantizer, MoestroQuantizer):
         report = pack_linears(model)
         for line in report:

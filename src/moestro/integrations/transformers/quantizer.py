@@ -213,3 +213,12 @@ def _fitted(name: str, base: str, modules: set[str]) -> str:
         if any(".".join(parts[:n]) in modules for n in range(len(parts) - 1, 2, -1)) or parts[0] in modules:
             return candidate
     return name
+
+
+def mark_saved(model: Any) -> None:
+    """Let save_pretrained write a quantised checkpoint, and the config say so."""
+    config = getattr(model, "config", None)
+    if config is None or getattr(config, "quantization_config", None) is not None:
+        return
+    made = MoestroQuantConfig(quant_algo="W4A16_NVFP4")
+    model.hf_quantizer, config.quantization_config = MoestroQuantizer(made), made
