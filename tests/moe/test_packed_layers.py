@@ -24,7 +24,7 @@ from moestro.moe.options import Options
 from moestro.moe.tuning_config import OP
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a chip of another capability is here")
-E, K, H, I = 3, 2, 160, 128  # noqa: E741
+E, K, H, I = 2, 2, 96, 128  # noqa: E741
 
 
 class Kind(NamedTuple):
@@ -158,10 +158,11 @@ def test_values_are_the_checkpoints_or_rounded_to_what_fp8_products_take(kind: K
     for mine, theirs in ((held.gate_up, w.gate_up), (held.down, w.down)):
         values = mine.dequantize()
         assert values.shape == mine.shape == theirs.shape
-        folded = held.layout.startswith("triton-fp8-nvfp4"), held.layout.startswith("triton-fp8-mxfp4")
+        folded = held.layout.startswith(("triton-fp8-nvfp4", "triton-fp8-mxfp4"))
         for e in range(E):
-            exact = reference.fold_e4m3(theirs.expert(e)) if any(folded) else theirs.expert(e).dequantize()
-            torch.testing.assert_close(values[e], exact, rtol=1e-6, atol=0)
+            one = theirs.expert(e)
+            exact = reference.fold_e4m3(one) if folded else one.dequantize()
+            assert bool(((values[e] - exact).abs() <= folded * 1e-6 * exact.abs()).all())
             assert torch.equal(mine.expert(e).dequantize(), values[e])
             assert mine.expert(e).shape == theirs.expert(e).shape
         buffer = torch.full(values.shape, torch.nan, dtype=torch.bfloat16)

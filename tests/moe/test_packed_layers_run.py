@@ -98,7 +98,8 @@ def test_a_layer_on_packed_weights_is_the_reference_on_the_checkpoints(kind: Kin
     """Odd sizes, biases, an expert without tokens, experts of other ranks; one token, and more."""
     w = weights_of(kind)
     layer = FusedMoE(w, K, 16, dtype=kind.dtype, **options_of(kind))
-    for num_tokens in (1, 9) if kind.dtype == torch.bfloat16 else (4,):
+    half, quantised = kind.dtype == torch.float16, kind.input_format is not None
+    for num_tokens in (1,) if half else (9,) if quantised else (1, 9):
         y = layer(*call(num_tokens, kind))
         assert y.dtype == kind.dtype
         assert error(y, w, kind, num_tokens) < tolerance(kind)
@@ -129,7 +130,11 @@ def test_a_layer_of_fp8_products_is_the_reference(
         assert error(y, w, kind, num_tokens) < FP8_TOLERANCE
 
 
-STRIDED = [kind for kind in KINDS if kind.dtype == torch.bfloat16 and kind.format in ("bf16", "nvfp4")]
+STRIDED = [
+    Kind("hopper", "bf16", None, torch.bfloat16),
+    Kind("hopper", "nvfp4", None, torch.bfloat16),
+    Kind("sm_100", "nvfp4", "nvfp4", torch.bfloat16),
+]
 
 
 @pytest.mark.parametrize("kind", STRIDED, ids=name)
@@ -139,11 +144,11 @@ def test_transposed_weights_and_biases_are_read_as_they_stand(kind: Kind) -> Non
     assert not any(t.is_contiguous() for t in (w.gate_up_bias, w.down_bias) if t is not None)
     layer = FusedMoE(w, K, 16, **options_of(kind))
     assert all(t.is_contiguous() for t in layer.weights.tensors)
-    assert error(layer(*call(4, kind)), w, kind, 4) < TOLERANCE
-    assert torch.equal(fused_moe(*call(4, kind), w, **options_of(kind)), layer(*call(4, kind)))
+    assert error(fused_moe(*call(2, kind), w, **options_of(kind)), w, kind, 2) < TOLERANCE
+    assert error(layer(*call(2, kind)), w, kind, 2) < TOLERANCE
     assert w.gate_up_bias is not None
     w.gate_up_bias.add_(1.0)  # a copied tensor that is written is copied again
-    assert error(layer(*call(4, kind)), w, kind, 4) < TOLERANCE
+    assert error(layer(*call(2, kind)), w, kind, 2) < TOLERANCE
 
 
 def transposed(q: Any) -> Any:
