@@ -49,6 +49,15 @@ def test_weights_that_have_run_can_be_copied_and_saved() -> None:
         assert torch.equal(y, moestro.fused_moe(*call(), again))
 
 
+@pytest.mark.parametrize("format", ["nvfp4", "bf16", "fp8_block", "int4"])
+def test_a_packed_tensor_can_be_pickled_without_its_layer(format: str) -> None:
+    w = moestro.ExpertWeights.from_dense(*dense(), format=format, backend="cpu")
+    assert w.layout != "checkpoint"
+    again = pickle.loads(pickle.dumps((w.gate_up, w.down)))
+    assert [type(part) for part in again] == [type(w.gate_up), type(w.down)]
+    assert all(torch.equal(a.dequantize(), b) for a, b in zip(again, w.dequantize(), strict=True))
+
+
 @pytest.mark.parametrize("format", ["nvfp4", "bf16", "mxfp4"])
 @pytest.mark.parametrize("backend", ["auto", "cpu", "portable"])
 def test_quantising_straight_into_a_backends_layout_gives_the_same_weights(format: str, backend: str) -> None:

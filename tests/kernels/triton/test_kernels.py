@@ -295,3 +295,10 @@ def test_weights_must_be_repacked_first() -> None:
     runner, plain = make((4, 2, 128, 64), "nvfp4")
     with pytest.raises(BackendError, match="prepare"):
         TritonRunner(runner.problem, plain)
+
+
+def test_weights_with_strides_are_refused_where_nobody_made_them_contiguous() -> None:
+    runner, plain = make((4, 2, 128, 64), "bf16")
+    plain.gate_up = BF16(plain.gate_up.data.mT.contiguous().mT)
+    with pytest.raises(BackendError, match="contiguous"):
+        TritonRunner(runner.problem, plain)

@@ -101,7 +101,12 @@ class TritonRunner(MoeRunner):
         return kind.pack(experts.gate_up, problem.activation.gated), kind.pack(experts.down, False)
 
     def __init__(self, problem: MoeProblem, experts: Experts) -> None:
-        super().__init__(problem, Held.of(experts).contiguous())
+        super().__init__(problem, experts)
+        held = Held.of(experts)
+        if any(part is not whole for part, whole in zip(held, held.contiguous(), strict=True)):
+            raise BackendError(
+                "backend 'triton' runs contiguous weights and biases, got some with other strides"
+            )
         packs = packed_type(problem)
         if packs is not None and not isinstance(experts.gate_up, packs):
             raise BackendError(
