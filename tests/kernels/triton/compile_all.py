@@ -73,6 +73,9 @@ def sm_90() -> list[str]:
             (runner, 700, large),
             (runner, 700, dequantized),
         ]
+    rounded = (("int4", 60, -1), ("mxfp8", 700, large), ("bf16", 700, dequantized))  # rows, to e4m3
+    for fmt, n, wanted in rounded:
+        cases.append((runner_of(8, 2, 512, 320, fmt, biases=True, input_format="fp8"), n, wanted))
     seen = set()
     for runner, n, wanted in cases:
         default = choose.default(runner.problem, n)

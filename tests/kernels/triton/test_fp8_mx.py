@@ -20,8 +20,9 @@ from moestro.errors import BackendError
 from moestro.kernels.activations import Activation, GeGLUTanh, ReLU2, SwiGLU
 from moestro.kernels.problem import MoeProblem
 from moestro.kernels.triton import Tactic, Tile, TritonRunner, chip, choose
+from moestro.kernels.triton.device import fp8 as fp8_device
 from moestro.kernels.triton.device.fp8 import Recipe, quantize_fp8
-from moestro.kernels.triton.paths import fp8, fp8_mx
+from moestro.kernels.triton.paths import fp8_mx, kind_of
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a chip of another capability is here")
 TOLERANCE = 1e-3  # of the relative norm, with x and results in float16; the interpreter rounds towards zero
@@ -34,7 +35,7 @@ EVEN_STEPS = fp8_mx.tactic(32, Tile(128, 2, 4, 3))
 @pytest.fixture(autouse=True)
 def blackwell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chip, "capability", lambda: (10, 0))
-    monkeypatch.setattr(fp8, "quantize_fp8", Quantize())
+    monkeypatch.setattr(fp8_device, "quantize_fp8", Quantize())
 
 
 def make(*args: Any, dtype: torch.dtype = torch.float16, **rest: Any) -> tuple[TritonRunner, Any]:
@@ -127,8 +128,8 @@ def test_only_powers_of_two_of_blocks_and_e4m3_on_chips_that_multiply_them_take_
 ) -> None:
     monkeypatch.setattr(chip, "capability", lambda: capability)
     for fmt in ("mxfp4", "mxfp8"):
-        assert (choose.unsupported(problem(fmt)) is None) == runs
-    assert choose.unsupported(problem("nvfp4")) is not None
+        assert (kind_of(problem(fmt)) == "fp8" and choose.default(problem(fmt), 60).path == "fp8_mx") == runs
+    assert choose.default(problem("nvfp4"), 60).path != "fp8_mx"
     assert {t.path for t in choose.candidates(replace(problem(), input_format=None), 60)} <= {
         "fused", "chain", "dequantized"}  # fmt: skip
 

@@ -15,6 +15,7 @@ from test_kernels import inputs_of, make, poisoned
 
 from moestro.kernels.problem import MoeProblem
 from moestro.kernels.triton import choose
+from moestro.kernels.triton.device import fp8 as fp8_device
 from moestro.kernels.triton.device import fp8_registers as kernels
 from moestro.kernels.triton.device.fp8 import Recipe, quantize_fp8
 from moestro.kernels.triton.paths import fp8 as fp8_path
@@ -65,7 +66,7 @@ def on_machine(monkeypatch: pytest.MonkeyPatch) -> Any:
     def start(seed: int, **mutants: tuple[str, str]) -> None:
         monkeypatch.setattr(fp8_path, "has_wgmma", lambda: True)
         monkeypatch.setattr(kernels, "fp4_fp8_registers", gluon_machine.GluonMachine(kernel, seed, mutants))
-        monkeypatch.setattr(fp8_path, "quantize_fp8", Quantize())
+        monkeypatch.setattr(fp8_device, "quantize_fp8", Quantize())
 
     return start
 

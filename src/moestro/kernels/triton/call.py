@@ -18,12 +18,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from moestro.kernels.activations import form_of
 from moestro.kernels.problem import Experts, MoeProblem
 from moestro.kernels.scratch import Plan
-from moestro.kernels.triton.device import chain, common, decode, quantize, sort
+from moestro.kernels.triton.device import chain, common, decode, fp8, quantize, sort
 from moestro.kernels.triton.device.arguments import Both, Product, Routing, Rows, Size, Weights
 from moestro.kernels.triton.device.sum_pairs import sum_pairs
 from moestro.kernels.triton.layout import Packed
 from moestro.kernels.triton.tactic import Tactic, gated, num_slots, sizes
 
+AT_ONCE = 8192  # columns that a program keeps in registers while it looks for the largest
 FLOAT_BYTES = 4 << 20  # below this, the pairs' results are kept in float32 until they are summed
 
 
@@ -167,6 +168,8 @@ class Call:
         """x as the first product reads it."""
         if self.p.input_format is None:
             return Rows(self._rounded(), None)
+        if self.p.input_format == "fp8":
+            return self.to_e4m3(self.x, "x")
         given = self.experts.gate_up_input_scale
         if not self.x_quantized:
             return self.quantize(self.x, "x", given, by_pair=self.x_by_pair)
@@ -188,6 +191,8 @@ class Call:
         """The first product's result as the second reads it."""
         if self.p.input_format is None:
             return Rows(self.s["act"], None)
+        if self.p.input_format == "fp8":
+            return self.to_e4m3(self.s["act"], "act")
         return self.quantize(self.s["act"], "act", self.experts.down_input_scale, by_pair=False)
 
     @property
@@ -201,6 +206,26 @@ class Call:
         flat = global_scale.reshape(-1)
         repeats = self.num_tokens // flat.numel()
         return flat if flat.numel() == self.num_tokens else flat.repeat_interleave(repeats)
+
+    def to_e4m3(
+        self, rows: torch.Tensor, name: str, gather: bool = False, blocks: bool = False, turned: bool = False,
+        beside: bool = False,
+    ) -> Rows:  # fmt: skip
+        """Rows rounded to e4m3, a scale a row, in the dtype of the workspace's `name`_values.
+
+        gather: of x, by place; blocks, turned, beside: see device/fp8.Recipe.
+        """
+        data, scale = self.s[f"{name}_values"], self.s[f"{name}_scale"]
+        width = max(128, triton.next_power_of_2(data.shape[1]))
+        whole = width <= AT_ONCE and not blocks
+        p = self.p
+        how = fp8.Recipe(blocks, gather, p.top_k, p.expert_offset, p.num_local_experts,
+                         width if whole else min(2048, width), turned, whole, beside)  # fmt: skip
+        pairs = self.s["sorted_pairs"] if gather else self.ids
+        args = (rows, self.ids, pairs, data, scale, rows.shape[1])
+        warps = 8 if whole and width > 2048 else 4
+        self.add(fp8.quantize_fp8, (data.shape[0],), *args, HOW=how, num_warps=warps)
+        return Rows(data, scale)
 
     def quantize(self, rows: torch.Tensor, name: str, given: torch.Tensor | None, by_pair: bool) -> Rows:
         """Rows through NVFP4; packed where the workspace has `name`_blocks."""

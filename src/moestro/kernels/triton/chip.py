@@ -26,9 +26,14 @@ def processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+def is_hopper() -> bool:
+    """Whether weights are laid out for Hopper's FP8 products."""
+    return capability()[0] == 9
+
+
 def has_wgmma() -> bool:
     """Whether kernels that spell out wgmma run here; without a device, whether they compile."""
-    return not common.INTERPRETED and capability()[0] == 9
+    return not common.INTERPRETED and is_hopper()
 
 
 def has_block_scales() -> bool:

@@ -210,13 +210,13 @@ def default(problem: MoeProblem, num_tokens: int) -> Tactic:
     p = problem
     if (untried := _untried_default(p, num_tokens)) is not None:
         return untried
-    if p.input_format == "fp8":
+    if kind_of(p) == "fp8":
         return _fp8_default(p, num_tokens)
     chosen = _dense_default(p, num_tokens) if p.weight_format == "bf16" else _packed_default(p, num_tokens)
-    if p.input_format is not None and chosen.path == "chain":
-        chosen = replace(chosen, path="fused", prefetch_kib=0)
     if p.batch_invariant and p.weight_format != "bf16":
         chosen = _invariant_default(p, num_tokens) or chosen
+    if p.input_format is not None and chosen.path == "chain":
+        chosen = replace(chosen, path="fused", prefetch_kib=0)
     for tactic in (chosen, replace(chosen, split_k=1), *INVARIANT_ROWS * p.batch_invariant, FULL, INVARIANT):
         tactic = fitted(p, tactic)
         if why_not(p, tactic, num_tokens) is None:

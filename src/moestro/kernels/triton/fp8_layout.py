@@ -24,7 +24,7 @@ from moestro.formats import MXFP4, NVFP4, FP8Block
 from moestro.formats.mxfp4 import decode_e8m0
 from moestro.formats.pieces import dense_out
 from moestro.kernels.problem import MoeProblem
-from moestro.kernels.triton.chip import has_block_scales, multiplies_fp4
+from moestro.kernels.triton.chip import has_block_scales, is_hopper, multiplies_fp4
 from moestro.kernels.triton.layout import PACKED, Packed
 from moestro.kernels.triton.words import paired, row_order
 
@@ -182,8 +182,14 @@ def packed_type(problem: MoeProblem) -> type[Packed] | None:
     """The layout that a problem's weights are repacked to; None for those that are run as they are, or not at all."""
     if multiplies_fp4(problem) or block_scaled(problem):
         return None
-    table = PACKED_FP8 if problem.input_format == "fp8" else PACKED
+    table = PACKED_FP8 if problem.input_format == "fp8" and not rounded_to_fp8(problem) else PACKED
     return table.get(problem.weight_format)
+
+
+def rounded_to_fp8(problem: MoeProblem) -> bool:
+    """Whether rows are rounded to e4m3 and multiplied as bfloat16, which holds them: weights that no FP8 product takes."""
+    own = problem.weight_format in PACKED_FP8 and is_hopper()
+    return problem.input_format == "fp8" and not own and not block_scaled(problem)
 
 
 def descriptor(rows: torch.Tensor, block: int) -> TensorDescriptor:

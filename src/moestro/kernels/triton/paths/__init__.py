@@ -5,7 +5,8 @@ A path is a module with (path.py's Path is the Protocol that mypy holds them to)
     NAME: str                                  # what Tactic.path says
     TABLE: Mapping[str, tuple[Tactic, ...]]    # what is worth racing, by kind of problem (path.kind_of):
                                                # "packed", "dense" weights with activations as they are,
-                                               # else the input_format: "nvfp4", "fp8"
+                                               # else the input_format: "nvfp4", "fp8"; "rounded": rows that
+                                               # are rounded to e4m3 and multiplied as bfloat16
     fitted(problem, tactic) -> Tactic          # the tactic with steps and stages that suit these sizes
     why_not(problem, tactic, num_tokens) -> str | None       # why it cannot run; general limits are choose.why_not's
     shared_bytes(problem, tactic, stage) -> int              # of the pipeline of product 1 or 2

@@ -29,7 +29,7 @@ def tactic(pairs: int, tile: Tile) -> Tactic:
 
 
 LARGE = tactic(128, Tile(256, 1, 8, 4))
-TABLE: Mapping[str, tuple[Tactic, ...]] = {"packed": (LARGE,), "dense": (LARGE,), "nvfp4": (LARGE,)}
+TABLE: Mapping[str, tuple[Tactic, ...]] = dict.fromkeys(("packed", "dense", "nvfp4", "rounded"), (LARGE,))
 
 
 def fitted(problem: MoeProblem, tactic: Tactic) -> Tactic:

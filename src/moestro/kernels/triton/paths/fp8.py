@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import triton
 
 from moestro.kernels.problem import MoeProblem
 from moestro.kernels.scratch import Plan
@@ -17,7 +16,7 @@ from moestro.kernels.triton import call as calls
 from moestro.kernels.triton.call import Call
 from moestro.kernels.triton.chip import has_wgmma
 from moestro.kernels.triton.device.arguments import Rows
-from moestro.kernels.triton.device.fp8 import PLACES, Grid, Recipe, quantize_fp8
+from moestro.kernels.triton.device.fp8 import PLACES, Grid
 from moestro.kernels.triton.fp8_layout import TritonFP4, descriptor
 from moestro.kernels.triton.paths import path
 from moestro.kernels.triton.paths.registers import most_registers
@@ -25,7 +24,6 @@ from moestro.kernels.triton.tactic import SHARED_BYTES, Tactic, Tile, gated, siz
 from moestro.kernels.triton.words import kernel_rows_of
 
 NAME = "fp8"
-AT_ONCE = 8192  # columns that a program keeps in registers while it looks for the largest
 BESIDE = 20_480  # shared bytes beside the rings: barriers, and what turns results
 # (pairs, rows, warps that multiply) -> (blocks of 64 pairs a group, groups that decode, their registers, a multiplier's)
 SHAPES = {
@@ -126,30 +124,12 @@ def fp8_scratch(
     return plan
 
 
-def quantized(
-    call: Call, rows: torch.Tensor, name: str, gather: bool = False, blocks: bool = False, turned: bool = False,
-    beside: bool = False,
-) -> Rows:  # fmt: skip
-    """Rows as e4m3. gather: of x, by place; turned, beside: see device/fp8.Recipe."""
-    data, scale = call.s[f"{name}_values"], call.s[f"{name}_scale"]
-    width = max(128, triton.next_power_of_2(data.shape[1]))
-    whole = width <= AT_ONCE and not blocks
-    p = call.p
-    how = Recipe(blocks, gather, p.top_k, p.expert_offset, p.num_local_experts, width if whole else min(2048, width),
-                 turned, whole, beside)  # fmt: skip
-    pairs = call.s["sorted_pairs"] if gather else call.ids
-    args = (rows, call.ids, pairs, data, scale, rows.shape[1])
-    warps = 8 if whole and width > 2048 else 4
-    call.add(quantize_fp8, (data.shape[0],), *args, HOW=how, num_warps=warps)
-    return Rows(data, scale)
-
-
 def launch(call: Call) -> None:
     call.weighted = False  # the sum does it
     call.by_size = True
     call.sort()
-    _product(call, 1, quantized(call, call.x, "x", gather=True), call.s["act"])
-    _product(call, 2, quantized(call, call.s["act"], "act"), call.s["partial"])
+    _product(call, 1, call.to_e4m3(call.x, "x", gather=True), call.s["act"])
+    _product(call, 2, call.to_e4m3(call.s["act"], "act"), call.s["partial"])
     call.sum_pairs()
 
 

@@ -20,7 +20,6 @@ from moestro.kernels.triton.device import fp8_mx as kernels
 from moestro.kernels.triton.device.arguments import Rows, Weights
 from moestro.kernels.triton.fp8_layout import block_scaled
 from moestro.kernels.triton.paths import fused, path
-from moestro.kernels.triton.paths.fp8 import quantized
 from moestro.kernels.triton.tactic import SHARED_BYTES, Tactic, Tile, sizes
 
 NAME = "fp8_mx"
@@ -98,8 +97,8 @@ def scratch(problem: MoeProblem, num_tokens: int, tactic: Tactic, x_rows: int) -
 
 def launch(call: Call) -> None:
     call.sort()
-    _product(call, 1, quantized(call, call.x, "x"), call.s["act"])
-    _product(call, 2, quantized(call, call.s["act"], "act"), call.s["partial"])
+    _product(call, 1, call.to_e4m3(call.x, "x"), call.s["act"])
+    _product(call, 2, call.to_e4m3(call.s["act"], "act"), call.s["partial"])
     call.sum_pairs()
 
 

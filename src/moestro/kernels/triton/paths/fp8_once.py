@@ -18,7 +18,7 @@ from moestro.kernels.triton.device.arguments import Rows
 from moestro.kernels.triton.device.fp8 import BLOCKS, ROWS, Grid
 from moestro.kernels.triton.fp8_layout import TritonE4M3, TritonFP4, descriptor
 from moestro.kernels.triton.paths import path
-from moestro.kernels.triton.paths.fp8 import BESIDE, fp8_scratch, quantized, unfit_for_fp8
+from moestro.kernels.triton.paths.fp8 import BESIDE, fp8_scratch, unfit_for_fp8
 from moestro.kernels.triton.paths.registers import most_registers
 from moestro.kernels.triton.tactic import SHARED_BYTES, Tactic, Tile, gated, sizes
 from moestro.kernels.triton.words import kernel_rows_of
@@ -97,13 +97,13 @@ def launch(call: Call) -> None:
     call.by_size = True
     call.sort()
     blocks = in_blocks(call.p)
-    x = quantized(call, call.x, "x", blocks=blocks)
+    x = call.to_e4m3(call.x, "x", blocks=blocks)
     if blocks:
         act = Rows(call.s["act"], call.s["act_scale"])
         _product(call, 1, x, act)
     else:
         _product(call, 1, x, Rows(call.s["act"], None))
-        act = quantized(call, call.s["act"], "act")
+        act = call.to_e4m3(call.s["act"], "act")
     _product(call, 2, act, Rows(call.s["partial"], None))
     call.sum_pairs()
 

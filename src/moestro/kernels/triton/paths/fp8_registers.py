@@ -17,7 +17,7 @@ from moestro.kernels.triton.call import Call
 from moestro.kernels.triton.device.arguments import Rows
 from moestro.kernels.triton.fp8_layout import COLS, TritonFP4
 from moestro.kernels.triton.paths import path
-from moestro.kernels.triton.paths.fp8 import quantized, unfit_for_fp8
+from moestro.kernels.triton.paths.fp8 import unfit_for_fp8
 from moestro.kernels.triton.paths.registers import THREADS, most_registers, narrow_code, programs
 from moestro.kernels.triton.tactic import SHARED_BYTES, Tactic, Tile
 
@@ -142,9 +142,9 @@ def launch(call: Call) -> None:
     call.weighted = False  # the sum does it
     call.by_size = True
     call.sort()
-    x = quantized(call, call.x, "x", turned=True, beside=True)  # beside the sort, which it does not read
+    x = call.to_e4m3(call.x, "x", turned=True, beside=True)  # beside the sort, which it does not read
     _product(call, 1, x, call.s["act"])
-    _product(call, 2, quantized(call, call.s["act"], "act", turned=True), call.s["partial"])
+    _product(call, 2, call.to_e4m3(call.s["act"], "act", turned=True), call.s["partial"])
     call.sum_pairs()
 
 

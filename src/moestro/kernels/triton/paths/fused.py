@@ -68,6 +68,7 @@ TABLE: Mapping[str, tuple[Tactic, ...]] = {
     ),
     "dense": _OTHERS,
     "nvfp4": _OTHERS,
+    "rounded": _OTHERS,
 }
 
 

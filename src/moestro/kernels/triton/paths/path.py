@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 from moestro.kernels.problem import MoeProblem
 from moestro.kernels.scratch import Plan
 from moestro.kernels.triton.call import Call
-from moestro.kernels.triton.fp8_layout import packed_type
+from moestro.kernels.triton.fp8_layout import packed_type, rounded_to_fp8
 from moestro.kernels.triton.tactic import Tactic, sizes
 
 HBM, TENSOR, INSTRUCTIONS, LAUNCH = 2.7e12, 6.5e14, 2.0e13, 3e-6  # bytes/s, FLOP/s, lane instructions/s, s
@@ -46,6 +46,8 @@ class Path(Protocol):
 
 def kind_of(problem: MoeProblem) -> str:
     """Which rows of a path's TABLE are for a problem."""
+    if rounded_to_fp8(problem):
+        return "rounded"
     return problem.input_format or ("dense" if problem.weight_format == "bf16" else "packed")
 
 
