@@ -28,7 +28,8 @@ from recording import merged  # noqa: E402
 
 
 def start(out: Path, only: str, seconds: int) -> subprocess.Popen[str]:
-    options = ["--device", "cpu", "--backend", "portable", "--tiny", "--each", "1", "--only", only]
+    """--each: long enough for a decision on a machine that does much else."""
+    options = ["--device", "cpu", "--backend", "portable", "--tiny", "--each", "4", "--only", only]
     command = [
         sys.executable,
         ROOT / "benchmarks" / "gpu_record.py",

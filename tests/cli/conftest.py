@@ -10,6 +10,7 @@ import pytest
 from cli_tools import Run
 from typer.testing import CliRunner, Result
 
+from moestro.cli import console
 from moestro.cli.app import app
 
 
@@ -33,6 +34,11 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setenv("MOESTRO_STORE", str(tmp_path / "store"))
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("NO_COLOR", "1")
+    for made in (
+        console.output,
+        console.errors,
+    ):  # they read COLUMNS when they were made, for another test perhaps
+        monkeypatch.setattr(made, "_width", 200)
     for user in ("moestro.tuning.toolbox", "moestro.bench.timing"):
         monkeypatch.setattr(f"{user}.default_timer", lambda *_, **__: SteadyClock())
 
