@@ -32,6 +32,16 @@ def dense(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=gen) * torch.exp(2 * torch.randn((*shape[:-1], 1), generator=gen))
 
 
+def of_any_scales(experts: int, whole: torch.Tensor, mx: bool, gen: torch.Generator) -> NVFP4 | MXFP4:
+    """Weights [experts, 64, 64] of random codes and scales but NaN; whole: NVFP4's global scales."""
+    packed = torch.randint(0, 256, (experts, 64, 32), dtype=torch.uint8, generator=gen)
+    if mx:
+        return MXFP4(packed, torch.randint(0, 250, (experts, 64, 2), dtype=torch.uint8, generator=gen))
+    codes = torch.randint(0, 256, (experts, 64, 4), dtype=torch.uint8, generator=gen)
+    codes = torch.where(codes & 127 == 127, 3, codes).to(torch.uint8)  # no NaN
+    return NVFP4(packed, codes.view(torch.float8_e4m3fn), whole)
+
+
 def norm_error(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
@@ -60,15 +70,9 @@ def test_mxfp4_is_exact_within_eleven_powers_of_two(rows: int, columns: int, gat
 def test_any_scales_stay_within_the_documented_error(seed: int, mx: bool) -> None:
     """Zero, subnormal, negative and far smaller scales included: at most half a step of e4m3, or of the smallest grid."""
     gen = torch.Generator().manual_seed(seed)
-    packed = torch.randint(0, 256, (1, 64, 32), dtype=torch.uint8, generator=gen)
-    if mx:
-        q: NVFP4 | MXFP4 = MXFP4(packed, torch.randint(0, 250, (1, 64, 2), dtype=torch.uint8, generator=gen))
-        largest = fp8_layout.decode_e8m0(q.scale).amax(-1, keepdim=True)
-    else:
-        codes = torch.randint(0, 256, (1, 64, 4), dtype=torch.uint8, generator=gen)
-        codes = torch.where(codes & 127 == 127, 3, codes).to(torch.uint8)  # no NaN
-        q = NVFP4(packed, codes.view(torch.float8_e4m3fn), torch.ones(1))
-        largest = q.scale.float().abs().amax(-1, keepdim=True)
+    q = of_any_scales(1, torch.ones(1), mx, gen)
+    scale = fp8_layout.decode_e8m0(q.scale) if mx else q.scale.float().abs()
+    largest = scale.amax(-1, keepdim=True)
     kind = FP8FromMXFP4 if mx else FP8FromNVFP4
     found, exact = kind.pack(q, False).dequantize(torch.float64), q.dequantize(torch.float64)
     grid = largest.double() * SMALLEST / (LARGEST / 2)  # the smallest scale that is kept, at most
@@ -130,13 +134,7 @@ def test_the_checkpoint_comes_back_bit_for_bit(gated: bool, row_groups: int | No
 @given(st.integers(0, 2**32 - 1), st.booleans())
 def test_what_comes_back_packs_to_the_same_whatever_the_scales(seed: int, mx: bool) -> None:
     gen = torch.Generator().manual_seed(seed)
-    packed = torch.randint(0, 256, (2, 64, 32), dtype=torch.uint8, generator=gen)
-    if mx:
-        q: NVFP4 | MXFP4 = MXFP4(packed, torch.randint(0, 250, (2, 64, 2), dtype=torch.uint8, generator=gen))
-    else:
-        codes = torch.randint(0, 256, (2, 64, 4), dtype=torch.uint8, generator=gen)
-        codes = torch.where(codes & 127 == 127, 3, codes).to(torch.uint8)  # no NaN
-        q = NVFP4(packed, codes.view(torch.float8_e4m3fn), torch.rand(2, 2, generator=gen) + 1e-3)
+    q = of_any_scales(2, torch.rand(2, 2, generator=gen) + 1e-3, mx, gen)
     once = (FP8FromMXFP4 if mx else FP8FromNVFP4).pack(q, True)
     again = type(once).pack(once.to_checkpoint(), True)
     assert torch.equal(once.dequantize(torch.float64), again.dequantize(torch.float64))

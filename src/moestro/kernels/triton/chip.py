@@ -27,7 +27,7 @@ def processors(device: torch.device) -> int:
 
 
 def is_hopper() -> bool:
-    """Whether weights are laid out for Hopper's FP8 products."""
+    """Whether the chip is a Hopper; without a device, yes, interpreted or not: weights are laid out for one."""
     return capability()[0] == 9
 
 

@@ -148,7 +148,8 @@ _MOST = (
 # Of about 256 pairs an expert a tile of 288 is up to 4 % faster than two of 144 where each has as many, and up to 20 %
 # slower under skewed routing (benchmarks/results/h200-routing.json).
 _LARGE = (*_MANY, (275.0, _WS144), *_MOST)
-PACKED_DEFAULTS = ((5.0, chain.tactic(8, Tile(128, 2, 4, 3))), (8.0, _CHAIN16), (24.0, _CHAIN32), *_LARGE)
+SIXTEEN = 8.0  # pairs per expert up to which tiles of 16 are enough
+PACKED_DEFAULTS = ((5.0, chain.tactic(8, Tile(128, 2, 4, 3))), (SIXTEEN, _CHAIN16), (24.0, _CHAIN32), *_LARGE)
 DEEP = 6144  # columns of a first product whose tiles last long enough for more stages
 DEEP_DEFAULTS = ((5.0, chain.tactic(8, Tile(128, 2, 4, 5))), *PACKED_DEFAULTS[1:])
 # of an odd number of 64-column blocks, gpt-oss's 45: steps of three blocks make tiles of 32 pairs too large
@@ -184,25 +185,23 @@ SHORT = 3072
 # warp-specialized and dequantized paths agree bit for bit (benchmarks/results/h200-formats.json), but for tiles of
 # mma.sync and split columns.
 INVARIANT = fused.tactic(16, Tile(128, 2, 4, 3), Tile(128, 2, 4, 3))
-INVARIANT_ONE = fused.tactic(16, Tile(64, 2, 4, 4), Tile(64, 2, 4, 4), "direct")
+_DIRECT16 = fused.tactic(16, Tile(64, 2, 4, 4), Tile(64, 2, 4, 4), "direct")
 INVARIANT_ONE_LONG = fused.tactic(16, Tile(64, 2, 4, 6), Tile(64, 2, 4, 6), "direct")
-INVARIANT_FEW = chain.tactic(16, Tile(128, 2, 4, 3))
 INVARIANT_FEW_DEEP = chain.tactic(16, Tile(128, 2, 4, 5))
 INVARIANT_FEW_LONG = chain.tactic(16, Tile(64, 4, 4, 4))
 INVARIANT_DIRECT = chain.tactic(16, Tile(128, 2, 4, 5), "direct")
 INVARIANT_ROWS = (
-    INVARIANT_ONE,
+    _DIRECT16,
     INVARIANT_ONE_LONG,
     chain.tactic(16, Tile(64, 2, 4, 4), "direct"),
     chain.tactic(16, Tile(128, 2, 4, 3), "direct"),
     INVARIANT_DIRECT,
     chain.tactic(16, Tile(64, 2, 4, 6)),
     INVARIANT_FEW_LONG,
-    INVARIANT_FEW,
+    _CHAIN16,
     INVARIANT_FEW_DEEP,
     INVARIANT,
 )
-INVARIANT_LIMIT = 8.0  # pairs per expert up to which tiles of 16 are enough
 
 
 def default(problem: MoeProblem, num_tokens: int) -> Tactic:
@@ -229,14 +228,14 @@ def _invariant_default(p: MoeProblem, num_tokens: int) -> Tactic | None:
     pairs = num_tokens * p.top_k
     long, deep = p.intermediate_size >= LONG, p.hidden_size >= DEEP
     if num_tokens == 1:
-        return INVARIANT_ONE_LONG if long else INVARIANT_ONE
+        return INVARIANT_ONE_LONG if long else _DIRECT16
     if pairs <= 16:
         if long:
-            return INVARIANT_FEW_LONG if pairs <= 8 else INVARIANT_FEW
-        return INVARIANT_FEW_DEEP if deep else INVARIANT_ONE
+            return INVARIANT_FEW_LONG if pairs <= 8 else _CHAIN16
+        return INVARIANT_FEW_DEEP if deep else _DIRECT16
     if pairs <= DIRECT_PAIRS and 4 * pairs <= p.num_experts:
         return INVARIANT_DIRECT
-    return INVARIANT_FEW if pairs <= INVARIANT_LIMIT * min(p.num_experts, pairs) else None
+    return _CHAIN16 if pairs <= SIXTEEN * min(p.num_experts, pairs) else None
 
 
 def _packed_default(p: MoeProblem, num_tokens: int) -> Tactic:
@@ -268,7 +267,7 @@ def _packed_default(p: MoeProblem, num_tokens: int) -> Tactic:
 def _dense_default(p: MoeProblem, num_tokens: int) -> Tactic:
     pairs = num_tokens * p.top_k
     if pairs <= 16 or (pairs <= DIRECT_PAIRS and 4 * pairs <= p.num_experts):
-        return fused.tactic(16, Tile(64, 2, 4, 4), Tile(64, 2, 4, 4), "direct")
+        return _DIRECT16
     per_expert = pairs / min(p.num_experts, pairs)
     chosen = next(t for most, t in DENSE_DEFAULTS if per_expert <= most)
     if chosen.path == dense.NAME and why_not(p, fitted(p, chosen), num_tokens) is not None:

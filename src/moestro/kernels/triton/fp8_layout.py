@@ -182,14 +182,18 @@ def packed_type(problem: MoeProblem) -> type[Packed] | None:
     """The layout that a problem's weights are repacked to; None for those that are run as they are, or not at all."""
     if multiplies_fp4(problem) or block_scaled(problem):
         return None
-    table = PACKED_FP8 if problem.input_format == "fp8" and not rounded_to_fp8(problem) else PACKED
+    table = PACKED_FP8 if multiplies_fp8(problem) else PACKED
     return table.get(problem.weight_format)
+
+
+def multiplies_fp8(problem: MoeProblem) -> bool:
+    """Whether a problem goes to Hopper's FP8 products."""
+    return problem.input_format == "fp8" and problem.weight_format in PACKED_FP8 and is_hopper()
 
 
 def rounded_to_fp8(problem: MoeProblem) -> bool:
     """Whether rows are rounded to e4m3 and multiplied as bfloat16, which holds them: weights that no FP8 product takes."""
-    own = problem.weight_format in PACKED_FP8 and is_hopper()
-    return problem.input_format == "fp8" and not own and not block_scaled(problem)
+    return problem.input_format == "fp8" and not multiplies_fp8(problem) and not block_scaled(problem)
 
 
 def descriptor(rows: torch.Tensor, block: int) -> TensorDescriptor:

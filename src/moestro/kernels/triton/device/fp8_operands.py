@@ -122,9 +122,9 @@ def _arrived(ring, stage, phase):
 
 
 # --- sums -------------------------------------------------------------------------------------------------------------
-# Two products are under way: while one's results are added, the tensor core works on the other. A part of 64 pairs is
-# 32 registers and 128 cycles of it. The next operand is decoded beside a block's last part, when the others' registers
-# are free again.
+# A block is multiplied in parts of PART pairs. Where there are several, two products are under way: while one's results are
+# added, the tensor core works on the other. A part of 64 pairs is 32 registers and 128 cycles of it. The next operand is
+# decoded beside a block's last part, when the others' registers are free again.
 
 
 @gluon.jit
