@@ -262,7 +262,8 @@ class AutoTuner(Toolbox):
             if options.group is not None and options.group.broken:
                 return (runners[0], DEFAULT_TACTIC), None
         record, within = view.find(sizes)
-        if record is not None and not within:
+        ahead = options is not None and options.tune and options.ahead  # no call, whose size would be a miss
+        if record is not None and not within and not ahead:
             self._missing(site, view, runners, inputs, sizes, record)
         elif record is None or record.instead_of is not None:
             self._known.stats.missed(op, sizes)
