@@ -256,14 +256,14 @@ def test_a_bundles_finished_tuning_stays_one_where_a_bucket_was_decided_here() -
 
 def test_what_another_runner_list_has_finished_is_finished_where_its_last_winner_is_not_ours() -> None:
     clock = quiet_clock()
-    a, b = (
-        Kernel(clock, {-1: 1e-3, 0: 5e-4}, name="a"),
-        Kernel(clock, {-1: lambda n: 2e-3 if n < 64 else 1e-4}, name="b"),
-    )
-    cfg, t = config((1, 64)), tuner(clock)
-    with t.autotune(True):
-        assert t.choose_one("op", [a, b], cfg, inputs(64)) == (b, -1)
-    assert t.choose_one("op", [a], cfg, inputs(60)) == (a, 0), "the decision for 1, there being no other"
+    a, b = Kernel(clock, {-1: 1e-3}, name="a"), Kernel(clock, {-1: 1e-3}, name="b")
+    both, ours = (static_key("op", runners, config(), inputs(1), {}) for runners in ([a, b], [a]))
+    book = DecisionsOfKey(ours)
+    of_a, of_b = both.runners
+    book.relate_records(both, [record(1, 0, runner=of_a), record(64, 0, 64, runner=of_b)], "here", "a store")
+    served = book.serving((), "here")
+    assert set(served) == {(1,)}
+    assert finished_for(served.values()) == (64,)
 
 
 def test_losing_a_file_does_not_make_a_tuning_an_unfinished_one(store: Path) -> None:
@@ -282,6 +282,7 @@ def test_ahead_of_calls_no_bucket_takes_the_budget_from_the_others(seconds: floa
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         t, runner, cfg = tuned_for(seconds, ahead=True)
+    assert list(dict.fromkeys(size for size, _ in runner._runs)) == list(SIZES), "the shortest first"
     (book,) = t._known.books()
     whole = {record.bucket[0] for record in book.everything() if record.complete}
     assert whole >= set(SIZES[:6])
@@ -289,6 +290,19 @@ def test_ahead_of_calls_no_bucket_takes_the_budget_from_the_others(seconds: floa
     for n in SIZES[:7]:
         assert t.choose_one("op", [runner], cfg, inputs(n))[1] == best[n], n
     assert sum(record.evidence.seconds for record in book.everything()) <= 1.1 * seconds
+
+
+def test_ahead_of_calls_every_bucket_has_something_where_all_take_as_long() -> None:
+    def decided(ahead: bool) -> set[int]:
+        clock = quiet_clock(noise=0.05)
+        kernel = Kernel(clock, {-1: 1e-3, **{k: 1e-3 * (0.97 + 0.005 * k) for k in range(6)}})
+        t = tuner(clock)
+        with t.autotune(True, budget_s=1.0, ahead=ahead, tuning_buckets=SIZES, round_up=True):
+            t.choose_one("op", [kernel], config(), inputs(16384))
+        return measured(t)
+
+    assert decided(ahead=True) == set(SIZES)
+    assert decided(ahead=False) != set(SIZES)
 
 
 def test_a_call_that_waits_has_its_own_size_measured_first_and_whole() -> None:
