@@ -120,10 +120,9 @@ class AutoTuner(Toolbox):
         tune_mode: False only looks up. cache: where decisions are read from and written to. budget_s: seconds
         of tuning. tuning_buckets, round_up: replace the operations' own buckets and rounding. skip_ops: these
         get their default. policy, probes: how to measure and on what. crossover: search for where winners
-        change. only_sizes_seen: the sizes of calls are the buckets, and none besides. ahead: no call is waiting
-        for its size, so that none may take the whole budget, and the shortest are measured first. progress: True draws a
-        line in the terminal; a function gets the lines. What is not given is inherited from the context
-        outside. Raises TuningError for settings that make no sense.
+        change. only_sizes_seen: the sizes of calls are the buckets, and none besides. ahead: no call is waiting for
+        its size: none may take the whole budget, the shortest come first. progress: True draws a line in the
+        terminal; a function gets the lines. What is not given is inherited. Raises TuningError for nonsense.
 
         group: a torch.distributed.ProcessGroup whose ranks all make the same calls in this context and come to
         one decision, by the slowest rank's time. strategy: of group.STRATEGIES, "parallel" by default.
@@ -262,8 +261,8 @@ class AutoTuner(Toolbox):
             if options.group is not None and options.group.broken:
                 return (runners[0], DEFAULT_TACTIC), None
         record, within = view.find(sizes)
-        ahead = options is not None and options.tune and options.ahead  # no call, whose size would be a miss
-        if record is not None and not within and not ahead:
+        ahead = options is not None and options.tune and options.ahead  # no call: its size is no miss
+        if record is not None and not (within or ahead):
             self._missing(site, view, runners, inputs, sizes, record)
         elif record is None or record.instead_of is not None:
             self._known.stats.missed(op, sizes)
