@@ -15,7 +15,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 
 from moestro.kernels.triton.device.fp8 import fence_async_shared, mbarrier
-from moestro.kernels.triton.device.fp8_decode import _table
 from moestro.kernels.triton.device.loops import following
 
 warpgroup_mma, warpgroup_mma_wait = hopper.warpgroup_mma, hopper.warpgroup_mma_wait
@@ -50,8 +49,7 @@ def _operand(ring, stage, ROW: gl.constexpr):
     """
     w = ring.w.index(stage).slice(ROW, 64).load(CODES)
     s = ring.scales.index(stage).slice(ROW, 64).load(PAIRS_OF_SCALES).to(gl.int32)
-    low, high = _table(s & 255)
-    low2, high2 = _table((s >> 8) & 255)
+    low, high, low2, high2 = _tables(s)
     return gl.inline_asm_elementwise(
         """{
         .reg .b32 m, n;
@@ -67,6 +65,32 @@ def _operand(ring, stage, ROW: gl.constexpr):
         dtype=gl.int32,
         is_pure=True,
         pack=4,
+    )
+
+
+@gluon.jit
+def _tables(s):
+    """fp8_decode._table of both scales of a pair, of two rows at once: 24 instructions where that takes 42.
+
+    A byte's low three bits are its mantissa, of which 1 to 5 times 1.5 is 5 more in the byte, and 0, 6 and 7 are 4 more:
+    those are m + 7 >= 8 and m + 2 < 8. A `prmt` by 8 + i gives the sign of byte i, which is 0.
+    """
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .b32 w, m, n, x;
+        prmt.b32 w, $8, $9, 0x5410;
+        and.b32 m, w, 0x07070707; add.u32 n, m, 0x02020202; add.u32 m, m, 0x07070707;
+        lop3.b32 m, m, n, 0x08080808, 0x20; shr.u32 m, m, 3; add.u32 x, w, m;
+        prmt.b32 $0, w, x, 0x4008; prmt.b32 $2, w, x, 0x4040; prmt.b32 $4, w, x, 0x5119; prmt.b32 $6, w, x, 0x5151;
+        prmt.b32 $1, w, x, 0x622A; prmt.b32 $3, w, x, 0x6262; prmt.b32 $5, w, x, 0x733B; prmt.b32 $7, w, x, 0x7373;
+        add.u32 $0, $0, 0x03fff800; add.u32 $1, $1, 0x03fff800; add.u32 $4, $4, 0x03fff800; add.u32 $5, $5, 0x03fff800;
+        add.u32 $2, $2, 0x14100c08; add.u32 $3, $3, 0x14100c08; add.u32 $6, $6, 0x14100c08; add.u32 $7, $7, 0x14100c08;
+        }""",
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r",
+        [s],
+        dtype=(gl.int32, gl.int32, gl.int32, gl.int32),
+        is_pure=True,
+        pack=2,
     )
 
 

@@ -21,6 +21,7 @@ from moestro.kernels.triton.device.fp8_operands import (
     sums_of_64,
     sums_of_128,
 )
+from moestro.kernels.triton.device.fp8_spans import spans_of_64, spans_of_128
 from moestro.kernels.triton.device.loops import Ring, following
 from moestro.kernels.triton.device.share import _exit, _tile, _total, _zero
 from moestro.kernels.triton.device.warp_specialized import (
@@ -53,6 +54,7 @@ class Grid(NamedTuple):
     registers: int  # of a consumer's thread
     producer_registers: int
     part: int  # pairs of a product, at most
+    span: int  # blocks of 128 columns that a product adds itself
 
 
 @gluon.jit(do_not_specialize=["stride"])
@@ -218,11 +220,18 @@ def _run(ring, call, at, stage, phase, HOW: gl.constexpr, TILE: gl.constexpr, RO
     never = call.size.rows < 0
     acc = no_sums(W, W2, TILE.part)
     if ROWS == 64:
-        acc, stage, phase = sums_of_64(ring, stage, phase, blocks, never, acc, ROW, W, W2, TILE)
+        if TILE.span == 1:
+            acc, stage, phase = sums_of_64(ring, stage, phase, blocks, never, acc, ROW, W, W2, TILE)
+        else:
+            acc, stage, phase = spans_of_64(ring, stage, phase, blocks, acc, ROW, W, W2, TILE)
     else:
         lower = _of_rows(call, at.expert, r + 64, HOW)
         below = no_sums(W, W2, TILE.part)
-        if TILE.overlap:
+        if TILE.span > 1:
+            acc, below, stage, phase = spans_of_128(
+                ring, stage, phase, blocks, acc, below, ROW, W, W2, TILE
+            )
+        elif TILE.overlap:
             acc, below, stage, phase = overlapped(
                 ring, stage, phase, blocks, never, acc, below, ROW, W, W2, TILE
             )

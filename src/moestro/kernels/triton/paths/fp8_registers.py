@@ -23,13 +23,15 @@ from moestro.kernels.triton.tactic import SHARED_BYTES, Tactic, Tile
 
 NAME = "fp8_registers"
 SUMS, OVERLAPPED_SUMS = 128, 96  # registers of a thread for sums, at most
+SPAN = 4  # blocks of 128 columns that a product adds itself, where it has registers of its own
+SPAN_SUMS = {1: 96, 2: 80}  # blocks of 64 rows a consumer -> registers for sums beside as many of products
 BESIDE = 10_240  # shared bytes beside the ring: barriers, and what turns results
 ROW_BYTES = 72  # codes and scales of a row of a stage
 
 
-def tactic(pairs: int, tile: Tile, narrow: str = "", overlap: bool = False) -> Tactic:
+def tactic(pairs: int, tile: Tile, narrow: str = "", overlap: bool = False, span: int = 1) -> Tactic:
     """A tactic of this path, with one tile for both products; tile.k_blocks is the stages of a producer's turn."""
-    return Tactic(NAME, "sorted", pairs, tile, tile, narrow, overlap_steps=overlap)
+    return Tactic(NAME, "sorted", pairs, tile, tile, narrow, overlap_steps=overlap, span=span)
 
 
 TABLE: Mapping[str, tuple[Tactic, ...]] = {
@@ -47,6 +49,17 @@ TABLE: Mapping[str, tuple[Tactic, ...]] = {
         tactic(128, Tile(256, 2, 8, 6), "halves"),
         tactic(192, Tile(128, 2, 8, 6), "halves"),
         tactic(256, Tile(128, 2, 8, 5), "halves"),
+        tactic(16, Tile(128, 2, 4, 8), overlap=True, span=SPAN),
+        tactic(32, Tile(128, 2, 4, 7), overlap=True, span=SPAN),
+        tactic(32, Tile(256, 2, 8, 9), overlap=True, span=SPAN),
+        tactic(64, Tile(128, 2, 4, 5), "halves", True, SPAN),
+        tactic(64, Tile(256, 2, 8, 8), "halves", True, SPAN),
+        tactic(80, Tile(256, 2, 8, 7), "halves", True, SPAN),
+        tactic(96, Tile(128, 2, 8, 9), "halves", True, SPAN),
+        tactic(128, Tile(128, 2, 8, 8), "halves", True, SPAN),
+        tactic(144, Tile(128, 2, 8, 8), "halves", True, SPAN),
+        tactic(160, Tile(128, 2, 8, 7), "halves", True, SPAN),
+        tactic(192, Tile(128, 2, 8, 6), "halves", False, SPAN),
     ),
 }
 
@@ -60,6 +73,10 @@ def sums(tile: Tile, pairs: int) -> int:
     return tile.rows * pairs // (THREADS * tile.warps // 4)
 
 
+# registers of sums, products and operands -> of a consumer's thread; the producer has what two consumers leave of 504
+SPAN_REGISTERS = ((160, 208), (176, 216), (192, 224), (208, 232))
+
+
 def part_of(pairs: int) -> int:
     """Pairs of a product, at most: wide ones take fewer instructions (1 to 3 % of a layer); beside 128 sums stand two
     products of 64 as well as one of 128, and are as fast.
@@ -67,7 +84,7 @@ def part_of(pairs: int) -> int:
     return 64 if pairs >= 256 else 128
 
 
-def registers(tile: Tile, pairs: int) -> tuple[int, int]:
+def registers(tile: Tile, pairs: int, overlap: bool, span: int) -> tuple[int, int]:
     """Of each thread of (a consumer, the producer). Where ptxas finds too few: C7512, see warp_specialized.py.
 
     Beside the sums stand the products under way and an operand of 16 or two; with the fewest, the producer spills some
@@ -75,6 +92,9 @@ def registers(tile: Tile, pairs: int) -> tuple[int, int]:
     """
     if tile.warps == 4:
         return 200, 56
+    if span > 1:
+        needed = 2 * sums(tile, pairs) + (32 if overlap else 16)
+        return next((most, 504 - 2 * most) for limit, most in SPAN_REGISTERS if needed <= limit)
     most, extra = path.parts(pairs)
     products = 64 if most > part_of(pairs) else (most + extra) // 2
     return (232, 40) if sums(tile, pairs) + products > 160 else (208, 88)
@@ -99,7 +119,10 @@ def why_not(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> str | None:
             return "a tile has 16 to 256 pairs, a power of two, or 16, 32 or 64 more"
         if sums(tile, width) > SUMS or (extra and tactic.narrow == "quarters"):
             return "a tile has no more sums than registers, and by quarters only a power of two"
-        if tactic.overlap_steps and (tile.rows == per_group or sums(tile, width) > OVERLAPPED_SUMS):
+        if tactic.span > 1:
+            if sums(tile, width) > SPAN_SUMS[tile.rows // per_group] or part_of(width) < 128:
+                return f"a span's products stand beside at most {SPAN_SUMS} sums a thread, by blocks of 64 rows a consumer"
+        elif tactic.overlap_steps and (tile.rows == per_group or sums(tile, width) > OVERLAPPED_SUMS):
             return "operands are decoded ahead in tiles of 128 rows for each 4 warps and at most 96 sums a thread"
         if shared_bytes(problem, tactic, stage) * programs(tile.warps) > SHARED_BYTES:
             return "its tiles exceed shared memory"
@@ -153,13 +176,15 @@ def _product(call: Call, stage: int, x: Rows, out: torch.Tensor) -> None:
 
     tile, pairs = call.tactic.of_stage(stage)
     groups, each = tile.warps // 4, programs(tile.warps)
-    (consumer, producer), part = registers(tile, pairs), part_of(pairs)
+    consumer, producer = registers(tile, pairs, call.tactic.overlap_steps, call.tactic.span)
+    part = part_of(pairs)
     width, extra = path.parts(pairs)
     assert isinstance(call.packed(stage), TritonFP4)
     routing, stride = call.routing(stage)
     narrow = narrow_code(kernels, call.tactic.narrow)
     grid = kernels.Grid(tile.rows, width, extra, groups, tile.k_blocks, tile.stages,
-                        call.tactic.raster_group, narrow, call.tactic.overlap_steps, consumer, producer, part)  # fmt: skip
+                        call.tactic.raster_group, narrow, call.tactic.overlap_steps, consumer, producer, part,
+                        call.tactic.span)  # fmt: skip
     call.add(
         kernels.fp4_fp8_registers, (call.processors * each,), x, routing, stride, call.weights_of(stage), out,
         call.size(stage), HOW=call.product(stage), TILE=grid, num_warps=4,
