@@ -15,7 +15,7 @@ from moestro.kernels.scratch import Plan
 from moestro.kernels.triton import call as calls
 from moestro.kernels.triton.call import Call
 from moestro.kernels.triton.device.arguments import Rows
-from moestro.kernels.triton.fp8_layout import COLS, TritonFP4
+from moestro.kernels.triton.fp8_layout import COLS, TritonFP4, boxes_of_weights, descriptor
 from moestro.kernels.triton.paths import path
 from moestro.kernels.triton.paths.fp8 import unfit_for_fp8
 from moestro.kernels.triton.paths.registers import THREADS, most_registers, narrow_code, programs
@@ -155,13 +155,19 @@ def _product(call: Call, stage: int, x: Rows, out: torch.Tensor) -> None:
     groups, each = tile.warps // 4, programs(tile.warps)
     (consumer, producer), part = registers(tile, pairs), part_of(pairs)
     width, extra = path.parts(pairs)
-    assert isinstance(call.packed(stage), TritonFP4)
+    weights = call.packed(stage)
+    assert isinstance(weights, TritonFP4)
+    codes, scales = boxes_of_weights(weights, tile.rows)
+    if stage == 1:  # gathers
+        x_desc = piece = codes
+    else:
+        x_desc, piece = descriptor(x.data, width), descriptor(x.data, min(width // 2, extra or width))
     routing, stride = call.routing(stage)
     narrow = narrow_code(kernels, call.tactic.narrow)
     grid = kernels.Grid(tile.rows, width, extra, groups, tile.k_blocks, tile.stages,
                         call.tactic.raster_group, narrow, call.tactic.overlap_steps, consumer, producer, part)  # fmt: skip
     call.add(
-        kernels.fp4_fp8_registers, (call.processors * each,), x, routing, stride, call.weights_of(stage), out,
-        call.size(stage), HOW=call.product(stage), TILE=grid, num_warps=4,
+        kernels.fp4_fp8_registers, (call.processors * each,), x, x_desc, piece, routing, stride,
+        call.weights_of(stage), codes, scales, out, call.size(stage), HOW=call.product(stage), TILE=grid, num_warps=4,
         maxnreg=most_registers(groups + 1, each),
     )  # fmt: skip
