@@ -66,6 +66,7 @@ INSTRUCTIONS: dict[str, Callable[..., torch.Tensor]] = {
     "shr.b32": lambda a, n: a >> n,
     "shr.u32": lambda a, n: a >> n,
     "mad.lo.u32": lambda a, b, c: a * b + c & MASK,
+    "mul.wide.u32": lambda a, b: a * b,
     "prmt.b32": _permute,
     "lop3.b32": _lop3,
     "mul.rn.bf16x2": _multiply,
@@ -123,6 +124,9 @@ def _joined(values: torch.Tensor) -> torch.Tensor:
 
 
 def _parted(register: torch.Tensor, dtype: torch.dtype, pack: int) -> torch.Tensor:
+    if dtype.itemsize == 8:
+        assert pack == 1
+        return register.to(dtype)
     if dtype.itemsize == 4:
         assert pack == 1, "one register for several elements of 32 bits"
         return (register - ((register & 1 << 31) << 1)).to(torch.int32).view(dtype)

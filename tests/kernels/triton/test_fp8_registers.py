@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the G
 
 TOLERANCE = 1e-2
 TILES = TABLE["fp8"]
-TALL, FLAT = (next(t for t in TILES if (t.pairs1, t.gemm1.rows) == size) for size in ((128, 256), (256, 128)))
+ODD = next(t for t in TILES if (t.pairs1, t.gemm1.rows) == (96, 256))
 
 
 def name(tactic: Tactic) -> str:
@@ -91,6 +91,38 @@ def test_products_match_the_reference_on_odd_sizes(tile: Tactic, on_machine: Any
             inputs[1][inputs[1] == 2] = 3
             inputs[1][n - 1] = torch.tensor([-7, 1])
             assert error(runner, plain, inputs, tile) < TOLERANCE
+
+
+MUTANTS = {  # function, its text, the wrong text
+    "gathered rows: a stage is filled before it is empty": (
+        "_gather", "mbarrier.wait(ring.empty.index(stage), phase)", "pass"),
+    "rows in order: a stage is filled before it is empty": (
+        "_copy", "mbarrier.wait(ring.empty.index(stage), phase)", "pass"),
+    "fewer bytes are expected than come": ("_copy", "TILE.rows * 72", "TILE.rows * 64"),
+    "more bytes are expected of a gathered stage than come": ("_gather", "TILE.rows * 64", "TILE.rows * 72"),
+    "the pairs beyond 64 are copied from the first on": ("_copy", "start + W + p * PIECE", "start + p * PIECE"),
+    "codes of another block": ("_copy_codes", "b * 64", "b * 32"),
+    "scales of another strip": ("_copy_scales", "m * STRIPS", "m"),
+    "rows of x at half of their distance": ("_bytes", "128;", "64;"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_machine_notices_a_producer_that_is_wrong(name: str, on_machine: Any) -> None:
+    runner, plain = make((2, 2, 384, 1152), "nvfp4", input_format="fp8")
+    inputs = inputs_of(runner, 80)
+    function, old, new = MUTANTS[name]
+
+    def wrong(seed: int) -> bool:
+        on_machine(seed, **{function: (old, new)})
+        try:
+            return not error(runner, plain, inputs, ODD) < TOLERANCE
+        except AssertionError:
+            return True
+
+    on_machine(0)
+    assert error(runner, plain, inputs, ODD) < TOLERANCE
+    assert any(wrong(seed) for seed in range(8))
 
 
 def test_rows_are_quantised_in_the_order_of_products() -> None:

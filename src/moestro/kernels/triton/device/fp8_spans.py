@@ -143,6 +143,17 @@ def _retired(part, a, W2: gl.constexpr):
 
 
 @gluon.jit
+def _retired_after(part, a, W2: gl.constexpr):
+    """Wait for the product that reads the operands a, and leave the one after it running."""
+    if W2 > 0:
+        one, two, _, _, _, _ = warpgroup_mma_wait(8, deps=[part[0], part[1], a[0], a[1], a[2], a[3]])
+        return (one, two)
+    else:
+        one, _, _, _, _ = warpgroup_mma_wait(4, deps=[part[0], a[0], a[1], a[2], a[3]])
+        return (one,)
+
+
+@gluon.jit
 def _retired_both(up, low, a, RUNNING: gl.constexpr, W2: gl.constexpr):
     """Wait until no more than RUNNING products run; the operands a are what the one before those read."""
     if W2 > 0:
@@ -164,21 +175,34 @@ def _added(acc, part, W2: gl.constexpr):
 
 
 # --- sums of all stages of a tile -----------------------------------------------------------------------------------------
+# A stage has two blocks of 128 columns. The last of an odd number is a span of its own.
 
 
 @gluon.jit
 def spans_of_64(ring, stage, phase, blocks, acc, ROW: gl.constexpr, W: gl.constexpr, W2: gl.constexpr,
                 TILE: gl.constexpr):  # fmt: skip
     """Sums of 64 rows of weights from ROW on. The tensor core works for the other consumer while this one begins a stage."""
-    SPAN: gl.constexpr = TILE.span
+    STAGES: gl.constexpr = TILE.span // 2
     part = no_sums(W, W2, TILE.part)
-    for first in range(0, blocks, SPAN):
-        for block in range(first, gl.minimum(first + SPAN, blocks)):
+    for first in range(0, blocks // 2, STAGES):
+        for number in range(first, gl.minimum(first + STAGES, blocks // 2)):
             _arrived(ring, stage, phase)
-            a, part = _step(part, ring, stage, block > first, ROW, W, W2)
-            part = _retired(part, a, W2)
+            a, part = _step(part, ring, 2 * stage, number > first, ROW, W, W2)
+            if not TILE.overlap:  # no registers for two operands
+                part = _retired(part, a, W2)
+            b, part = _step(part, ring, 2 * stage + 1, True, ROW, W, W2)
+            if TILE.overlap:
+                part = _retired_after(part, a, W2)
+            part = _retired(part, b, W2)
             mbarrier.arrive(ring.empty.index(stage))
             stage, phase = following(stage, phase, TILE.stages)
+        acc = _added(acc, part, W2)
+    if blocks % 2 == 1:
+        _arrived(ring, stage, phase)
+        a, part = _step(part, ring, 2 * stage, False, ROW, W, W2)
+        part = _retired(part, a, W2)
+        mbarrier.arrive(ring.empty.index(stage))
+        stage, phase = following(stage, phase, TILE.stages)
         acc = _added(acc, part, W2)
     return acc, stage, phase
 
@@ -187,22 +211,22 @@ def spans_of_64(ring, stage, phase, blocks, acc, ROW: gl.constexpr, W: gl.conste
 def spans_of_128(ring, stage, phase, blocks, acc, below, ROW: gl.constexpr, W: gl.constexpr, W2: gl.constexpr,
                  TILE: gl.constexpr):  # fmt: skip
     """As `spans_of_64`, and of the 64 rows below: one half is decoded while the other is multiplied."""
-    SPAN: gl.constexpr = TILE.span
+    STAGES: gl.constexpr = TILE.span // 2
     up = no_sums(W, W2, TILE.part)
     low = no_sums(W, W2, TILE.part)
-    for first in range(0, blocks, SPAN):
+    for first in range(0, blocks // 2, STAGES):
         _arrived(ring, stage, phase)
-        a, up = _step(up, ring, stage, False, ROW, W, W2)
-        b, low = _step(low, ring, stage, False, ROW + 64, W, W2)
-        up, low = _retired_both(up, low, a, 1, W2)
-        for _ in range(first + 1, gl.minimum(first + SPAN, blocks)):
+        a, up = _step(up, ring, 2 * stage, False, ROW, W, W2)
+        b, low = _step(low, ring, 2 * stage, False, ROW + 64, W, W2)
+        up, low, b = _second_block(up, low, a, b, ring, stage, ROW, W, W2)
+        for _ in range(first + 1, gl.minimum(first + STAGES, blocks // 2)):
             after, turned = following(stage, phase, TILE.stages)
             _arrived(ring, after, turned)
-            a, up = _step(up, ring, after, True, ROW, W, W2)
+            a, up = _step(up, ring, 2 * after, True, ROW, W, W2)
             up, low = _retired_both(up, low, b, 1, W2)
             mbarrier.arrive(ring.empty.index(stage))
-            b, low = _step(low, ring, after, True, ROW + 64, W, W2)
-            up, low = _retired_both(up, low, a, 1, W2)
+            b, low = _step(low, ring, 2 * after, True, ROW + 64, W, W2)
+            up, low, b = _second_block(up, low, a, b, ring, after, ROW, W, W2)
             stage = after
             phase = turned
         up, low = _retired_both(up, low, b, 0, W2)
@@ -210,4 +234,25 @@ def spans_of_128(ring, stage, phase, blocks, acc, below, ROW: gl.constexpr, W: g
         acc = _added(acc, up, W2)
         below = _added(below, low, W2)
         stage, phase = following(stage, phase, TILE.stages)
+    if blocks % 2 == 1:
+        _arrived(ring, stage, phase)
+        a, up = _step(up, ring, 2 * stage, False, ROW, W, W2)
+        b, low = _step(low, ring, 2 * stage, False, ROW + 64, W, W2)
+        up, low = _retired_both(up, low, a, 1, W2)
+        up, low = _retired_both(up, low, b, 0, W2)
+        mbarrier.arrive(ring.empty.index(stage))
+        acc = _added(acc, up, W2)
+        below = _added(below, low, W2)
+        stage, phase = following(stage, phase, TILE.stages)
     return acc, below, stage, phase
+
+
+@gluon.jit
+def _second_block(up, low, a, b, ring, stage, ROW: gl.constexpr, W: gl.constexpr, W2: gl.constexpr):
+    """A stage's second block, after the first's operands a and b; all but its last product are retired."""
+    up, low = _retired_both(up, low, a, 1, W2)
+    a, up = _step(up, ring, 2 * stage + 1, True, ROW, W, W2)
+    up, low = _retired_both(up, low, b, 1, W2)
+    b, low = _step(low, ring, 2 * stage + 1, True, ROW + 64, W, W2)
+    up, low = _retired_both(up, low, a, 1, W2)
+    return up, low, b

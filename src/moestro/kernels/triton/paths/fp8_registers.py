@@ -15,7 +15,7 @@ from moestro.kernels.scratch import Plan
 from moestro.kernels.triton import call as calls
 from moestro.kernels.triton.call import Call
 from moestro.kernels.triton.device.arguments import Rows
-from moestro.kernels.triton.fp8_layout import COLS, TritonFP4
+from moestro.kernels.triton.fp8_layout import COLS, TritonFP4, boxes_of_weights, descriptor
 from moestro.kernels.triton.paths import path
 from moestro.kernels.triton.paths.fp8 import unfit_for_fp8
 from moestro.kernels.triton.paths.registers import THREADS, most_registers, narrow_code, programs
@@ -24,7 +24,7 @@ from moestro.kernels.triton.tactic import SHARED_BYTES, Tactic, Tile
 NAME = "fp8_registers"
 SUMS, OVERLAPPED_SUMS = 128, 96  # registers of a thread for sums, at most
 SPAN = 4  # blocks of 128 columns that a product adds itself, where it has registers of its own
-SPAN_SUMS = {1: 96, 2: 80}  # blocks of 64 rows a consumer -> registers for sums beside as many of products
+SPAN_SUMS = {1: 96, 2: 64}  # blocks of 64 rows a consumer -> registers for sums beside as many of products
 BESIDE = 10_240  # shared bytes beside the ring: barriers, and what turns results
 ROW_BYTES = 72  # codes and scales of a row of a stage
 
@@ -49,17 +49,17 @@ TABLE: Mapping[str, tuple[Tactic, ...]] = {
         tactic(128, Tile(256, 2, 8, 6), "halves"),
         tactic(192, Tile(128, 2, 8, 6), "halves"),
         tactic(256, Tile(128, 2, 8, 5), "halves"),
-        tactic(16, Tile(128, 2, 4, 8), overlap=True, span=SPAN),
-        tactic(32, Tile(128, 2, 4, 7), overlap=True, span=SPAN),
-        tactic(32, Tile(256, 2, 8, 9), overlap=True, span=SPAN),
-        tactic(64, Tile(128, 2, 4, 5), "halves", True, SPAN),
-        tactic(64, Tile(256, 2, 8, 8), "halves", True, SPAN),
-        tactic(80, Tile(256, 2, 8, 7), "halves", True, SPAN),
-        tactic(96, Tile(128, 2, 8, 9), "halves", True, SPAN),
-        tactic(128, Tile(128, 2, 8, 8), "halves", True, SPAN),
-        tactic(144, Tile(128, 2, 8, 8), "halves", True, SPAN),
-        tactic(160, Tile(128, 2, 8, 7), "halves", True, SPAN),
-        tactic(192, Tile(128, 2, 8, 6), "halves", False, SPAN),
+        tactic(16, Tile(128, 2, 4, 4), overlap=True, span=SPAN),
+        tactic(32, Tile(128, 2, 4, 3), overlap=True, span=SPAN),
+        tactic(32, Tile(256, 2, 8, 4), overlap=True, span=SPAN),
+        tactic(64, Tile(128, 2, 4, 3), "halves", True, SPAN),
+        tactic(64, Tile(256, 2, 8, 4), "halves", True, SPAN),
+        tactic(80, Tile(128, 2, 8, 5), "halves", True, SPAN),
+        tactic(96, Tile(128, 2, 8, 5), "halves", True, SPAN),
+        tactic(128, Tile(128, 2, 8, 4), "halves", True, SPAN),
+        tactic(144, Tile(128, 2, 8, 4), "halves", True, SPAN),
+        tactic(160, Tile(128, 2, 8, 3), "halves", True, SPAN),
+        tactic(192, Tile(128, 2, 8, 3), "halves", False, SPAN),
     ),
 }
 
@@ -91,9 +91,9 @@ def registers(tile: Tile, pairs: int, overlap: bool, span: int) -> tuple[int, in
     addresses.
     """
     if tile.warps == 4:
-        return 200, 56
+        return (200, 56) if sums(tile, pairs) < 64 or span == 1 else (208, 48)
     if span > 1:
-        needed = 2 * sums(tile, pairs) + (32 if overlap else 16)
+        needed = 2 * sums(tile, pairs) + (32 if overlap else 16) + (16 if tile.rows == 256 else 0)
         return next((most, 504 - 2 * most) for limit, most in SPAN_REGISTERS if needed <= limit)
     most, extra = path.parts(pairs)
     products = 64 if most > part_of(pairs) else (most + extra) // 2
@@ -132,7 +132,12 @@ def why_not(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> str | None:
 def shared_bytes(problem: MoeProblem, tactic: Tactic, stage: int) -> int:
     """Of the ring, and what is beside it."""
     tile, width = tactic.of_stage(stage)
-    return (width * COLS + tile.rows * ROW_BYTES + 16) * tile.stages + BESIDE
+    return ((width * COLS + tile.rows * ROW_BYTES) * step_of(tactic) + 16) * tile.stages + BESIDE
+
+
+def step_of(tactic: Tactic) -> int:
+    """Blocks of 128 columns a stage: waiting for one, and giving it back, costs consumers as much as decoding half a block."""
+    return 1 if tactic.span == 1 else 2
 
 
 def cost(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> float:
@@ -179,14 +184,20 @@ def _product(call: Call, stage: int, x: Rows, out: torch.Tensor) -> None:
     consumer, producer = registers(tile, pairs, call.tactic.overlap_steps, call.tactic.span)
     part = part_of(pairs)
     width, extra = path.parts(pairs)
-    assert isinstance(call.packed(stage), TritonFP4)
+    weights = call.packed(stage)
+    assert isinstance(weights, TritonFP4)
+    codes, scales = boxes_of_weights(weights, tile.rows)
+    if stage == 1:  # gathers
+        x_desc = piece = codes
+    else:
+        x_desc, piece = descriptor(x.data, width), descriptor(x.data, min(width // 2, extra or width))
     routing, stride = call.routing(stage)
     narrow = narrow_code(kernels, call.tactic.narrow)
     grid = kernels.Grid(tile.rows, width, extra, groups, tile.k_blocks, tile.stages,
                         call.tactic.raster_group, narrow, call.tactic.overlap_steps, consumer, producer, part,
-                        call.tactic.span)  # fmt: skip
+                        call.tactic.span, step_of(call.tactic))  # fmt: skip
     call.add(
-        kernels.fp4_fp8_registers, (call.processors * each,), x, routing, stride, call.weights_of(stage), out,
-        call.size(stage), HOW=call.product(stage), TILE=grid, num_warps=4,
+        kernels.fp4_fp8_registers, (call.processors * each,), x, x_desc, piece, routing, stride,
+        call.weights_of(stage), codes, scales, out, call.size(stage), HOW=call.product(stage), TILE=grid, num_warps=4,
         maxnreg=most_registers(groups + 1, each),
     )  # fmt: skip

@@ -1,0 +1,180 @@
+"""The producer of fp8_registers.py: codes, scales and rows of x into the ring, with as few instructions as it takes.
+
+While wgmmas run, an instruction costs the tensor core a cycle, whichever warp issues it (docs/kernels.md). So the tensor
+memory accelerator copies what lies in order, a box for one instruction, and cp.async only the rows that are gathered.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from moestro.kernels.triton.device.fp8 import async_copy, copy_async, mbarrier, tma_copy
+from moestro.kernels.triton.device.loops import following
+from moestro.kernels.triton.device.share import _exit, _tile, _total
+from moestro.kernels.triton.device.warp_specialized import WHOLE, _rows
+
+shared = gl.shared_memory_descriptor
+reinterpret = getattr(shared, "reinterpret", None) or shared._reinterpret  # 3.9, 3.6
+FEW_REGISTERS = gl.constexpr(40)  # of a thread: no room for the addresses of several stages
+
+
+class Boxes(NamedTuple):
+    """What the tensor memory accelerator copies, as descriptors."""
+
+    codes: Any  # strips of 64 rows, rows and columns of a strip: [L * Rb, Cb * 64, 32]
+    scales: Any  # [L * Rb, Cb * 32, 8]: two rows together
+    x: Any  # by place, as many rows as a tile has pairs; anything in the first product, which gathers
+    piece: Any  # of a tile that is half full, and beyond that power of two
+
+
+@gluon.jit
+def produce(ring, call, HOW: gl.constexpr, TILE: gl.constexpr):
+    """Fill the ring, tile after tile; of a tile that is at most half full, half of x."""
+    BN: gl.constexpr = TILE.pairs
+    EXTRA: gl.constexpr = TILE.extra
+    stage = 0
+    phase = 1
+    for tile in range(gl.program_id(0), _total(call, TILE.group), gl.num_programs(0)):
+        m, e, start, count = _tile(call, tile, TILE.group)
+        if TILE.narrow != WHOLE and count > 0 and count <= BN // 2:
+            stage, phase = _fill(ring, call, m, e, start, count, stage, phase, HOW, TILE, BN // 2, 0)
+        elif EXTRA > 0 and count > BN:
+            stage, phase = _fill(ring, call, m, e, start, count, stage, phase, HOW, TILE, BN, EXTRA)
+        elif count > 0:
+            stage, phase = _fill(ring, call, m, e, start, count, stage, phase, HOW, TILE, BN, 0)
+    _exit(stage)
+
+
+@gluon.jit
+def _fill(ring, call, m, e, start, count, stage, phase, HOW: gl.constexpr, TILE: gl.constexpr, W: gl.constexpr,
+          W2: gl.constexpr):  # fmt: skip
+    """One tile of W + W2 pairs, 128 columns a stage."""
+    if HOW.stage == 1:
+        return _gather(ring, call, m, e, start, count, stage, phase, HOW, TILE, W, W2)
+    else:
+        return _copy(ring, call, m, e, start, stage, phase, TILE, W, W2)
+
+
+@gluon.jit
+def _copy_codes(ring, call, m, e, b, full, at, TILE: gl.constexpr):
+    """Strips of 64 rows; those beyond an expert's are another's or zeros, and their products are not written."""
+    strips = ring.w.index(at).reshape([TILE.rows // 64, 64, 32])
+    tma_copy(call.boxes.codes, [e * call.blocks + m * (TILE.rows // 64), b * 64, 0], full, strips)
+
+
+@gluon.jit
+def _copy_scales(ring, call, m, e, b, full, at, TILE: gl.constexpr):
+    """As `_copy_codes`: a row of a box has 16 bytes at least, which are two rows of scales."""
+    STRIPS: gl.constexpr = TILE.rows // 64
+    to = reinterpret(ring.scales.index(at), gl.int16, [STRIPS, 32, 8], gl.NVMMASharedLayout(0, 16, 3))
+    tma_copy(call.boxes.scales, [e * call.blocks + m * STRIPS, b * 32, 0], full, to)
+
+
+@gluon.jit
+def _expect(full, first, blocks, BYTES: gl.constexpr, STEP: gl.constexpr):
+    """BYTES for each block of a stage: STEP of them, but for the last of an odd number."""
+    if STEP == 1:
+        mbarrier.expect(full, BYTES)
+    elif first + 1 < blocks:
+        mbarrier.expect(full, 2 * BYTES)
+    else:
+        mbarrier.expect(full, BYTES)
+
+
+@gluon.jit
+def _copy(ring, call, m, e, start, stage, phase, TILE: gl.constexpr, W: gl.constexpr, W2: gl.constexpr):
+    """Rows of x that lie in order: those behind a tile's last are another's or zeros, and their products not written.
+
+    41 to 52 instructions a stage, of one warp (counts are of Triton 3.6's machine code).
+    """
+    PIECE: gl.constexpr = call.boxes.piece.block_shape[0]
+    STEP: gl.constexpr = TILE.step
+    blocks = gl.cdiv(call.size.columns, 128)
+    for first in range(0, blocks, STEP):
+        full = ring.full.index(stage)
+        mbarrier.wait(ring.empty.index(stage), phase)
+        _expect(full, first, blocks, TILE.rows * 72 + (W + W2) * 128, STEP)
+        for u in gl.static_range(STEP):
+            if u == 0 or first + u < blocks:
+                b = first + u
+                at = stage * STEP + u
+                _copy_codes(ring, call, m, e, b, full, at, TILE)
+                _copy_scales(ring, call, m, e, b, full, at, TILE)
+                if W == TILE.pairs:
+                    tma_copy(call.boxes.x, [start, b * 128], full, ring.x.index(at))
+                else:
+                    for p in gl.static_range(W // PIECE):
+                        to = ring.x.index(at).slice(p * PIECE, PIECE)
+                        tma_copy(call.boxes.piece, [start + p * PIECE, b * 128], full, to)
+                for p in gl.static_range(W2 // PIECE):
+                    to = ring.more_x.index(at).slice(p * PIECE, PIECE)
+                    tma_copy(call.boxes.piece, [start + W + p * PIECE, b * 128], full, to)
+        stage, phase = following(stage, phase, TILE.stages)
+    return stage, phase
+
+
+@gluon.jit
+def _gather(ring, call, m, e, start, count, stage, phase, HOW: gl.constexpr, TILE: gl.constexpr, W: gl.constexpr,
+            W2: gl.constexpr):  # fmt: skip
+    """Rows of x that are not there are the last one, copied again.
+
+    59 instructions a stage for 128 pairs x 128 rows, 78 for 256: an address takes one, and is used in all stages of a turn
+    where a thread has the registers to keep them.
+    Scales go by cp.async: as a second box, which four warps would ask for, they take 8 to 23 instructions more.
+    """
+    STEP: gl.constexpr = TILE.step
+    TURN: gl.constexpr = TILE.turn if TILE.producer_registers > FEW_REGISTERS else STEP
+    XL: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
+    blocks = gl.cdiv(call.size.columns, 128)
+    rows = _rows(call, start, count, gl.arange(0, W, gl.SliceLayout(1, XL)), HOW).to(gl.int32) * blocks
+    if W2 > 0:
+        i = W + gl.arange(0, W2, gl.SliceLayout(1, XL))
+        rows2 = _rows(call, start, count, i, HOW).to(gl.int32) * blocks
+    x = call.x.data + gl.expand_dims(gl.arange(0, 128, gl.SliceLayout(0, XL)), 0)
+    s = _first_scales(call, m, e, blocks, TILE.rows)
+    for first in range(0, blocks, TURN):
+        for g in gl.static_range(TURN // STEP):
+            if TURN == 1 or first + g * STEP < blocks:
+                full = ring.full.index(stage)
+                mbarrier.wait(ring.empty.index(stage), phase)
+                _expect(full, first + g * STEP, blocks, TILE.rows * 64, STEP)
+                for u in gl.static_range(g * STEP, g * STEP + STEP):
+                    if u == g * STEP or first + u < blocks:
+                        at = stage * STEP + u % STEP
+                        _copy_codes(ring, call, m, e, first + u, full, at, TILE)
+                        copy_async(ring.x.index(at).slice(0, W), x + u * 128 + _bytes(rows))
+                        if W2 > 0:
+                            copy_async(ring.more_x.index(at).slice(0, W2), x + u * 128 + _bytes(rows2))
+                        copy_async(ring.scales.index(at), s + u * 256)
+                async_copy.mbarrier_arrive(full, increment_count=False)
+                stage, phase = following(stage, phase, TILE.stages)
+        x += TURN * 128
+        s += TURN * 256
+    return stage, phase
+
+
+@gluon.jit
+def _bytes(rows):
+    """From the first row of x to others, [rows, 1]; rows: the rows times blocks of a row, 32 bits each.
+
+    With the addition to an address one instruction, where a shift takes two. It is volatile as LLVM would else compute them
+    before the loop: 64 bits each, which is more than a thread's registers hold.
+    """
+    found = gl.inline_asm_elementwise(
+        "mul.wide.u32 $0, $1, 128;", "=l,r", [rows], dtype=gl.int64, is_pure=False, pack=1
+    )
+    return gl.expand_dims(gl.multiple_of(found, [128]), 1)
+
+
+@gluon.jit
+def _first_scales(call, m, e, blocks, ROWS: gl.constexpr):
+    """Addresses [ROWS, 4] of a tile's first block; rows beyond the expert's are those of its last 64."""
+    L: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [4, 1], [1, 0])
+    r = gl.arange(0, ROWS, gl.SliceLayout(1, L))
+    strip = gl.minimum(m * (ROWS // 64) + r // 64, call.blocks - 1)
+    within = strip * (blocks * 256) + r % 64 * 4
+    first = call.w.scales + e.to(gl.int64) * call.blocks * blocks * 256
+    return first + within[:, None] + gl.arange(0, 4, gl.SliceLayout(0, L))[None, :]
