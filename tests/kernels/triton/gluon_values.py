@@ -123,9 +123,9 @@ class Shared:
         assert 0 <= int(i) < len(self.data)
         return Shared(self.data[int(i)], (*self.place, int(i)))
 
-    def slice(self, start: int, length: int) -> Shared:
-        assert start + length <= len(self.data)
-        return Shared(self.data[start : start + length], self.place)
+    def slice(self, start: int, length: int, dim: int = 0) -> Shared:
+        assert start + length <= self.data.shape[dim]
+        return Shared(self.data.narrow(dim, start, length), self.place)
 
     def reshape(self, shape: Sequence[int]) -> Shared:
         return Shared(self.data.view(*shape), self.place)

@@ -70,18 +70,19 @@ def _decoded(w, low, high):
 def _bytes(a):
     """`_decoded` as e4m3 [64, 32], columns in their order of products; no instruction.
 
-    A register holds bytes of one row, and is taken for the same byte of four elements: two rows, two words of each.
+    A thread has four registers: words 0 and 1 of a row, and of the row 8 below. Each is taken for four elements' bytes.
     """
+    a = gl.permute(gl.reshape(a, [4, 2, 8, 4, 2]), (0, 2, 3, 1, 4))
     a0, a1, a2, a3 = gl.inline_asm_elementwise(
         "mov.b32 $0, $4; mov.b32 $1, $5; mov.b32 $2, $6; mov.b32 $3, $7;",
         "=r,=r,=r,=r,r,r,r,r",
-        [a],
+        [gl.reshape(a, [128, 4])],
         dtype=(gl.int8, gl.int8, gl.int8, gl.int8),
         is_pure=True,
         pack=4,
     )
-    a = gl.join(gl.join(a0, a2), gl.join(a1, a3))  # [64, 8, 2, 2]: row + 8 * third, columns 16 * last
-    a = gl.permute(gl.reshape(a, [4, 2, 8, 4, 2, 2, 2]), (0, 5, 2, 6, 3, 1, 4))
+    a = gl.join(gl.join(a0, a2), gl.join(a1, a3))  # [128, 4, 2, 2]: byte, row / 8, word
+    a = gl.permute(gl.reshape(a, [4, 8, 4, 4, 2, 2]), (0, 4, 1, 5, 2, 3))
     return gl.reshape(a, [64, 32]).to(gl.float8e4nv, bitcast=True)
 
 
