@@ -9,9 +9,8 @@ import re
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
-from inflight import disassemble, overwritten
+from inflight import Instruction, disassemble, overwritten
 from offline import compile_launch, inputs_of, runner_of
 
 from moestro.kernels.activations import GeGLUTanh, ReLU2, SwiGLU
@@ -19,8 +18,7 @@ from moestro.kernels.triton import choose
 from moestro.kernels.triton.call import Launch
 from moestro.kernels.triton.paths import fp8, fp8_once, fp8_registers
 
-# (rows, pairs, whether operands are decoded ahead) of tiles that ptxas of Triton 3.8 and 3.9 may spill between products of a
-# block; that of 3.6, with which they were measured, does not.
+# (rows, pairs, whether operands are decoded ahead) of tiles that ptxas of Triton 3.8 and 3.9 may spill in its loops; that of 3.6, with which they were measured, does not.
 SPILT = {(256, 96, True), (256, 128, False), (128, 192, False), (128, 256, False)}
 PRODUCT = "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3"
 
@@ -40,16 +38,34 @@ def complaints(launch: Launch) -> list[str]:
             bad.append(f"{name}: no tensor memory accelerator, or no registers moved to those who multiply")
     if "registers" in launch.kernel.__name__:
         tile = launch.meta["TILE"]
-        bad += in_registers(name, compiled, (tile.rows, tile.pairs + tile.extra, tile.overlap) in SPILT)
+        with TemporaryDirectory() as folder:
+            code = disassemble(compiled.asm["cubin"], Path(folder) / "kernel.cubin")
+        spilt = (tile.rows, tile.pairs + tile.extra, tile.overlap) in SPILT
+        bad += in_registers(name, code, spilt) + long_copies(name, code, spilt)
     if "fp4" in launch.kernel.__name__ or "expand" in launch.kernel.__name__:
         bad += [] if "prmt.b32" in ptx else [f"{name}: no byte permutes"]
     return bad
 
 
-def in_registers(name: str, compiled: Any, spilt: bool) -> list[str]:
+def long_copies(name: str, code: dict[int, Instruction], spilt: bool) -> list[str]:
+    """What is wrong with a producer's loops, whose instructions cost the tensor core a cycle each."""
+    ends = {at: i.goes_to for at, i in code.items() if i.goes_to is not None and i.goes_to < at}
+    loops = [[code[at].text for at in code if start <= at <= end] for end, start in ends.items()
+             if not any(start < other < end for other in ends)]  # fmt: skip
+    loops = [loop for loop in loops if any("UTMALDG" in text for text in loop)]
+    bad = [] if loops else [f"{name}: the tensor memory accelerator copies nothing"]
+    for loop in loops:
+        gathered, stages = (sum(word in text for text in loop) for word in ("LDGSTS", "SYNCS.PHASECHK"))
+        most = 2 * gathered + stages * (54 if gathered else 56)
+        if len(loop) > most:
+            bad.append(f"{name}: {len(loop)} instructions to fill {stages} stages, not {most} at most")
+        if not spilt and any(re.match(r"(STL|LDL)", text) for text in loop):
+            bad.append(f"{name}: the producer keeps addresses in local memory")
+    return bad
+
+
+def in_registers(name: str, code: dict[int, Instruction], spilt: bool) -> list[str]:
     """Of the path that decodes in registers: how its operands get there, and that nothing writes them meanwhile."""
-    with TemporaryDirectory() as folder:
-        code = disassemble(compiled.asm["cubin"], Path(folder) / "kernel.cubin")
     products = [at for at, i in code.items() if i.a]
     bad = [f"{name}: {what}" for what in overwritten(code)[:1]]
     if not products:

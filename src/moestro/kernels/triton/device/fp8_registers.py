@@ -25,9 +25,6 @@ from moestro.kernels.triton.device.fp8_producer import Boxes, produce
 from moestro.kernels.triton.device.loops import Ring
 from moestro.kernels.triton.device.share import _exit, _tile, _total, _zero
 from moestro.kernels.triton.device.warp_specialized import (
-    HALVES,
-    QUARTERS,
-    WHOLE,
     Spot,
     _epilogue,
     _of_rows,
@@ -37,6 +34,8 @@ from moestro.kernels.triton.device.warp_specialized import (
     launch_next,
     wait_for_previous,
 )
+
+WHOLE, HALVES, QUARTERS = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)  # what a tile of few pairs runs
 
 
 class Grid(NamedTuple):
