@@ -18,7 +18,8 @@ from moestro.kernels.triton import choose
 from moestro.kernels.triton.call import Launch
 from moestro.kernels.triton.paths import fp8, fp8_once, fp8_registers
 
-# (rows, pairs, whether operands are decoded ahead) of tiles that ptxas of Triton 3.8 and 3.9 may spill in its loops; that of 3.6, with which they were measured, does not.
+# (rows, pairs, whether operands are decoded ahead) of tiles in whose loops ptxas of Triton 3.8 and 3.9 may spill; that of
+# 3.6, with which they were measured, does not.
 SPILT = {(256, 96, True), (256, 128, False), (128, 192, False), (128, 256, False)}
 PRODUCT = "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3"
 
