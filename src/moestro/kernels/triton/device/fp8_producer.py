@@ -18,6 +18,7 @@ from moestro.kernels.triton.device.warp_specialized import WHOLE, _rows
 
 shared = gl.shared_memory_descriptor
 reinterpret = getattr(shared, "reinterpret", None) or shared._reinterpret  # 3.9, 3.6
+PAIRED = gl.constexpr(gl.NVMMASharedLayout(0, 16, 3))  # of scales: strips of 32 times two rows
 FEW_REGISTERS = gl.constexpr(40)  # of a thread: no room for the addresses of several stages
 
 
@@ -71,7 +72,7 @@ def _copy_codes(ring, call, m, e, b, stage, TILE: gl.constexpr):
 def _copy_scales(ring, call, m, e, b, stage, TILE: gl.constexpr):
     """As `_copy_codes`: a row of a box has 16 bytes at least, which are two rows of scales."""
     STRIPS: gl.constexpr = TILE.rows // 64
-    to = reinterpret(ring.scales.index(stage), gl.int16, [STRIPS, 32, 8], gl.NVMMASharedLayout(0, 16, 3))
+    to = reinterpret(ring.scales.index(stage), gl.int16, [STRIPS, 32, 8], PAIRED)
     tma_copy(call.boxes.scales, [e * call.blocks + m * STRIPS, b * 32, 0], ring.full.index(stage), to)
 
 

@@ -21,7 +21,7 @@ from moestro.kernels.triton.device.fp8_operands import (
     sums_of_64,
     sums_of_128,
 )
-from moestro.kernels.triton.device.fp8_producer import Boxes, produce
+from moestro.kernels.triton.device.fp8_producer import PAIRED, Boxes, produce, reinterpret
 from moestro.kernels.triton.device.loops import Ring
 from moestro.kernels.triton.device.share import _exit, _tile, _total, _zero
 from moestro.kernels.triton.device.warp_specialized import (
@@ -97,13 +97,14 @@ def _ring(HOW: gl.constexpr, TILE: gl.constexpr):
     """Shared memory, its barriers waiting for nothing yet.
 
     Codes as the tensor memory accelerator writes them: 64 bytes a row, whose 16-byte pieces take turns with the row, which
-    `_operand` reads as it read them in order, without conflicts.
+    `_operand` reads as it read them in order, without conflicts. Scales are allocated as it writes them, too: aligned.
     """
     STAGES: gl.constexpr = TILE.stages
     XS: gl.constexpr = gl.NVMMASharedLayout(128, 8, 2)
     xs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, TILE.pairs, 128], XS)
     ws = gl.allocate_shared_memory(gl.int16, [STAGES, TILE.rows, 32], gl.NVMMASharedLayout(64, 16, 2))
-    ss = gl.allocate_shared_memory(gl.int16, [STAGES, TILE.rows, 4], gl.SwizzledSharedLayout(4, 1, 1, [1, 0]))
+    ss = gl.allocate_shared_memory(gl.int16, [STAGES, TILE.rows // 64, 32, 8], PAIRED)
+    ss = reinterpret(ss, gl.int16, [STAGES, TILE.rows, 4], gl.SwizzledSharedLayout(4, 1, 1, [1, 0]))
     xe = xs
     if TILE.extra > 0:
         xe = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, TILE.extra, 128], XS)
