@@ -37,7 +37,6 @@ class Tactic:
     overlap_steps: bool = True  # False: a step's products wait for each other, in fewer registers
     raster_group: int = 8  # tiles of pairs that walk the rows of weights together
     prefetch_kib: int = 0  # of weights that a tile of a chain asks into L2 while it waits
-    span: int = 1  # blocks of 128 columns that an FP8 product adds itself, before float32 does
 
     @property
     def widths(self) -> tuple[int, int]:

@@ -44,7 +44,6 @@ class Grid(NamedTuple):
     even: bool  # columns are whole blocks of 128
     registers: int  # of a thread that multiplies
     producer_registers: int
-    span: int = 1  # blocks of 128 columns that a product adds itself
 
 
 class Call(NamedTuple):

@@ -1,10 +1,9 @@
 """The grouped product of e4m3 rows with e4m3 weights: FP8 checkpoints, or 4-bit weights that were decoded once.
 
 A producer fills a ring, 128 columns a stage: weights, and rows that lie in order, through the tensor memory accelerator,
-gathered rows of x by cp.async. One to three groups multiply (fp8.py says how sums are kept); programs are persistent.
-Weights have a scale a row, or for each 128 x 128 (DeepSeek-V3's recipe, arXiv 2412.19437 §3.3: there x has one for each
-128 columns, and both are multiplied into each product before it is added). Tiles of 128 rows keep a product of a whole
-span beside the sums (fp8_spans.py says why).
+gathered rows of x by cp.async. Two groups multiply (fp8.py says how sums are kept); programs are persistent. Weights have
+a scale a row, or for each 128 x 128 (DeepSeek-V3's recipe, arXiv 2412.19437 §3.3: there x has one for each 128 columns,
+and both are multiplied into each product before it is added).
 """
 
 from __future__ import annotations
@@ -37,18 +36,16 @@ warpgroup_mma, warpgroup_mma_wait = hopper.warpgroup_mma, hopper.warpgroup_mma_w
 @gluon.jit(do_not_specialize=["stride"])
 def fp8_gemm(x, x_desc, routing, stride, w, w_desc, padded, out, size, HOW: gl.constexpr, TILE: gl.constexpr,
              PDL: gl.constexpr):  # fmt: skip
-    """Tiles of 64 pairs a group and 256 or 128 rows of weights e4m3 [L * padded, columns], in kernel row order where gated.
+    """Tiles of 128 pairs and 256 rows of weights e4m3 [L * padded, columns], in kernel row order where gated.
 
     Stage 1 reads x [N, columns] by token and writes out by place: e4m3 and out.scale where there is one, else as out is.
     Stage 2 reads x by place (x_desc) and writes by pair, not weighted. TILE: fp8.Grid.
     """
     GATHER: gl.constexpr = HOW.stage == 1
+    BM: gl.constexpr = 64 * TILE.groups
     STAGES: gl.constexpr = TILE.stages
-    ROWS: gl.constexpr = TILE.rows
-    xs = gl.allocate_shared_memory(
-        gl.float8e4nv, [STAGES * TILE.groups, 64, 128], gl.NVMMASharedLayout(128, 8, 2)
-    )
-    ws = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, ROWS, 128], gl.NVMMASharedLayout(128, 8, 2))
+    xs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BM, 128], gl.NVMMASharedLayout(128, 8, 2))
+    ws = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 256, 128], gl.NVMMASharedLayout(128, 8, 2))
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -59,14 +56,14 @@ def fp8_gemm(x, x_desc, routing, stride, w, w_desc, padded, out, size, HOW: gl.c
     launch_next(PDL)
     ring = Ring(xs, ws, full, empty)
     call = Call(x, x_desc, routing, stride, w, w_desc, out, size, padded, gl.load(routing.table + 3 * stride),
-                gl.cdiv(padded, ROWS))  # fmt: skip
+                gl.cdiv(padded, 256))  # fmt: skip
     REGISTERS: gl.constexpr = TILE.registers
     PRODUCER: gl.constexpr = TILE.producer_registers
     if TILE.groups == 1:
         gl.warp_specialize(
             [(_consume, (ring, call, 0, HOW, TILE)), (_produce, (ring, call, HOW, TILE))], [4], [PRODUCER]
         )
-    elif TILE.groups == 2:
+    else:
         gl.warp_specialize(
             [
                 (_consume, (ring, call, 0, HOW, TILE)),
@@ -76,30 +73,17 @@ def fp8_gemm(x, x_desc, routing, stride, w, w_desc, padded, out, size, HOW: gl.c
             [4, 4],
             [REGISTERS, PRODUCER],
         )
-    else:
-        gl.warp_specialize(
-            [
-                (_consume, (ring, call, 0, HOW, TILE)),
-                (_consume, (ring, call, 1, HOW, TILE)),
-                (_consume, (ring, call, 2, HOW, TILE)),
-                (_produce, (ring, call, HOW, TILE)),
-            ],
-            [4, 4, 4],
-            [REGISTERS, REGISTERS, PRODUCER],
-        )
 
 
 @gluon.jit
 def _produce(ring, call, HOW: gl.constexpr, TILE: gl.constexpr):
     """Fill the ring, tile after tile."""
     GATHER: gl.constexpr = HOW.stage == 1
-    GROUPS: gl.constexpr = TILE.groups
-    ROWS: gl.constexpr = TILE.rows
+    BM: gl.constexpr = 64 * TILE.groups
     STAGES: gl.constexpr = TILE.stages
-    if GATHER:
-        XL: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
-        i = gl.arange(0, 64, gl.SliceLayout(1, XL))
-        k = gl.arange(0, 128, gl.SliceLayout(0, XL))
+    XL: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
+    i = gl.arange(0, BM, gl.SliceLayout(1, XL))
+    k = gl.arange(0, 128, gl.SliceLayout(0, XL))
     columns = call.size.columns
     stage = 0
     phase = 1
@@ -107,42 +91,30 @@ def _produce(ring, call, HOW: gl.constexpr, TILE: gl.constexpr):
         m, e, start, count = _tile(call, tile, TILE.group)
         if count > 0:
             if GATHER:
-                xp = ()
-                for g in gl.static_range(GROUPS):
-                    pair = gl.load(call.routing.sorted_pairs + start + gl.minimum(g * 64 + i, count - 1))
-                    token = (pair // call.size.top_k).to(gl.int64)
-                    xp = xp + (call.x.data + token[:, None] * columns + k[None, :],)  # noqa: RUF005
+                pair = gl.load(call.routing.sorted_pairs + start + gl.minimum(i, count - 1))
+                token = (pair // call.size.top_k).to(gl.int64)
+                xp = call.x.data + token[:, None] * columns + k[None, :]
             for b in range(gl.cdiv(columns, 128)):
                 mbarrier.wait(ring.empty.index(stage), phase)
                 if GATHER:
-                    mbarrier.expect(ring.full.index(stage), ROWS * 128)
+                    mbarrier.expect(ring.full.index(stage), 256 * 128)
                 else:
-                    mbarrier.expect(ring.full.index(stage), (ROWS + GROUPS * 64) * 128)
+                    mbarrier.expect(ring.full.index(stage), (256 + BM) * 128)
                 tma_copy(
                     call.w_desc,
-                    [e * call.padded + m * ROWS, b * 128],
+                    [e * call.padded + m * 256, b * 128],
                     ring.full.index(stage),
                     ring.w.index(stage),
                 )
                 if GATHER:
-                    later = ()
-                    for g in gl.static_range(GROUPS):
-                        to = ring.x.index(stage * GROUPS + g)
-                        if TILE.even:
-                            copy_async(to, xp[g])
-                        else:
-                            copy_async(to, xp[g], (k < columns - b * 128)[None, :])
-                        later = later + (xp[g] + 128,)  # noqa: RUF005
+                    if TILE.even:
+                        copy_async(ring.x.index(stage), xp)
+                    else:
+                        copy_async(ring.x.index(stage), xp, (k < columns - b * 128)[None, :])
                     async_copy.mbarrier_arrive(ring.full.index(stage), increment_count=False)
-                    xp = later
+                    xp += 128
                 else:
-                    for g in gl.static_range(GROUPS):
-                        tma_copy(
-                            call.x_desc,
-                            [start + g * 64, b * 128],
-                            ring.full.index(stage),
-                            ring.x.index(stage * GROUPS + g),
-                        )
+                    tma_copy(call.x_desc, [start, b * 128], ring.full.index(stage), ring.x.index(stage))
                 stage, phase = following(stage, phase, STAGES)
     _exit(stage)
 
@@ -163,16 +135,11 @@ def _consume(ring, call, WG: gl.constexpr, HOW: gl.constexpr, TILE: gl.constexpr
                 acc, acc2, stage, phase = _sums_of_blocks(
                     ring, call, m, e, place, there, stage, phase, WG, HOW, TILE, M
                 )
-                if call.out.scale is not None:
-                    _write_quantized(acc, acc2, call, m, e, place, there, HOW, TILE, M)
-                else:
-                    write_block(acc, call, e, m * 256, place, there, HOW, TILE, M)
-                    write_block(acc2, call, e, m * 256 + 128, place, there, HOW, TILE, M)
-            elif TILE.span > 1:
-                acc, stage, phase = _spans(ring, call, stage, phase, WG, HOW, TILE, M)
-                write_block(acc, call, e, m * 128, place, there, HOW, TILE, M)
             else:
                 acc, acc2, stage, phase = _sums(ring, call, stage, phase, WG, HOW, TILE, M)
+            if call.out.scale is not None:
+                _write_quantized(acc, acc2, call, m, e, place, there, HOW, TILE, M)
+            else:
                 write_block(acc, call, e, m * 256, place, there, HOW, TILE, M)
                 write_block(acc2, call, e, m * 256 + 128, place, there, HOW, TILE, M)
         m, e, start, count = later
@@ -188,9 +155,9 @@ def _arrived(ring, stage, phase, HOW: gl.constexpr):
 
 
 @gluon.jit
-def _half(ring, stage, none, WG: gl.constexpr, HALF: gl.constexpr, TILE: gl.constexpr):
+def _half(ring, stage, none, WG: gl.constexpr, HALF: gl.constexpr):
     """The product of a group's 64 pairs and 128 rows of weights."""
-    a = ring.x.index(stage * TILE.groups + WG)
+    a = ring.x.index(stage).slice(WG * 64, 64)
     b = ring.w.index(stage).slice(HALF * 128, 128).permute((1, 0))
     part = warpgroup_mma(a, b, none, use_acc=False, is_async=True)
     return warpgroup_mma_wait(0, deps=[part])
@@ -204,33 +171,12 @@ def _sums(ring, call, stage, phase, WG: gl.constexpr, HOW: gl.constexpr, TILE: g
     none = gl.zeros([64, 128], gl.float32, M)
     for _ in range(gl.cdiv(call.size.columns, 128)):
         _arrived(ring, stage, phase, HOW)
-        acc += _half(ring, stage, none, WG, 0, TILE)
-        part = _half(ring, stage, none, WG, 1, TILE)
+        acc += _half(ring, stage, none, WG, 0)
+        part = _half(ring, stage, none, WG, 1)
         mbarrier.arrive(ring.empty.index(stage))
         acc2 += part
         stage, phase = following(stage, phase, STAGES)
     return acc, acc2, stage, phase
-
-
-@gluon.jit
-def _spans(ring, call, stage, phase, WG: gl.constexpr, HOW: gl.constexpr, TILE: gl.constexpr, M: gl.constexpr):
-    """Sums of 128 rows, added once a span; while this group adds, or waits for its product, the others multiply."""
-    SPAN: gl.constexpr = TILE.span
-    acc = gl.zeros([64, 128], gl.float32, M)
-    part = gl.zeros([64, 128], gl.float32, M)
-    blocks = gl.cdiv(call.size.columns, 128)
-    for first in range(0, blocks, SPAN):
-        for block in range(first, gl.minimum(first + SPAN, blocks)):
-            _arrived(ring, stage, phase, HOW)
-            a = ring.x.index(stage * TILE.groups + WG)
-            part = warpgroup_mma(
-                a, ring.w.index(stage).permute((1, 0)), part, use_acc=block > first, is_async=True
-            )
-            part = warpgroup_mma_wait(0, deps=[part])
-            mbarrier.arrive(ring.empty.index(stage))
-            stage, phase = following(stage, phase, TILE.stages)
-        acc += part
-    return acc, stage, phase
 
 
 @gluon.jit
@@ -264,8 +210,8 @@ def _sums_of_blocks(ring, call, m, e, place, there, stage, phase, WG: gl.constex
             gl.load(wp2 + after),
         )
         _arrived(ring, stage, phase, HOW)
-        acc += _times(_half(ring, stage, none, WG, 0, TILE), s * s1, s * s2, HOW.gated, M)
-        part = _half(ring, stage, none, WG, 1, TILE)
+        acc += _times(_half(ring, stage, none, WG, 0), s * s1, s * s2, HOW.gated, M)
+        part = _half(ring, stage, none, WG, 1)
         mbarrier.arrive(ring.empty.index(stage))
         if HOW.gated:
             acc2 += _times(part, s * s1, s * s2, HOW.gated, M)

@@ -18,7 +18,7 @@ from moestro.kernels.triton.device.warp_specialized import WHOLE, _rows
 
 shared = gl.shared_memory_descriptor
 reinterpret = getattr(shared, "reinterpret", None) or shared._reinterpret  # 3.9, 3.6
-FEW_REGISTERS = gl.constexpr(40)  # of a thread: no room for the addresses of several stages
+PAIRED = gl.constexpr(gl.NVMMASharedLayout(0, 16, 3))  # of scales: strips of 32 times two rows
 
 
 class Boxes(NamedTuple):
@@ -26,7 +26,7 @@ class Boxes(NamedTuple):
 
     codes: Any  # strips of 64 rows, rows and columns of a strip: [L * Rb, Cb * 64, 32]
     scales: Any  # [L * Rb, Cb * 32, 8]: two rows together
-    x: Any  # by place, as many rows as a tile has pairs; anything in the first product, which gathers
+    x: Any  # by place, as many rows as a tile has pairs; anything where x is gathered
     piece: Any  # of a tile that is half full, and beyond that power of two
 
 
@@ -51,8 +51,8 @@ def produce(ring, call, HOW: gl.constexpr, TILE: gl.constexpr):
 @gluon.jit
 def _fill(ring, call, m, e, start, count, stage, phase, HOW: gl.constexpr, TILE: gl.constexpr, W: gl.constexpr,
           W2: gl.constexpr):  # fmt: skip
-    """One tile of W + W2 pairs, 128 columns a stage."""
-    if HOW.stage == 1:
+    """One tile of W + W2 pairs, two blocks of 128 columns a stage."""
+    if TILE.gathers:
         return _gather(ring, call, m, e, start, count, stage, phase, HOW, TILE, W, W2)
     else:
         return _copy(ring, call, m, e, start, stage, phase, TILE, W, W2)
@@ -69,16 +69,14 @@ def _copy_codes(ring, call, m, e, b, full, at, TILE: gl.constexpr):
 def _copy_scales(ring, call, m, e, b, full, at, TILE: gl.constexpr):
     """As `_copy_codes`: a row of a box has 16 bytes at least, which are two rows of scales."""
     STRIPS: gl.constexpr = TILE.rows // 64
-    to = reinterpret(ring.scales.index(at), gl.int16, [STRIPS, 32, 8], gl.NVMMASharedLayout(0, 16, 3))
+    to = reinterpret(ring.scales.index(at), gl.int16, [STRIPS, 32, 8], PAIRED)
     tma_copy(call.boxes.scales, [e * call.blocks + m * STRIPS, b * 32, 0], full, to)
 
 
 @gluon.jit
-def _expect(full, first, blocks, BYTES: gl.constexpr, STEP: gl.constexpr):
-    """BYTES for each block of a stage: STEP of them, but for the last of an odd number."""
-    if STEP == 1:
-        mbarrier.expect(full, BYTES)
-    elif first + 1 < blocks:
+def _expect(full, first, blocks, BYTES: gl.constexpr):
+    """BYTES for each block of a stage: two, but for the last of an odd number."""
+    if first + 1 < blocks:
         mbarrier.expect(full, 2 * BYTES)
     else:
         mbarrier.expect(full, BYTES)
@@ -91,16 +89,15 @@ def _copy(ring, call, m, e, start, stage, phase, TILE: gl.constexpr, W: gl.const
     41 to 52 instructions a stage, of one warp (counts are of Triton 3.6's machine code).
     """
     PIECE: gl.constexpr = call.boxes.piece.block_shape[0]
-    STEP: gl.constexpr = TILE.step
     blocks = gl.cdiv(call.size.columns, 128)
-    for first in range(0, blocks, STEP):
+    for first in range(0, blocks, 2):
         full = ring.full.index(stage)
         mbarrier.wait(ring.empty.index(stage), phase)
-        _expect(full, first, blocks, TILE.rows * 72 + (W + W2) * 128, STEP)
-        for u in gl.static_range(STEP):
+        _expect(full, first, blocks, TILE.rows * 72 + (W + W2) * 128)
+        for u in gl.static_range(2):
             if u == 0 or first + u < blocks:
                 b = first + u
-                at = stage * STEP + u
+                at = 2 * stage + u
                 _copy_codes(ring, call, m, e, b, full, at, TILE)
                 _copy_scales(ring, call, m, e, b, full, at, TILE)
                 if W == TILE.pairs:
@@ -121,12 +118,9 @@ def _gather(ring, call, m, e, start, count, stage, phase, HOW: gl.constexpr, TIL
             W2: gl.constexpr):  # fmt: skip
     """Rows of x that are not there are the last one, copied again.
 
-    59 instructions a stage for 128 pairs x 128 rows, 78 for 256: an address takes one, and is used in all stages of a turn
-    where a thread has the registers to keep them.
-    Scales go by cp.async: as a second box, which four warps would ask for, they take 8 to 23 instructions more.
+    An address takes one instruction. Scales go by cp.async: as a second box, which four warps would ask for, they take 8 to
+    23 instructions more.
     """
-    STEP: gl.constexpr = TILE.step
-    TURN: gl.constexpr = TILE.turn if TILE.producer_registers > FEW_REGISTERS else STEP
     XL: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
     blocks = gl.cdiv(call.size.columns, 128)
     rows = _rows(call, start, count, gl.arange(0, W, gl.SliceLayout(1, XL)), HOW).to(gl.int32) * blocks
@@ -135,24 +129,22 @@ def _gather(ring, call, m, e, start, count, stage, phase, HOW: gl.constexpr, TIL
         rows2 = _rows(call, start, count, i, HOW).to(gl.int32) * blocks
     x = call.x.data + gl.expand_dims(gl.arange(0, 128, gl.SliceLayout(0, XL)), 0)
     s = _first_scales(call, m, e, blocks, TILE.rows)
-    for first in range(0, blocks, TURN):
-        for g in gl.static_range(TURN // STEP):
-            if TURN == 1 or first + g * STEP < blocks:
-                full = ring.full.index(stage)
-                mbarrier.wait(ring.empty.index(stage), phase)
-                _expect(full, first + g * STEP, blocks, TILE.rows * 64, STEP)
-                for u in gl.static_range(g * STEP, g * STEP + STEP):
-                    if u == g * STEP or first + u < blocks:
-                        at = stage * STEP + u % STEP
-                        _copy_codes(ring, call, m, e, first + u, full, at, TILE)
-                        copy_async(ring.x.index(at).slice(0, W), x + u * 128 + _bytes(rows))
-                        if W2 > 0:
-                            copy_async(ring.more_x.index(at).slice(0, W2), x + u * 128 + _bytes(rows2))
-                        copy_async(ring.scales.index(at), s + u * 256)
-                async_copy.mbarrier_arrive(full, increment_count=False)
-                stage, phase = following(stage, phase, TILE.stages)
-        x += TURN * 128
-        s += TURN * 256
+    for first in range(0, blocks, 2):
+        full = ring.full.index(stage)
+        mbarrier.wait(ring.empty.index(stage), phase)
+        _expect(full, first, blocks, TILE.rows * 64)
+        for u in gl.static_range(2):
+            if u == 0 or first + u < blocks:
+                at = 2 * stage + u
+                _copy_codes(ring, call, m, e, first + u, full, at, TILE)
+                copy_async(ring.x.index(at).slice(0, W), x + u * 128 + _bytes(rows))
+                if W2 > 0:
+                    copy_async(ring.more_x.index(at).slice(0, W2), x + u * 128 + _bytes(rows2))
+                copy_async(ring.scales.index(at), s + u * 256)
+        async_copy.mbarrier_arrive(full, increment_count=False)
+        stage, phase = following(stage, phase, TILE.stages)
+        x += 256
+        s += 512
     return stage, phase
 
 

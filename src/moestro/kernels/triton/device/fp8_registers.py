@@ -1,9 +1,9 @@
 """4-bit weights and e4m3 activations, decoded in registers: weights are a wgmma's A operand, pairs its B operand.
 
-The structure is warp_specialized.py's: a producer (fp8_producer.py) copies codes, scales and rows of x into a ring, 128
+The structure is warp_specialized.py's: a producer (fp8_producer.py) copies codes, scales and rows of x into a ring, 256
 columns a stage; one or two consumers decode 64 rows of weights at a time into e4m3 registers and multiply. Nothing decoded
 passes through shared memory, and the layout is fp8_decode.py's (fp8_layout.TritonFP4), whose arithmetic decodes here too.
-How a thread decodes and what is added is in fp8_operands.py.
+How a thread decodes is in fp8_operands.py, and what is added where in fp8_sums.py.
 """
 
 from __future__ import annotations
@@ -14,15 +14,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from moestro.kernels.triton.device.fp8 import fence_async_shared, mbarrier
-from moestro.kernels.triton.device.fp8_operands import (
-    no_sums,
-    of_part,
-    overlapped,
-    sums_of_64,
-    sums_of_128,
-)
-from moestro.kernels.triton.device.fp8_producer import Boxes, produce
-from moestro.kernels.triton.device.fp8_spans import spans_of_64, spans_of_128
+from moestro.kernels.triton.device.fp8_operands import of_product
+from moestro.kernels.triton.device.fp8_producer import PAIRED, Boxes, produce, reinterpret
+from moestro.kernels.triton.device.fp8_sums import sums_of_64, sums_of_128
 from moestro.kernels.triton.device.loops import Ring
 from moestro.kernels.triton.device.share import _exit, _tile, _total, _zero
 from moestro.kernels.triton.device.warp_specialized import (
@@ -46,16 +40,14 @@ class Grid(NamedTuple):
     pairs: int  # a power of two
     extra: int  # pairs beyond that
     consumers: int
-    turn: int  # stages that the producer fills in one go
-    stages: int
+    stages: int  # of two blocks of 128 columns
     group: int  # tiles of pairs that walk the strips of rows together
     narrow: int
-    overlap: bool  # operands are decoded while the ones before them are multiplied
+    overlap: bool  # a block's operands are decoded while those of the one before are multiplied
     registers: int  # of a consumer's thread
     producer_registers: int
-    part: int  # pairs of a product, at most
-    span: int  # blocks of 128 columns that a product adds itself
-    step: int  # blocks of a stage, 1 or 2
+    span: int  # blocks of 128 columns that the tensor core adds, an even number
+    gathers: bool  # x is by token, not by place
 
 
 class Call(NamedTuple):
@@ -81,7 +73,7 @@ def fp4_fp8_registers(
     """As warp_specialized.wide_gemm; x: Rows of e4m3, by token (stage 1) or place, blocks of 128 columns turned, and
     a scale a row; weights in TritonFP4's layout; the descriptors: Boxes. TILE: Grid.
     """
-    ring = _ring(HOW, TILE)
+    ring = _ring(TILE)
     fence_async_shared()
     wait_for_previous(PDL)
     launch_next(PDL)
@@ -89,32 +81,33 @@ def fp4_fp8_registers(
     boxes = Boxes(codes_desc, scales_desc, x_desc, piece_desc)
     call = Call(x, boxes, routing, stride, w, out, size, gl.load(routing.table + 3 * stride),
                 gl.cdiv(row_blocks * 64, TILE.rows), row_blocks)  # fmt: skip
-    if HOW.stage == 1:
+    if TILE.gathers:
         _with_four_producers(ring, call, HOW, TILE)
     else:
         _with_one_producer(ring, call, HOW, TILE)
 
 
 @gluon.jit
-def _ring(HOW: gl.constexpr, TILE: gl.constexpr):
+def _ring(TILE: gl.constexpr):
     """Shared memory, its barriers waiting for nothing yet.
 
     Codes as the tensor memory accelerator writes them: 64 bytes a row, whose 16-byte pieces take turns with the row, which
-    `_operand` reads as it read them in order, without conflicts.
+    the operands' reads meet without conflicts. Scales are allocated as it writes them, too: aligned.
     """
     STAGES: gl.constexpr = TILE.stages
     XS: gl.constexpr = gl.NVMMASharedLayout(128, 8, 2)
-    BLOCKS: gl.constexpr = STAGES * TILE.step
+    BLOCKS: gl.constexpr = 2 * STAGES
     xs = gl.allocate_shared_memory(gl.float8e4nv, [BLOCKS, TILE.pairs, 128], XS)
     ws = gl.allocate_shared_memory(gl.int16, [BLOCKS, TILE.rows, 32], gl.NVMMASharedLayout(64, 16, 2))
-    ss = gl.allocate_shared_memory(gl.int16, [BLOCKS, TILE.rows, 4], gl.SwizzledSharedLayout(4, 1, 1, [1, 0]))
+    ss = gl.allocate_shared_memory(gl.int16, [BLOCKS, TILE.rows // 64, 32, 8], PAIRED)
+    ss = reinterpret(ss, gl.int16, [BLOCKS, TILE.rows, 4], gl.SwizzledSharedLayout(4, 1, 1, [1, 0]))
     xe = xs
     if TILE.extra > 0:
         xe = gl.allocate_shared_memory(gl.float8e4nv, [BLOCKS, TILE.extra, 128], XS)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=129 if HOW.stage == 1 else 1)  # threads that gather, and one
+        mbarrier.init(full.index(i), count=129 if TILE.gathers else 1)  # threads that gather, and one
         mbarrier.init(empty.index(i), count=TILE.consumers)
     return Ring(xs, ws, ss, full, empty, xe)
 
@@ -208,35 +201,17 @@ def _consume(ring, call, WG: gl.constexpr, HOW: gl.constexpr, TILE: gl.constexpr
 def _run(ring, call, at, stage, phase, HOW: gl.constexpr, TILE: gl.constexpr, ROW: gl.constexpr, W: gl.constexpr,
          W2: gl.constexpr):  # fmt: skip
     """One tile: W pairs, and W2 more where that is not 0."""
-    P: gl.constexpr = W if W < TILE.part else TILE.part
     ROWS: gl.constexpr = TILE.rows // TILE.consumers
-    r = at.row + (gl.arange(0, 64, gl.SliceLayout(1, of_part(P))) + at.zero)
+    r = at.row + (gl.arange(0, 64, gl.SliceLayout(1, of_product(W))) + at.zero)
     upper = _of_rows(call, at.expert, r, HOW)
     blocks = gl.cdiv(call.size.columns, 128)
-    never = call.size.rows < 0
-    acc = no_sums(W, W2, TILE.part)
     if ROWS == 64:
-        if TILE.span == 1:
-            acc, stage, phase = sums_of_64(ring, stage, phase, blocks, never, acc, ROW, W, W2, TILE)
-        else:
-            acc, stage, phase = spans_of_64(ring, stage, phase, blocks, acc, ROW, W, W2, TILE)
+        acc, stage, phase = sums_of_64(ring, stage, phase, blocks, ROW, W, W2, TILE)
     else:
         lower = _of_rows(call, at.expert, r + 64, HOW)
-        below = no_sums(W, W2, TILE.part)
-        if TILE.span > 1:
-            acc, below, stage, phase = spans_of_128(
-                ring, stage, phase, blocks, acc, below, ROW, W, W2, TILE
-            )
-        elif TILE.overlap:
-            acc, below, stage, phase = overlapped(
-                ring, stage, phase, blocks, never, acc, below, ROW, W, W2, TILE
-            )
-        else:
-            acc, below, stage, phase = sums_of_128(
-                ring, stage, phase, blocks, never, acc, below, ROW, W, W2, TILE
-            )
-        _write(below, lower, call, at, at.row + 64, HOW, W, W2, TILE.part)
-    _write(acc, upper, call, at, at.row, HOW, W, W2, TILE.part)
+        acc, below, stage, phase = sums_of_128(ring, stage, phase, blocks, ROW, W, W2, TILE)
+        _write(below, lower, call, at, at.row + 64, HOW, TILE, W, W2)
+    _write(acc, upper, call, at, at.row, HOW, TILE, W, W2)
     return stage, phase
 
 
@@ -244,22 +219,24 @@ def _run(ring, call, at, stage, phase, HOW: gl.constexpr, TILE: gl.constexpr, RO
 
 
 @gluon.jit
-def _write(
-    acc, of_rows, call, at, row, HOW: gl.constexpr, W: gl.constexpr, W2: gl.constexpr, PART: gl.constexpr
-):
+def _write(acc, of_rows, call, at, row, HOW: gl.constexpr, TILE: gl.constexpr, W: gl.constexpr,
+           W2: gl.constexpr):  # fmt: skip
     """All parts of 64 rows, times the scales of their rows of x, to out."""
-    P: gl.constexpr = W if W < PART else PART
-    for i in gl.static_range(W // P):
-        _write_part(acc[i], of_rows, call, at, row, HOW, i * P, P, of_part(P))
+    _write_part(acc[0], of_rows, call, at, row, HOW, TILE, 0, W)
     if W2 > 0:
-        _write_part(acc[W // P], of_rows, call, at, row, HOW, W, W2, of_part(W2))
+        _write_part(acc[1], of_rows, call, at, row, HOW, TILE, W, W2)
 
 
 @gluon.jit
-def _write_part(acc, of_rows, call, at, row, HOW: gl.constexpr, FIRST: gl.constexpr, P: gl.constexpr,
-                M: gl.constexpr):  # fmt: skip
+def _write_part(acc, of_rows, call, at, row, HOW: gl.constexpr, TILE: gl.constexpr, FIRST: gl.constexpr,
+                P: gl.constexpr):  # fmt: skip
+    M: gl.constexpr = of_product(P)
     i = gl.arange(0, P, gl.SliceLayout(0, M)) + at.zero + FIRST
-    acc *= gl.expand_dims(gl.load(call.x.scale + _rows(call, at.start, at.count, i, HOW)), 0)
+    if TILE.gathers:
+        rows = _rows(call, at.start, at.count, i, HOW)
+    else:
+        rows = at.start + gl.minimum(i, at.count - 1)
+    acc *= gl.expand_dims(gl.load(call.x.scale + rows), 0)
     if HOW.stage == 2:
         _epilogue(acc, of_rows, call, at, row, _pairs(call, at, HOW, FIRST, P), HOW, P, M)
     else:

@@ -24,18 +24,17 @@ from moestro.kernels.triton.tactic import SHARED_BYTES, Tactic, Tile, gated, siz
 from moestro.kernels.triton.words import kernel_rows_of
 
 NAME = "fp8_once"
-# (pairs, rows, warps that multiply) -> registers of a thread of (a group that multiplies, the producer)
-SHAPES = {(64, 256, 4): (216, 72), (128, 256, 8): (216, 72), (192, 128, 12): (152, 56)}
+CONSUMER, PRODUCER = 216, 72  # registers of a thread
+WEIGHT_ROWS = 256
 
 
-def tactic(pairs: int, tile: Tile, raster_group: int = 8, span: int = 1) -> Tactic:
+def tactic(pairs: int, tile: Tile, raster_group: int = 8) -> Tactic:
     """A tactic of this path, with one tile for both products."""
-    return Tactic(NAME, "sorted", pairs, tile, tile, raster_group=raster_group, span=span)
+    return Tactic(NAME, "sorted", pairs, tile, tile, raster_group=raster_group)
 
 
-LARGE = tactic(128, Tile(256, 2, 8, 4))
-SPANS = tactic(192, Tile(128, 2, 12, 5), span=4)
-TABLE: Mapping[str, tuple[Tactic, ...]] = {"fp8": (tactic(64, Tile(256, 2, 4, 4)), LARGE, SPANS)}
+LARGE = tactic(128, Tile(WEIGHT_ROWS, 2, 8, 4))
+TABLE: Mapping[str, tuple[Tactic, ...]] = {"fp8": (tactic(64, Tile(WEIGHT_ROWS, 2, 4, 4)), LARGE)}
 
 
 def fitted(problem: MoeProblem, tactic: Tactic) -> Tactic:
@@ -51,12 +50,8 @@ def why_not(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> str | None:
         return "gate and up of FP8 blocks must each be whole blocks of 128 rows"
     for stage in (1, 2):
         tile, pairs = tactic.of_stage(stage)
-        if (pairs, tile.rows, tile.warps) not in SHAPES or tile.k_blocks != 2:
-            return f"(pairs, rows, warps) of a tile must be one of {', '.join(map(str, SHAPES))}, with 2 blocks of columns"
-        if (tactic.span > 1) != (tile.rows == 128):
-            return "tiles of 128 rows, and no others, add a span of several blocks of columns before float32 does"
-        if tactic.span > 1 and (problem.batch_invariant or in_blocks(problem)):
-            return "scales of blocks, and the bits of batch-invariant problems, are those of additions every 128 columns"
+        if (pairs, tile.warps) not in ((64, 4), (128, 8)) or tile.rows != WEIGHT_ROWS or tile.k_blocks != 2:
+            return f"a tile has 64 or 128 pairs for 4 or 8 warps, {WEIGHT_ROWS} rows, and 2 blocks of columns"
         if tile.stages < 2 or shared_bytes(problem, tactic, stage) > SHARED_BYTES:
             return "its tiles have fewer than 2 stages, or exceed shared memory"
     return None
@@ -119,13 +114,11 @@ def _product(call: Call, stage: int, x: Rows, out: Rows) -> None:
     tile, pairs = call.tactic.of_stage(stage)
     columns = sizes(call.p, stage)[1]
     padded, groups = _padded(call.p, stage), tile.warps // 4
-    w_desc = descriptor(_e4m3(call, stage, padded, columns), tile.rows)
-    x_desc = w_desc if stage == 1 else descriptor(x.data, 64)  # the first product gathers
-    consumer, producer = SHAPES[pairs, tile.rows, tile.warps]
+    w_desc = descriptor(_e4m3(call, stage, padded, columns), WEIGHT_ROWS)
+    x_desc = w_desc if stage == 1 else descriptor(x.data, pairs)  # the first product gathers
     routing, stride = call.routing(stage)
     grid = Grid(tile.rows, groups, 1, 0, tile.stages, 0, call.tactic.raster_group,
-                (BLOCKS if in_blocks(call.p) else ROWS).value, columns % 128 == 0, consumer, producer,
-                call.tactic.span)  # fmt: skip
+                (BLOCKS if in_blocks(call.p) else ROWS).value, columns % 128 == 0, CONSUMER, PRODUCER)  # fmt: skip
     call.add(
         kernels.fp8_gemm, (call.processors,), x, x_desc, routing, stride, call.weights_of(stage), w_desc, padded, out,
         call.size(stage), HOW=call.product(stage), TILE=grid, num_warps=4,
