@@ -1,11 +1,12 @@
-"""Check and time FP8 activations on a Hopper GPU: every tactic of both paths, in one process.
+"""Check and time FP8 activations on a Hopper GPU: every tactic of the paths of FP8 products, in one process.
 
     PYTHONPATH=src python benchmarks/gpu_fp8.py check                         against the reference on odd sizes
-    PYTHONPATH=src python benchmarks/gpu_fp8.py layers deepseek qwen3 --tokens 16,1024 [--json FILE]
+    PYTHONPATH=src python benchmarks/gpu_fp8.py layers deepseek --tokens 16,1024 [--kinds nvfp4,fp8_block] [--json FILE]
 
 Protocol of `layers`: CUDA-graph replay between two events, 256 MiB written before each (cold L2), variants alternate,
-median of `--rounds`; beside them the same NVFP4 weights with bf16 activations and their default tactic. Kernels are
-compiled first, side by side. A run that gets no further in 60 s ends, and keeps what it wrote to `--json`.
+median of `--rounds`; beside them the same NVFP4 weights with bf16 activations and their default tactic. Each result is
+compared with the reference of its numerics up to 64 tokens, beyond with the first tactic's. Kernels are compiled first, side
+by side. A run that gets no further in 60 s ends, and keeps what it wrote to `--json`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from moestro.formats import MXFP4, NVFP4, FP8Block
 from moestro.kernels.activations import Activation, GeGLUTanh, ReLU2, SwiGLU
 from moestro.kernels.problem import MoeProblem
 from moestro.kernels.triton import Tactic, TritonRunner, choose
-from moestro.kernels.triton.paths import fp8, fp8_once
+from moestro.kernels.triton.paths import fp8, fp8_once, fp8_registers
 from moestro.moe import reference
 
 MODELS = {  # L, K, H, I; all pairs local
@@ -128,8 +129,14 @@ def inputs_of(p: MoeProblem, N: int) -> list[torch.Tensor]:
 
 
 def tactics_of(p: MoeProblem, N: int) -> list[Tactic]:
-    rows = [t for path in (fp8, fp8_once) for t in path.TABLE["fp8"]]
-    return [t for t in rows if choose.why_not(p, t, N) is None]
+    rows = [t for path in (fp8, fp8_once, fp8_registers) for t in path.TABLE["fp8"]]
+    each = N * p.top_k / p.num_experts
+    return [t for t in rows if choose.why_not(p, t, N) is None and not t.pairs1 > max(64, 4 * each)]
+
+
+def words(t: Tactic) -> str:
+    """Short, and unlike any other's."""
+    return f"{t.path} {t.pairs1}x{t.gemm1.rows} {t.gemm1.warps}w"
 
 
 def compile_all(jobs: dict[Any, Callable[[], Any]]) -> None:
@@ -156,8 +163,12 @@ def check(record: Record) -> int:
                 found.append(runner.forward(x, tactic).clone())
             one = [t[N // 2 : N // 2 + 1].clone() for t in x]
             alone = runner.forward(one, -1)[0]
-            same = all(torch.equal(y, found[0]) for y in found) and torch.equal(alone, found[0][N // 2])
-            worst = max(error(y, own) for y in found)
+            alike = [y for y, t in zip(found, tactics, strict=True) if t.path != "fp8_registers"]
+            same = all(torch.equal(y, alike[0]) for y in alike)
+            default = runner.forward(x, -1)[N // 2]
+            same &= N > 1 or torch.equal(alone, default)
+            errors = {words(t): error(y, own) for y, t in zip(found, tactics, strict=True)}
+            worst = max(errors.values())
             wrong += not (worst < 1e-2 and same)
             record(
                 check=fmt,
@@ -166,33 +177,51 @@ def check(record: Record) -> int:
                 I=I,
                 tactics=len(found),
                 own=worst,
+                worst=max(errors, key=errors.__getitem__),
                 exact=error(found[0], exact),
                 same_bits=same,
             )
     return wrong
 
 
-def layers(record: Record, models: list[str], tokens: list[int], rounds: int) -> None:
+def layers(record: Record, models: list[str], tokens: list[int], rounds: int, formats: list[str]) -> None:
     """Time whole layers."""
     flush = torch.empty(64 << 20, dtype=torch.int32, device=DEV)
     for model in models:
         L, K, H, I = MODELS[model]  # noqa: E741
-        kinds = (("nvfp4", None), ("nvfp4", "fp8"), ("mxfp4", "fp8"), ("fp8_block", "fp8"))
-        runners = {kind: make(kind[0], L, K, H, I, SwiGLU(), False, L, 0, kind[1])[0] for kind in kinds}
+        kinds = (("nvfp4", None), *((fmt, "fp8") for fmt in formats))
+        made = {kind: make(kind[0], L, K, H, I, SwiGLU(), False, L, 0, kind[1]) for kind in kinds}
+        runners = {kind: runner for kind, (runner, _) in made.items()}
         for N in tokens:
             calls: dict[str, Callable[[], Any]] = {}
+            errors: dict[str, float] = {}
+            most = 0
             jobs: dict[Any, Callable[[], Any]] = {}
             for (fmt, input_format), runner in runners.items():
                 x = inputs_of(runner.problem, N)
                 for tactic in [-1] if input_format is None else tactics_of(runner.problem, N):
-                    name = (
-                        "bf16" if tactic == -1 else f"fp8 {tactic.path} {tactic.pairs1}x{tactic.gemm1.rows}"
-                    )
-                    calls[f"{fmt} {name}"] = partial(runner.forward, x, tactic)
+                    name = f"{fmt} {'bf16' if tactic == -1 else words(tactic)}"
+                    calls[name] = partial(runner.forward, x, tactic)
+                    most = max(most, runner.workspace_bytes(N, tactic))
                     jobs |= runner.compile_jobs(x, tactic)
+            space = torch.empty(most, dtype=torch.uint8, device=DEV)  # one for all: graphs keep theirs
+            calls = {name: partial(call, workspace=space) for name, call in calls.items()}
             compile_all(jobs)
+            for fmt in formats:
+                mine = {name: call for name, call in calls.items() if name.startswith(f"{fmt} f")}
+                x = next(iter(mine.values())).args[0]
+                truth = None
+                if N <= 64:
+                    truth = reference.fused_moe(*x[:3], made[fmt, "fp8"][1], activation=SwiGLU(),
+                                                input_format="fp8", weight_rounding="e4m3")  # fmt: skip
+                for name, call in mine.items():
+                    x[3].fill_(float("nan"))
+                    y = call().clone()
+                    truth = y if truth is None else truth
+                    errors[name] = error(y, truth)
             for name, us in times(calls, rounds, flush).items():
-                record(model=model, N=N, what=name, us=us, tflops=round(6 * N * K * H * I / us / 1e6))
+                tflops = round(6 * N * K * H * I / us / 1e6)
+                record(model=model, N=N, what=name, us=us, tflops=tflops, error=errors.get(name))
 
 
 def times(calls: dict[str, Callable[[], Any]], rounds: int, flush: torch.Tensor) -> dict[str, float]:
@@ -223,12 +252,14 @@ def main() -> int:
     parser.add_argument("models", nargs="*", choices=[[], *MODELS])
     parser.add_argument("--tokens", default="16,64,256,1024,4096,16384")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--kinds", default="nvfp4", help="formats of weights, besides NVFP4 with bf16 activations")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     record = Record(args.json)
     if args.what == "check":
         return check(record)
-    layers(record, args.models or list(MODELS), [int(n) for n in args.tokens.split(",")], args.rounds)
+    tokens = [int(n) for n in args.tokens.split(",")]
+    layers(record, args.models or list(MODELS), tokens, args.rounds, args.kinds.split(","))
     return 0
 
 

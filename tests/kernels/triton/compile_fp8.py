@@ -9,9 +9,8 @@ import re
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
-from inflight import disassemble, overwritten
+from inflight import Instruction, disassemble, overwritten
 from offline import compile_launch, inputs_of, runner_of
 
 from moestro.kernels.activations import GeGLUTanh, ReLU2, SwiGLU
@@ -19,9 +18,11 @@ from moestro.kernels.triton import choose
 from moestro.kernels.triton.call import Launch
 from moestro.kernels.triton.paths import fp8, fp8_once, fp8_registers
 
-# (rows, pairs, whether operands are decoded ahead) of tiles that ptxas of Triton 3.8 and 3.9 may spill between products of a
-# block; that of 3.6, with which they were measured, does not.
+# (rows, pairs, whether operands are decoded ahead) of tiles in whose loops ptxas of Triton 3.8 and 3.9 may spill; that of
+# 3.6, with which they were measured, does not.
 SPILT = {(256, 96, True), (256, 128, False), (128, 192, False), (128, 256, False)}
+WIDE = [t for t in fp8_registers.TABLE["fp8"] if t.pairs1 >= fp8_registers.WIDE]
+TOKENS = 1100
 PRODUCT = "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3"
 
 
@@ -40,20 +41,41 @@ def complaints(launch: Launch) -> list[str]:
             bad.append(f"{name}: no tensor memory accelerator, or no registers moved to those who multiply")
     if "registers" in launch.kernel.__name__:
         tile = launch.meta["TILE"]
-        bad += in_registers(name, compiled, (tile.rows, tile.pairs + tile.extra, tile.overlap) in SPILT)
+        with TemporaryDirectory() as folder:
+            code = disassemble(compiled.asm["cubin"], Path(folder) / "kernel.cubin")
+        spilt = (tile.rows, tile.pairs + tile.extra, tile.overlap) in SPILT
+        bad += in_registers(name, code, spilt) + long_copies(name, code, spilt)
     if "fp4" in launch.kernel.__name__ or "expand" in launch.kernel.__name__:
         bad += [] if "prmt.b32" in ptx else [f"{name}: no byte permutes"]
     return bad
 
 
-def in_registers(name: str, compiled: Any, spilt: bool) -> list[str]:
+def long_copies(name: str, code: dict[int, Instruction], spilt: bool) -> list[str]:
+    """What is wrong with a producer's loops, whose instructions cost the tensor core a cycle each."""
+    ends = {at: i.goes_to for at, i in code.items() if i.goes_to is not None and i.goes_to < at}
+    loops = [[code[at].text for at in code if start <= at <= end] for end, start in ends.items()
+             if not any(start < other < end for other in ends)]  # fmt: skip
+    loops = [loop for loop in loops if any("UTMALDG" in text for text in loop)]
+    bad = [] if loops else [f"{name}: the tensor memory accelerator copies nothing"]
+    for loop in loops:
+        gathered, boxes = (sum(word in text for text in loop) for word in ("LDGSTS", "UTMALDG"))
+        most = 80 + 3 * gathered if gathered else 45 + 7 * boxes
+        if len(loop) > most:
+            bad.append(f"{name}: {len(loop)} instructions to fill a stage, not {most} at most")
+        if not spilt and any(re.match(r"(STL|LDL)", text) for text in loop):
+            bad.append(f"{name}: the producer keeps addresses in local memory")
+    return bad
+
+
+def in_registers(name: str, code: dict[int, Instruction], spilt: bool) -> list[str]:
     """Of the path that decodes in registers: how its operands get there, and that nothing writes them meanwhile."""
-    with TemporaryDirectory() as folder:
-        code = disassemble(compiled.asm["cubin"], Path(folder) / "kernel.cubin")
     products = [at for at, i in code.items() if i.a]
     bad = [f"{name}: {what}" for what in overwritten(code)[:1]]
     if not products:
         bad.append(f"{name}: no product with weights in registers")
+    waits = sum("DEPBAR" in i.text for i in code.values())
+    if waits > len(products) // 2:  # ptxas waits after each one where it sees a conflict (C7510 to C7514)
+        bad.append(f"{name}: {len(products)} products are waited for {waits} times")
     for at in products:  # what stands between the products of a block may not go through shared memory
         following = [i.text for where, i in code.items() if at < where <= at + 16 * 200]
         until = next((n for n, text in enumerate(following) if "DEPBAR" in text), 0)
@@ -71,6 +93,8 @@ def main() -> list[str]:
         *((runner_of(8, 2, 512, 256, "nvfp4", input_format="fp8"), t) for t in fp8.TABLE["fp8"]),
         (runner_of(4, 2, 144, 80, "nvfp4", input_format="fp8", **odd), fp8.TABLE["fp8"][1]),
         *((runner_of(8, 2, 512, 256, "nvfp4", input_format="fp8"), t) for t in fp8_registers.TABLE["fp8"]),
+        # at so many tokens the wide ones gather rows of x
+        *((runner_of(8, 2, 32768, 256, "nvfp4", input_format="fp8"), t) for t in WIDE),
         (runner_of(4, 2, 160, 96, "mxfp4", ReLU2(), True, "fp8"), fp8_registers.TABLE["fp8"][0]),
         (runner_of(4, 2, 144, 80, "nvfp4", input_format="fp8", **odd), fp8_registers.TABLE["fp8"][-1]),
         (runner_of(4, 2, 160, 96, "mxfp4", ReLU2(), True, "fp8"), fp8.TABLE["fp8"][0]),
@@ -79,8 +103,8 @@ def main() -> list[str]:
         (runner_of(4, 2, 144, 80, "fp8_block", ReLU2(), True, "fp8"), fp8_once.LARGE),
     ]
     for runner, tactic in cases:
-        assert choose.why_not(runner.problem, tactic, 700) is None, (runner.problem, tactic)
-        for launch in runner.plan(inputs_of(runner, 700), tactic):
+        assert choose.why_not(runner.problem, tactic, TOKENS) is None, (runner.problem, tactic)
+        for launch in runner.plan(inputs_of(runner, TOKENS), tactic):
             key = launch.key
             if key not in seen and launch.kernel.__name__ not in ("count", "place", "sum_pairs"):
                 seen.add(key)

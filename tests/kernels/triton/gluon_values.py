@@ -123,12 +123,15 @@ class Shared:
         assert 0 <= int(i) < len(self.data)
         return Shared(self.data[int(i)], (*self.place, int(i)))
 
-    def slice(self, start: int, length: int) -> Shared:
-        assert start + length <= len(self.data)
-        return Shared(self.data[start : start + length], self.place)
+    def slice(self, start: int, length: int, dim: int = 0) -> Shared:
+        assert start + length <= self.data.shape[dim]
+        return Shared(self.data.narrow(dim, start, length), self.place)
 
     def reshape(self, shape: Sequence[int]) -> Shared:
         return Shared(self.data.view(*shape), self.place)
+
+    def reinterpret(self, dtype: torch.dtype, shape: Sequence[int], layout: Any) -> Shared:
+        return Shared(self.data.view(dtype).view(*shape), self.place)
 
     def permute(self, order: Sequence[int]) -> Shared:
         return Shared(self.data.permute(*order), self.place)
@@ -218,6 +221,11 @@ class Gl:
     @staticmethod
     def expand_dims(a: Tensor, axis: int) -> Tensor:
         return Tensor(a.data.unsqueeze(axis))
+
+    @staticmethod
+    def multiple_of(a: Tensor, of: Sequence[int]) -> Tensor:
+        assert bool((a.data % of[0] == 0).all()), f"not all are multiples of {of[0]}"
+        return a
 
     @staticmethod
     def convert_layout(a: Tensor, layout: Any) -> Tensor:

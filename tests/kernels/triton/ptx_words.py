@@ -49,23 +49,27 @@ def _permute(a: torch.Tensor, b: torch.Tensor, selector: torch.Tensor) -> torch.
     out = torch.zeros_like(source + selector)
     for i in range(4):
         nibble = selector >> 4 * i & 15
-        assert bool((nibble < 8).all()), "prmt with replicated signs"
-        out |= (source >> 8 * nibble & 255) << 8 * i
+        byte = source >> 8 * (nibble & 7) & 255
+        out |= torch.where(nibble < 8, byte, (byte >> 7) * 255) << 8 * i  # from 8 on, its sign eight times
     return out
 
 
 def _lop3(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    assert int(table) == 0xEA, "another function than (a & b) | c"
+    if int(table) == 0x20:
+        return a & ~b & c
+    assert int(table) == 0xEA, "another function than (a & b) | c and a & ~b & c"
     return a & b | c
 
 
 INSTRUCTIONS: dict[str, Callable[..., torch.Tensor]] = {
     "mov.b32": lambda a: a,
     "and.b32": lambda a, b: a & b,
+    "add.u32": lambda a, b: a + b & MASK,
     "shl.b32": lambda a, n: a << n & MASK,
     "shr.b32": lambda a, n: a >> n,
     "shr.u32": lambda a, n: a >> n,
     "mad.lo.u32": lambda a, b, c: a * b + c & MASK,
+    "mul.wide.u32": lambda a, b: a * b,
     "prmt.b32": _permute,
     "lop3.b32": _lop3,
     "mul.rn.bf16x2": _multiply,
@@ -107,10 +111,12 @@ def run(
         for values in group.split(2, 1) if small else group.split(1, 1):
             registers[f"${outputs + len(registers)}"] = _joined(values)
     execute(text, registers)
-    if outputs > len(dtypes):  # one tensor of 32 bits, several elements at a time
-        assert len(dtypes) == 1
-        parts = [_parted(registers[f"${i}"], dtypes[0], 1) for i in range(pack)]
-        return [torch.stack(parts, 1).view(inputs[0].shape)]
+    if outputs > len(dtypes):  # tensors of 32 bits, several elements at a time
+        assert outputs == pack * len(dtypes), "outputs of 32 bits and of others"
+        parts = [_parted(registers[f"${i}"], dtypes[i // pack], 1) for i in range(outputs)]
+        return [
+            torch.stack(parts[i : i + pack], 1).view(inputs[0].shape) for i in range(0, outputs, pack)
+        ]
     return [_parted(registers[f"${i}"], dtype, pack).view(inputs[0].shape) for i, dtype in enumerate(dtypes)]
 
 
@@ -123,6 +129,9 @@ def _joined(values: torch.Tensor) -> torch.Tensor:
 
 
 def _parted(register: torch.Tensor, dtype: torch.dtype, pack: int) -> torch.Tensor:
+    if dtype.itemsize == 8:
+        assert pack == 1
+        return register.to(dtype)
     if dtype.itemsize == 4:
         assert pack == 1, "one register for several elements of 32 bits"
         return (register - ((register & 1 << 31) << 1)).to(torch.int32).view(dtype)

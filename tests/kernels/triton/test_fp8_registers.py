@@ -19,6 +19,7 @@ from moestro.kernels.triton.device import fp8 as fp8_device
 from moestro.kernels.triton.device import fp8_registers as kernels
 from moestro.kernels.triton.device.fp8 import Recipe, quantize_fp8
 from moestro.kernels.triton.paths import fp8 as fp8_path
+from moestro.kernels.triton.paths import fp8_registers as path
 from moestro.kernels.triton.paths.fp8_registers import TABLE
 from moestro.kernels.triton.tactic import Tactic
 from moestro.moe import reference
@@ -27,7 +28,8 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the G
 
 TOLERANCE = 1e-2
 TILES = TABLE["fp8"]
-TALL, FLAT = (next(t for t in TILES if (t.pairs1, t.gemm1.rows) == size) for size in ((128, 256), (256, 128)))
+ODD, TWO_STRIPS = (next(t for t in TILES if (t.pairs1, t.gemm1.warps) == size) for size in ((96, 8), (64, 4)))
+WIDE = [t for t in TILES if t.pairs1 in (80, 128, 192)]
 
 
 def name(tactic: Tactic) -> str:
@@ -48,7 +50,8 @@ class Quantize:
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(x: Any, ids: Any, pairs: Any, data: Any, scales: Any, columns: int, **meta: Any) -> None:
             assert grid == (len(data),)
-            assert not meta["HOW"].gather
+            if meta["HOW"].gather:  # what no expert here reads is quantised, too
+                x = x[pairs.long() // meta["HOW"].top_k]
             scale = (x.float().abs().amax(1) / 448).clamp(min=torch.finfo(torch.float32).tiny)
             scales.copy_(torch.where(x.float().abs().amax(1) == 0, 1.0, scale))
             full = torch.zeros(data.shape)
@@ -80,10 +83,18 @@ def error(runner: Any, plain: Any, inputs: list[torch.Tensor], tactic: Tactic) -
     return float((inputs[3].float() - truth).norm() / truth.norm())
 
 
-@pytest.mark.parametrize("tile", TILES, ids=name)
-def test_products_match_the_reference_on_odd_sizes(tile: Tactic, on_machine: Any) -> None:
+@pytest.mark.parametrize(
+    ("tile", "by_place"),
+    [*((t, True) for t in TILES), *((t, False) for t in WIDE)],
+    ids=lambda v: name(v) if isinstance(v, Tactic) else "by place where wide" if v else "gathered",
+)
+def test_products_match_the_reference_on_odd_sizes(
+    tile: Tactic, by_place: bool, on_machine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ragged experts, biases, experts of other ranks, an id that no rank has, an expert without pairs."""
     on_machine(tile.pairs1 + sum(tile.gemm1) + len(tile.narrow))
+    if not by_place:
+        monkeypatch.setattr(path, "BY_PLACE", 0)
     for sizes, tokens in (((4, 2, 144, 80), (1, 37)), ((4, 2, 384, 112), (420,))):
         runner, plain = make(sizes, "nvfp4", biases=True, foreign=1, input_format="fp8")
         for n in tokens:
@@ -91,6 +102,58 @@ def test_products_match_the_reference_on_odd_sizes(tile: Tactic, on_machine: Any
             inputs[1][inputs[1] == 2] = 3
             inputs[1][n - 1] = torch.tensor([-7, 1])
             assert error(runner, plain, inputs, tile) < TOLERANCE
+
+
+MUTANTS = {  # function, its text, the wrong text
+    "gathered rows: a stage is filled before it is empty": (
+        "_gather", "mbarrier.wait(ring.empty.index(stage), phase)", "pass"),
+    "rows in order: a stage is filled before it is empty": (
+        "_copy", "mbarrier.wait(ring.empty.index(stage), phase)", "pass"),
+    "fewer bytes are expected than come": ("_copy", "TILE.rows * 72", "TILE.rows * 64"),
+    "more bytes are expected of a gathered stage than come": ("_gather", "TILE.rows * 64", "TILE.rows * 72"),
+    "two blocks are expected of a stage that has one": ("_expect", "first + 1 < blocks", "first < blocks"),
+    "the pairs beyond 64 are copied from the first on": ("_copy", "start + W + p * PIECE", "start + p * PIECE"),
+    "codes of another block": ("_copy_codes", "b * 64", "b * 32"),
+    "scales of another strip": ("_copy_scales", "m * STRIPS", "m"),
+    "rows of x at half of their distance": ("_bytes", "128;", "64;"),
+    "a stage is read before it is there": ("_arrived", "mbarrier.wait(ring.full.index(stage), phase)", "pass"),
+    "the proxies are not fenced": ("_arrived", "fence_async_shared()", "pass"),
+    "a product is added while it runs": ("_retired", "wait(8 * RUNNING", "wait(8 * RUNNING + 1"),
+    "a span goes on from the one before": ("sums_of_64", "number > first", "True"),
+    "the second block is the first": ("sums_of_64", "2 * stage + 1, True", "2 * stage, True"),
+    "the last block of an odd number is left out": ("sums_of_64", "blocks % 2 == 1", "blocks % 2 == 2"),
+    "columns in another order": ("_bytes", "(0, 4, 1, 5, 2, 3)", "(0, 4, 1, 5, 3, 2)"),
+    "scales of the other row": ("_tables", "prmt.b32 $1, w, x, 0x622A", "prmt.b32 $1, w, x, 0x4008"),
+}  # fmt: skip
+OF_TWO_STRIPS = {
+    "a product is added while it runs": ("_retired_both", "wait(4 * RUNNING", "wait(4 * RUNNING + 1"),
+    "the second block is the first": ("_second_block", "2 * stage + 1", "2 * stage"),
+    "the lower strip is the upper": ("_second_block", "ROW + 64", "ROW"),
+    "the last block of an odd number is left out": ("sums_of_128", "blocks % 2 == 1", "blocks % 2 == 2"),
+}
+CASES = [*((n, m, ODD) for n, m in MUTANTS.items()), *((n, m, TWO_STRIPS) for n, m in OF_TWO_STRIPS.items())]
+
+
+@pytest.mark.parametrize(("what", "mutant", "tile"), CASES, ids=[f"{c[0]}-{c[2].pairs1}" for c in CASES])
+def test_the_machine_notices_a_kernel_that_is_wrong(
+    what: str, mutant: tuple[str, str, str], tile: Tactic, on_machine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its producer, which gathers in the first product, and in its consumers; both products have an odd block."""
+    monkeypatch.setattr(path, "BY_PLACE", 0)
+    runner, plain = make((2, 2, 384, 1152), "nvfp4", input_format="fp8")
+    inputs = inputs_of(runner, 80)
+    function, old, new = mutant
+
+    def wrong(seed: int) -> bool:
+        on_machine(seed, **{function: (old, new)})
+        try:
+            return not error(runner, plain, inputs, tile) < TOLERANCE
+        except AssertionError:
+            return True
+
+    on_machine(0)
+    assert error(runner, plain, inputs, tile) < TOLERANCE
+    assert any(wrong(seed) for seed in range(8))
 
 
 def test_rows_are_quantised_in_the_order_of_products() -> None:

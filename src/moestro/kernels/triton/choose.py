@@ -286,12 +286,14 @@ FP8_INVARIANT = (
 )
 # measured on an H200 (benchmarks/results/h200-fp8-registers.json)
 FP8_DEFAULTS = (
-    (12.0, fp8_registers.tactic(16, Tile(128, 2, 4, 8), overlap=True)),
-    (24.0, fp8_registers.tactic(32, Tile(128, 2, 4, 7), overlap=True)),
-    (50.0, fp8_registers.tactic(64, Tile(128, 2, 4, 5), "halves")),
-    (100.0, fp8_registers.tactic(96, Tile(256, 2, 8, 7), "halves")),
-    (160.0, fp8_registers.tactic(128, Tile(128, 2, 8, 8), "halves")),
-    (700.0, fp8_registers.tactic(192, Tile(128, 2, 8, 6), "halves")),
+    (8.0, fp8_registers.tactic(16, Tile(128, 4, 4, 4))),
+    (24.0, fp8_registers.tactic(32, Tile(128, 4, 4, 3))),
+    (45.0, fp8_registers.tactic(64, Tile(128, 4, 4, 3), "halves")),
+    (70.0, fp8_registers.tactic(80, Tile(128, 4, 8, 5), "halves")),
+    (86.0, fp8_registers.tactic(96, Tile(128, 4, 8, 5), "halves")),
+    (115.0, fp8_registers.tactic(128, Tile(128, 4, 8, 4), "halves")),
+    (132.0, fp8_registers.tactic(144, Tile(128, 4, 8, 4), "halves")),
+    (2000.0, fp8_registers.tactic(128, Tile(128, 4, 8, 4), "halves")),
     (float("inf"), fp8_once.LARGE),
 )
 
