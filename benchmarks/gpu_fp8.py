@@ -252,7 +252,9 @@ def main() -> int:
     parser.add_argument("models", nargs="*", choices=[[], *MODELS])
     parser.add_argument("--tokens", default="16,64,256,1024,4096,16384")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--kinds", default="nvfp4", help="formats of weights, besides NVFP4 with bf16 activations")
+    parser.add_argument(
+        "--kinds", default="nvfp4", help="formats of weights, besides NVFP4 with bf16 activations"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     record = Record(args.json)

@@ -114,9 +114,7 @@ def run(
     if outputs > len(dtypes):  # tensors of 32 bits, several elements at a time
         assert outputs == pack * len(dtypes), "outputs of 32 bits and of others"
         parts = [_parted(registers[f"${i}"], dtypes[i // pack], 1) for i in range(outputs)]
-        return [
-            torch.stack(parts[i : i + pack], 1).view(inputs[0].shape) for i in range(0, outputs, pack)
-        ]
+        return [torch.stack(parts[i : i + pack], 1).view(inputs[0].shape) for i in range(0, outputs, pack)]
     return [_parted(registers[f"${i}"], dtype, pack).view(inputs[0].shape) for i, dtype in enumerate(dtypes)]
 
 

@@ -1,4 +1,4 @@
-"""Operands of fp8_registers.py: 64 rows of 4-bit weights, decoded into the registers that a wgmma reads, 32 columns at a time.
+"""Operands of fp8_registers.py: 64 rows of 4-bit weights, decoded into the registers of wgmmas of 32 columns.
 
 A thread q of four owns columns 32 q .. 32 q + 31 of a block of 128: eight words and a pair of scales as they lie in
 memory. A wgmma of 32 columns wants four columns 4 q and four 16 + 4 q of each row from it, so the columns of a block
@@ -61,7 +61,9 @@ def _words(ring, at, ROW: gl.constexpr):
     """(codes of 64 rows, int16 [64, 8] for each wgmma; the tables of even and odd groups of 16 columns)."""
     w = ring.w.index(at).slice(ROW, 64).load(CODES)
     s = ring.scales.index(at).slice(ROW, 64).load(PAIRS_OF_SCALES).to(gl.int32)
-    by_two = gl.permute(gl.reshape(w, [64, 4, 2, 2, 2]), (0, 1, 4, 2, 3))  # q, s / 2, s % 2, h -> q, h, s / 2, s % 2
+    by_two = gl.permute(
+        gl.reshape(w, [64, 4, 2, 2, 2]), (0, 1, 4, 2, 3)
+    )  # q, s / 2, s % 2, h -> q, h, s / 2, s % 2
     even, odd = gl.split(by_two)
     w0, w2 = gl.split(even)
     w1, w3 = gl.split(odd)

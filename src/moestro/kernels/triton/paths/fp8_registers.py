@@ -97,7 +97,9 @@ def why_not(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> str | None:
             return "by quarters only a power of two of pairs"
         room = 64 if strips(tile) == 2 else 80 if tactic.overlap_steps else 96
         if (have := sums(tile, width)) > room:
-            return f"a tile of {have} sums a thread, where {room} leave registers for its products and operands"
+            return (
+                f"a tile of {have} sums a thread, where {room} leave registers for its products and operands"
+            )
         if shared_bytes(problem, tactic, stage) * programs(tile.warps) > SHARED_BYTES:
             return "its tiles exceed shared memory"
     return None
