@@ -20,6 +20,7 @@ from moestro.kernels.triton import TritonRunner
 from moestro.tuning.spec.plain_json import from_json, to_json
 from moestro.tuning.store.environment import Environment
 from moestro.tuning.store.sources import source_digest
+from moestro.tuning.store.tables import text_of
 
 BUNDLES = Path(__file__).parents[1] / "src" / "moestro" / "tuning" / "bundles"
 OLDER = "moestro.kernels.triton.tactics:Tactic"
@@ -44,7 +45,7 @@ def restamp(path: Path, sources: str) -> int:
         environment = Environment({**old, "sources": sources})
         names[name], facts[environment.name] = environment.name, dict(environment.facts)
     bundle = {**renamed(bundle, names), "environments": facts}
-    path.write_text(json.dumps(bundle, indent=1) + "\n")
+    path.write_text(text_of(bundle))
     return len(facts)
 
 
