@@ -28,11 +28,10 @@ def cases() -> Iterator[tuple[str, str, str | None, int, object]]:
     from moestro.kernels.triton.paths import fp8_once, fp8_registers
     from moestro.kernels.triton.tactic import Tile
 
-    wide = fp8_registers.tactic(256, Tile(128, 2, 8, 5), "halves")
-    yield "deepseek", "nvfp4", "fp8", 4096, wide
+    yield "deepseek", "nvfp4", "fp8", 4096, fp8_registers.tactic(128, Tile(128, 4, 8, 4), "halves")
     yield "deepseek", "nvfp4", "fp8", 4096, fp8_once.LARGE
-    yield "deepseek", "nvfp4", "fp8", 1024, fp8_registers.tactic(192, Tile(128, 2, 8, 6), "halves")
-    yield "deepseek", "nvfp4", "fp8", 256, fp8_registers.tactic(96, Tile(256, 2, 8, 7), "halves")
+    yield "deepseek", "nvfp4", "fp8", 1024, fp8_registers.tactic(144, Tile(128, 4, 8, 4), "halves")
+    yield "deepseek", "nvfp4", "fp8", 256, fp8_registers.tactic(80, Tile(128, 4, 8, 5), "halves")
 
 
 def main() -> int:

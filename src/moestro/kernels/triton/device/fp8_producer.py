@@ -1,7 +1,8 @@
 """The producer of fp8_registers.py: codes, scales and rows of x into the ring, with as few instructions as it takes.
 
-While wgmmas run, an instruction costs the tensor core a cycle, whichever warp issues it (docs/kernels.md). So the tensor
-memory accelerator copies what lies in order, a box for one instruction, and cp.async only the rows that are gathered.
+Consumers are held up by the length of their own chains of instructions, and a producer's share their schedulers
+(docs/kernels.md, "What limits FP8 products"). So the tensor memory accelerator copies what lies in order, a box for one
+instruction, and cp.async only the rows that are gathered.
 """
 
 from __future__ import annotations
@@ -84,10 +85,7 @@ def _expect(full, first, blocks, BYTES: gl.constexpr):
 
 @gluon.jit
 def _copy(ring, call, m, e, start, stage, phase, TILE: gl.constexpr, W: gl.constexpr, W2: gl.constexpr):
-    """Rows of x that lie in order: those behind a tile's last are another's or zeros, and their products not written.
-
-    41 to 52 instructions a stage, of one warp (counts are of Triton 3.6's machine code).
-    """
+    """Rows of x that lie in order: those behind a tile's last are another's or zeros, and their products not written."""
     PIECE: gl.constexpr = call.boxes.piece.block_shape[0]
     blocks = gl.cdiv(call.size.columns, 128)
     for first in range(0, blocks, 2):
