@@ -18,8 +18,8 @@ from moestro.kernels.triton import choose
 from moestro.kernels.triton.call import Launch
 from moestro.kernels.triton.paths import fp8, fp8_once, fp8_registers
 
-# (rows, pairs) of tiles whose producers ptxas of Triton 3.8 and 3.9 lets spill where they gather; that of 3.6, with which they
-# were measured, does not.
+# (rows, pairs) of tiles whose producers ptxas of Triton 3.8 and 3.9 lets spill where they gather; that of 3.6, with which
+# they were measured, does not.
 SPILT = {(128, 144), (128, 160)}
 WIDE = [t for t in fp8_registers.TABLE["fp8"] if t.pairs1 >= fp8_registers.WIDE]
 TOKENS = 1100
