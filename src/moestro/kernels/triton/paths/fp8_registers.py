@@ -26,7 +26,7 @@ NAME = "fp8_registers"
 SPAN = 4  # blocks of 128 columns that the tensor core adds itself (device/fp8_sums.py)
 STEP = 4  # blocks of 64 columns a stage
 # Up to as many bytes of all pairs' rows, wide tiles read x by place: K times the rows, and a producer of one warp without a
-# fence. Qwen3 at 1024 and 4096 tokens 4 % faster, DeepSeek-V3 at 256 and 1024 within 2 %, at 4096 5 % slower (H200).
+# fence. Qwen3 at 1024 tokens 4 % faster, DeepSeek-V3 at 256 and 1024 within 3 %, at 4096 3 to 6 % slower (H200).
 BY_PLACE, WIDE = 64 << 20, 80
 BESIDE = 10_240  # shared bytes beside the ring: barriers, and what turns results
 ROW_BYTES = 72  # codes and scales of a row and 128 columns
