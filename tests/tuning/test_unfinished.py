@@ -318,17 +318,3 @@ def test_ahead_what_was_cut_short_is_finished_with_what_is_left() -> None:
     t, _, _ = tuned_for(1.0, ahead=True)
     (book,) = t._known.books()
     assert {record.bucket[0] for record in book.everything() if record.complete} == set(SIZES)
-
-
-def test_a_tuning_ahead_of_calls_says_once_which_sizes_it_did_not_get_to(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    with caplog.at_level("WARNING", "moestro.tuning"):
-        tuned_for(0.05, ahead=True)
-    (line,) = [r.getMessage() for r in caplog.records if "undecided" in r.getMessage()]
-    assert "of 8 sizes undecided" in line
-    assert "16384" in line
-    caplog.clear()
-    with caplog.at_level("WARNING", "moestro.tuning"):
-        tuned_for(None, ahead=True)
-    assert not [r for r in caplog.records if "undecided" in r.getMessage()]

@@ -11,7 +11,6 @@ nothing is measured.
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +34,6 @@ Bucket = TypeVar("Bucket", int, Sizes)
 # kernels in a process that had compiled nothing before (H100, 16 processors), and what was left took longer size by
 # size than together.
 COMPILING = 2 / 3
-NAMED = 12  # undecided sizes, in the log
 RESOLUTION = 32  # a boundary is searched to 3 % of the size, where both winners are nearly equal
 
 
@@ -68,20 +66,9 @@ class Campaign:
             done = all(self._settled(bucket) for bucket in grid)
             if done:
                 self._mark_covered()
-            elif self.ahead:
-                self._say_what_is_left(grid)
             return done and searched
         finally:
             self.job.budget.stop()
-
-    def _say_what_is_left(self, grid: Sequence[Sizes]) -> None:
-        """One line of the log: what this tuning did not get to."""
-        left = [_text(bucket) for bucket in grid if not self._settled(bucket)]
-        names = ", ".join(left[:NAMED]) + (f" and {len(left) - NAMED} more" if len(left) > NAMED else "")
-        logging.getLogger("moestro.tuning").warning(
-            "%s: the tuning ended with %d of %d sizes undecided: %s. The default serves where nothing near was measured; "
-            "tuning again goes on", self.job.key.op, len(left), len(grid), names,
-        )  # fmt: skip
 
     def _settled(self, bucket: Sizes) -> bool:
         record = self.known().get(bucket)
