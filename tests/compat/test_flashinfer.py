@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,25 +167,6 @@ def test_a_file_of_flashinfers_serves_where_nothing_is_measured(flashinfer: Any,
     path.write_text("[" * 100_000)
     with pytest.raises(TuningError):
         tuner.load_configs(str(path))
-
-
-def test_a_file_serves_where_an_unfinished_tuning_has_measured_nothing_near(
-    flashinfer: Any, tmp_path: Path
-) -> None:
-    runner, cfg, path = make(flashinfer, TIMES), config(flashinfer, (1, 4, 512)), tmp_path / "fi.json"
-    entry = {f"('op', 'Kernel', (({n}, 4),), ())": ["Kernel", [2]] for n in (4, 512)}
-    path.write_text(json.dumps({"_metadata": flashinfer._collect_metadata(), "_records": {}, **entry}))
-    tuner = flashinfer.AutoTuner.get()
-    with flashinfer.autotune(True):
-        tuner.choose_one("op", [runner], cfg, [torch.zeros(512, 4)])
-    (book,) = tuner._known.books()
-    (last,) = [record for record in book.everything() if record.bucket == (512,)]
-    book.clear()
-    book.add([replace(last, tuned_for=())], last.environment)  # a process that was killed has come so far
-    assert tuner.load_configs(str(path))
-    assert tuner.choose_one("op", [runner], cfg, [torch.zeros(4, 4)]) == (runner, (2,))
-    assert tuner.search_cache("op", [runner], ((4, 4),), cfg) == (True, 0, (2,), None)
-    assert tuner.choose_one("op", [runner], cfg, [torch.zeros(512, 4)]) == (runner, 1), "measured here"
 
 
 @pytest.mark.parametrize(

@@ -225,7 +225,7 @@ def _tune_layer(
         phases.end()
         for size in tokens:
             decision = layer.decision(size)
-            if decision is None or decision.status == "extrapolated" or decision.stands_in:
+            if decision is None or decision.status == "extrapolated":
                 result.open.append({"format": format, "backend": backend, "tokens": size})
             else:
                 result.rows.append(row := _row(format, backend, size, decision))

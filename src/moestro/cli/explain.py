@@ -77,14 +77,13 @@ def explain(
     console = screen()
     for family in found:
         console.print(f"\n{family.title}", style="bold", markup=False)
-        every = [(record, True) for record in family.records.values()]
-        for record, within in [family.find(sizes)] if sizes is not None else every:
+        for record in [family.serving(sizes)] if sizes is not None else list(family.records.values()):
             case = Case(
                 family.key,
                 record,
                 family.records,
                 sizes,
-                within,
+                sizes is None or family.covers(sizes),
                 str(source.root),
                 source.facts(family.environment),
             )

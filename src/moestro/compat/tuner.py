@@ -178,7 +178,7 @@ class PeerTuner(AutoTuner):
             record, within = table.find(sizes) if table is not None else (None, False)
             mapped = tuple(s.bucket_of(n) for s, n in zip(config.dynamic_tensor_specs, sizes, strict=True))
             within = within or mapped in records
-            if record is not None and within and record.instead_of is None:
+            if record is not None and within:
                 return True, names.index(record.runner), record.tactic, None
         return None
 

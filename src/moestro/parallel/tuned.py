@@ -163,7 +163,7 @@ def tune_ways(
     runner, config = WayRunner(ep), way_config(ep)
     tuner = way_tuner(ep)
     with tuner.autotune(
-        True, group=ep.peers.group, timeout_s=timeout_s, crossover=False, tuning_buckets=buckets, ahead=True
+        True, group=ep.peers.group, timeout_s=timeout_s, crossover=False, tuning_buckets=buckets
     ):
         tuner.choose_one(OP, [runner], config, way_example(ep, max_num_tokens))
 
@@ -203,6 +203,5 @@ def _decided(ep: ExpertParallel) -> list[list[Any]]:
     for size in way_buckets(ep.max_num_tokens):
         decision = tuner.decision(OP, [runner], config, way_example(ep, size))
         if decision is not None and decision.status != "extrapolated" and isinstance(decision.bucket, int):
-            at = size if decision.stands_in else decision.bucket
-            found[at] = DEFAULT_WAY if decision.tactic == -1 else str(decision.tactic)
+            found[decision.bucket] = DEFAULT_WAY if decision.tactic == -1 else str(decision.tactic)
     return [[bucket, found[bucket]] for bucket in sorted(found)]

@@ -31,7 +31,6 @@ FLAGS = {  # fields that are switches, by the names that callers know
     "round_up": "round_up",
     "crossover": "crossover",
     "only_sizes_seen": "only_sizes_seen",
-    "ahead": "ahead",
 }
 
 
@@ -51,7 +50,6 @@ class Options:
     crossover: bool = True
     group: Group | None = None  # ranks that decide together
     only_sizes_seen: bool = False  # no buckets besides the sizes of calls
-    ahead: bool = False  # no call is waiting: the budget is for all sizes alike
     answers: Any = None  # testing.TacticsCapture or Replay: who notes or answers the choices made inside
 
     def inner(self, *, skip_ops: Iterable[str] | str | None, **given: Any) -> Options:

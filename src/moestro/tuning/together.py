@@ -61,7 +61,6 @@ def campaign_of(group: Group, campaign: Campaign, environment: str, facts: Mappi
     facts = {
         **facts,
         "crossover": campaign.crossover,
-        "ahead": campaign.ahead,
         "op": job.key.op,
         "runners": [name.partition("#")[0] for name in job.key.runners],
         "probes": list(job.probe_names),
@@ -87,7 +86,6 @@ def campaign_of(group: Group, campaign: Campaign, environment: str, facts: Mappi
         first,
         large,
         campaign.crossover,
-        campaign.ahead,
     )
 
 

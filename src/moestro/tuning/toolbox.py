@@ -97,7 +97,7 @@ class Toolbox:
     def decision(
         self, op: str, runners: Sequence[Any], config: TuningConfig, inputs: Sequence[Any], **kwargs: Any
     ) -> Decision | None:
-        """What choose_one would answer, with its evidence, without tuning; None where nothing is known at all."""
+        """What choose_one would answer, with its evidence, without tuning; None where nothing is known."""
         options = self._contexts.current
         check_runners(runners)
         site, view, sizes = self._locate(op, runners, config, inputs, kwargs, options)

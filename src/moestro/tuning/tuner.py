@@ -110,7 +110,6 @@ class AutoTuner(Toolbox):
         progress: Progress | None = None,
         crossover: bool | None = None,
         only_sizes_seen: bool | None = None,
-        ahead: bool | None = None,
         group: Any = None,
         strategy: str | None = None,
         timeout_s: float | None = None,
@@ -120,9 +119,9 @@ class AutoTuner(Toolbox):
         tune_mode: False only looks up. cache: where decisions are read from and written to. budget_s: seconds
         of tuning. tuning_buckets, round_up: replace the operations' own buckets and rounding. skip_ops: these
         get their default. policy, probes: how to measure and on what. crossover: search for where winners
-        change. only_sizes_seen: the sizes of calls are the buckets, and none besides. ahead: no call is waiting for
-        its size: none may take the whole budget, the shortest come first. progress: True draws a line in the
-        terminal; a function gets the lines. What is not given is inherited. Raises TuningError for nonsense.
+        change. only_sizes_seen: the sizes of calls are the buckets, and none besides. progress: True draws a
+        line in the terminal; a function gets the lines. What is not given is inherited from the context
+        outside. Raises TuningError for settings that make no sense.
 
         group: a torch.distributed.ProcessGroup whose ranks all make the same calls in this context and come to
         one decision, by the slowest rank's time. strategy: of group.STRATEGIES, "parallel" by default.
@@ -142,7 +141,6 @@ class AutoTuner(Toolbox):
             progress=progress,
             crossover=crossover,
             only_sizes_seen=only_sizes_seen,
-            ahead=ahead,
             group=group_of(group, strategy, timeout_s),
         )
         if strategy == "independent":
@@ -261,10 +259,9 @@ class AutoTuner(Toolbox):
             if options.group is not None and options.group.broken:
                 return (runners[0], DEFAULT_TACTIC), None
         record, within = view.find(sizes)
-        ahead = options is not None and options.tune and options.ahead  # no call: its size is no miss
-        if record is not None and not (within or ahead):
+        if record is not None and not within:
             self._missing(site, view, runners, inputs, sizes, record)
-        elif record is None or record.instead_of is not None:
+        elif record is None:
             self._known.stats.missed(op, sizes)
         index, tactic = view.pick(record, site.config, runners, inputs, kwargs, sizes)
         return (runners[index], tactic), view
@@ -363,7 +360,7 @@ class AutoTuner(Toolbox):
             )
             known = functools.partial(book.records, view.probes, environment.name, view.accepts)
             keep = functools.partial(decisions.keep, book, store, environment)
-            campaign = Campaign(job, known, keep, first, book.too_large, options.crossover, options.ahead)
+            campaign = Campaign(job, known, keep, first, book.too_large, options.crossover)
             if run_campaign(campaign, environment.name, {"tuning_buckets": options.buckets}):
                 view.finished(sizes)
 
@@ -381,10 +378,12 @@ class AutoTuner(Toolbox):
         environment = functools.partial(self._environment, site, runners, inputs, options)
         if self._known.miss(view.book, self._known.target(options), sizes, record, environment):
             asked, used = (" x ".join(map(str, s)) for s in (sizes, record.bucket))
-            serves = record.evidence.reason if record.instead_of else f"the decision for {used} is used"
-            text = f"{site.op}: size {asked} is beyond everything tuned; {serves}. "
-            text += "Tune at this size, or run `moestro tune --from-misses`"
-            warnings.warn(text, TuningWarning, stacklevel=4)
+            warnings.warn(
+                f"{site.op}: size {asked} is beyond everything tuned; the decision for {used} is used. "
+                "Tune at this size, or run `moestro tune --from-misses`",
+                TuningWarning,
+                stacklevel=4,
+            )
         view.accept(sizes)
 
 

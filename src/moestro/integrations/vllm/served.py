@@ -151,13 +151,8 @@ def _misses(served: Served) -> Iterator[str]:
     for entry in sorted(Store(served.store).entries(("miss",)), key=lambda e: e.data.get("sizes", [])):
         if any(_holds(runner, wanted) for runner in entry.key.get("runners", [])):
             asked, used = (" x ".join(map(str, entry.data[name])) for name in ("sizes", "bucket"))
-            by = (
-                f"default, {used} being the nearest measured"
-                if entry.data.get("default")
-                else f"decision for {used}"
-            )
             yield (
-                f"  beyond what was tuned: {asked} tokens, served by the {by}; "
+                f"  beyond what was tuned: {asked} tokens, served by the decision for {used}; "
                 f"{age_text(entry.created)} (`moestro tune --from-misses`)"
             )
 

@@ -100,6 +100,4 @@ def _words(layer: FusedMoE, num_tokens: int) -> str:
     decision = layer.decision(num_tokens)
     if decision is None:
         return "the default (nothing was measured)"
-    if decision.stands_in:
-        return f"the default (nothing near was measured, {decision.bucket} is the nearest)"
     return f"{decision.tactic} ({decision.status} at {decision.bucket})"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 from weakref import WeakSet
 
-from moestro.tuning.spec.evidence import Record, finished_for
+from moestro.tuning.spec.evidence import Record
 from moestro.tuning.spec.keys import StaticKey
 from moestro.tuning.spec.specs import Sizes
 from moestro.tuning.store.environment import Environment
@@ -65,7 +65,6 @@ class DecisionsOfKey:
         self._folders: dict[tuple[str, str], int] = {}  # (root, environment) -> folder's time of change
         self._records: Table = {}
         self._related: Table = {}
-        self._covered: dict[tuple[str, Probes], Sizes] = {}  # what bundles' finished tunings were asked for
         self._lock = threading.Lock()
 
     # --- taking in -----------------------------------------------------------------------------------
@@ -78,13 +77,6 @@ class DecisionsOfKey:
             if changed is not None:
                 self._records = changed
                 self._changed()
-
-    def cover(self, environment: str, record: Record) -> None:
-        """Note what the tuning of a bundle's record was asked for, if it finished: that holds, too, where the
-        record itself is not taken in because its bucket has been decided here.
-        """
-        at = environment, record.probes
-        self._covered[at] = finished_for((record,), self._covered.get(at, ()))
 
     def relate(self, other: DecisionsOfKey) -> None:
         """Take in what another runner list has decided for the same question, where its winners are ours."""
@@ -99,16 +91,8 @@ class DecisionsOfKey:
         """As relate, for records of another key, read from a store where `source` names one."""
         mine, theirs = self.key.participants(), key.participants()
         from_disk = source is not None  # objects without a value are told apart in one process only
-        records = list(records)
-        finished = {probes: finished_for(r for r in records if r.probes == probes) for probes in
-                    {record.probes for record in records}}  # fmt: skip
-        fitting = [  # each says what the tuning was asked for: the one that did may have a winner that is not ours
-            replace(
-                record,
-                complete=False,
-                source=source or record.source,
-                tuned_for=finished[record.probes],
-            )
+        fitting = [
+            replace(record, complete=False, source=source or record.source)
             for record in records
             if record.runner in mine
             and mine[record.runner][0] == theirs.get(record.runner, (object(), ()))[0]
@@ -124,7 +108,6 @@ class DecisionsOfKey:
         """Forget everything that was decided or read."""
         with self._lock:
             self._records, self._related = {}, {}
-            self._covered.clear()
             self.read.clear()
             self.shared.clear()
             self.missed.clear()
@@ -172,15 +155,12 @@ class DecisionsOfKey:
         for table, here in self._order(environment):
             found = {at: kept for at, by in table.items() if (at[0] == environment) is here
                      and (kept := self._allowed(by))}  # fmt: skip
-            mine = [at for names in (*reversed(accepts), probes) if (at := (environment, names)) in found]
-            if not mine and found:
+            mine = [found.get((environment, names), {}) for names in (*reversed(accepts), probes)]
+            if any(mine):
+                return {bucket: record for by in mine for bucket, record in by.items()}
+            if found:
                 exact = {at: by for at, by in found.items() if at[1] == probes} or found
-                mine = [max(exact, key=lambda at: max(r.created for r in exact[at].values()))]
-            if mine:
-                records = {bucket: record for at in mine for bucket, record in found[at].items()}
-                bundles = [self._covered.get(at, ()) for at in mine if table is self._records]
-                asked = finished_for((r for at in mine for r in table[at].values()), *bundles)
-                return _asked_for(records, asked)
+                return max(exact.values(), key=lambda by: max(r.created for r in by.values()))
         return {}
 
     def _order(self, environment: str) -> Iterator[tuple[Table, bool]]:
@@ -236,14 +216,6 @@ def _merged(table: Table, records: Iterable[Record], environment: str) -> Table 
             by_bucket[record.bucket] = record
             copied[at] = by_bucket
     return {**table, **copied} if copied else None
-
-
-def _asked_for(records: ByBucket, asked: Sizes) -> ByBucket:
-    """The records, one of which says what finished tunings were asked for: those that did may not be among them."""
-    if finished_for(records.values()) == asked:
-        return records
-    largest = max(records)
-    return {**records, largest: replace(records[largest], tuned_for=asked)}
 
 
 def _time_of(folder: Path) -> int:

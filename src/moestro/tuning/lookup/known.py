@@ -223,7 +223,6 @@ class KnownDecisions:
                     book.relate_records(key, others, environment.name, str(store.root))
         found = []
         for source, record in shipped.serving(book.key, environment, book.arity):
-            book.cover(environment.name, record)
             if not book.knows(environment.name, record.probes, record.bucket):
                 found.append(replace(record, source=source))
         book.add(found, environment.name)
@@ -314,7 +313,6 @@ class KnownDecisions:
             data: Mapping[str, Any] = {
                 "sizes": list(sizes),
                 "bucket": list(record.bucket),
-                "default": record.instead_of is not None,  # serves, not the bucket's decision
                 "created": time.time(),
             }
             store.log_miss(environment(), book.key, label, data)

@@ -45,7 +45,7 @@ class Lookup:
 
     __slots__ = (
         "__weakref__",
-        "_most",
+        "_capped",
         "_points",
         "_rounds",
         "_table",
@@ -70,7 +70,7 @@ class Lookup:
         self.done: set[Sizes] = set()  # sizes that tuning has nothing left to do for
         self.dims = [(spec.input_idx[0], spec.dim_idx[0]) for spec in specs]
         self._where = self.dims[0] if self.dims else None
-        self._most = site.config.tune_max_num_tokens  # larger sizes count as this one
+        self._capped = site.config.tune_max_num_tokens is not None  # larger sizes count as the last one
         self._rounds = roundings(site.config, site.direction)
         self._table: Table | None = None
         self._version = -1
@@ -112,7 +112,7 @@ class Lookup:
         if self._version != self.book.version:
             version = self.book.version
             records = self.book.serving(self.probes, self.environment, self.accepts)
-            self._table = make_table(records, self._rounds, self.book.key.runners[0])
+            self._table = make_table(records, self._rounds)
             self._version = version
             self.validity.clear()
             self._publish()
@@ -197,7 +197,7 @@ class Lookup:
                     bounds.append(end)
                     picks.append(here)
                     before = end
-        if self._most is not None and bounds[-1] >= self._most:
+        if self._capped:
             bounds[-1] = math.inf
         return bounds, picks
 

@@ -6,11 +6,6 @@ size beyond everything tuned gets the nearest measured one, marked as extrapolat
 answers are intervals, found once by bisection and then looked up with `bisect`: a table has one entry an
 interval, whatever sizes it is asked for. A map that scales (TensorRT-LLM's `int(n * 0.25)` under expert
 parallelism) is taken at its word: its answer is looked for among the measured sizes, not the size itself.
-
-That holds for every size up to the one that a finished tuning was asked for. Where none has finished (its budget
-or its process ended), what was measured answers where something was learned, and the default, by a stand-in that
-names the nearest, elsewhere. Learned is: for the sizes that the map sends to a measured bucket, for those from half
-a bucket up to it (Rounding.near), and between two measured sizes with the same winner.
 """
 
 from __future__ import annotations
@@ -20,12 +15,10 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import itemgetter
 
 from moestro.errors import TuningError
 from moestro.tuning.spec.buckets import next_positive_power_of_2
-from moestro.tuning.spec.evidence import Record, finished_for, stand_in
-from moestro.tuning.spec.runner import tactic_key
+from moestro.tuning.spec.evidence import Record
 from moestro.tuning.spec.specs import Sizes, TuningConfig
 
 __all__ = ["IntervalTable", "PointTable", "Rounding", "Table", "label_of", "make_table", "roundings"]
@@ -55,23 +48,6 @@ class Rounding:
         if not direction and 0 < at < len(points) and size - points[at - 1] < points[at] - size:
             at -= 1  # the nearest; of two equally near ones the larger
         return points[min(max(at, 0), len(points) - 1)]
-
-    def near(self, size: int, point: int, scales: bool) -> bool:
-        """Whether what was measured at a point alone says something of a size: the map sends it there, or it is at
-        least half the point and not above it. Of the winners in benchmarks/results/h100- and h200-tuning.json,
-        timed at other powers of two, the time over the default's is 1.005 in the mean at half their bucket (34
-        cells), 1.07 at a quarter, 1.11 at an eighth, 1.04 at twice (43 cells), 1.13 at four times: farther away,
-        or above, the default is the better guess.
-        """
-        mapped = size if self.map is None else self.map(size)
-        place = mapped if scales else size
-        return mapped == point or place <= point <= 2 * place
-
-    def between(self, size: int, points: Sequence[int], scales: bool) -> tuple[int, int] | None:
-        """The two neighbouring points that a size lies between; None where it does not."""
-        place = self._mapped(size) if scales else size
-        at = bisect_left(points, place)
-        return (points[at - 1], points[at]) if 0 < at < len(points) else None
 
     def scales(self, points: Sequence[int]) -> bool:
         """Whether the map sends sizes to buckets that are not around them, as int(n * 0.25) does for a buffer of
@@ -104,15 +80,13 @@ class Rounding:
             return -1
         return 1 if size > 1 and self._mapped(size - 1) == size else 0
 
-    def turns(self, points: Sequence[int], finished: int, last: int) -> list[int]:
-        """Sizes of 1..last, ascending, between which the answers only rise or only fall. finished: up to where
-        what was measured answers without being near.
+    def turns(self, points: Sequence[int], last: int) -> list[int]:
+        """Sizes of 1..last, ascending, between which the answers only rise or only fall.
 
         A map may round up below one of its buckets and down above it (a list's map does, below its first), so
         the answers can fall as sizes rise: where the map meets its bucket, and at the points.
         """
-        halves = ((point + 1) // 2 for point in points)
-        probes = {1, last, finished, *points, *halves, *(1 << k for k in range(last.bit_length()))}
+        probes = {1, last, *points, *(1 << k for k in range(last.bit_length()))}
         if not self.direction:
             probes |= {self._mapped(size) for size in probes}
         around = {size + step for size in probes for step in (-1, 0, 1)}
@@ -148,38 +122,20 @@ class Table:
 
 @dataclass
 class IntervalTable(Table):
-    """For one dynamic size: sizes up to bounds[i], and beyond bounds[i-1], are answered by records[i].
+    """For one dynamic size: sizes up to bounds[i], and beyond bounds[i-1], are answered by records[i]."""
 
-    Those lists end with what is covered, or was asked for; `known` has (upper end, record) of all intervals, and
-    `beyond` answers beyond them.
-    """
-
-    known: Sequence[tuple[int, Record]]
-    beyond: Record
+    bounds: list[int]
+    records: list[Record]
     covered: Sizes
-    bounds: list[int] = field(default_factory=list)
-    records: list[Record] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._extend(self.covered[0])
 
     def find(self, sizes: Sizes) -> tuple[Record, bool]:
-        return self._answer(sizes[0]), sizes[0] <= self.covered[0]
+        at = bisect_left(self.bounds, sizes[0])
+        return self.records[min(at, len(self.records) - 1)], sizes[0] <= self.covered[0]
 
     def extend(self, size: int) -> None:
-        """Take everything up to the next power of two from `size` as asked for."""
-        self._extend(next_positive_power_of_2(size))
-
-    def _answer(self, size: int) -> Record:
-        at = bisect_left(self.known, size, key=itemgetter(0))
-        return self.known[at][1] if at < len(self.known) else self.beyond
-
-    def _extend(self, end: int) -> None:
-        last = self.bounds[-1] if self.bounds else 0
-        if end > last:
-            more = [*(one for one in self.known if last < one[0] < end), (end, self._answer(end))]
-            self.bounds = [*self.bounds, *(bound for bound, _ in more)]
-            self.records = [*self.records, *(record for _, record in more)]
+        """Take everything up to the next power of two from `size` as answered, by the largest record."""
+        self.bounds = [*self.bounds, next_positive_power_of_2(size)]
+        self.records = [*self.records, self.records[-1]]
 
 
 @dataclass
@@ -189,10 +145,8 @@ class PointTable(Table):
     """
 
     by_bucket: Mapping[Sizes, Record]
-    stand_ins: Mapping[Sizes, Record]  # the default instead of each
     roundings: tuple[Rounding, ...]
     covered: Sizes
-    finished: Sizes
     grid: list[list[int]]  # the measured sizes, by dimension
     scales: list[bool]
     _found: dict[Sizes, Record] = field(default_factory=dict)
@@ -213,72 +167,31 @@ class PointTable(Table):
                 self.roundings, sizes, self.grid, self.scales, strict=True
             )
         )
-        if point not in self.by_bucket:
-            point = min(self.by_bucket, key=lambda bucket: (_distance(point, bucket), bucket))
-        near = (
-            rounding.near(max(1, size), at, scales)
-            for rounding, size, at, scales in zip(self.roundings, sizes, point, self.scales, strict=True)
-        )
-        finished = all(size <= most for size, most in zip(sizes, self.finished, strict=True))
-        return (self.by_bucket if finished or all(near) else self.stand_ins)[point]
+        if point in self.by_bucket:
+            return self.by_bucket[point]
+        return min(self.by_bucket.items(), key=lambda item: (_distance(point, item[0]), item[0]))[1]
 
 
 def _distance(one: Sizes, other: Sizes) -> float:
     return sum(abs(math.log2(a / b)) for a, b in zip(one, other, strict=True))
 
 
-def make_table(
-    records: Mapping[Sizes, Record], rounds: tuple[Rounding, ...], default: str | None = None
-) -> Table | None:
-    """The table for these records; None without any. default: the runner whose default serves where what was
-    measured is too far away, else each record's own.
-    """
+def make_table(records: Mapping[Sizes, Record], rounds: tuple[Rounding, ...]) -> Table | None:
+    """The table for these records; None without any."""
     if not records:
         return None
-    asked = finished_for(records.values())
-    most = finished_for((), asked, *records)
+    reach = [tuple(map(max, zip(r.bucket, r.tuned_for or r.bucket, strict=True))) for r in records.values()]
+    most = tuple(max(sizes) for sizes in zip(*reach, strict=True))
     grid = [sorted({bucket[d] for bucket in records}) for d in range(len(rounds))]
     for rounding, points in zip(rounds, grid, strict=True):
         rounding.check_monotone(points)
     scales = [rounding.scales(points) for rounding, points in zip(rounds, grid, strict=True)]
     covered = tuple(map(Rounding.covered, rounds, grid, most, scales))
-    finished = (
-        tuple(map(Rounding.covered, rounds, grid, asked, scales)) if asked else tuple(0 for _ in rounds)
-    )
-    stand_ins = {bucket: stand_in(r, default or r.runner) for bucket, r in records.items()}
     if len(rounds) != 1:
-        return PointTable(records, stand_ins, rounds, covered, finished, grid, scales)
-    return _interval_table(records, stand_ins, rounds[0], grid[0], scales[0], covered[0], finished[0])
-
-
-def _interval_table(
-    records: Mapping[Sizes, Record],
-    stand_ins: Mapping[Sizes, Record],
-    rounding: Rounding,
-    points: list[int],
-    scales: bool,
-    covered: int,
-    finished: int,
-) -> IntervalTable:
-    names = {
-        point: (records[(point,)].runner, tactic_key(records[(point,)].tactic, None)) for point in points
-    }
-
-    def answer(size: int) -> int:
-        """The point that answers; below zero where its stand-in does."""
-        point = rounding.resolve(size, points, scales)
-        if size <= finished or rounding.near(size, point, scales):
-            return point
-        ends = rounding.between(size, points, scales)
-        return point if ends is not None and names[ends[0]] == names[ends[1]] else -point
-
-    largest = points[-1]
-    whole = finished >= covered  # nothing was measured beyond
-    last = covered if whole or rounding.map is None else max(covered, rounding.covered(points, largest, True))
-    bounds, answers = _intervals(answer, rounding.turns(points, finished, last))
-    found = [records[(at,)] if at > 0 else stand_ins[(-at,)] for at in answers]
-    beyond = (records if whole else stand_ins)[(largest,)]
-    return IntervalTable(list(zip(bounds, found, strict=True)), beyond, (covered,))
+        return PointTable(records, rounds, covered, grid, scales)
+    turns = rounds[0].turns(grid[0], covered[0])
+    bounds, answers = _intervals(lambda size: rounds[0].resolve(size, grid[0], scales[0]), turns)
+    return IntervalTable(bounds, [records[(point,)] for point in answers], covered)
 
 
 def _intervals(answer: Callable[[int], int], turns: Sequence[int]) -> tuple[list[int], list[int]]:

@@ -1,8 +1,7 @@
 """Tuning one static key: which buckets, in which order, and where between two buckets the winner changes.
 
-Order: the bucket of the call that is waiting, the largest, then always the middle of the widest gap: whenever the
-budget ends, what is known is spread over the sizes. Ahead of calls, where none is waiting: from the smallest, which
-takes least, to the largest, so that what one leaves of its share goes to longer ones. Then the
+Order: the bucket of the call that is waiting, the largest (so that everything below is covered), then always
+the middle of the widest gap: whenever the budget ends, what is known is spread over the sizes. Then the
 crossover search: between neighbours with different winners the middle is measured, among those two and the
 default only, until the boundary is known to 1/RESOLUTION of the size. Between neighbours with the same winner
 nothing is measured.
@@ -22,7 +21,7 @@ from moestro.tuning.measure.candidates import Trial, resolved_default
 from moestro.tuning.measure.compile import precompile
 from moestro.tuning.measure.decide import measure
 from moestro.tuning.measure.request import Job, OutOfMemoryError, record_name
-from moestro.tuning.spec.evidence import Record, finished_for
+from moestro.tuning.spec.evidence import Record
 from moestro.tuning.spec.inputs import inputs_like
 from moestro.tuning.spec.keys import shapes_of
 from moestro.tuning.spec.specs import Sizes
@@ -43,7 +42,6 @@ class Campaign:
 
     known: the records so far, which others may add to. keep: called with each record at once. first: the
     bucket that the waiting call needs. too_large: buckets that do not fit into memory, left out and added to.
-    ahead: no call is waiting.
     """
 
     job: Job
@@ -52,7 +50,6 @@ class Campaign:
     first: Sizes
     too_large: set[Sizes]
     crossover: bool = True
-    ahead: bool = False
 
     def run(self) -> bool:
         """Decide what is not known up to job.sizes, within the budget; True if nothing is left to do."""
@@ -92,16 +89,11 @@ class Campaign:
         """Every bucket that has no decision with a share of the budget; then what the shares cut short, in
         full.
 
-        That of a waiting call may take all, the others half of what is left, or more: cut any finer, a small
-        budget would be spent on races that end before they have decided anything. Ahead of calls each may take
-        twice its even part of what is left, from the smallest on: of the 285 buckets of the 19 layers in
-        benchmarks/results/h100- and h200-tuning.json, had each layer been given half of the seconds that it took,
-        174 would finish and 243 get 30 % of their seconds. From the smallest by halves: 188 and 216; by even
-        parts: 122 and 254; in a waiting call's order and shares: 97 and 134.
+        The first may take all, the others half of what is left, or more: cut any finer, a small budget would
+        be spent on races that end before they have decided anything.
         """
         tried: set[Sizes] = set()
-        order = sorted(grid, key=lambda b: (math.prod(b), b)) if self.ahead else spread(grid, self.first)
-        waiting = [bucket for bucket in order if not self._settled(bucket)]
+        waiting = [bucket for bucket in spread(grid, self.first) if not self._settled(bucket)]
         if not waiting:
             return
         op, listener = self.job.key.op, self.job.listener
@@ -121,15 +113,9 @@ class Campaign:
                     continue
                 listener.step(f"bucket {_text(bucket)}")
                 tried.add(bucket)
-                share = 1.0 if final else self._share(done, len(waiting))
+                share = 1.0 if final or not done else max(0.5, 1 / (len(waiting) - done))
                 self._measure(bucket, share=share * left)
                 listener.done()
-
-    def _share(self, done: int, of: int) -> float:
-        """What a bucket may take, in the first round, of what is left of the budget."""
-        if self.ahead:
-            return 2 / (of - done + 1)
-        return max(0.5, 1 / (of - done)) if done else 1.0
 
     def _compile(self, waiting: Sequence[Sizes]) -> None:
         """All buckets' candidates together, each kernel once, in COMPILING of the budget at most: a bucket alone
@@ -207,15 +193,10 @@ class Campaign:
         return self._bisect(low, middle) and self._bisect(middle, high)
 
     def _mark_covered(self) -> None:
-        """Note that sizes up to job.sizes have been tuned for: on every record, so that the loss of one does not
-        make the tuning an unfinished one; of other probes' only where it is the largest.
-        """
-        records = dict(self.known())
-        if not records or self.job.sizes == _reach((), records):
-            return
-        for bucket, record in records.items():
-            if bucket == max(records) or record.probes == self.job.probe_names:
-                self.keep(replace(record, tuned_for=self.job.sizes))
+        """Note on the largest bucket that sizes up to job.sizes have been tuned for."""
+        records = self.known()
+        if records and self.job.sizes != _reach((), records):
+            self.keep(replace(records[max(records)], tuned_for=self.job.sizes))
 
 
 def _was_cut_short(record: Record) -> bool:
@@ -230,7 +211,8 @@ def _reach(sizes: Sizes, records: Mapping[Sizes, Record]) -> Sizes:
     Buckets are those of the reach: a generator that adds the size it is called with would else add one at
     each call.
     """
-    return finished_for(records.values(), sizes)
+    asked = [record.tuned_for for record in records.values() if record.tuned_for]
+    return tuple(map(max, zip(*filter(None, (sizes, *asked)), strict=True)))
 
 
 def _neighbour(bucket: Sizes, known: Mapping[Sizes, Record]) -> Record | None:

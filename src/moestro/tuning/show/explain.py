@@ -51,11 +51,8 @@ def explain(case: Case, width: int = 120) -> str:
     console = Console(file=stream, width=width, highlight=False)
     for line in _headline(case):
         console.print(line, markup=False, soft_wrap=True)
-    measured = case.record.instead_of or case.record
-    if measured.evidence.candidates:
-        if measured is not case.record:
-            console.print(f"\nAt {_sizes(measured.bucket)}:", markup=False)
-        console.print(_table(measured.evidence, width))
+    if case.record.evidence.candidates:
+        console.print(_table(case, width))
     for title, lines in (("Measured", _conditions(case)), ("What would change it", _changes(case))):
         console.print(f"\n{title}", markup=False)
         for line in lines:
@@ -69,26 +66,12 @@ def _headline(case: Case) -> Iterator[str]:
     status = record.status if case.within else "extrapolated"
     chosen = f"{runner_text(record.runner)}, tactic {tactic_text(record.tactic)}"
     yield f"{case.key.op}{asked}: {chosen}  [{status}]"
-    if record.instead_of is not None:
-        yield from _not_near(case, record.instead_of)
-        return
     where = f"decided at bucket {_sizes(record.bucket)}" if record.bucket else "decided"
     kind = ", a point between buckets where the winner changes" if record.learned else ""
     yield f"{where}{kind}; {age_text(record.created)}, from {case.source}"
     yield f"why: {_why(record, evidence)}"
     if not record.complete:
         yield "the budget ended before the race did: tune again to finish it"
-
-
-def _not_near(case: Case, nearest: Record) -> Iterator[str]:
-    """Why what was measured does not answer here."""
-    known = ", ".join(_sizes(bucket) for bucket in sorted(case.records))
-    yield f"measured so far: {known}, by a tuning that did not finish; from {case.source}"
-    yield (
-        f"why: nothing near this size was measured, so that the default serves. The nearest, {_sizes(nearest.bucket)}, "
-        f"has {runner_text(nearest.runner)}, tactic {tactic_text(nearest.tactic)}; without a finished tuning that "
-        "answers for the sizes that round to it, and down to half of it"
-    )
 
 
 def _why(record: Record, evidence: Evidence) -> str:
@@ -115,11 +98,11 @@ def _default(evidence: Evidence) -> CandidateEvidence | None:
     return next((c for c in evidence.candidates if c.tactic == -1), None)
 
 
-def _table(evidence: Evidence, width: int) -> Any:
+def _table(case: Case, width: int) -> Any:
     from rich import box
     from rich.table import Table
 
-    wide = width >= ROOM
+    evidence, wide = case.record.evidence, width >= ROOM
     probes = sorted({name for c in evidence.candidates for name in c.probes}) if wide else []
     probes = probes if len(probes) > 1 else []
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
@@ -160,8 +143,7 @@ def _rank(c: CandidateEvidence) -> tuple[Any, ...]:
 
 
 def _conditions(case: Case) -> Iterator[str]:
-    record = case.record.instead_of or case.record
-    evidence = record.evidence
+    record, evidence = case.record, case.record.evidence
     probes = ", ".join(record.probes) or "values like the inputs'"
     took = seconds_text(evidence.seconds)
     yield f"inputs: {probes}; clock: {evidence.clock}; {evidence.samples} runs in {took}"
@@ -179,9 +161,7 @@ def _changes(case: Case) -> Iterator[str]:
     points = sorted(case.records)
     if case.sizes is not None and not case.within:
         yield f"tuning at {_sizes(case.sizes)}: it lies beyond everything tuned"
-    if record.instead_of is not None:
-        yield "tuning again: it goes on where it stopped, and once it has finished every size up to its own is answered"
-    elif len(record.bucket) == 1 and record.bucket in case.records:
+    if len(record.bucket) == 1 and record.bucket in case.records:
         yield from _boundaries(case, points)
     rivals = [c for c in record.evidence.candidates if c.fate == "finalist" and c.ratio is not None]
     for c in sorted(rivals, key=_rank)[:2]:

@@ -44,14 +44,17 @@ class Family:
         probes = f", probes {', '.join(self.probes)}" if self.probes else ""
         return f"{self.key.op} of {runners} on {self.environment}{probes}\n  inputs {shapes}"
 
-    def find(self, sizes: Sizes) -> tuple[Record, bool]:
-        """The record for sizes, rounded up (a store does not know the maps of the operations), and whether they are
-        within what was tuned.
-        """
-        rounds = (Rounding(None, direction=1),) * self.dynamic
-        table = make_table(self.records, rounds, self.key.runners[0])
+    def serving(self, sizes: Sizes) -> Record:
+        """The record for sizes, rounded up: a store does not know the maps of the operations."""
+        table = make_table(self.records, (Rounding(None, direction=1),) * self.dynamic)
         assert table is not None
-        return table.find(sizes)
+        return table.find(sizes)[0]
+
+    def covers(self, sizes: Sizes) -> bool:
+        """Whether sizes are within what was tuned."""
+        table = make_table(self.records, (Rounding(None, direction=1),) * self.dynamic)
+        assert table is not None
+        return table.find(sizes)[1]
 
 
 def _shape(described: Mapping[str, Any]) -> str:

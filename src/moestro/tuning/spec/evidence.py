@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from moestro.errors import TuningError
 from moestro.tuning.spec.plain_json import to_json
-from moestro.tuning.spec.runner import DEFAULT_TACTIC, stored_tactic, tactic_from_json, tactic_key
+from moestro.tuning.spec.runner import stored_tactic, tactic_from_json, tactic_key
 from moestro.tuning.spec.specs import Sizes
 
-__all__ = ["CandidateEvidence", "Decision", "Evidence", "Record", "finished_for", "stand_in"]
+__all__ = ["CandidateEvidence", "Decision", "Evidence", "Record"]
 
 SCHEMA = 1
 
@@ -94,8 +94,6 @@ class Record:
         default_factory=dict
     )  # of a race to be continued (race.rounds.Samples)
     source: str = field(default="memory", compare=False)  # "memory" | a folder | a bundle; not written
-    # of a stand-in (see stand_in): what was measured, too far away to answer; not written
-    instead_of: Record | None = field(default=None, compare=False)
 
     @property
     def is_decided(self) -> bool:
@@ -152,7 +150,7 @@ class Record:
         return dataclasses.replace(self, tactic=tactic_from_json(written))
 
 
-WRITTEN = tuple(f.name for f in dataclasses.fields(Record) if f.name not in ("source", "instead_of"))
+WRITTEN = tuple(f.name for f in dataclasses.fields(Record) if f.name != "source")
 DEFAULTS = {f.name: f.default for f in dataclasses.fields(Record) if f.default is not dataclasses.MISSING}
 DEFAULTS |= {"samples": {}}
 REQUIRED = {"bucket", "runner", "tactic", "status", "created", "evidence"}
@@ -207,44 +205,13 @@ def _lenient(tactic: Any) -> Any:
         return " ".join(f"{name}={value}" for name, value in fields.items())
 
 
-def finished_for(records: Iterable[Record], *more: Sizes) -> Sizes:
-    """The largest sizes that finished tunings were asked for, by dimension; () where none has finished."""
-    asked = [sizes for sizes in (*more, *(record.tuned_for for record in records)) if sizes]
-    return tuple(map(max, zip(*asked, strict=True)))
-
-
-def stand_in(measured: Record, runner: str) -> Record:
-    """The default tactic of a runner, for sizes that this record, the nearest of a tuning that did not finish, is
-    too far away to answer for.
-    """
-    where = " x ".join(map(str, measured.bucket))
-    return Record(
-        bucket=measured.bucket,
-        runner=runner,
-        tactic=DEFAULT_TACTIC,
-        status="default",
-        probes=measured.probes,
-        complete=False,
-        created=measured.created,
-        environment=measured.environment,
-        evidence=Evidence(
-            clock=measured.evidence.clock,
-            policy=measured.evidence.policy,
-            reason=f"the default serves: the nearest that was measured is {where}, in a tuning that did not finish",
-        ),
-        source=measured.source,
-        instead_of=measured,
-    )
-
-
 @dataclass(frozen=True)
 class Decision:
     """What answers a call, and why.
 
     bucket: the size that it was measured at (a tuple with several dynamic dimensions, () with none). status:
     "measured"; "extrapolated", the size is beyond everything tuned; "default", nothing better was found or
-    could be measured, or a tuning that did not finish has measured nothing near (`stands_in`; the bucket is then
-    the nearest one that was); "quarantined", every other candidate is in quarantine.
+    could be measured; "quarantined", every other candidate is in quarantine.
     """
 
     runner: Any
@@ -254,8 +221,3 @@ class Decision:
     evidence: Evidence
     record: Record
     source: str = "memory"  # "memory" | a folder | a bundle
-
-    @property
-    def stands_in(self) -> bool:
-        """Whether the default answers because nothing near the size was measured."""
-        return self.record.instead_of is not None

@@ -58,8 +58,7 @@ class AutoTuner(PeerTuner):
         options = self._contexts.current
         if options is not None and (op in options.skip_ops or options.answers is not None):
             return choice
-        decision = self.decision(op, runners, config, inputs, **given)
-        if decision is not None and not decision.stands_in:
+        if self.decision(op, runners, config, inputs, **given) is not None:
             return choice
         effective = config if options is None else options.apply(config)
         hit = self._file_hit(op, runners, shapes_of(inputs), effective, inputs)
