@@ -362,6 +362,7 @@ class FusedMoE(torch.nn.Module):
                 progress=progress,
                 tuning_buckets=buckets,
                 round_up=None if buckets is None else True,
+                ahead=True,
                 group=group,
                 strategy=strategy,
                 timeout_s=timeout_s,

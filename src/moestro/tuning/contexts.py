@@ -31,6 +31,7 @@ FLAGS = {  # fields that are switches, by the names that callers know
     "round_up": "round_up",
     "crossover": "crossover",
     "only_sizes_seen": "only_sizes_seen",
+    "ahead": "ahead",
 }
 
 
@@ -50,6 +51,7 @@ class Options:
     crossover: bool = True
     group: Group | None = None  # ranks that decide together
     only_sizes_seen: bool = False  # no buckets besides the sizes of calls
+    ahead: bool = False  # no call is waiting: no size may take what all others need
     answers: Any = None  # testing.TacticsCapture or Replay: who notes or answers the choices made inside
 
     def inner(self, *, skip_ops: Iterable[str] | str | None, **given: Any) -> Options:

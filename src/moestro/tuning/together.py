@@ -86,6 +86,7 @@ def campaign_of(group: Group, campaign: Campaign, environment: str, facts: Mappi
         first,
         large,
         campaign.crossover,
+        campaign.ahead,
     )
 
 

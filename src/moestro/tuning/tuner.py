@@ -110,6 +110,7 @@ class AutoTuner(Toolbox):
         progress: Progress | None = None,
         crossover: bool | None = None,
         only_sizes_seen: bool | None = None,
+        ahead: bool | None = None,
         group: Any = None,
         strategy: str | None = None,
         timeout_s: float | None = None,
@@ -119,9 +120,10 @@ class AutoTuner(Toolbox):
         tune_mode: False only looks up. cache: where decisions are read from and written to. budget_s: seconds
         of tuning. tuning_buckets, round_up: replace the operations' own buckets and rounding. skip_ops: these
         get their default. policy, probes: how to measure and on what. crossover: search for where winners
-        change. only_sizes_seen: the sizes of calls are the buckets, and none besides. progress: True draws a
-        line in the terminal; a function gets the lines. What is not given is inherited from the context
-        outside. Raises TuningError for settings that make no sense.
+        change. only_sizes_seen: the sizes of calls are the buckets, and none besides. ahead: no call is waiting for
+        its own size, so that the budget is for all alike. progress: True draws a line in the terminal; a function
+        gets the lines. What is not given is inherited from the context outside. Raises TuningError for settings
+        that make no sense.
 
         group: a torch.distributed.ProcessGroup whose ranks all make the same calls in this context and come to
         one decision, by the slowest rank's time. strategy: of group.STRATEGIES, "parallel" by default.
@@ -141,6 +143,7 @@ class AutoTuner(Toolbox):
             progress=progress,
             crossover=crossover,
             only_sizes_seen=only_sizes_seen,
+            ahead=ahead,
             group=group_of(group, strategy, timeout_s),
         )
         if strategy == "independent":
@@ -360,7 +363,7 @@ class AutoTuner(Toolbox):
             )
             known = functools.partial(book.records, view.probes, environment.name, view.accepts)
             keep = functools.partial(decisions.keep, book, store, environment)
-            campaign = Campaign(job, known, keep, first, book.too_large, options.crossover)
+            campaign = Campaign(job, known, keep, first, book.too_large, options.crossover, options.ahead)
             if run_campaign(campaign, environment.name, {"tuning_buckets": options.buckets}):
                 view.finished(sizes)
 

@@ -42,6 +42,7 @@ class Campaign:
 
     known: the records so far, which others may add to. keep: called with each record at once. first: the
     bucket that the waiting call needs. too_large: buckets that do not fit into memory, left out and added to.
+    ahead: no call is waiting.
     """
 
     job: Job
@@ -50,6 +51,7 @@ class Campaign:
     first: Sizes
     too_large: set[Sizes]
     crossover: bool = True
+    ahead: bool = False
 
     def run(self) -> bool:
         """Decide what is not known up to job.sizes, within the budget; True if nothing is left to do."""
@@ -89,8 +91,9 @@ class Campaign:
         """Every bucket that has no decision with a share of the budget; then what the shares cut short, in
         full.
 
-        The first may take all, the others half of what is left, or more: cut any finer, a small budget would
-        be spent on races that end before they have decided anything.
+        That of a waiting call may take all, the others half of what is left, or more: cut any finer, a small
+        budget would be spent on races that end before they have decided anything. A bucket whose half left nothing
+        behind takes the rest at once: tuning again would else end at the same place.
         """
         tried: set[Sizes] = set()
         waiting = [bucket for bucket in spread(grid, self.first) if not self._settled(bucket)]
@@ -113,8 +116,11 @@ class Campaign:
                     continue
                 listener.step(f"bucket {_text(bucket)}")
                 tried.add(bucket)
-                share = 1.0 if final or not done else max(0.5, 1 / (len(waiting) - done))
-                self._measure(bucket, share=share * left)
+                whole = final or (not done and not self.ahead)
+                share = 1.0 if whole else max(0.5, 1 / (len(waiting) - done))
+                record = self._measure(bucket, share=share * left)
+                if record is None and bucket not in self.too_large and (left := self.job.time_left()) > 0:
+                    self._measure(bucket, share=left)
                 listener.done()
 
     def _compile(self, waiting: Sequence[Sizes]) -> None:
