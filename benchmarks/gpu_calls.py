@@ -75,6 +75,7 @@ CALLS: dict[str, tuple[Step, ...]] = {
         _record("models", 300, 320, RECORDED),
     ),
     "check": (
+        Step("fp8", f"{PYTHON} {HERE}/gpu_fp8.py check", 150, 110),
         Step("formats", f"printf '%s\\n' {PAIRS} | xargs -P 8 -n 1 {PYTHON} {HERE}/gpu_formats.py check --seconds 200",
              230, 150, f"{PYTHON} {HERE}/gpu_formats.py --help"),
         Step("vllm-method", f"{PYTHON} -m pytest -q -n 0 -p no:cacheprovider "

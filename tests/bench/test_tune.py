@@ -118,6 +118,7 @@ def test_compiling_takes_two_thirds_of_a_budget_at_most(
     monkeypatch.setattr("moestro.tuning.measure.compile.os.cpu_count", lambda: 1)
     monkeypatch.setattr(tune, "AutoTuner", lambda store: AutoTuner(store, clock=lambda: now[0]))
     result = tune.run(spec(tiny, tmp_path, budget_s=18.0), "moestro tune")
-    assert len(compiled) - len(set(compiled)) <= 1  # the one under way when the two thirds were over
+    # those under way when the two thirds, and when the first size's half of the rest, were over
+    assert len(compiled) - len(set(compiled)) <= 2
     assert before[0] <= 12 + 1 + 4  # at most four more of the first size
     assert {row.tokens for row in result.rows} >= {16}

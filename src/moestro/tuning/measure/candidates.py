@@ -243,10 +243,18 @@ class Trial:
                 found = jobs_of(self.job.runners[c.index], self.inputs[0], c.tactic, c.name)
                 jobs.update({key: job for key, job in found.items() if key not in jobs})
                 needs[c.name] = list(found)
+        ended: set[Any] = set()
         failed = precompile(
             jobs,
             lambda: self.late,
             lambda done, of: self.job.listener.step(f"bucket {self.bucket}: compiled {done}/{of}"),
+            ended.add,
+        )
+        well = (
+            ended - failed.keys()
+        )  # not to be compiled again where a share of the budget ends before the race does
+        self.job.compiled.update(
+            (self.bucket, name) for name, keys in needs.items() if keys and well.issuperset(keys)
         )
         left = []
         for c in candidates:
