@@ -130,8 +130,13 @@ def inputs_of(p: MoeProblem, N: int) -> list[torch.Tensor]:
 
 def tactics_of(p: MoeProblem, N: int) -> list[Tactic]:
     rows = [t for path in (fp8, fp8_once, fp8_registers) for t in path.TABLE["fp8"]]
+    return [t for t in rows if choose.why_not(p, t, N) is None]
+
+
+def near(p: MoeProblem, N: int) -> list[Tactic]:
+    """Those whose tiles are not much wider than what an expert draws."""
     each = N * p.top_k / p.num_experts
-    return [t for t in rows if choose.why_not(p, t, N) is None and not t.pairs1 > max(64, 4 * each)]
+    return [t for t in tactics_of(p, N) if t.pairs1 <= max(64, 4 * each)]
 
 
 def words(t: Tactic) -> str:
@@ -162,11 +167,10 @@ def check(record: Record) -> int:
                 x[3].fill_(float("nan"))
                 found.append(runner.forward(x, tactic).clone())
             one = [t[N // 2 : N // 2 + 1].clone() for t in x]
-            alone = runner.forward(one, -1)[0]
-            alike = [y for y, t in zip(found, tactics, strict=True) if t.path != "fp8_registers"]
-            same = all(torch.equal(y, alike[0]) for y in alike)
-            default = runner.forward(x, -1)[N // 2]
-            same &= N > 1 or torch.equal(alone, default)
+            alike = {t: y for y, t in zip(found, tactics, strict=True) if t.path != "fp8_registers"}
+            tactic, first = next(iter(alike.items()))
+            alone = runner.forward(one, tactic)[0]
+            same = all(torch.equal(y, first) for y in alike.values()) and torch.equal(alone, first[N // 2])
             errors = {words(t): error(y, own) for y, t in zip(found, tactics, strict=True)}
             worst = max(errors.values())
             wrong += not (worst < 1e-2 and same)
@@ -199,7 +203,7 @@ def layers(record: Record, models: list[str], tokens: list[int], rounds: int, fo
             jobs: dict[Any, Callable[[], Any]] = {}
             for (fmt, input_format), runner in runners.items():
                 x = inputs_of(runner.problem, N)
-                for tactic in [-1] if input_format is None else tactics_of(runner.problem, N):
+                for tactic in [-1] if input_format is None else near(runner.problem, N):
                     name = f"{fmt} {'bf16' if tactic == -1 else words(tactic)}"
                     calls[name] = partial(runner.forward, x, tactic)
                     most = max(most, runner.workspace_bytes(N, tactic))
