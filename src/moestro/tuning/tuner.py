@@ -120,10 +120,9 @@ class AutoTuner(Toolbox):
         tune_mode: False only looks up. cache: where decisions are read from and written to. budget_s: seconds
         of tuning. tuning_buckets, round_up: replace the operations' own buckets and rounding. skip_ops: these
         get their default. policy, probes: how to measure and on what. crossover: search for where winners
-        change. only_sizes_seen: the sizes of calls are the buckets, and none besides. ahead: no call is waiting for
-        its own size, so that the budget is for all alike. progress: True draws a line in the terminal; a function
-        gets the lines. What is not given is inherited from the context outside. Raises TuningError for settings
-        that make no sense.
+        change. only_sizes_seen: the sizes of calls are the buckets, and none besides. ahead: no call is waiting,
+        so that the budget is for all sizes alike. progress: True draws a line; a function gets the lines. What is
+        not given is inherited from the context outside. Raises TuningError for settings that make no sense.
 
         group: a torch.distributed.ProcessGroup whose ranks all make the same calls in this context and come to
         one decision, by the slowest rank's time. strategy: of group.STRATEGIES, "parallel" by default.

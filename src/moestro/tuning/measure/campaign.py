@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from moestro.errors import TuningWarning
 from moestro.tuning.measure.candidates import Trial, resolved_default
-from moestro.tuning.measure.compile import precompile
+from moestro.tuning.measure.compile import precompile_for
 from moestro.tuning.measure.decide import measure
 from moestro.tuning.measure.request import Job, OutOfMemoryError, record_name
 from moestro.tuning.spec.evidence import Record
@@ -119,7 +119,12 @@ class Campaign:
                 whole = final or (not done and not self.ahead)
                 share = 1.0 if whole else max(0.5, 1 / (len(waiting) - done))
                 record = self._measure(bucket, share=share * left)
-                if record is None and bucket not in self.too_large and (left := self.job.time_left()) > 0:
+                if (
+                    record is None
+                    and not whole
+                    and bucket not in self.too_large
+                    and (left := self.job.time_left()) > 0
+                ):
                     self._measure(bucket, share=left)
                 listener.done()
 
@@ -142,15 +147,13 @@ class Campaign:
                 needs[bucket, name] = set(mine)
                 for key, one in mine.items():
                     jobs.setdefault(key, one)
-        ended: set[Any] = set()
-        failed = precompile(
+        precompile_for(
+            needs,
             jobs,
+            job.compiled,
             lambda: job.budget.spent - start >= most,
             lambda done, of: job.listener.step(f"{done}/{of} kernels"),
-            ended.add,
         )
-        well = ended - failed.keys()
-        job.compiled.update(candidate for candidate, keys in needs.items() if keys and keys <= well)
 
     def _measure(
         self, bucket: Sizes, *, only: Sequence[Record] | None = None, share: float = float("inf")

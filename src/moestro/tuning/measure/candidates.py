@@ -15,7 +15,7 @@ from typing import Any
 
 from moestro.errors import TuningWarning
 from moestro.tuning.measure.bits import disguise, overwrite
-from moestro.tuning.measure.compile import jobs_of, precompile
+from moestro.tuning.measure.compile import jobs_of, precompile_for
 from moestro.tuning.measure.request import (
     OUT_OF_MEMORY,
     Candidate,
@@ -237,28 +237,22 @@ class Trial:
         if not self.job.compiles:
             return candidates
         jobs: dict[Any, Callable[[], object]] = {}
-        needs: dict[str, list[Any]] = {}
+        needs: dict[tuple[Sizes, str], list[Any]] = {}
         for c in candidates:
             if (self.bucket, c.name) not in self.job.compiled:
                 found = jobs_of(self.job.runners[c.index], self.inputs[0], c.tactic, c.name)
                 jobs.update({key: job for key, job in found.items() if key not in jobs})
-                needs[c.name] = list(found)
-        ended: set[Any] = set()
-        failed = precompile(
+                needs[self.bucket, c.name] = list(found)
+        failed = precompile_for(
+            needs,
             jobs,
+            self.job.compiled,
             lambda: self.late,
             lambda done, of: self.job.listener.step(f"bucket {self.bucket}: compiled {done}/{of}"),
-            ended.add,
-        )
-        well = (
-            ended - failed.keys()
-        )  # not to be compiled again where a share of the budget ends before the race does
-        self.job.compiled.update(
-            (self.bucket, name) for name, keys in needs.items() if keys and well.issuperset(keys)
         )
         left = []
         for c in candidates:
-            error = next((failed[key] for key in needs.get(c.name, ()) if key in failed), None)
+            error = next((failed[key] for key in needs.get((self.bucket, c.name), ()) if key in failed), None)
             if error is None:
                 left.append(c)
             else:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
-__all__ = ["jobs_of", "precompile"]
+__all__ = ["jobs_of", "precompile", "precompile_for"]
 
 Name = TypeVar("Name")
 POLL = 0.05  # seconds between looks at the budget
@@ -52,4 +52,19 @@ def precompile(
                 failed[pending[future]] = error
             progress(len(pending) - len(open_), len(pending))
     pool.shutdown(wait=not open_, cancel_futures=True)
+    return failed
+
+
+def precompile_for(
+    needs: Mapping[Any, Collection[Any]],
+    jobs: Mapping[Any, Callable[[], object]],
+    compiled: set[Any],
+    late: Callable[[], bool],
+    progress: Callable[[int, int], None],
+) -> dict[Any, Exception]:
+    """As `precompile`; candidates all of whose jobs ended well are added to `compiled`. needs: a candidate's jobs."""
+    ended: set[Any] = set()
+    failed = precompile(jobs, late, progress, ended.add)
+    well = ended - failed.keys()
+    compiled.update(candidate for candidate, keys in needs.items() if keys and well.issuperset(keys))
     return failed
