@@ -38,6 +38,18 @@ class DeadlockError(AssertionError):
     """Nobody can go on."""
 
 
+def notices(right: Callable[[int], bool], seeds: int) -> bool:
+    """Whether a mutant's result is not right, or the machine stops it, in one of the interleavings of so many seeds."""
+
+    def wrong(seed: int) -> bool:
+        try:
+            return not right(seed)
+        except AssertionError:
+            return True
+
+    return any(wrong(seed) for seed in range(seeds))
+
+
 class Barrier:
     def __init__(self, count: int) -> None:
         self.count, self.missing, self.phase = count, count, 0
