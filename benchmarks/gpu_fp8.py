@@ -1,6 +1,6 @@
 """Check and time FP8 activations on a Hopper GPU: every tactic of the paths of FP8 products, in one process.
 
-    PYTHONPATH=src python benchmarks/gpu_fp8.py check                         against the reference on odd sizes
+    PYTHONPATH=src python benchmarks/gpu_fp8.py check [--kinds nvfp4]         against the reference on odd sizes
     PYTHONPATH=src python benchmarks/gpu_fp8.py layers deepseek --tokens 16,1024 [--kinds nvfp4,fp8_block] [--json FILE]
 
 Protocol of `layers`: CUDA-graph replay between two events, 256 MiB written before each (cold L2), variants alternate,
@@ -153,10 +153,10 @@ def error(a: torch.Tensor, b: torch.Tensor) -> float:
     return round(float((a.float() - b.float()).norm() / b.float().norm()), 5)
 
 
-def check(record: Record) -> int:
+def check(record: Record, formats: list[str]) -> int:
     """How many results are wrong: over 1e-2 from the reference of the same numerics, or other bits by tactic or batch."""
     wrong = 0
-    for fmt, L, K, H, I, act, bias, E, offset in CASES:  # noqa: E741
+    for fmt, L, K, H, I, act, bias, E, offset in (case for case in CASES if case[0] in formats):  # noqa: E741
         runner, raw = make(fmt, L, K, H, I, act, bias, E, offset)
         for N in (1, 37, 700):
             x, tactics = inputs_of(runner.problem, N), tactics_of(runner.problem, N)
@@ -257,15 +257,15 @@ def main() -> int:
     parser.add_argument("--tokens", default="16,64,256,1024,4096,16384")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument(
-        "--kinds", default="nvfp4", help="formats of weights, besides NVFP4 with bf16 activations"
+        "--kinds", help="formats of weights; of layers NVFP4 unless said, besides NVFP4 with bf16 activations"
     )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     record = Record(args.json)
     if args.what == "check":
-        return check(record)
+        return check(record, (args.kinds or "nvfp4,mxfp4,fp8_block").split(","))
     tokens = [int(n) for n in args.tokens.split(",")]
-    layers(record, args.models or list(MODELS), tokens, args.rounds, args.kinds.split(","))
+    layers(record, args.models or list(MODELS), tokens, args.rounds, (args.kinds or "nvfp4").split(","))
     return 0
 
 

@@ -83,20 +83,31 @@ def error(runner: Any, plain: Any, inputs: list[torch.Tensor], tactic: Tactic) -
     return float((inputs[3].float() - truth).norm() / truth.norm())
 
 
+ODD_SIZES = [
+    *((t, "nvfp4", True) for t in TILES),
+    *((t, "nvfp4", False) for t in WIDE),
+    *((t, "mxfp4", True) for t in (ODD, TWO_STRIPS)),
+]
+
+
 @pytest.mark.parametrize(
-    ("tile", "by_place"),
-    [*((t, True) for t in TILES), *((t, False) for t in WIDE)],
-    ids=lambda v: name(v) if isinstance(v, Tactic) else "by place where wide" if v else "gathered",
+    ("tile", "fmt", "by_place"),
+    ODD_SIZES,
+    ids=[
+        f"{name(t)}-{fmt}-{'by place where wide' if by_place else 'gathered'}"
+        for t, fmt, by_place in ODD_SIZES
+    ],
 )
 def test_products_match_the_reference_on_odd_sizes(
-    tile: Tactic, by_place: bool, on_machine: Any, monkeypatch: pytest.MonkeyPatch
+    tile: Tactic, fmt: str, by_place: bool, on_machine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ragged experts, biases, experts of other ranks, an id that no rank has, an expert without pairs."""
     on_machine(tile.pairs1 + sum(tile.gemm1) + len(tile.narrow))
     if not by_place:
         monkeypatch.setattr(path, "BY_PLACE", 0)
-    for sizes, tokens in (((4, 2, 144, 80), (1, 37)), ((4, 2, 384, 112), (420,))):
-        runner, plain = make(sizes, "nvfp4", biases=True, foreign=1, input_format="fp8")
+    odd = ((4, 2, 144, 80), (4, 2, 384, 112)) if fmt == "nvfp4" else ((4, 2, 160, 96), (4, 2, 384, 96))
+    for sizes, tokens in zip(odd, ((1, 37), (420,)), strict=True):
+        runner, plain = make(sizes, fmt, biases=True, foreign=1, input_format="fp8")
         for n in tokens:
             inputs = inputs_of(runner, n)
             inputs[1][inputs[1] == 2] = 3
@@ -118,29 +129,45 @@ MUTANTS = {  # function, its text, the wrong text
     "rows of x at half of their distance": ("_bytes", "128;", "64;"),
     "a stage is read before it is there": ("_arrived", "mbarrier.wait(ring.full.index(stage), phase)", "pass"),
     "the proxies are not fenced": ("_arrived", "fence_async_shared()", "pass"),
-    "a product is added while it runs": ("_retired", "wait(8 * RUNNING", "wait(8 * RUNNING + 1"),
+    "a product is added while it runs": ("_retired", "wait(2 * RUNNING", "wait(2 * RUNNING + 1"),
     "a span goes on from the one before": ("sums_of_64", "number > first", "True"),
     "the second block is the first": ("sums_of_64", "2 * stage + 1, True", "2 * stage, True"),
     "the last block of an odd number is left out": ("sums_of_64", "blocks % 2 == 1", "blocks % 2 == 2"),
     "columns in another order": ("_bytes", "(0, 4, 1, 5, 2, 3)", "(0, 4, 1, 5, 3, 2)"),
     "scales of the other row": ("_tables", "prmt.b32 $1, w, x, 0x622A", "prmt.b32 $1, w, x, 0x4008"),
 }  # fmt: skip
+OF_POWERS = {
+    "six times a power of two is four times it": ("_tables_of_powers", "0x14100c08", "0x10100c08"),
+    "nothing times a power of two is not nothing": ("_tables_of_powers", "0x01000100", "0x00010001"),
+    "the words of a block in another order": ("_joined", "(0, 3, 2, 1)", "(0, 2, 3, 1)"),
+}
 OF_TWO_STRIPS = {
-    "a product is added while it runs": ("_retired_both", "wait(4 * RUNNING", "wait(4 * RUNNING + 1"),
+    "a product is added while it runs": ("_retired_both", "wait(RUNNING", "wait(RUNNING + 1"),
     "the second block is the first": ("_second_block", "2 * stage + 1", "2 * stage"),
     "the lower strip is the upper": ("_second_block", "ROW + 64", "ROW"),
     "the last block of an odd number is left out": ("sums_of_128", "blocks % 2 == 1", "blocks % 2 == 2"),
 }
-CASES = [*((n, m, ODD) for n, m in MUTANTS.items()), *((n, m, TWO_STRIPS) for n, m in OF_TWO_STRIPS.items())]
+CASES = [
+    *((n, m, ODD, "nvfp4") for n, m in MUTANTS.items()),
+    *((n, m, ODD, "mxfp4") for n, m in OF_POWERS.items()),
+    *((n, m, TWO_STRIPS, "nvfp4") for n, m in OF_TWO_STRIPS.items()),
+]
 
 
-@pytest.mark.parametrize(("what", "mutant", "tile"), CASES, ids=[f"{c[0]}-{c[2].pairs1}" for c in CASES])
+@pytest.mark.parametrize(
+    ("what", "mutant", "tile", "fmt"), CASES, ids=[f"{c[0]}-{c[2].pairs1}-{c[3]}" for c in CASES]
+)
 def test_the_machine_notices_a_kernel_that_is_wrong(
-    what: str, mutant: tuple[str, str, str], tile: Tactic, on_machine: Any, monkeypatch: pytest.MonkeyPatch
+    what: str,
+    mutant: tuple[str, str, str],
+    tile: Tactic,
+    fmt: str,
+    on_machine: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In its producer, which gathers in the first product, and in its consumers; both products have an odd block."""
     monkeypatch.setattr(path, "BY_PLACE", 0)
-    runner, plain = make((2, 2, 384, 1152), "nvfp4", input_format="fp8")
+    runner, plain = make((2, 2, 384, 1152), fmt, input_format="fp8")
     inputs = inputs_of(runner, 80)
     function, old, new = mutant
 

@@ -48,6 +48,7 @@ class Grid(NamedTuple):
     producer_registers: int
     span: int  # blocks of 128 columns that the tensor core adds, an even number
     gathers: bool  # x is by token, not by place
+    powers: bool  # scales of weights are powers of two that 32 columns share
 
 
 class Call(NamedTuple):
@@ -183,12 +184,8 @@ def _consume(ring, call, WG: gl.constexpr, HOW: gl.constexpr, TILE: gl.constexpr
         later = _tile(call, tile + gl.num_programs(0), TILE.group)
         at = Spot(m * TILE.rows + ROW, e, start, count, _zero(count))
         if count > 0:
-            if TILE.narrow == QUARTERS and count <= BN // 4:
-                stage, phase = _run(ring, call, at, stage, phase, HOW, TILE, ROW, BN // 4, 0)
-            elif TILE.narrow != WHOLE and count <= BN // 2:
+            if TILE.narrow != WHOLE and count <= BN // 2:
                 stage, phase = _run(ring, call, at, stage, phase, HOW, TILE, ROW, BN // 2, 0)
-            elif TILE.narrow == QUARTERS and count <= BN // 4 * 3:
-                stage, phase = _run(ring, call, at, stage, phase, HOW, TILE, ROW, BN // 2, BN // 4)
             elif EXTRA > 0 and count > BN:
                 stage, phase = _run(ring, call, at, stage, phase, HOW, TILE, ROW, BN, EXTRA)
             else:

@@ -47,11 +47,11 @@ def _retired(part, a, RUNNING: gl.constexpr, W2: gl.constexpr):
     """Wait until no more than RUNNING blocks' products run; the operands a are what the one before those read."""
     if W2 > 0:
         one, two, _, _, _, _ = warpgroup_mma_wait(
-            8 * RUNNING, deps=[part[0], part[1], a[0], a[1], a[2], a[3]]
+            2 * RUNNING, deps=[part[0], part[1], a[0], a[1], a[2], a[3]]
         )
         return (one, two)
     else:
-        one, _, _, _, _ = warpgroup_mma_wait(4 * RUNNING, deps=[part[0], a[0], a[1], a[2], a[3]])
+        one, _, _, _, _ = warpgroup_mma_wait(RUNNING, deps=[part[0], a[0], a[1], a[2], a[3]])
         return (one,)
 
 
@@ -60,11 +60,11 @@ def _retired_both(up, low, a, RUNNING: gl.constexpr, W2: gl.constexpr):
     """As `_retired`, of products of two strips of rows."""
     if W2 > 0:
         u, u2, v, v2, _, _, _, _ = warpgroup_mma_wait(
-            8 * RUNNING, deps=[up[0], up[1], low[0], low[1], a[0], a[1], a[2], a[3]]
+            2 * RUNNING, deps=[up[0], up[1], low[0], low[1], a[0], a[1], a[2], a[3]]
         )
         return (u, u2), (v, v2)
     else:
-        u, v, _, _, _, _ = warpgroup_mma_wait(4 * RUNNING, deps=[up[0], low[0], a[0], a[1], a[2], a[3]])
+        u, v, _, _, _, _ = warpgroup_mma_wait(RUNNING, deps=[up[0], low[0], a[0], a[1], a[2], a[3]])
         return (u,), (v,)
 
 
@@ -89,10 +89,10 @@ def sums_of_64(ring, stage, phase, blocks, ROW: gl.constexpr, W: gl.constexpr, W
     for first in range(0, blocks // 2, STAGES):
         for number in range(first, gl.minimum(first + STAGES, blocks // 2)):
             _arrived(ring, stage, phase, TILE)
-            a, part = multiply(part, ring, 2 * stage, number > first, ROW, W, W2)
+            a, part = multiply(part, ring, 2 * stage, number > first, ROW, W, W2, TILE.powers)
             if not TILE.overlap:  # no registers for two blocks' operands
                 part = _retired(part, a, 0, W2)
-            b, part = multiply(part, ring, 2 * stage + 1, True, ROW, W, W2)
+            b, part = multiply(part, ring, 2 * stage + 1, True, ROW, W, W2, TILE.powers)
             if TILE.overlap:
                 part = _retired(part, a, 1, W2)
             part = _retired(part, b, 0, W2)
@@ -101,7 +101,7 @@ def sums_of_64(ring, stage, phase, blocks, ROW: gl.constexpr, W: gl.constexpr, W
         acc = _added(acc, part, W2)
     if blocks % 2 == 1:
         _arrived(ring, stage, phase, TILE)
-        a, part = multiply(part, ring, 2 * stage, False, ROW, W, W2)
+        a, part = multiply(part, ring, 2 * stage, False, ROW, W, W2, TILE.powers)
         part = _retired(part, a, 0, W2)
         mbarrier.arrive(ring.empty.index(stage))
         stage, phase = following(stage, phase, TILE.stages)
@@ -120,17 +120,17 @@ def sums_of_128(ring, stage, phase, blocks, ROW: gl.constexpr, W: gl.constexpr, 
     low = no_sums(W, W2)
     for first in range(0, blocks // 2, STAGES):
         _arrived(ring, stage, phase, TILE)
-        a, up = multiply(up, ring, 2 * stage, False, ROW, W, W2)
-        b, low = multiply(low, ring, 2 * stage, False, ROW + 64, W, W2)
-        up, low, b = _second_block(up, low, a, b, ring, stage, ROW, W, W2)
+        a, up = multiply(up, ring, 2 * stage, False, ROW, W, W2, TILE.powers)
+        b, low = multiply(low, ring, 2 * stage, False, ROW + 64, W, W2, TILE.powers)
+        up, low, b = _second_block(up, low, a, b, ring, stage, ROW, W, W2, TILE)
         for _ in range(first + 1, gl.minimum(first + STAGES, blocks // 2)):
             after, turned = following(stage, phase, TILE.stages)
             _arrived(ring, after, turned, TILE)
-            a, up = multiply(up, ring, 2 * after, True, ROW, W, W2)
+            a, up = multiply(up, ring, 2 * after, True, ROW, W, W2, TILE.powers)
             up, low = _retired_both(up, low, b, 1, W2)
             mbarrier.arrive(ring.empty.index(stage))
-            b, low = multiply(low, ring, 2 * after, True, ROW + 64, W, W2)
-            up, low, b = _second_block(up, low, a, b, ring, after, ROW, W, W2)
+            b, low = multiply(low, ring, 2 * after, True, ROW + 64, W, W2, TILE.powers)
+            up, low, b = _second_block(up, low, a, b, ring, after, ROW, W, W2, TILE)
             stage = after
             phase = turned
         up, low = _retired_both(up, low, b, 0, W2)
@@ -140,8 +140,8 @@ def sums_of_128(ring, stage, phase, blocks, ROW: gl.constexpr, W: gl.constexpr, 
         stage, phase = following(stage, phase, TILE.stages)
     if blocks % 2 == 1:
         _arrived(ring, stage, phase, TILE)
-        a, up = multiply(up, ring, 2 * stage, False, ROW, W, W2)
-        b, low = multiply(low, ring, 2 * stage, False, ROW + 64, W, W2)
+        a, up = multiply(up, ring, 2 * stage, False, ROW, W, W2, TILE.powers)
+        b, low = multiply(low, ring, 2 * stage, False, ROW + 64, W, W2, TILE.powers)
         up, low = _retired_both(up, low, a, 1, W2)
         up, low = _retired_both(up, low, b, 0, W2)
         mbarrier.arrive(ring.empty.index(stage))
@@ -152,11 +152,12 @@ def sums_of_128(ring, stage, phase, blocks, ROW: gl.constexpr, W: gl.constexpr, 
 
 
 @gluon.jit
-def _second_block(up, low, a, b, ring, stage, ROW: gl.constexpr, W: gl.constexpr, W2: gl.constexpr):
+def _second_block(up, low, a, b, ring, stage, ROW: gl.constexpr, W: gl.constexpr, W2: gl.constexpr,
+                  TILE: gl.constexpr):  # fmt: skip
     """A stage's second block, after the first's operands a and b; all but its last product are retired."""
     up, low = _retired_both(up, low, a, 1, W2)
-    a, up = multiply(up, ring, 2 * stage + 1, True, ROW, W, W2)
+    a, up = multiply(up, ring, 2 * stage + 1, True, ROW, W, W2, TILE.powers)
     up, low = _retired_both(up, low, b, 1, W2)
-    b, low = multiply(low, ring, 2 * stage + 1, True, ROW + 64, W, W2)
+    b, low = multiply(low, ring, 2 * stage + 1, True, ROW + 64, W, W2, TILE.powers)
     up, low = _retired_both(up, low, a, 1, W2)
     return up, low, b

@@ -93,8 +93,8 @@ def why_not(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> str | None:
         most, extra = path.parts(width)
         if not 16 <= most <= 128 or extra not in (0, 16, 32, 64) or extra == most:
             return "a tile has 16 to 128 pairs, a power of two, or 16, 32 or 64 more"
-        if extra and tactic.narrow == "quarters":
-            return "by quarters only a power of two of pairs"
+        if tactic.narrow == "quarters":
+            return "a tile of few pairs is half of one"
         room = 64 if strips(tile) == 2 else 80 if tactic.overlap_steps else 96
         if (have := sums(tile, width)) > room:
             return (
@@ -170,9 +170,9 @@ def _product(call: Call, stage: int, x: Rows, out: torch.Tensor) -> None:
     if not gather:
         x_desc, piece = descriptor(x.data, width), descriptor(x.data, min(width // 2, extra or width))
     routing, stride = call.routing(stage)
-    narrow = narrow_code(kernels, call.tactic.narrow)
+    narrow, powers = narrow_code(kernels, call.tactic.narrow), weights.format == "mxfp4"
     grid = kernels.Grid(tile.rows, width, extra, groups, tile.stages, call.tactic.raster_group, narrow,
-                        call.tactic.overlap_steps, consumer, producer, SPAN, gather)  # fmt: skip
+                        call.tactic.overlap_steps, consumer, producer, SPAN, gather, powers)  # fmt: skip
     call.add(
         kernels.fp4_fp8_registers, (call.processors * each,), x, x_desc, piece, routing, stride,
         call.weights_of(stage), codes, scales, out, call.size(stage), HOW=call.product(stage), TILE=grid, num_warps=4,
