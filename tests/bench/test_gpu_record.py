@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,12 +20,13 @@ from moestro.bench.peers import peer_names
 from moestro.routing import parse
 from moestro.tuning.store import shipped
 from moestro.tuning.store.bundle import read_bundle
+from moestro.tuning.store.store import Entry
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from gpu_plan import PLAN  # noqa: E402
-from recording import merged  # noqa: E402
+from recording import merged, shippable  # noqa: E402
 
 
 def start(out: Path, only: str, seconds: int) -> subprocess.Popen[str]:
@@ -97,3 +99,28 @@ def test_a_new_decision_takes_the_place_of_the_shipped_one_of_its_layer_and_size
     assert len(found) == len(base)
     assert [entry.environment for entry in found[-3:]] == ["here"] * 3
     assert {entry.environment for entry in found[:-3]} == {base[0].environment}
+
+
+def layer_of(name: str, *sizes: tuple[int, Any, bool]) -> list[Entry]:
+    """Decisions of one layer: (size, tactic, whether its race was finished)."""
+    key = {"op": "op", "runners": [{"class": name, "config": {}}], "inputs": [], "device": "cuda", "mode": "graph",
+           "extras": [], "kwargs": {}}  # fmt: skip
+    records = [{"bucket": [n], "tactic": tactic, "complete": whole} for n, tactic, whole in sizes]
+    return [Entry(Path("x"), "here", "decision", "op", key, {"record": record}) for record in records]
+
+
+def test_a_layer_ships_only_if_it_is_decided_from_one_token_on_and_no_unfinished_race_has_a_winner() -> None:
+    whole = layer_of("whole", (1, -1, True), (64, "a", True), (4096, -1, False))
+    begun = layer_of("begun", (256, "a", True), (16384, -1, True))
+    unfinished = layer_of("unfinished", (1, -1, True), (64, "a", False), (4096, "a", True))
+    assert shippable([*unfinished, *begun, *whole]) == whole
+
+
+def test_every_shipped_layer_is_decided_from_one_token_on() -> None:
+    for path in shipped.FOLDER.glob("*.json"):
+        smallest: dict[str, int] = {}
+        for entry in read_bundle(path).entries:
+            if entry.kind == "decision":
+                text, [size] = json.dumps(entry.key), entry.data["record"]["bucket"]
+                smallest[text] = min(size, smallest.get(text, size))
+        assert set(smallest.values()) == {1}, path
