@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,18 @@ def test_a_cell_says_its_tactic_and_ratio_and_whether_it_was_chosen(tuned: Path)
     assert ["chosen" in lines for lines in cells if "('<swap>', 64)" in lines] == [True]
     assert sum("chosen" in lines for lines in cells) == 1
     assert any(line.endswith("of the default's time") for line in cells[0])
+
+
+def test_a_size_is_said_to_be_served_by_a_decision_and_not_by_a_race_that_has_decided_nothing(
+    tuned: Path,
+) -> None:
+    (family,) = families(Store(tuned).entries())
+    small, large = family.serving((33,)), family.serving((65,))
+    assert (small.bucket, large.bucket > (64,)) == ((64,), True)
+    evidence = replace(small.evidence, reason="budget")
+    begun = replace(small, tactic=-1, status="default", complete=False, evidence=evidence)
+    assert replace(family, records={**family.records, (64,): begun}).serving((33,)) == large
+    assert replace(family, records={(64,): begun}).serving((33,)) == begun
 
 
 def test_an_empty_store_says_so(store: Path) -> None:

@@ -45,16 +45,21 @@ class Family:
         return f"{self.key.op} of {runners} on {self.environment}{probes}\n  inputs {shapes}"
 
     def serving(self, sizes: Sizes) -> Record:
-        """The record for sizes, rounded up: a store does not know the maps of the operations."""
-        table = make_table(self.records, (Rounding(None, direction=1),) * self.dynamic)
-        assert table is not None
-        return table.find(sizes)[0]
+        """The record for sizes, rounded up: a store does not know the maps of the operations.
+
+        One that has decided nothing yet serves no call, and is given only where there is no other.
+        """
+        return self._found(sizes)[0]
 
     def covers(self, sizes: Sizes) -> bool:
         """Whether sizes are within what was tuned."""
-        table = make_table(self.records, (Rounding(None, direction=1),) * self.dynamic)
+        return self._found(sizes)[1]
+
+    def _found(self, sizes: Sizes) -> tuple[Record, bool]:
+        decided = {bucket: record for bucket, record in self.records.items() if record.is_decided}
+        table = make_table(decided or self.records, (Rounding(None, direction=1),) * self.dynamic)
         assert table is not None
-        return table.find(sizes)[1]
+        return table.find(sizes)
 
 
 def _shape(described: Mapping[str, Any]) -> str:
