@@ -33,6 +33,7 @@ FLOORS = (
     "counters",
     "graphs",
     "replay",
+    "elsewhere",
     "runner",
 )  # each on those before
 

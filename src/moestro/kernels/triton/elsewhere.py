@@ -1,0 +1,225 @@
+"""Kernels compiled in other processes: MOESTRO_COMPILE_PROCESSES=N, of use where a tuning compiles many.
+
+Triton holds Python's lock for about a second of a kernel's two to five, so threads compile one a second together, however
+many processors there are. Here each thread that wants a kernel hands its launch to a process and waits; what that
+compiles goes to Triton's cache on disk, where the thread then finds it. Tensors travel as dtype and alignment, all that
+Triton specialises on, and a process needs no GPU: it is told the target. One that has had nothing to do for IDLE_S
+seconds ends. What goes wrong elsewhere is compiled here, with the error that belongs to it; where the cache does not
+give back what was put there, that is said once, and nothing is sent any more.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import io
+import logging
+import os
+import pickle
+import queue
+import select
+import subprocess
+import sys
+import threading
+import time
+from typing import IO, Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from moestro.errors import BackendError
+from moestro.kernels.triton.call import Launch
+from moestro.kernels.triton.device.common import INTERPRETED
+
+log = logging.getLogger("moestro")
+VARIABLE = "MOESTRO_COMPILE_PROCESSES"
+IDLE_S = 60.0
+ENOUGH_S = 0.5  # a kernel that takes longer elsewhere must be found in the cache in half the time
+DONE = b"done"
+
+
+def processes() -> int:
+    """How many processes MOESTRO_COMPILE_PROCESSES asks for; 0 for none. Raises BackendError for anything else."""
+    text = os.environ.get(VARIABLE) or "0"
+    if not text.isdecimal():
+        raise BackendError(f"{VARIABLE} must be a number of processes, got {text!r}")
+    return 0 if INTERPRETED else int(text)
+
+
+def compiled(launch: Launch) -> Any:
+    """The compiled kernel of a launch, by another process where some are asked for."""
+    farm = _farm_of(processes())
+    if farm is None or farm.useless:
+        return launch.compile()
+    began = time.perf_counter()
+    done = farm.compile(launch)
+    between = time.perf_counter()
+    kernel = launch.compile()
+    there, here = between - began, time.perf_counter() - between
+    if done and there > ENOUGH_S and here > there / 2:
+        farm.give_up(launch.kernel.__name__, there, here)
+    return kernel
+
+
+@functools.cache
+def _farm_of(number: int) -> Farm | None:
+    return Farm(number, triton.runtime.driver.active.get_current_target()) if number else None
+
+
+class Farm:
+    """At most `number` processes, started as they are wanted; for any number of threads."""
+
+    def __init__(self, number: int, target: GPUTarget) -> None:
+        self.useless = False
+        self._target, self._room = target, threading.Semaphore(number)
+        self._idle: queue.LifoQueue[_Process] = queue.LifoQueue()
+
+    def compile(self, launch: Launch) -> bool:
+        """Whether a process has compiled it."""
+        with self._room:
+            try:
+                process = self._idle.get_nowait()
+            except queue.Empty:
+                process = _Process(self._target)
+            try:
+                answer = process.ask(dumps(launch))
+            except Exception as error:  # it was idle for too long, or is gone: the caller compiles
+                log.debug("a process that compiles has ended: %r", error)
+                process.close()
+                return False
+            self._idle.put(process)
+            return answer == DONE
+
+    def give_up(self, name: str, there: float, here: float) -> None:
+        if not self.useless:
+            self.useless = True
+            log.warning(
+                "%s=%s is of no use: %s took %.1f s in another process, and %.1f s more here, where it should be in "
+                "Triton's cache; kernels are compiled in this process",
+                VARIABLE, os.environ.get(VARIABLE), name, there, here,
+            )  # fmt: skip
+        self.close()
+
+    def close(self) -> None:
+        """End the processes that have nothing to do."""
+        while True:
+            try:
+                self._idle.get_nowait().close()
+            except queue.Empty:
+                return
+
+
+class _Process:
+    """A child that answers one message after another."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        self._child = subprocess.Popen(
+            [sys.executable, "-c", f"from {__name__} import serve; serve()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, **paths},
+        )
+        _write(self._stdin, pickle.dumps((target.backend, target.arch, target.warp_size)))
+
+    @property
+    def _stdin(self) -> IO[bytes]:
+        assert self._child.stdin is not None
+        return self._child.stdin
+
+    def ask(self, message: bytes) -> bytes:
+        assert self._child.stdout is not None
+        _write(self._stdin, message)
+        return _read(self._child.stdout)
+
+    def close(self) -> None:
+        self._child.kill()
+        self._child.communicate()
+
+
+# --- what travels -------------------------------------------------------------------------------------------
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return "tensor", value.dtype, value.data_ptr() % 16 == 0
+        if isinstance(value, JITFunction):
+            return "kernel", value.fn.__module__, value.fn.__qualname__
+        return None
+
+
+class _Unpickler(pickle.Unpickler):
+    def persistent_load(self, said: Any) -> Any:
+        kind, one, other = said
+        if kind == "kernel":
+            return getattr(importlib.import_module(one), other)
+        return torch.empty(32, dtype=one) if other else torch.empty(32, dtype=one)[1:]
+
+
+def dumps(launch: Launch) -> bytes:
+    """A launch, its tensors as dtype and alignment."""
+    out = io.BytesIO()
+    _Pickler(out).dump(launch)
+    return out.getvalue()
+
+
+def loads(message: bytes) -> Launch:
+    launch: Launch = _Unpickler(io.BytesIO(message)).load()
+    return launch
+
+
+def _write(stream: IO[bytes], message: bytes) -> None:
+    stream.write(len(message).to_bytes(8, "little") + message)
+    stream.flush()
+
+
+def _read(stream: IO[bytes]) -> bytes:
+    return _exactly(stream, int.from_bytes(_exactly(stream, 8), "little"))
+
+
+def _exactly(stream: IO[bytes], number: int) -> bytes:
+    found = b""
+    while len(found) < number:
+        more = stream.read(number - len(found))
+        if not more:
+            raise EOFError(f"{len(found)} of {number} bytes")
+        found += more
+    return found
+
+
+# --- the process that compiles ------------------------------------------------------------------------------
+class _Absent:
+    """What Triton asks of a driver to compile for a GPU that this process does not touch."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self._target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def serve() -> None:
+    """Answer launches on stdin until it ends, or nothing came for IDLE_S seconds."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what others print is no answer
+    asked = os.fdopen(0, "rb", buffering=0)
+    triton.runtime.driver.set_active(_Absent(GPUTarget(*pickle.loads(_read(asked)))))
+    while select.select([asked], [], [], IDLE_S)[0]:
+        try:
+            message = _read(asked)
+        except EOFError:
+            return
+        try:
+            loads(message).compile()
+            answer = DONE
+        except Exception as error:
+            answer = repr(error).encode()
+        _write(answers, answer)
