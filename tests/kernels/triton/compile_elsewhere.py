@@ -24,7 +24,8 @@ from triton.backends.compiler import GPUTarget
 from moestro.kernels.triton import elsewhere
 from moestro.kernels.triton.paths import fp8_once
 
-triton.runtime.driver.set_active(elsewhere._Absent(GPUTarget("cuda", 90, 32)))
+HOPPER = GPUTarget("cuda", 90, 32)
+triton.runtime.driver.set_active(elsewhere._Absent(HOPPER))
 
 
 def files() -> set[Path]:
@@ -47,8 +48,7 @@ def main() -> list[str]:
         for one in (*launches.values(), *shifted)
         if elsewhere.loads(elsewhere.dumps(one)).key != one.key
     ]
-    farm = elsewhere._farm_of(2)
-    assert farm is not None
+    farm = elsewhere._farm_of(2, HOPPER)
     began = time.perf_counter()
     with ThreadPoolExecutor(len(launches)) as pool:
         there = list(pool.map(farm.compile, launches.values()))

@@ -47,8 +47,8 @@ class Launch:
 
     kernel = SimpleNamespace(__name__="gemm")
 
-    def __init__(self, seconds: float, clock: Clock) -> None:
-        self.seconds, self.compiled, self.clock = seconds, 0, clock
+    def __init__(self, key: str, seconds: float, clock: Clock) -> None:
+        self.key, self.seconds, self.compiled, self.clock = key, seconds, 0, clock
 
     def compile(self) -> str:
         self.clock.now += self.seconds
@@ -73,7 +73,8 @@ def farm(monkeypatch: pytest.MonkeyPatch) -> Elsewhere:
     made = Elsewhere(Clock())
     monkeypatch.setattr(elsewhere, "time", made.clock)
     monkeypatch.setattr(elsewhere, "processes", lambda: 2)
-    monkeypatch.setattr(elsewhere, "_farm_of", lambda number: made)
+    monkeypatch.setattr(elsewhere, "_farm_of", lambda number, target: made)
+    monkeypatch.setattr(elsewhere.triton.runtime.driver, "_active", elsewhere._Absent(None))  # type: ignore[arg-type]
     return made
 
 
@@ -81,10 +82,10 @@ def test_a_cache_that_gives_nothing_back_is_said_once_and_nothing_is_sent_again(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     made = farm(monkeypatch)
-    launch = Launch(3.0, made.clock)
+    launches = [Launch(key, 3.0, made.clock) for key in "abc"]
     with caplog.at_level(logging.WARNING, "moestro"):
-        assert [elsewhere.compiled(launch) for _ in range(3)] == ["kernel"] * 3
-    assert (made.sent, launch.compiled) == (1, 3)
+        assert [elsewhere.compiled(launch) for launch in launches] == ["kernel"] * 3
+    assert (made.sent, [launch.compiled for launch in launches]) == (1, [1, 1, 1])
     assert [elsewhere.VARIABLE in record.message for record in caplog.records] == [True]
 
 
@@ -92,14 +93,31 @@ def test_a_cache_that_gives_back_what_was_put_there_goes_on_being_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     made = farm(monkeypatch)
-    launch = Launch(0.2, made.clock)
-    assert [elsewhere.compiled(launch) for _ in range(3)] == ["kernel"] * 3
+    assert [elsewhere.compiled(Launch(key, 0.2, made.clock)) for key in "abc"] == ["kernel"] * 3
     assert made.sent == 3
     assert not caplog.records
 
 
+def test_a_kernel_that_this_process_has_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = farm(monkeypatch)
+    launch = Launch("a", 0.2, made.clock)
+    assert [elsewhere.compiled(launch) for _ in range(3)] == ["kernel"] * 3
+    assert (made.sent, launch.compiled) == (1, 3)
+
+
+def test_where_no_process_can_be_started_kernels_are_compiled_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(target: Any) -> None:
+        raise OSError("no processes left")
+
+    made = elsewhere.Farm(2, None)  # type: ignore[arg-type]
+    launch = Launch("a", 0.0, Clock())
+    monkeypatch.setattr(elsewhere, "_Process", fails)
+    monkeypatch.setattr(elsewhere, "dumps", lambda launch: b"")
+    assert made.compile(launch) is False  # type: ignore[arg-type]
+
+
 def test_without_processes_kernels_are_compiled_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(elsewhere.VARIABLE, raising=False)
-    launch = Launch(0.0, Clock())
+    launch = Launch("a", 0.0, Clock())
     assert elsewhere.compiled(launch) == "kernel"
     assert launch.compiled == 1

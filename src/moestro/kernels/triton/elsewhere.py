@@ -10,7 +10,6 @@ give back what was put there, that is said once, and nothing is sent any more.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import io
 import logging
@@ -50,22 +49,19 @@ def processes() -> int:
 
 def compiled(launch: Launch) -> Any:
     """The compiled kernel of a launch, by another process where some are asked for."""
-    farm = _farm_of(processes())
-    if farm is None or farm.useless:
+    number = processes()
+    farm = _farm_of(number, triton.runtime.driver.active.get_current_target()) if number else None
+    if farm is None or farm.useless or launch.key in farm.compiled:
         return launch.compile()
     began = time.perf_counter()
     done = farm.compile(launch)
     between = time.perf_counter()
     kernel = launch.compile()
     there, here = between - began, time.perf_counter() - between
+    farm.compiled.add(launch.key)
     if done and there > ENOUGH_S and here > there / 2:
         farm.give_up(launch.kernel.__name__, there, here)
     return kernel
-
-
-@functools.cache
-def _farm_of(number: int) -> Farm | None:
-    return Farm(number, triton.runtime.driver.active.get_current_target()) if number else None
 
 
 class Farm:
@@ -73,24 +69,33 @@ class Farm:
 
     def __init__(self, number: int, target: GPUTarget) -> None:
         self.useless = False
+        self.compiled: set[Any] = set()  # keys of launches whose kernels this process has
         self._target, self._room = target, threading.Semaphore(number)
         self._idle: queue.LifoQueue[_Process] = queue.LifoQueue()
 
     def compile(self, launch: Launch) -> bool:
         """Whether a process has compiled it."""
         with self._room:
+            process = None
             try:
-                process = self._idle.get_nowait()
-            except queue.Empty:
-                process = _Process(self._target)
-            try:
-                answer = process.ask(dumps(launch))
-            except Exception as error:  # it was idle for too long, or is gone: the caller compiles
+                message = dumps(launch)
+                process = self._taken()
+                answer = process.ask(message)
+            except (
+                Exception
+            ) as error:  # it does not start, was idle for too long, or is gone: the caller compiles
                 log.debug("a process that compiles has ended: %r", error)
-                process.close()
+                if process is not None:
+                    process.close()
                 return False
             self._idle.put(process)
             return answer == DONE
+
+    def _taken(self) -> _Process:
+        try:
+            return self._idle.get_nowait()
+        except queue.Empty:
+            return _Process(self._target)
 
     def give_up(self, name: str, there: float, here: float) -> None:
         if not self.useless:
@@ -109,6 +114,16 @@ class Farm:
                 self._idle.get_nowait().close()
             except queue.Empty:
                 return
+
+
+_farms: dict[tuple[int, GPUTarget], Farm] = {}
+_making = threading.Lock()  # threads that ask at once share one
+
+
+def _farm_of(number: int, target: GPUTarget) -> Farm:
+    """The one for so many processes and this target."""
+    with _making:
+        return _farms.setdefault((number, target), Farm(number, target))
 
 
 class _Process:
