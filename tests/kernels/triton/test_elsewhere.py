@@ -116,6 +116,14 @@ def test_where_no_process_can_be_started_kernels_are_compiled_here(monkeypatch: 
     assert made.compile(launch) is False  # type: ignore[arg-type]
 
 
+def test_threads_share_the_processes_and_a_forked_child_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elsewhere, "_farms", {})
+    one, again = (elsewhere._farm_of(2, None) for _ in range(2))  # type: ignore[arg-type]
+    assert one is again
+    monkeypatch.setattr(elsewhere.os, "getpid", lambda: -1)
+    assert elsewhere._farm_of(2, None) is not one  # type: ignore[arg-type]
+
+
 def test_without_processes_kernels_are_compiled_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(elsewhere.VARIABLE, raising=False)
     launch = Launch("a", 0.0, Clock())

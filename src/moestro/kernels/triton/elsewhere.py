@@ -116,14 +116,12 @@ class Farm:
                 return
 
 
-_farms: dict[tuple[int, GPUTarget], Farm] = {}
-_making = threading.Lock()  # threads that ask at once share one
+_farms: dict[tuple[Any, ...], Farm] = {}
 
 
 def _farm_of(number: int, target: GPUTarget) -> Farm:
-    """The one for so many processes and this target."""
-    with _making:
-        return _farms.setdefault((number, target), Farm(number, target))
+    """The one for so many processes and this target; a forked child has its own, as pipes cannot be shared."""
+    return _farms.setdefault((number, target, os.getpid()), Farm(number, target))
 
 
 class _Process:
