@@ -263,7 +263,7 @@ def main() -> int:
     args = parser.parse_args()
     record = Record(args.json)
     if args.what == "check":
-        return check(record, (args.kinds or "nvfp4,mxfp4,fp8_block").split(","))
+        return check(record, args.kinds.split(",") if args.kinds else [case[0] for case in CASES])
     tokens = [int(n) for n in args.tokens.split(",")]
     layers(record, args.models or list(MODELS), tokens, args.rounds, (args.kinds or "nvfp4").split(","))
     return 0

@@ -99,9 +99,10 @@ class Recorder:
         }
         write_bundle(self.out / "tuning.json", fresh, facts)
         devices = {str(f.get("device")) for f in facts.values()}
+        fresh = shippable(fresh)
         for bundle in self._shipped:
             if devices & {str(f.get("device")) for f in bundle.environments.values()}:
-                fresh = merged(bundle.entries, shippable(fresh))
+                fresh = merged(bundle.entries, fresh)
                 facts = {**bundle.environments, **facts}
         write_bundle(self.out / "bundle.json", fresh, facts, slim=True, loose=LOOSE)
         return decisions
@@ -116,17 +117,18 @@ def shippable(entries: Sequence[Entry]) -> list[Entry]:
     kept: list[Entry] = []
     for _, layer in itertools.groupby(sorted(entries, key=_layer), key=_layer):
         ours = list(layer)
-        raced = [
-            e.data["record"] for e in ours if e.kind == "decision" and not e.data["record"].get("learned")
-        ]
-        whole = all(record.get("complete", True) or record["tactic"] == -1 for record in raced)
-        if whole and max(min((record["bucket"] for record in raced), default=[0]), default=1) == 1:
-            kept += (e for e in ours if e.kind != "decision" or _finished(e.data["record"]))
+        records = [entry.data["record"] for entry in ours if entry.kind == "decision"]
+        raced = [record for record in records if not record.get("learned")]
+        from_one = any(set(record["bucket"]) <= {1} for record in raced)
+        if from_one and all(record["tactic"] == -1 or record.get("complete", True) for record in raced):
+            kept += (entry for entry in ours if not _unfinished_point(entry))
     return kept
 
 
-def _finished(record: Mapping[str, Any]) -> bool:
-    return bool(record.get("complete", True) or not record.get("learned"))
+def _unfinished_point(entry: Entry) -> bool:
+    """Whether an entry is a point between buckets whose race did not end."""
+    record = entry.data.get("record", {})
+    return bool(record.get("learned") and not record.get("complete", True))
 
 
 def _layer(entry: Entry) -> tuple[str, str]:

@@ -72,12 +72,12 @@ def test_a_size_is_said_to_be_served_by_a_decision_and_not_by_a_race_that_has_de
     tuned: Path,
 ) -> None:
     (family,) = families(Store(tuned).entries())
-    small, large = family.serving((33,)), family.serving((65,))
+    (small, _), (large, _) = family.find((33,)), family.find((65,))
     assert (small.bucket, large.bucket > (64,)) == ((64,), True)
     evidence = replace(small.evidence, reason="budget")
     begun = replace(small, tactic=-1, status="default", complete=False, evidence=evidence)
-    assert replace(family, records={**family.records, (64,): begun}).serving((33,)) == large
-    assert replace(family, records={(64,): begun}).serving((33,)) == begun
+    assert replace(family, records={**family.records, (64,): begun}).find((33,))[0] == large
+    assert replace(family, records={(64,): begun}).find((33,))[0] == begun
 
 
 def test_an_empty_store_says_so(store: Path) -> None:

@@ -77,13 +77,14 @@ def explain(
     console = screen()
     for family in found:
         console.print(f"\n{family.title}", style="bold", markup=False)
-        for record in [family.serving(sizes)] if sizes is not None else list(family.records.values()):
+        every = [(record, True) for record in family.records.values()]
+        for record, within in [family.find(sizes)] if sizes is not None else every:
             case = Case(
                 family.key,
                 record,
                 family.records,
                 sizes,
-                sizes is None or family.covers(sizes),
+                within,
                 str(source.root),
                 source.facts(family.environment),
             )

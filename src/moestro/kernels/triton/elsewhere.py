@@ -13,15 +13,16 @@ from __future__ import annotations
 import importlib
 import io
 import logging
+import multiprocessing
 import os
 import pickle
 import queue
-import select
 import subprocess
 import sys
 import threading
 import time
-from typing import IO, Any
+from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 import triton
@@ -83,7 +84,7 @@ class Farm:
                 answer = process.ask(message)
             except (
                 Exception
-            ) as error:  # it does not start, was idle for too long, or is gone: the caller compiles
+            ) as error:  # none starts, or it was idle for too long or is gone: the caller compiles
                 log.debug("a process that compiles has ended: %r", error)
                 if process is not None:
                     process.close()
@@ -129,28 +130,26 @@ class _Process:
 
     def __init__(self, target: GPUTarget) -> None:
         paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        self._child = subprocess.Popen(
-            [sys.executable, "-c", f"from {__name__} import serve; serve()"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, **paths},
-        )
-        _write(self._stdin, pickle.dumps((target.backend, target.arch, target.warp_size)))
-
-    @property
-    def _stdin(self) -> IO[bytes]:
-        assert self._child.stdin is not None
-        return self._child.stdin
+        self._pipe, theirs = multiprocessing.Pipe()
+        with theirs:
+            self._child = subprocess.Popen(
+                [sys.executable, "-c", f"from {__name__} import serve; serve({theirs.fileno()})"],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env={**os.environ, **paths},
+            )
+        self._pipe.send((target.backend, target.arch, target.warp_size))
 
     def ask(self, message: bytes) -> bytes:
-        assert self._child.stdout is not None
-        _write(self._stdin, message)
-        return _read(self._child.stdout)
+        self._pipe.send_bytes(message)
+        return self._pipe.recv_bytes()
 
     def close(self) -> None:
+        self._pipe.close()
         self._child.kill()
-        self._child.communicate()
+        self._child.wait()
 
 
 # --- what travels -------------------------------------------------------------------------------------------
@@ -183,25 +182,6 @@ def loads(message: bytes) -> Launch:
     return launch
 
 
-def _write(stream: IO[bytes], message: bytes) -> None:
-    stream.write(len(message).to_bytes(8, "little") + message)
-    stream.flush()
-
-
-def _read(stream: IO[bytes]) -> bytes:
-    return _exactly(stream, int.from_bytes(_exactly(stream, 8), "little"))
-
-
-def _exactly(stream: IO[bytes], number: int) -> bytes:
-    found = b""
-    while len(found) < number:
-        more = stream.read(number - len(found))
-        if not more:
-            raise EOFError(f"{len(found)} of {number} bytes")
-        found += more
-    return found
-
-
 # --- the process that compiles ------------------------------------------------------------------------------
 class _Absent:
     """What Triton asks of a driver to compile for a GPU that this process does not touch."""
@@ -219,15 +199,13 @@ class _Absent:
         return 0
 
 
-def serve() -> None:
-    """Answer launches on stdin until it ends, or nothing came for IDLE_S seconds."""
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what others print is no answer
-    asked = os.fdopen(0, "rb", buffering=0)
-    triton.runtime.driver.set_active(_Absent(GPUTarget(*pickle.loads(_read(asked)))))
-    while select.select([asked], [], [], IDLE_S)[0]:
+def serve(fileno: int) -> None:
+    """Answer launches on a connection until it ends, or nothing came for IDLE_S seconds."""
+    pipe = Connection(fileno)
+    triton.runtime.driver.set_active(_Absent(GPUTarget(*pipe.recv())))
+    while pipe.poll(IDLE_S):
         try:
-            message = _read(asked)
+            message = pipe.recv_bytes()
         except EOFError:
             return
         try:
@@ -235,4 +213,4 @@ def serve() -> None:
             answer = DONE
         except Exception as error:
             answer = repr(error).encode()
-        _write(answers, answer)
+        pipe.send_bytes(answer)

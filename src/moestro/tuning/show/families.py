@@ -44,18 +44,11 @@ class Family:
         probes = f", probes {', '.join(self.probes)}" if self.probes else ""
         return f"{self.key.op} of {runners} on {self.environment}{probes}\n  inputs {shapes}"
 
-    def serving(self, sizes: Sizes) -> Record:
-        """The record for sizes, rounded up: a store does not know the maps of the operations.
-
-        One that has decided nothing yet serves no call, and is given only where there is no other.
+    def find(self, sizes: Sizes) -> tuple[Record, bool]:
+        """The record for sizes, rounded up (a store does not know the maps of the operations), and whether they are
+        within what was tuned. One that has decided nothing yet serves no call, and is given only where there is no
+        other.
         """
-        return self._found(sizes)[0]
-
-    def covers(self, sizes: Sizes) -> bool:
-        """Whether sizes are within what was tuned."""
-        return self._found(sizes)[1]
-
-    def _found(self, sizes: Sizes) -> tuple[Record, bool]:
         decided = {bucket: record for bucket, record in self.records.items() if record.is_decided}
         table = make_table(decided or self.records, (Rounding(None, direction=1),) * self.dynamic)
         assert table is not None
