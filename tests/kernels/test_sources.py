@@ -10,12 +10,12 @@ import pytest
 from moestro.kernels.cpu import CpuRunner
 from moestro.kernels.portable import PortableRunner
 from moestro.kernels.problem import MoeRunner
-from moestro.kernels.triton import TritonRunner, chip
+from moestro.kernels.triton import TritonRunner, chip, runner
 from moestro.tuning.store.sources import file_digests, source_digest
 
 
-def sources(runner: type[MoeRunner]) -> set[str]:
-    return {path.name for path in runner.kernel_sources()}
+def sources(kind: type[MoeRunner]) -> set[str]:
+    return {path.name for path in kind.kernel_sources()}
 
 
 def test_a_backends_sources_are_its_device_code() -> None:
@@ -32,6 +32,18 @@ def test_kernels_of_one_chip_alone_count_there_alone(
 ) -> None:
     monkeypatch.setattr(chip, "capability", lambda: capability)
     assert ("fp8_mx.py" in sources(TritonRunner)) == counts
+
+
+@pytest.mark.parametrize(("capability", "counts"), [((9, 0), True), ((10, 0), False), ((12, 0), False)])
+def test_cuda_counts_on_hopper_for_which_it_is_compiled(
+    capability: tuple[int, int], counts: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chip, "capability", lambda: capability)
+    monkeypatch.setattr(runner, "__file__", str(tmp_path / "runner.py"))
+    (tmp_path / "device").mkdir()
+    for name in ("product.cu", "fused.py", "notes.txt"):
+        (tmp_path / "device" / name).write_text("")
+    assert sources(TritonRunner) == {"fused.py", "product.cu"} - (set() if counts else {"product.cu"})
 
 
 @pytest.fixture

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,34 @@ def test_a_source_distribution_has_all_that_the_repository_has(tmp_path: Path) -
     with tarfile.open(made) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert tracked - names == set()
+
+
+def test_a_wheel_has_all_that_the_package_reads(tmp_path: Path) -> None:
+    """Device code in CUDA C++, decisions, recordings: whatever is no Python and not compiled beforehand."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    package = source / "src" / "moestro"
+    unread = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
+    shutil.copytree(ROOT / "src" / "moestro", package, ignore=unread)
+    (package / "kernels" / "triton" / "device" / "some.cu").write_text("// a kernel")
+    build = f"from setuptools import build_meta; build_meta.build_wheel({str(tmp_path)!r})"
+    environment = {**os.environ, "MOESTRO_CPU_BUILD": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", build],
+        cwd=source,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (made,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(made).namelist())
+    wanted = {p.relative_to(package.parent).as_posix() for p in package.rglob("*") if p.is_file()}
+    assert "moestro/kernels/triton/device/some.cu" in names
+    assert {name for name in wanted - names if "/csrc/" not in name} == set()
 
 
 def test_the_extras_that_are_spoken_of_exist() -> None:

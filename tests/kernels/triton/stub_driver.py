@@ -1,7 +1,7 @@
 """A driver of a GPU that is not there: kernels are not compiled, launches are recorded, tensors lie on the CPU.
 
 Triton's own JITFunction.run works in front of it: what is recorded is what the launcher would be given. Each
-specialisation of a kernel is another object, as its compiled kernel would be.
+specialisation of a kernel is another object, as its compiled kernel would be, and each variant of one in CUDA C++.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 
+from moestro.kernels.triton.cuda import CudaKernel
 from moestro.kernels.triton.replay import plain
 
 
@@ -65,12 +66,18 @@ def stubbed() -> Any:
         self.device_caches[device][0][key] = kernel
         return kernel
 
+    variants: dict[tuple[Any, ...], StubKernel] = {}
+
+    def variant(self: CudaKernel, *args: Any, grid: Any, **meta: Any) -> StubKernel:
+        key = (self.__name__, driver.device, *sorted((name, repr(value)) for name, value in meta.items()))
+        return variants.setdefault(key, StubKernel(driver, self.__name__))
+
     kind = triton.runtime.jit.JITFunction
-    theirs = kind._do_compile
-    kind._do_compile = compiled
+    theirs, warmup = kind._do_compile, CudaKernel.warmup
+    kind._do_compile, CudaKernel.warmup = compiled, variant  # type: ignore[method-assign]
     active = triton.runtime.driver
     before, active._active = active._active, driver
     try:
         yield driver
     finally:
-        kind._do_compile, active._active = theirs, before
+        kind._do_compile, CudaKernel.warmup, active._active = theirs, warmup, before  # type: ignore[method-assign]

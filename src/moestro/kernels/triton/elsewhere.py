@@ -5,7 +5,8 @@ many processors there are. Here each thread that wants a kernel hands its launch
 compiles goes to Triton's cache on disk, where the thread then finds it. Tensors travel as dtype and alignment, all that
 Triton specialises on, and a process needs no GPU: it is told the target. One that has had nothing to do for IDLE_S
 seconds ends. What goes wrong elsewhere is compiled here, with the error that belongs to it; where the cache does not
-give back what was put there, that is said once, and nothing is sent any more.
+give back what was put there, that is said once, and nothing is sent any more. Kernels in CUDA C++ are compiled here: NVRTC
+does not hold Python's lock.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from triton.runtime.jit import JITFunction
 
 from moestro.errors import BackendError
 from moestro.kernels.triton.call import Launch
+from moestro.kernels.triton.cuda import CudaKernel
 from moestro.kernels.triton.device.common import INTERPRETED
 
 log = logging.getLogger("moestro")
@@ -49,8 +51,8 @@ def processes() -> int:
 
 
 def compiled(launch: Launch) -> Any:
-    """The compiled kernel of a launch, by another process where some are asked for."""
-    number = processes()
+    """The compiled kernel of a launch, by another process where some are asked for and it is a Triton kernel."""
+    number = 0 if isinstance(launch.kernel, CudaKernel) else processes()
     farm = _farm_of(number, triton.runtime.driver.active.get_current_target()) if number else None
     if farm is None or farm.useless or launch.key in farm.compiled:
         return launch.compile()

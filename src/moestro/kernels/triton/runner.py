@@ -24,7 +24,7 @@ from moestro.kernels.problem import Experts, Held, MoeProblem, MoeRunner, Replay
 from moestro.kernels.scratch import carve, plan_bytes
 from moestro.kernels.triton import choose, elsewhere, replay
 from moestro.kernels.triton.call import Call, Launch
-from moestro.kernels.triton.chip import has_block_scales, processors
+from moestro.kernels.triton.chip import has_block_scales, is_hopper, processors
 from moestro.kernels.triton.counters import Counters
 from moestro.kernels.triton.device.common import ACTIVATIONS
 from moestro.kernels.triton.fp8_layout import PACKED_FP8, packed_type
@@ -180,8 +180,11 @@ class TritonRunner(MoeRunner):
     @classmethod
     def kernel_sources(cls) -> list[Path]:
         """The device code of these kernels: what another chip alone compiles does not count."""
-        paths = sorted((Path(__file__).parent / "device").glob("*.py"))
-        return [path for path in paths if path.name not in BLOCK_SCALED_CODE or has_block_scales()]
+        folder = Path(__file__).parent / "device"
+        triton_code = [
+            p for p in sorted(folder.glob("*.py")) if p.name not in BLOCK_SCALED_CODE or has_block_scales()
+        ]
+        return [*triton_code, *(sorted(folder.glob("*.cu")) if is_hopper() else ())]
 
     def tolerance(self, inputs: Sequence[Any]) -> float:
         """Of the difference to the default tactic, as a ratio of norms: two roundings of bf16 sums."""
