@@ -25,7 +25,13 @@ import torch
 from moestro.errors import BackendError
 
 MAJORS = ("13", "12")  # of CUDA, those that know sm_90a
-OPTIONS = (b"--gpu-architecture=sm_90a", b"--std=c++17", b"-default-device", b"--ptxas-options=-v")
+OPTIONS = (
+    b"--gpu-architecture=sm_90a",
+    b"--std=c++17",
+    b"-default-device",
+    b"--ptxas-options=-v",
+    b"-diag-suppress=177",
+)  # a primitive that this kernel does not use
 EMPTY = 'extern "C" __global__ void empty() {}'
 ADDRESS, NUMBER = ctypes.c_void_p, ctypes.c_int
 FUNCTIONS = {  # of libnvrtc, and the types of what they take

@@ -184,7 +184,7 @@ class TritonRunner(MoeRunner):
         triton_code = [
             p for p in sorted(folder.glob("*.py")) if p.name not in BLOCK_SCALED_CODE or has_block_scales()
         ]
-        return [*triton_code, *(sorted(folder.glob("*.cu")) if is_hopper() else ())]
+        return [*triton_code, *(sorted(folder.glob("*.cu*")) if is_hopper() else ())]
 
     def tolerance(self, inputs: Sequence[Any]) -> float:
         """Of the difference to the default tactic, as a ratio of norms: two roundings of bf16 sums."""

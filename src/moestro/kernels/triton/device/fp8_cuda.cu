@@ -1,0 +1,179 @@
+// 4-bit weights and e4m3 activations on Hopper's FP8 tensor cores: weights are decoded into the registers of wgmmas.
+//
+// Layout, arithmetic and sums are fp8_registers.py's (operands: fp8_operands.py, sums: fp8_sums.py); what differs is what
+// Triton has no words for. All groups run one copy of the code, warps give a stage back each by itself, and a group's
+// products run on into the next stage while it decodes: what is waited for is always the block before. A product takes
+// exactly the pairs of its width. The producer (one warp; four where it gathers rows of x) fills a ring of stages, two
+// blocks of 128 columns each, and tells of each tile what its end reads: scales, pairs, and where it is.
+//
+// Constants: see cuda_source.py. A tile is GROUPS * PARTS strips of 64 rows of weights, and up to PAIRS pairs.
+
+// --- operands ------------------------------------------------------------------------------------------------------
+struct Tables { u32 low, high; };  // a scale times 0, .5, 1, 1.5, and times 2, 3, 4, 6, rounded to e4m3
+
+// Of both scales of a pair, for two rows: fp8_operands.py says how.
+DEV void tables_of(Tables (&t)[2][2], u32 s0, u32 s1) {
+  constexpr u32 LOW = 0x03fff800u, HIGH = 0x14100c08u;
+  if constexpr (POWERS) {
+    t[0][0] = t[0][1] = {s0 * 0x01000100u + LOW, s0 * 0x00010001u + HIGH};
+    t[1][0] = t[1][1] = {s1 * 0x01000100u + LOW, s1 * 0x00010001u + HIGH};
+  } else {
+    u32 w = permute(s0, s1, 0x5410), m = w & 0x07070707u;
+    u32 x = w + (logic<0x20>(m + 0x07070707u, m + 0x02020202u, 0x08080808u) >> 3);
+    t[0][0] = {permute(w, x, 0x4008) + LOW, permute(w, x, 0x4040) + HIGH};
+    t[0][1] = {permute(w, x, 0x5119) + LOW, permute(w, x, 0x5151) + HIGH};
+    t[1][0] = {permute(w, x, 0x622A) + LOW, permute(w, x, 0x6262) + HIGH};
+    t[1][1] = {permute(w, x, 0x733B) + LOW, permute(w, x, 0x7373) + HIGH};
+  }
+}
+
+DEV void decode(u32 word, const Tables& t, u32& first, u32& second) {  // 8 codes -> two times four e4m3
+  u32 m = word & 0x77777777u;
+  first = logic<0xEA>(word, 0x80808080u, permute(t.low, t.high, m));
+  second = logic<0xEA>(word << 4, 0x80808080u, permute(t.low, t.high, m >> 16));
+}
+
+// Of 64 rows and block u of a stage: four registers for each of its four wgmmas.
+DEV void operands(u32 (&a)[16], const Spot& at, u32 stage, int part, int u) {
+  u32 upper[4], lower[4], w = stage + at.w + (2 * part + u) * CODES, s = stage + at.s + (2 * part + u) * SCALES;
+  load16(upper, w);
+  load16(lower, w + 8 * 64);
+  Tables t[2][2];
+  tables_of(t, load2(s), load2(s + 8 * 8));
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    decode(upper[i], t[0][i / 2], a[4 * i], a[4 * i + 2]);
+    decode(lower[i], t[1][i / 2], a[4 * i + 1], a[4 * i + 3]);
+  }
+}
+
+template <int W>
+DEV void multiply(float (&part)[W / 2], const u32 (&a)[16], u32 x, bool go_on) {
+  u64 b = operand(x);
+  begin_products();
+  Mma<W>::run(part, a, b, go_on);
+  Mma<W>::run(part, a + 4, b + 2, true);
+  Mma<W>::run(part, a + 8, b + 4, true);
+  Mma<W>::run(part, a + 12, b + 6, true);
+  end_products();
+}
+
+// --- sums ------------------------------------------------------------------------------------------------------------
+static_assert((BLOCKS + 1) / 2 * 2 % SPAN == 0 && SPAN % 2 == 0, "spans are whole");
+
+template <int W>
+struct Sums {
+  float sum[PARTS][W / 2], part[PARTS][W / 2];  // in float32, and in the tensor core
+  u32 a[2][16];
+  int last;  // the stage whose products may still run
+
+  __device__ __forceinline__ void add() {  // waits for all products
+#pragma unroll
+    for (int s = 0; s < PARTS; s++) {
+      Mma<W>::wait(part[s]);
+#pragma unroll
+      for (int i = 0; i < W / 2; i++) sum[s][i] += part[s][i];
+    }
+  }
+  __device__ __forceinline__ void give_back(const Ring& ring) {
+    if (threadIdx.x % 32 == 0) arrive(ring.empty + 8 * last);
+  }
+
+  // SPAN blocks that the tensor core adds itself; the last one's products run on.
+  __device__ __forceinline__ void span(const Ring& ring, const Spot& spot, Turn& at, bool first) {
+#pragma unroll
+    for (int b = 0; b < SPAN; b++) {
+      u32 stage = ring.data + at.stage * STAGE;
+      if (b % 2 == 0) {
+        wait(ring.full + 8 * at.stage, at.phase);
+        if (GATHER) fence_for_products();
+      }
+#pragma unroll
+      for (int s = 0; s < PARTS; s++) {
+        u32(&mine)[16] = a[(b * PARTS + s) % 2];
+        operands(mine, spot, stage, s, b % 2);
+        if (b == 0 && s == 0) {
+          add();
+          if (!first) give_back(ring);
+        }
+        multiply<W>(part[s], mine, stage + b % 2 * X_BLOCK, b > 0);
+        if (s == 0 && b == 0) continue;
+        wait_for_all_but_one();
+        if (s == 0 && b % 2 == 0) give_back(ring);
+      }
+      if (b % 2 == 1) {
+        last = at.stage;
+        at.next();
+      }
+    }
+  }
+};
+
+// --- the groups that multiply ------------------------------------------------------------------------------------------
+template <int W>
+DEV void run(const Params& p, const Ring& ring, const Spot& spot, const u8* slot, int g, Turn& at) {
+  Sums<W> sums;
+#pragma unroll
+  for (int s = 0; s < PARTS; s++)
+#pragma unroll
+    for (int i = 0; i < W / 2; i++) sums.sum[s][i] = 0.f, sums.part[s][i] = 0.f;
+  bool first = true;
+#pragma unroll 1
+  for (int b = 0; b < BLOCKS; b += SPAN) {
+    sums.span(ring, spot, at, first);
+    first = false;
+  }
+  sums.add();
+  sums.give_back(ring);
+#pragma unroll
+  for (int s = 0; s < PARTS; s++) write<W>(sums.sum[s], p, slot, g * PARTS + s);
+}
+
+DEV void consume(const Params& p, Ring ring, const u8* slots) {
+  int g = threadIdx.x / 128, row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+  Spot spot = {(u32)(X_STAGE + g * PARTS * 2 * CODES + row * 64 + q * 16),
+               (u32)(X_STAGE + W_STAGE + g * PARTS * 2 * SCALES + row * 8 + q * 2)};
+  Turn at = {0, 0};
+  int slot = 0;
+  u32 phase = 0;
+  while (true) {
+    wait(ring.told + 8 * slot, phase);
+    const u8* mine = slots + slot * SLOT;
+    int count = ((const Tile*)(mine + OF_TILE))->count;
+    if (count < 0) break;
+    forget(ring), forget(spot.w), forget(spot.s);
+    with_width(Widths<WIDTHS>(), count, [&](auto w) { run<decltype(w)::value>(p, ring, spot, mine, g, at); });
+    if (++slot == SLOTS) slot = 0, phase ^= 1;
+  }
+}
+
+extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, 1)
+    fp4_fp8_cuda(const __grid_constant__ Params p, const __grid_constant__ Map whole, const __grid_constant__ Map piece) {
+  extern __shared__ __align__(1024) u8 memory[];
+  Ring ring;
+  ring.data = shared_address(memory);
+  ring.slots = ring.data + RING;
+  ring.full = ring.data + BARRIERS;
+  ring.empty = ring.full + 8 * STAGES;
+  ring.told = ring.empty + 8 * STAGES;
+  if (ring.data % 1024) __trap();  // what swizzled rows and their operands need
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < STAGES; i++) {
+      init(ring.full + 8 * i, GATHER ? COPIERS + 1 : 1);
+      init(ring.empty + 8 * i, GROUPS * 4);
+    }
+    for (int i = 0; i < SLOTS; i++) init(ring.told + 8 * i, COPIERS + 1);
+    publish_barriers();
+  }
+  __syncthreads();
+  wait_for_previous();
+  launch_next();
+  if (threadIdx.x < GROUPS * 128) {
+    take_registers<CONSUMER_REGISTERS>();
+    consume(p, ring, memory + RING);
+  } else {
+    leave_registers<PRODUCER_REGISTERS>();
+    int thread = threadIdx.x - GROUPS * 128;
+    if (thread < COPIERS) produce(p, Maps{&whole, &piece}, ring, memory + RING, thread);
+  }
+}

@@ -1,0 +1,277 @@
+"""4-bit weights and e4m3 activations in CUDA C++ (device/fp8_cuda.cu), decoded in registers: one tactic is one tile.
+
+The numbers are those of `fp8_registers`, whose layout of weights and order of columns this takes. Few pairs are gathered by
+the first product's producer; of wide tiles x is by place, which the tensor memory accelerator copies: each token's row is
+quantised once and written for all its pairs (device/by_place.cu).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from moestro.kernels.problem import MoeProblem
+from moestro.kernels.scratch import Plan
+from moestro.kernels.triton import call as calls
+from moestro.kernels.triton import nvrtc
+from moestro.kernels.triton.call import Call
+from moestro.kernels.triton.cuda import CudaKernel, Variant, boxes
+from moestro.kernels.triton.cuda_source import source
+from moestro.kernels.triton.device.arguments import Product, Rows, Size
+from moestro.kernels.triton.fp8_layout import COLS, TritonFP4
+from moestro.kernels.triton.paths import path
+from moestro.kernels.triton.paths.fp8 import unfit_for_fp8
+from moestro.kernels.triton.paths.fp8_registers import ROW_BYTES, SPAN, STEP
+from moestro.kernels.triton.paths.registers import THREADS
+from moestro.kernels.triton.tactic import SHARED_BYTES, Tactic, Tile
+from moestro.kernels.triton.words import kernel_rows_of
+
+NAME = "fp8_cuda"
+WARPS, GROUPS = 8, 2  # that multiply
+CONSUMER, PRODUCER = 232, 40  # registers of a thread: 2 * 232 + 40 of the 504 that three groups of 168 have
+PIECE = 16  # rows of x that a tile of few pairs copies at a time
+# Of DeepSeek-V3 and 1024 tokens, tiles of 144 pairs: x by place takes 8 % less time in the first product than gathered, and
+# 25 of 470 µs to write; of tiles of 80, at 256 tokens, both take the same (H200).
+WIDE = 96
+BIASES = {
+    torch.bfloat16: ("u16", "bf16_to_float"),
+    torch.float16: ("u16", "half_to_float"),
+    torch.float32: ("float", ""),
+}
+
+
+class Grid(NamedTuple):
+    """Constants of a tile."""
+
+    rows: int  # of weights
+    pairs: int
+    stages: int  # of two blocks of 128 columns
+    raster: int  # tiles of pairs that walk the strips of rows together
+    gathers: bool  # x is by token, not by place
+    powers: bool  # scales of weights are powers of two that 32 columns share
+    bias: torch.dtype | None
+
+
+def tactic(pairs: int, rows: int) -> Tactic:
+    """A tactic of this path, with one tile for both products, and as many stages as shared memory holds."""
+    stages = next(n for n in range(16, 0, -1) if bytes_of(rows, pairs, n) <= SHARED_BYTES)
+    tile = Tile(rows, STEP, WARPS, stages)
+    return Tactic(NAME, "sorted", pairs, tile, tile)
+
+
+def bytes_of(rows: int, pairs: int, stages: int) -> int:
+    """Shared memory of a tile: stages, what is told of tiles, barriers (device/fp8_cuda_producer.cuh)."""
+    ring = stages * 2 * (pairs * COLS + rows * ROW_BYTES)
+    slots = (stages + 1) * (8 * pairs + 4 * rows + 16)
+    return int(ring + -(-slots // 8) * 8 + 8 * (3 * stages + 1))
+
+
+TABLE: Mapping[str, tuple[Tactic, ...]] = {
+    "fp8": (
+        tactic(16, 128),
+        tactic(16, 256),
+        tactic(32, 128),
+        tactic(32, 256),
+        tactic(48, 256),
+        tactic(64, 256),
+        tactic(80, 256),
+        tactic(128, 128),
+        tactic(144, 128),
+        tactic(160, 128),
+    ),
+}
+
+
+def fitted(problem: MoeProblem, tactic: Tactic) -> Tactic:
+    return tactic
+
+
+def widths(pairs: int) -> tuple[int, ...]:
+    """The products of a tile, ascending: half of its pairs or a few more, and all. Three widths spill registers."""
+    half = -(-pairs // 32) * 16
+    return (half, pairs) if half < pairs else (pairs,)
+
+
+def span(columns: int) -> int:
+    """Blocks of 128 columns that the tensor core adds itself, of a whole number of stages: a second length spills registers."""
+    blocks = triton.cdiv(columns, 2 * COLS) * 2
+    return next(n for n in (SPAN, 6, 2) if blocks % n == 0)
+
+
+def parts(tile: Tile) -> int:
+    """Strips of 64 rows of each group."""
+    return tile.rows // (64 * GROUPS)
+
+
+def why_not(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> str | None:
+    """Why a tactic of this path cannot run a problem."""
+    reason = unfit_for_fp8(problem, tactic, ("nvfp4", "mxfp4"))
+    if reason is not None:
+        return reason
+    if problem.batch_invariant:  # as fp8_registers
+        return "its sums are not those of paths 'fp8' and 'fp8_once' bit by bit, which batch-invariant problems keep to"
+    for stage in (1, 2):
+        tile, pairs = tactic.of_stage(stage)
+        if tile.warps != WARPS or tile.rows not in (128, 256) or tile.k_blocks != STEP or tile.stages < 2:
+            return f"a tile has 128 or 256 rows for {WARPS} warps, {STEP} blocks of 64 columns a stage, and 2 stages at least"
+        if pairs % PIECE or not PIECE <= pairs * parts(tile) <= 160:
+            return "a tile has a multiple of 16 pairs, up to 160 of 128 rows or 80 of 256"
+        if bytes_of(tile.rows, pairs, tile.stages) > SHARED_BYTES:
+            return "its tiles exceed shared memory"
+    return nvrtc.why_missing()
+
+
+def shared_bytes(problem: MoeProblem, tactic: Tactic, stage: int) -> int:
+    """Of the ring, and what is beside it."""
+    tile, pairs = tactic.of_stage(stage)
+    return bytes_of(tile.rows, pairs, tile.stages)
+
+
+def gathers(tactic: Tactic) -> bool:
+    """Whether the first product's producer gathers rows of x by token."""
+    return tactic.pairs1 < WIDE
+
+
+def cost(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> float:
+    """Estimated seconds: products at 1.9 times bf16's rate, and decoding beside them at 13 T weights/s."""
+    total = path.launches(tactic) + path.LAUNCH * 2
+    for stage, e in enumerate(path.estimates(problem, tactic, num_tokens), 1):
+        width = tactic.of_stage(stage)[1]
+        each = num_tokens * problem.top_k / problem.num_experts
+        rounds = path.expected(max(1.0, each), width, "")[0]
+        total += max(e.memory, e.products / 1.9, e.weights * rounds / 13e12)
+    return total
+
+
+def scratch(problem: MoeProblem, num_tokens: int, tactic: Tactic, x_rows: int) -> Plan:
+    p, pairs = problem, num_tokens * problem.top_k
+    plan = dict(calls.scratch(problem, num_tokens, tactic, x_rows, half=True))
+    plan["act"] = ((pairs, p.intermediate_size), torch.float32)  # as fp8_registers
+    x_rows = num_tokens if gathers(tactic) else pairs
+    for name, rows, columns in (("x", x_rows, p.hidden_size), ("act", pairs, p.intermediate_size)):
+        plan[f"{name}_values"] = ((rows, triton.cdiv(columns, COLS) * COLS), torch.float8_e4m3fn)
+        plan[f"{name}_scale"] = ((rows,), torch.float32)
+    if not gathers(tactic):
+        plan["places"] = ((pairs,), torch.int32)
+    return plan
+
+
+def launch(call: Call) -> None:
+    call.weighted = False  # the sum does it
+    call.by_size = True
+    call.sort()
+    # by token x is quantised beside the sort, which it does not read
+    x = call.to_e4m3(call.x, "x", turned=True, beside=True) if gathers(call.tactic) else _by_place(call)
+    _product(call, 1, x, call.s["act"])
+    _product(call, 2, call.to_e4m3(call.s["act"], "act", turned=True), call.s["partial"])
+    call.sum_pairs()
+
+
+# --- x by place --------------------------------------------------------------------------------------------------------
+
+
+def _invert(**_: Any) -> Variant:
+    return Variant(source(["by_place.cu"], _of_x(128, 1, 0, 1, torch.bfloat16)), 256, 0)
+
+
+def _spread(COLUMNS: int, TOP_K: int, OFFSET: int, EXPERTS: int, X: torch.dtype) -> Variant:  # noqa: N803
+    constants = _of_x(COLUMNS, TOP_K, OFFSET, EXPERTS, X)
+    return Variant(source(["by_place.cu"], constants), constants["THREADS"], 0)
+
+
+def _of_x(columns: int, top_k: int, offset: int, experts: int, dtype: torch.dtype) -> dict[str, Any]:
+    blocks = triton.cdiv(columns, COLS)
+    return {
+        "COLUMNS": columns,
+        "BLOCKS": blocks,
+        "TOP_K": top_k,
+        "OFFSET": offset,
+        "EXPERTS": experts,
+        "X": BIASES[dtype][1],
+        "THREADS": 128 if blocks <= 16 else 256,
+    }
+
+
+INVERT = CudaKernel("invert", ("sorted_pairs", "places", "pairs"), _invert)
+SPREAD = CudaKernel("spread", ("x", "ids", "places", "data", "scales"), _spread)
+
+
+def _by_place(call: Call) -> Rows:
+    """x quantised by token, each row where its pairs are."""
+    p, s = call.p, call.s
+    data, scale, places = s["x_values"], s["x_scale"], s["places"]
+    call.add(INVERT, (triton.cdiv(call.pairs, 256),), s["sorted_pairs"], places, call.pairs)
+    call.add(
+        SPREAD, (call.num_tokens,), call.x, call.ids, places, data, scale, COLUMNS=p.hidden_size, TOP_K=p.top_k,
+        OFFSET=p.expert_offset, EXPERTS=p.num_local_experts, X=call.x.dtype,
+    )  # fmt: skip
+    return Rows(data, scale)
+
+
+# --- the products ------------------------------------------------------------------------------------------------------
+
+
+def variant(HOW: Product, TILE: Grid, SIZE: Size) -> Variant:  # noqa: N803
+    """The source of a product, and how it is launched."""
+    tile = Tile(TILE.rows, STEP, WARPS, TILE.stages)
+    bias = ("float", "") if TILE.bias is None else BIASES[TILE.bias]
+    constants = {
+        "PRODUCT": HOW.stage,
+        "GROUPS": GROUPS,
+        "PARTS": parts(tile),
+        "PAIRS": TILE.pairs,
+        "WIDTHS": ", ".join(map(str, widths(TILE.pairs))),
+        "STAGES": TILE.stages,
+        "SPAN": span(SIZE.columns),
+        "RASTER": TILE.raster,
+        "BLOCKS": triton.cdiv(SIZE.columns, COLS),
+        "ROWS": SIZE.rows,
+        "ROW_BLOCKS": kernel_rows_of(SIZE.rows, HOW.gated) // 64,
+        "OUT_STRIDE": SIZE.out_stride,
+        "TOP_K": SIZE.top_k,
+        "GATHER": TILE.gathers,
+        "POWERS": TILE.powers,
+        "GATED": HOW.gated,
+        "ACT": HOW.act,
+        "ALPHA": float(HOW.alpha),
+        "HAS_LIMIT": HOW.limit is not None,
+        "LIMIT": float(HOW.limit or 0.0),
+        "SHIFT": float(HOW.shift),
+        "HAS_BIAS": TILE.bias is not None,
+        "BIAS": bias[0],
+        "OF_BIAS": bias[1],
+        "CONSUMER_REGISTERS": CONSUMER,
+        "PRODUCER_REGISTERS": PRODUCER,
+        "SHARED_BYTES": SHARED_BYTES,
+    }
+    files = ("fp8_cuda_producer.cuh", "fp8_cuda_end.cuh", "fp8_cuda.cu")
+    text = source(files, constants, widths(TILE.pairs))
+    return Variant(text, THREADS * (GROUPS + 1), bytes_of(TILE.rows, TILE.pairs, TILE.stages))
+
+
+PRODUCT = CudaKernel(
+    "fp4_fp8_cuda",
+    (
+        *("codes", "scales", "row_scale", "bias", "x", "x_scale", "sorted_pairs", "table"),
+        *("out", "stride", "whole", "piece"),
+    ),
+    variant,
+)
+
+
+def _product(call: Call, stage: int, x: Rows, out: torch.Tensor) -> None:
+    tile, pairs = call.tactic.of_stage(stage)
+    weights = call.packed(stage)
+    assert isinstance(weights, TritonFP4)
+    routing, stride = call.routing(stage)
+    bias = call.bias(stage)
+    grid = Grid(tile.rows, pairs, tile.stages, call.tactic.raster_group, stage == 1 and gathers(call.tactic),
+                weights.format == "mxfp4", None if bias is None else bias.dtype)  # fmt: skip
+    call.add(
+        PRODUCT, (call.processors,), weights.words, weights.scales, weights.row_scale, bias, x.data, x.scale,
+        routing.sorted_pairs, routing.table, out, stride, boxes(x.data, (pairs, COLS)), boxes(x.data, (PIECE, COLS)),
+        HOW=call.product(stage), TILE=grid, SIZE=call.size(stage),
+    )  # fmt: skip
