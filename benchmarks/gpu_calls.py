@@ -47,7 +47,7 @@ def _sanitized(tool: str, limit_s: int, about_s: int) -> Step:
                 f"TRITON_INTERPRET=1 {PYTHON} {HERE}/gpu_formats.py quick bf16 --tokens 3")  # fmt: skip
 
 
-QUICK = "nvfp4+fp8 mxfp4+fp8 bf16 int4"  # fp8_registers, dense, and a format with zero points
+QUICK = "nvfp4+fp8 mxfp4+fp8 bf16 int4"  # fp8_cuda, dense, and a format with zero points
 # checked side by side: what takes the time is compiling, two kernels a second in one process
 PAIRS = (
     "nvfp4+fp8 mxfp4+fp8 fp8_block+fp8 int4+fp8 mxfp8+fp8 bf16+fp8 nvfp4 mxfp4 mxfp8 fp8_block int4 bf16 "

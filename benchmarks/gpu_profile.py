@@ -25,13 +25,12 @@ SECTIONS = (
 
 def cases() -> Iterator[tuple[str, str, str | None, int, object]]:
     """(model, format, input format, tokens, tactic)."""
-    from moestro.kernels.triton.paths import fp8_once, fp8_registers
-    from moestro.kernels.triton.tactic import Tile
+    from moestro.kernels.triton.paths import fp8_cuda, fp8_once
 
-    yield "deepseek", "nvfp4", "fp8", 4096, fp8_registers.tactic(128, Tile(128, 4, 8, 4), "halves")
+    yield "deepseek", "nvfp4", "fp8", 4096, fp8_cuda.tactic(160, 128)
     yield "deepseek", "nvfp4", "fp8", 4096, fp8_once.LARGE
-    yield "deepseek", "nvfp4", "fp8", 1024, fp8_registers.tactic(144, Tile(128, 4, 8, 4), "halves")
-    yield "deepseek", "nvfp4", "fp8", 256, fp8_registers.tactic(80, Tile(128, 4, 8, 5), "halves")
+    yield "deepseek", "nvfp4", "fp8", 1024, fp8_cuda.tactic(144, 128)
+    yield "deepseek", "nvfp4", "fp8", 256, fp8_cuda.tactic(80, 256)
 
 
 def main() -> int:

@@ -19,9 +19,7 @@ pytest.importorskip("triton", minversion="3.8")
         ("compile_all", "gluon_sm_90"),
         ("compile_all", "dense_sm_90"),
         ("compile_all", "sm_100"),
-        ("compile_fp8", "shared_sm_90"),
-        ("compile_fp8", "in_order_sm_90"),
-        ("compile_fp8", "gathered_sm_90"),
+        ("compile_fp8", "sm_90"),
     ],
 )
 def test_compiles_to_what_it_must(program: str, target: str) -> None:

@@ -110,7 +110,7 @@ def test_the_kernels_table_is_the_product_rounded_to_e4m3() -> None:
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_mxfp4_keeps_powers_of_two_that_32_columns_share_as_the_kernels_tables_want_it(seed: int) -> None:
-    """A pair of scales is a byte twice, without a mantissa; fp8_operands' two sums give its products with e2m1."""
+    """A pair of scales is a byte twice, without a mantissa; fp8_cuda.cu's two sums give its products with e2m1."""
     gen = torch.Generator().manual_seed(seed)
     packed = FP8FromMXFP4.pack(of_any_scales(1, torch.ones(1), True, gen), False)
     pairs = packed.scales.flatten().tolist()

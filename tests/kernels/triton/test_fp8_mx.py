@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton", minversion="3.8")  # whose interpreter has dot_scaled
 
-from test_fp8_registers import Quantize
+from fp8_rows import Quantize
 from test_kernels import error, inputs_of
 from test_kernels import make as make_runner
 

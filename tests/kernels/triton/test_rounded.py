@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from test_fp8_registers import Quantize
+from fp8_rows import Quantize
 from test_kernels import DEVICE, SIZES, TACTICS, error, inputs_of, make
 
 from moestro.kernels.problem import MoeProblem

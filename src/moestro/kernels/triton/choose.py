@@ -19,9 +19,9 @@ from moestro.kernels.triton.paths import (
     dequantized,
     fp4,
     fp8,
+    fp8_cuda,
     fp8_mx,
     fp8_once,
-    fp8_registers,
     fused,
     kind_of,
     warp_specialized,
@@ -284,17 +284,16 @@ FP8_INVARIANT = (
     (400.0, fp8.tactic(128, Tile(256, 3, 8, 3))),
     (float("inf"), fp8_once.LARGE),
 )
-# measured on an H200 (benchmarks/results/h200-fp8-registers.json)
+# measured on an H200 (benchmarks/results/h200-fp8-cuda.json)
 FP8_DEFAULTS = (
-    (8.0, fp8_registers.tactic(16, Tile(128, 4, 4, 4))),
-    (24.0, fp8_registers.tactic(32, Tile(128, 4, 4, 3))),
-    (45.0, fp8_registers.tactic(64, Tile(128, 4, 4, 3), "halves")),
-    (70.0, fp8_registers.tactic(80, Tile(128, 4, 8, 5), "halves")),
-    (86.0, fp8_registers.tactic(96, Tile(128, 4, 8, 5), "halves")),
-    (115.0, fp8_registers.tactic(128, Tile(128, 4, 8, 4), "halves")),
-    (132.0, fp8_registers.tactic(144, Tile(128, 4, 8, 4), "halves")),
-    (2000.0, fp8_registers.tactic(128, Tile(128, 4, 8, 4), "halves")),
-    (float("inf"), fp8_once.LARGE),
+    (1.5, fp8_cuda.tactic(16, 128)),
+    (24.0, fp8_cuda.tactic(32, 256)),
+    (38.0, fp8_cuda.tactic(48, 256)),
+    (52.0, fp8_cuda.tactic(64, 256)),
+    (70.0, fp8_cuda.tactic(80, 256)),
+    (115.0, fp8_cuda.tactic(128, 128)),
+    (300.0, fp8_cuda.tactic(144, 128)),
+    (float("inf"), fp8_cuda.tactic(160, 128)),
 )
 
 
@@ -306,4 +305,7 @@ def _fp8_default(p: MoeProblem, num_tokens: int) -> Tactic:
             fp8_once.LARGE
         )  # of 16 and of 64 tokens, too: half of its tile is empty there, and it reads faster
     table = FP8_INVARIANT if p.batch_invariant else FP8_DEFAULTS
-    return next(t for most, t in table if per_expert <= most)
+    chosen = next(t for most, t in table if per_expert <= most)
+    if why_not(p, chosen, num_tokens) is None:
+        return chosen
+    return next(t for most, t in FP8_INVARIANT if per_expert <= most)  # without NVRTC

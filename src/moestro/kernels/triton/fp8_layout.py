@@ -201,17 +201,6 @@ def descriptor(rows: torch.Tensor, block: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(rows, [block, COLS], gl.NVMMASharedLayout(128, 8, 2))
 
 
-def boxes_of_weights(weights: TritonFP4, rows: int) -> tuple[TensorDescriptor, TensorDescriptor]:
-    """The same for codes and scales of `rows` rows and a block of columns: whole strips, which lie in order each.
-
-    A row of a box has at least 16 bytes: scales have two rows together.
-    """
-    strips = weights.words.flatten(0, 1).flatten(1, 2)  # [L * Rb, Cb * 64, 32]
-    pairs = weights.scales.flatten(0, 1).reshape(len(strips), -1, 8)  # [L * Rb, Cb * 32, 8]
-    return (TensorDescriptor.from_tensor(strips, [rows // ROWS, ROWS, 32], gl.NVMMASharedLayout(64, 16, 3)),
-            TensorDescriptor.from_tensor(pairs, [rows // ROWS, ROWS // 2, 8], gl.NVMMASharedLayout(0, 16, 3)))  # fmt: skip
-
-
 def _pieces(q: NVFP4 | MXFP4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(codes uint8 [R, C], float32 scale of each 16 columns [R, C/16] >= 0, float32 [R] of the whole row)."""
     codes = torch.stack([q.packed & 15, q.packed >> 4], dim=-1).flatten(-2)

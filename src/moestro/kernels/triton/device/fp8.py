@@ -80,7 +80,7 @@ class Recipe(NamedTuple):
     offset: int
     experts: int
     columns: int  # at a time, a multiple of 128
-    turned: bool = False  # rows are whole blocks of 128 columns, in the order of fp8_operands.py
+    turned: bool = False  # rows are whole blocks of 128 columns, in the order of fp8_cuda.cu
     whole: bool = False  # a row is at most `columns`: it is read once
     beside: bool = False  # reads nothing of the launch before this one, and runs while that does
 
@@ -142,7 +142,7 @@ def quantize_fp8(x, ids, sorted_pairs, data, scales, columns, HOW: tl.constexpr,
 
 @triton.jit
 def _turned(place):
-    """The column of a place, within each block of 128: see fp8_operands.py."""
+    """The column of a place, within each block of 128: see fp8_cuda.cu."""
     return place // 128 * 128 + place // 4 % 4 * 32 + place // 32 % 4 * 8 + place // 16 % 2 * 4 + place % 4
 
 

@@ -1,17 +1,29 @@
-// 4-bit weights and e4m3 activations on Hopper's FP8 tensor cores: weights are decoded into the registers of wgmmas.
+// 4-bit weights and e4m3 activations on Hopper's FP8 tensor cores: weights are decoded into the registers of wgmmas, a
+// wgmma's A operand; pairs are its B operand.
 //
-// Layout, arithmetic and sums are fp8_registers.py's (operands: fp8_operands.py, sums: fp8_sums.py); what differs is what
-// Triton has no words for. All groups run one copy of the code, warps give a stage back each by itself, and a group's
-// products run on into the next stage while it decodes: what is waited for is always the block before. A product takes
-// exactly the pairs of its width. The producer (one warp; four where it gathers rows of x) fills a ring of stages, two
-// blocks of 128 columns each, and tells of each tile what its end reads: scales, pairs, and where it is.
+// A producer (fp8_cuda_producer.cuh) fills a ring of stages, two blocks of 128 columns each; GROUPS of four warps decode 64
+// rows at a time and multiply. A group's products run on while it decodes the next block, in the next stage too: what is
+// waited for is always the block before. All groups run one copy of the code, and warps give a stage back each by itself.
 //
-// Constants: see cuda_source.py. A tile is GROUPS * PARTS strips of 64 rows of weights, and up to PAIRS pairs.
+// Columns: a thread q of four owns columns 32 q .. 32 q + 31 of a block, eight words of 16 bits and a pair of scales as they
+// lie in memory (fp8_layout.TritonFP4). A wgmma of 32 columns wants columns 4 q and 16 + 4 q and three on from it, so those of
+// a block are taken in another order: place 32 s + 16 h + 4 q + j is column 32 q + 8 s + 4 h + j, and x is written so.
+//
+// Decoding: two registers hold the eight products of a scale with e2m1's magnitudes, rounded to e4m3. They follow from the
+// scale's byte: a power of two is 8 in it; 1.5 times a number is 5 more where its mantissa (the low three bits) is 1 to 5,
+// else 4. A `prmt` by three bits of each code selects, and its sign is put in: 7 instructions for 8 codes.
+//
+// Sums: Hopper's FP8 products keep about 14 bits of the sums they add to. So SPAN blocks are added there, then in float32:
+// 512 columns take a quarter of the additions that 128 do, at an error of a layer of 0.6 % for 0.4 (docs/numerics.md).
+//
+// Constants: paths/fp8_cuda.py. A tile is GROUPS * PARTS strips of 64 rows, and up to PAIRS pairs; WIDTHS of it are products.
 
 // --- operands ------------------------------------------------------------------------------------------------------
 struct Tables { u32 low, high; };  // a scale times 0, .5, 1, 1.5, and times 2, 3, 4, 6, rounded to e4m3
 
-// Of both scales of a pair, for two rows: fp8_operands.py says how.
+// Of both scales of a pair, for two rows. Scales that are powers of two and shared by 32 columns, MXFP4's, take two
+// multiply-adds: 1, 1.5, 2, 3, 4 and 6 times one are 0, 4, 8, 12, 16 and 20 more in its byte, half of it is 8 less. A `prmt`
+// by 8 + i gives the sign of byte i, which is 0; mantissas of 1 to 5 are m + 7 >= 8 and m + 2 < 8.
 DEV void tables_of(Tables (&t)[2][2], u32 s0, u32 s1) {
   constexpr u32 LOW = 0x03fff800u, HIGH = 0x14100c08u;
   if constexpr (POWERS) {

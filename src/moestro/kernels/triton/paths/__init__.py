@@ -36,7 +36,6 @@ from moestro.kernels.triton.paths import (
     fp8_cuda,
     fp8_mx,
     fp8_once,
-    fp8_registers,
     fused,
     warp_specialized,
 )
@@ -52,7 +51,6 @@ PATHS: dict[str, Path] = {
         dequantized,
         fp4,
         fp8_cuda,
-        fp8_registers,
         fp8,
         fp8_once,
         fp8_mx,

@@ -1,8 +1,9 @@
 """4-bit weights and e4m3 activations in CUDA C++ (device/fp8_cuda.cu), decoded in registers: one tactic is one tile.
 
-The numbers are those of `fp8_registers`, whose layout of weights and order of columns this takes. Few pairs are gathered by
-the first product's producer; of wide tiles x is by place, which the tensor memory accelerator copies: each token's row is
-quantised once and written for all its pairs (device/by_place.cu).
+Few pairs are gathered by the first product's producer, from x that is quantised once per token; of wide tiles x is by
+place, which the tensor memory accelerator copies: each token's row is quantised once and written for all its pairs
+(device/by_place.cu). The intermediate is quantised once it is whole, since its scale is its row's. Both are written in the
+order of columns that the products take.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from moestro.kernels.triton.device.arguments import Product, Rows, Size
 from moestro.kernels.triton.fp8_layout import COLS, TritonFP4
 from moestro.kernels.triton.paths import path
 from moestro.kernels.triton.paths.fp8 import unfit_for_fp8
-from moestro.kernels.triton.paths.fp8_registers import ROW_BYTES, SPAN, STEP
 from moestro.kernels.triton.paths.registers import THREADS
 from moestro.kernels.triton.tactic import SHARED_BYTES, Tactic, Tile
 from moestro.kernels.triton.words import kernel_rows_of
 
 NAME = "fp8_cuda"
+SPAN = 4  # blocks of 128 columns that the tensor core adds itself (device/fp8_cuda.cu)
+STEP = 4  # blocks of 64 columns a stage
+ROW_BYTES = 72  # codes and scales of a row and 128 columns
 WARPS, GROUPS = 8, 2  # that multiply
 CONSUMER, PRODUCER = 232, 40  # registers of a thread: 2 * 232 + 40 of the 504 that three groups of 168 have
 PIECE = 16  # rows of x that a tile of few pairs copies at a time
@@ -96,7 +99,7 @@ def widths(pairs: int) -> tuple[int, ...]:
 
 
 def span(columns: int) -> int:
-    """Blocks of 128 columns that the tensor core adds itself, of a whole number of stages: a second length spills registers."""
+    """Blocks of 128 columns that the tensor core adds itself, all spans alike: a second length spills registers."""
     blocks = triton.cdiv(columns, 2 * COLS) * 2
     return next(n for n in (SPAN, 6, 2) if blocks % n == 0)
 
@@ -111,12 +114,12 @@ def why_not(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> str | None:
     reason = unfit_for_fp8(problem, tactic, ("nvfp4", "mxfp4"))
     if reason is not None:
         return reason
-    if problem.batch_invariant:  # as fp8_registers
+    if problem.batch_invariant:  # another order of columns, and spans of columns that the tensor core adds
         return "its sums are not those of paths 'fp8' and 'fp8_once' bit by bit, which batch-invariant problems keep to"
     for stage in (1, 2):
         tile, pairs = tactic.of_stage(stage)
         if tile.warps != WARPS or tile.rows not in (128, 256) or tile.k_blocks != STEP or tile.stages < 2:
-            return f"a tile has 128 or 256 rows for {WARPS} warps, {STEP} blocks of 64 columns a stage, and 2 stages at least"
+            return f"a tile has 128 or 256 rows, {WARPS} warps, {STEP} blocks of 64 columns a stage, and 2 stages at least"
         if pairs % PIECE or not PIECE <= pairs * parts(tile) <= 160:
             return "a tile has a multiple of 16 pairs, up to 160 of 128 rows or 80 of 256"
         if bytes_of(tile.rows, pairs, tile.stages) > SHARED_BYTES:
@@ -149,7 +152,8 @@ def cost(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> float:
 def scratch(problem: MoeProblem, num_tokens: int, tactic: Tactic, x_rows: int) -> Plan:
     p, pairs = problem, num_tokens * problem.top_k
     plan = dict(calls.scratch(problem, num_tokens, tactic, x_rows, half=True))
-    plan["act"] = ((pairs, p.intermediate_size), torch.float32)  # as fp8_registers
+    # in float32: where bfloat16 rounds first, one value in 64 is rounded to another e4m3, 1.1 % of the result
+    plan["act"] = ((pairs, p.intermediate_size), torch.float32)
     x_rows = num_tokens if gathers(tactic) else pairs
     for name, rows, columns in (("x", x_rows, p.hidden_size), ("act", pairs, p.intermediate_size)):
         plan[f"{name}_values"] = ((rows, triton.cdiv(columns, COLS) * COLS), torch.float8_e4m3fn)
@@ -177,7 +181,7 @@ def _invert(**_: Any) -> Variant:
     return Variant(source(["by_place.cu"], _of_x(128, 1, 0, 1, torch.bfloat16)), 256, 0)
 
 
-def _spread(COLUMNS: int, TOP_K: int, OFFSET: int, EXPERTS: int, X: torch.dtype) -> Variant:  # noqa: N803
+def _spread(COLUMNS: int, TOP_K: int, OFFSET: int, EXPERTS: int, X: torch.dtype) -> Variant:
     constants = _of_x(COLUMNS, TOP_K, OFFSET, EXPERTS, X)
     return Variant(source(["by_place.cu"], constants), constants["THREADS"], 0)
 
@@ -214,7 +218,7 @@ def _by_place(call: Call) -> Rows:
 # --- the products ------------------------------------------------------------------------------------------------------
 
 
-def variant(HOW: Product, TILE: Grid, SIZE: Size) -> Variant:  # noqa: N803
+def variant(HOW: Product, TILE: Grid, SIZE: Size) -> Variant:
     """The source of a product, and how it is launched."""
     tile = Tile(TILE.rows, STEP, WARPS, TILE.stages)
     bias = ("float", "") if TILE.bias is None else BIASES[TILE.bias]

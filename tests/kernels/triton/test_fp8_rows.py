@@ -1,0 +1,66 @@
+"""Rows in e4m3, and which FP8 products are offered."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fp8_rows import turned
+
+from moestro.kernels.problem import MoeProblem
+from moestro.kernels.triton import choose, nvrtc
+from moestro.kernels.triton.device.fp8 import Recipe, quantize_fp8
+from moestro.kernels.triton.paths import fp8 as fp8_path
+from moestro.kernels.triton.paths import fp8_cuda
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the GPU itself: tests/gpu")
+
+
+def test_rows_are_quantised_in_the_order_of_products() -> None:
+    """Places of a block hold its columns in the order that a wgmma's A registers give them; the last block ends in zeros."""
+    x = torch.randn(3, 144).bfloat16()
+    ids, scales = torch.zeros(3, 2, dtype=torch.int32), torch.zeros(3)
+    data = torch.full((3, 256), 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    quantize_fp8[(3,)](
+        x, ids, ids, data, scales, 144, HOW=Recipe(False, False, 2, 0, 4, 256, True), PDL=False
+    )
+    exact = torch.zeros(3, 256)
+    exact[:, :144] = x.float()
+    found, wanted = data.float() * scales[:, None], exact[:, turned(144)]
+    assert torch.all(found[wanted == 0] == 0)
+    assert float(((found - wanted).abs() < 0.07 * wanted.abs() + 1e-3).float().mean()) > 0.95  # see Quantize
+
+
+@pytest.mark.parametrize("num_tokens", [1, 16, 256, 4096, 16384])
+def test_batch_invariant_problems_keep_to_paths_whose_bits_agree(
+    num_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fp8_path, "has_wgmma", lambda: True)
+    monkeypatch.setattr(nvrtc, "why_missing", lambda: None)
+    p = MoeProblem(32, 32, 0, 8, 7168, 2048, "nvfp4", input_format="fp8")
+    free, bound = (
+        choose.candidates(p, num_tokens),
+        choose.candidates(replace(p, batch_invariant=True), num_tokens),
+    )
+    assert any(t.path == "fp8_cuda" for t in free)
+    assert {t.path for t in bound} == {"fp8", "fp8_once"}
+    assert choose.default(replace(p, batch_invariant=True), num_tokens) in bound
+    assert choose.default(p, num_tokens) in free
+
+
+@pytest.mark.parametrize("num_tokens", [1, 256, 16384])
+def test_without_nvrtc_the_default_is_a_path_that_needs_none(
+    num_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fp8_path, "has_wgmma", lambda: True)
+    monkeypatch.setattr(nvrtc, "why_missing", lambda: "there is no libnvrtc")
+    p = MoeProblem(32, 32, 0, 8, 7168, 2048, "mxfp4", input_format="fp8")
+    tactics = choose.candidates(p, num_tokens)
+    assert {t.path for t in tactics} == {"fp8", "fp8_once"}
+    assert choose.default(p, num_tokens) in tactics
+    wanted = fp8_cuda.tactic(80, 256)
+    assert choose.why_not(p, wanted, num_tokens) == "there is no libnvrtc"
