@@ -25,6 +25,7 @@ from moestro.kernels.triton.layout import Packed
 from moestro.kernels.triton.tactic import Tactic, gated, num_slots, sizes
 
 AT_ONCE = 8192  # columns that a program keeps in registers while it looks for the largest
+BINS = 256
 FLOAT_BYTES = 4 << 20  # below this, the pairs' results are kept in float32 until they are summed
 
 
@@ -89,7 +90,7 @@ def scratch(problem: MoeProblem, num_tokens: int, tactic: Tactic, x_rows: int, h
     small = 4 * parts * p.hidden_size < FLOAT_BYTES and not half
     plan["partial"] = ((parts, p.hidden_size), torch.float32 if small else dtype)
     if tactic.route == "sorted":
-        chunks, bins = num_chunks(pairs), num_bins(p)
+        chunks, bins = num_chunks(pairs), num_bins(p, pairs)
         plan["counts"] = plan["cursors"] = ((chunks, bins), torch.int32)
         plan["sorted_pairs"] = ((pairs,), torch.int32)
         for stage, width in enumerate(tactic.widths, 1):
@@ -101,8 +102,12 @@ def num_chunks(pairs: int) -> int:
     return -(-pairs // sort.CHUNK)
 
 
-def num_bins(problem: MoeProblem) -> int:
-    return int(triton.next_power_of_2(problem.num_local_experts + 1))
+def num_bins(problem: MoeProblem, pairs: int) -> int:
+    """Of a chunk's histogram: an expert each, one for all that are not local, and more that stay empty where there are
+    several chunks. With 64 bins `count` took 45 µs of 131072 pairs, with 256 5.8 (H200).
+    """
+    least = BINS if num_chunks(pairs) > 1 else 1
+    return int(triton.next_power_of_2(max(problem.num_local_experts + 1, least)))
 
 
 class Call:
@@ -147,7 +152,7 @@ class Call:
             return
         s, chunks = self.s, num_chunks(self.pairs)
         size = min(sort.CHUNK, max(32, triton.next_power_of_2(self.pairs)))
-        local = sort.Local(self.p.expert_offset, self.p.num_local_experts, num_bins(self.p))
+        local = sort.Local(self.p.expert_offset, self.p.num_local_experts, num_bins(self.p, self.pairs))
         meta = {"LOCAL": local, "CHUNK": size, "num_warps": 8 if size > 512 else 4}
         if chunks > 1:
             self.add(sort.count, (chunks,), self.ids, s["counts"], self.pairs, **meta)
