@@ -95,14 +95,14 @@ def shared_bytes(problem: MoeProblem, tactic: Tactic, stage: int) -> int:
 
 
 def cost(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> float:
-    """Estimated seconds: products at 1.5 times bf16's rate, or decoding at 4.7 (two groups) or 2.6 T weights/s."""
+    """Estimated seconds: products at 1.1 times bf16's rate, or decoding at 4.7 (two groups) or 2.6 T weights/s."""
     total = path.launches(tactic) + path.LAUNCH * 2
     for stage, e in enumerate(path.estimates(problem, tactic, num_tokens), 1):
         tile, width = tactic.of_stage(stage)
         each = num_tokens * problem.top_k / problem.num_experts
         rounds = path.expected(max(1.0, each), width, "")[0]
         rate = 4.7e12 if SHAPES[width, tile.rows, tile.warps][1] == 2 else 2.6e12
-        total += max(e.memory, e.products / 1.5, e.weights * rounds / rate)
+        total += max(e.memory, e.products / 1.1, e.weights * rounds / rate)
     return total
 
 
