@@ -1,0 +1,134 @@
+"""Runs a kernel in CUDA C++ on the CPU: its own text, after functions of hopper.cuh's names (hopper_on_cpu.h), by g++.
+
+What is asynchronous on the GPU happens when a seeded draw says so, so that a kernel that reads too early, gives a stage
+back too early or waits for the wrong phase computes NaN or stops with an error (MachineError). Each variant of a kernel
+is compiled once in a process; the two of a product side by side, where `compile` is called before they are launched.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import struct
+import subprocess
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import torch
+
+from moestro.kernels.triton import cuda, cuda_source
+from moestro.kernels.triton.cuda import CudaKernel
+
+HERE = Path(__file__).parent
+HEADERS = ("hopper_on_cpu.h", "cuda_on_cpu.h")  # the first has the second
+CXX = os.environ.get("CXX", "g++")
+FLAGS = "-std=c++17 -O1 -fPIC -fno-strict-aliasing -U_FORTIFY_SOURCE -w"
+GRID = struct.Struct("=5I4xQ")  # of hopper_on_cpu.h
+Mutants = Sequence[tuple[str, str]]  # (text, what stands there instead)
+
+source = functools.partial(cuda_source.source, primitives=lambda widths: "")
+
+
+def why_missing() -> str | None:
+    return None if shutil.which(CXX) else "no C++ compiler"
+
+
+class MachineError(AssertionError):
+    """What the machine has to say of a kernel."""
+
+
+@functools.cache
+def folder() -> Path:
+    """Of this process: the headers, one of them compiled, and libraries by their text."""
+    made = Path(mkdtemp(prefix="moestro-cuda-on-cpu-"))
+    for name in HEADERS:
+        shutil.copy(HERE / name, made)
+    subprocess.run([CXX, *FLAGS.split(), "-x", "c++-header", HEADERS[0]], cwd=made, check=True)
+    return made
+
+
+@functools.cache
+def library(text: str) -> Any:
+    name = hashlib.sha256(text.encode()).hexdigest()[:24]
+    (folder() / f"{name}.cpp").write_text(text)
+    command = [CXX, *FLAGS.split(), "-shared", "-include", HEADERS[0], f"{name}.cpp", "-o", f"{name}.so"]
+    done = subprocess.run(command, cwd=folder(), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise MachineError(f"g++ does not take the kernel: {done.stderr[:3000]}")
+    run = ctypes.CDLL(str(folder() / f"{name}.so")).run_kernel
+    run.restype = ctypes.c_char_p
+    return run
+
+
+class CudaMachine:
+    """Stands for a CudaKernel whose constants give a text without primitives (`source` above).
+
+    mutants: what is to be changed in the text of the kernel: a test that the machine notices.
+    """
+
+    def __init__(self, kernel: CudaKernel, seed: int = 0, mutants: Mutants = ()) -> None:
+        self.__name__, self.params = kernel.__name__, kernel.params
+        self._kernel, self._seed, self._mutants = kernel, seed, mutants
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return functools.partial(self._launched, grid)
+
+    def _launched(self, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+        variant = self._variant(meta)
+        words: list[int] = []
+        maps: list[Any] = []
+        cuda.split(args, words, maps)
+        known = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in args if isinstance(t, torch.Tensor)]
+        grid = (*grid, 1, 1)[:3]
+        how = GRID.pack(*grid, variant.threads, variant.shared_bytes, self._seed)
+        encoded = _maps(maps)
+        said = library(self._text(variant.source))(
+            _words(words), len(words), encoded, len(maps), _words([end for both in known for end in both]), len(known), how
+        )  # fmt: skip
+        if said:
+            raise MachineError(f"{self.__name__}: {said.decode()}")
+
+    def compile(self, **meta: Any) -> None:
+        library(self._text(self._variant(meta).source))
+
+    def _variant(self, meta: dict[str, Any]) -> cuda.Variant:
+        return self._kernel._variant(**{k: v for k, v in meta.items() if k not in cuda.OPTIONS})
+
+    def _text(self, text: str) -> str:
+        for old, new in self._mutants:
+            assert old in text, f"a kernel has no {old!r}"
+            text = text.replace(old, new)
+        return f"{text}\nRUNS({self.__name__})\n"
+
+
+def compile_all(launches: Sequence[Any]) -> None:
+    """The machine's kernels of some launches, side by side."""
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda one: one.kernel.compile(**one.meta), [one for one in launches if _ours(one)]))
+
+
+def _ours(launch: Any) -> bool:
+    return isinstance(launch.kernel, CudaMachine)
+
+
+def _words(values: Sequence[int]) -> Any:
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def _maps(descriptors: Sequence[Any]) -> Any:
+    """Map of hopper_on_cpu.h for each, at a multiple of 64."""
+    memory = (ctypes.c_uint64 * (16 * len(descriptors) + 8))()
+    first = -(-ctypes.addressof(memory) // 64) * 64 - ctypes.addressof(memory)
+    for i, one in enumerate(descriptors):
+        (rows, columns), (pitch, step), (height, width) = one.shape, one.strides, one.block_shape
+        assert (one.layout.swizzle_byte_width, one.base.element_size(), width, step) == (128, 1, 128, 1)
+        values = (one.base.data_ptr(), columns, rows, pitch, height)
+        for j, value in enumerate(values):
+            memory[first // 8 + 16 * i + j] = value
+    return ctypes.byref(memory, first)
