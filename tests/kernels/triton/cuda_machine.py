@@ -2,7 +2,7 @@
 
 What is asynchronous on the GPU happens when a seeded draw says so, so that a kernel that reads too early, gives a stage
 back too early or waits for the wrong phase computes NaN or stops with an error (MachineError). Each variant of a kernel
-is compiled once in a process; the two of a product side by side, where `compile` is called before they are launched.
+is compiled once in a process, those of a call side by side where `compile_all` goes before it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -44,24 +44,24 @@ class MachineError(AssertionError):
 
 
 @functools.cache
-def folder() -> Path:
+def folder() -> TemporaryDirectory[str]:
     """Of this process: the headers, one of them compiled, and libraries by their text."""
-    made = Path(mkdtemp(prefix="moestro-cuda-on-cpu-"))
+    made = TemporaryDirectory(prefix="moestro-cuda-on-cpu-")
     for name in HEADERS:
-        shutil.copy(HERE / name, made)
-    subprocess.run([CXX, *FLAGS.split(), "-x", "c++-header", HEADERS[0]], cwd=made, check=True)
+        shutil.copy(HERE / name, made.name)
+    subprocess.run([CXX, *FLAGS.split(), "-x", "c++-header", HEADERS[0]], cwd=made.name, check=True)
     return made
 
 
 @functools.cache
 def library(text: str) -> Any:
-    name = hashlib.sha256(text.encode()).hexdigest()[:24]
-    (folder() / f"{name}.cpp").write_text(text)
-    command = [CXX, *FLAGS.split(), "-shared", "-include", HEADERS[0], f"{name}.cpp", "-o", f"{name}.so"]
-    done = subprocess.run(command, cwd=folder(), capture_output=True, text=True, check=False)
+    path = Path(folder().name) / hashlib.sha256(text.encode()).hexdigest()[:24]
+    path.with_suffix(".cpp").write_text(text)
+    command = [CXX, *FLAGS.split(), "-shared", "-include", HEADERS[0], f"{path.name}.cpp", "-o", f"{path.name}.so"]
+    done = subprocess.run(command, cwd=path.parent, capture_output=True, text=True, check=False)
     if done.returncode:
         raise MachineError(f"g++ does not take the kernel: {done.stderr[:3000]}")
-    run = ctypes.CDLL(str(folder() / f"{name}.so")).run_kernel
+    run = ctypes.CDLL(f"{path}.so").run_kernel
     run.restype = ctypes.c_char_p
     return run
 
@@ -94,8 +94,8 @@ class CudaMachine:
         if said:
             raise MachineError(f"{self.__name__}: {said.decode()}")
 
-    def compile(self, **meta: Any) -> None:
-        library(self._text(self._variant(meta).source))
+    def text(self, **meta: Any) -> str:
+        return self._text(self._variant(meta).source)
 
     def _variant(self, meta: dict[str, Any]) -> cuda.Variant:
         return self._kernel._variant(**{k: v for k, v in meta.items() if k not in cuda.OPTIONS})
@@ -109,12 +109,10 @@ class CudaMachine:
 
 def compile_all(launches: Sequence[Any]) -> None:
     """The machine's kernels of some launches, side by side."""
+    texts = {one.kernel.text(**one.meta) for one in launches if isinstance(one.kernel, CudaMachine)}
+    folder()
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda one: one.kernel.compile(**one.meta), [one for one in launches if _ours(one)]))
-
-
-def _ours(launch: Any) -> bool:
-    return isinstance(launch.kernel, CudaMachine)
+        list(pool.map(library, texts))
 
 
 def _words(values: Sequence[int]) -> Any:
