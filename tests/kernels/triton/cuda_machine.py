@@ -1,4 +1,4 @@
-"""Runs a kernel in CUDA C++ on the CPU: its own text, after functions of hopper.cuh's names (hopper_on_cpu.h), by g++.
+"""Runs a kernel in CUDA C++ on the CPU: its own text, after functions of hopper.cuh's names (cuda_on_cpu.h), by g++.
 
 What is asynchronous on the GPU happens when a seeded draw says so, so that a kernel that reads too early, gives a stage
 back too early or waits for the wrong phase computes NaN or stops with an error (MachineError). Each variant of a kernel
@@ -12,7 +12,6 @@ import functools
 import hashlib
 import os
 import shutil
-import struct
 import subprocess
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,10 +25,9 @@ from moestro.kernels.triton import cuda, cuda_source
 from moestro.kernels.triton.cuda import CudaKernel
 
 HERE = Path(__file__).parent
-HEADERS = ("hopper_on_cpu.h", "cuda_on_cpu.h")  # the first has the second
+HEADER, MACHINE = HERE / "cuda_on_cpu.h", HERE / "cuda_on_cpu.cpp"
 CXX = os.environ.get("CXX", "g++")
-FLAGS = "-std=c++17 -O1 -fPIC -fno-strict-aliasing -U_FORTIFY_SOURCE -w"
-GRID = struct.Struct("=5I4xQ")  # of hopper_on_cpu.h
+FLAGS = ["-std=c++17", "-fPIC", "-fno-strict-aliasing", "-fno-extern-tls-init", "-U_FORTIFY_SOURCE", "-w"]
 Mutants = Sequence[tuple[str, str]]  # (text, what stands there instead)
 
 source = functools.partial(cuda_source.source, primitives=lambda widths: "")
@@ -45,11 +43,9 @@ class MachineError(AssertionError):
 
 @functools.cache
 def folder() -> TemporaryDirectory[str]:
-    """Of this process: the headers, one of them compiled, and libraries by their text."""
+    """Of this process: the machine, and libraries by their text."""
     made = TemporaryDirectory(prefix="moestro-cuda-on-cpu-")
-    for name in HEADERS:
-        shutil.copy(HERE / name, made.name)
-    subprocess.run([CXX, *FLAGS.split(), "-x", "c++-header", HEADERS[0]], cwd=made.name, check=True)
+    subprocess.run([CXX, *FLAGS, "-O3", "-c", MACHINE, "-o", f"{made.name}/machine.o"], check=True)
     return made
 
 
@@ -57,10 +53,8 @@ def folder() -> TemporaryDirectory[str]:
 def library(text: str) -> Any:
     path = Path(folder().name) / hashlib.sha256(text.encode()).hexdigest()[:24]
     path.with_suffix(".cpp").write_text(text)
-    command = [CXX, *FLAGS.split(), "-shared", "-include", HEADERS[0], f"{path.name}.cpp", "-o", f"{path.name}.so"]
-    done = subprocess.run(command, cwd=path.parent, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise MachineError(f"g++ does not take the kernel: {done.stderr[:3000]}")
+    files = ["-include", HEADER, f"{path}.cpp", path.with_name("machine.o"), "-o", f"{path}.so"]
+    subprocess.run([CXX, *FLAGS, "-O1", "-shared", "-Wl,-Bsymbolic", *files], check=True)
     run = ctypes.CDLL(f"{path}.so").run_kernel
     run.restype = ctypes.c_char_p
     return run
@@ -84,14 +78,20 @@ class CudaMachine:
         words: list[int] = []
         maps: list[Any] = []
         cuda.split(args, words, maps)
-        known = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in args if isinstance(t, torch.Tensor)]
-        grid = (*grid, 1, 1)[:3]
-        how = GRID.pack(*grid, variant.threads, variant.shared_bytes, self._seed)
-        encoded = _maps(maps)
-        said = library(self._text(variant.source))(
-            _words(words), len(words), encoded, len(maps), _words([end for both in known for end in both]), len(known), how
-        )  # fmt: skip
-        if said:
+        known = [
+            end
+            for t in args
+            if isinstance(t, torch.Tensor)
+            for end in (t.data_ptr(), t.data_ptr() + t.nbytes)
+        ]
+        parts = _words(words), _maps(maps), _words(known)
+        at = [ctypes.addressof(part) for part in parts]
+        x, y, z = (*grid, 1, 1)[:3]
+        launch = _words([
+            at[0], len(words), -(-at[1] // 64) * 64, len(maps), at[2], len(known) // 2,
+            x, y, z, variant.threads, variant.shared_bytes, self._seed,
+        ])  # fmt: skip
+        if said := library(self._text(variant.source))(launch):
             raise MachineError(f"{self.__name__}: {said.decode()}")
 
     def text(self, **meta: Any) -> str:
@@ -102,7 +102,8 @@ class CudaMachine:
 
     def _text(self, text: str) -> str:
         for old, new in self._mutants:
-            assert old in text, f"a kernel has no {old!r}"
+            if text.count(old) != 1:
+                raise ValueError(f"the text of {self.__name__} must have one {old!r}, has {text.count(old)}")
             text = text.replace(old, new)
         return f"{text}\nRUNS({self.__name__})\n"
 
@@ -120,13 +121,11 @@ def _words(values: Sequence[int]) -> Any:
 
 
 def _maps(descriptors: Sequence[Any]) -> Any:
-    """Map of hopper_on_cpu.h for each, at a multiple of 64."""
-    memory = (ctypes.c_uint64 * (16 * len(descriptors) + 8))()
-    first = -(-ctypes.addressof(memory) // 64) * 64 - ctypes.addressof(memory)
+    """A Map of cuda_on_cpu.h for each, from the first multiple of 64 on."""
+    memory = (ctypes.c_int64 * (16 * len(descriptors) + 8))()
+    first = -ctypes.addressof(memory) % 64 // 8
     for i, one in enumerate(descriptors):
         (rows, columns), (pitch, step), (height, width) = one.shape, one.strides, one.block_shape
         assert (one.layout.swizzle_byte_width, one.base.element_size(), width, step) == (128, 1, 128, 1)
-        values = (one.base.data_ptr(), columns, rows, pitch, height)
-        for j, value in enumerate(values):
-            memory[first // 8 + 16 * i + j] = value
-    return ctypes.byref(memory, first)
+        memory[first + 16 * i : first + 16 * i + 5] = [one.base.data_ptr(), columns, rows, pitch, height]
+    return memory

@@ -1,21 +1,10 @@
-// CUDA C++ for g++: the words of the language, and blocks whose threads are fibers of which one runs at a time.
+// What the text of a kernel in CUDA C++ finds on a CPU: the language's words, and functions of device/hopper.cuh's names.
 //
-// A fiber runs until it waits for an event or pauses; a seeded draw says who is next, some warps much later than others,
-// and when a copy under way (Block::later) is done. So one seed is one interleaving, and repeats. Blocks run one after
-// another. Shared memory is thread_local: that of the block which this thread of the machine runs. What is wrong ends the
-// block with a message: `fail`, or that all fibers wait, for what and how many. hopper_on_cpu.h has the primitives.
+// One include, for g++; what they do is in cuda_on_cpu.cpp, which is compiled once. A kernel's text ends with RUNS(name).
 #pragma once
-#include <setjmp.h>
-#include <ucontext.h>
-
-#include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <functional>
-#include <map>
-#include <memory>
-#include <string>
-#include <vector>
+#include <utility>
 
 #define __global__
 #define __device__
@@ -24,6 +13,7 @@
 #define __shared__ thread_local
 #define __align__(n) __attribute__((aligned(n)))
 #define __launch_bounds__(...)
+#define __expf expf  // glibc has another one
 #define DEV static inline
 
 typedef unsigned char u8;
@@ -39,188 +29,13 @@ DEV uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 DEV uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 
 struct Dim { u32 x, y, z; };
-thread_local Dim threadIdx, blockIdx, blockDim, gridDim;
-
-// --- fibers ----------------------------------------------------------------------------------------------------------
-namespace machine {
-
-constexpr int STACK = 128 << 10, WARP = 32;
-constexpr u64 STEPS = 100'000'000;  // of a block: beyond, it goes round and round
-
-struct Fiber {
-  ucontext_t start;
-  jmp_buf left;
-  bool started = false, over = false;
-  const void* event = nullptr;  // that it waits for
-  std::string (*told)(const void*, u32) = nullptr;
-  u32 detail = 0;
-};
-
-struct Meeting {  // of a warp, or a block
-  int here = 0, size = WARP;
-  u32 values[WARP];
-  u32 results[WARP];
-};
-
-struct Block {
-  std::vector<Fiber> fibers;
-  std::vector<int> ready;
-  std::vector<std::function<void()>> later;
-  std::vector<Meeting> warps;
-  Meeting all;
-  std::function<void()> body;
-  jmp_buf scheduler;
-  std::string error;
-  int running = -1;
-  u64 seed = 0, random = 0, steps = 0;
-  u32 slow = 0, lateness = 0;  // warps that hold back; steps before a copy is done
-};
-thread_local Block* block;
-thread_local std::unique_ptr<char[]> stacks;
-thread_local std::string last_error;
-
-DEV u64 mixed(u64 z) {  // splitmix64
-  z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
-  z = (z ^ z >> 27) * 0x94d049bb133111eb;
-  return z ^ z >> 31;
-}
-
-DEV u32 draw(u32 n) { return (mixed(block->random += 0x9e3779b97f4a7c15) >> 32) % n; }
-
-DEV void fail(const std::string& what) {  // does not return to a fiber
-  if (block->error.empty()) block->error = what;
-  if (block->running >= 0) _longjmp(block->scheduler, 1);
-}
-
-__attribute__((noinline)) void leave() {  // to the scheduler, until it is this fiber's turn
-  if (!_setjmp(block->fibers[block->running].left)) _longjmp(block->scheduler, 1);
-}
-
-__attribute__((noinline)) void resume(int number) {
-  Fiber& fiber = block->fibers[number];
-  block->running = number;
-  threadIdx = {(u32)number, 0, 0};
-  if (!_setjmp(block->scheduler)) {
-    if (fiber.started) _longjmp(fiber.left, 1);
-    fiber.started = true;
-    setcontext(&fiber.start);
-  }
-  block->running = -1;
-}
-
-void fiber_main() {
-  block->body();
-  block->fibers[block->running].over = true;
-  _longjmp(block->scheduler, 1);
-}
-
-DEV void wait_for(const void* event, std::string (*told)(const void*, u32), u32 detail = 0) {
-  Fiber& fiber = block->fibers[block->running];
-  fiber.event = event, fiber.told = told, fiber.detail = detail;
-  leave();
-}
-
-DEV void happen(const void* event) {
-  for (size_t i = 0; i < block->fibers.size(); i++)
-    if (block->fibers[i].event == event) block->fibers[i].event = nullptr, block->ready.push_back(i);
-}
-
-DEV void pause_at_times() {  // others may go on between any two operations on barriers and copies
-  if (draw(4)) return;
-  block->ready.push_back(block->running);
-  leave();
-}
-
-// All of a meeting wait for the last, who does what is to be done.
-template <typename F>
-DEV void meet(Meeting& meeting, F&& once_all_are_here) {
-  if (++meeting.here == meeting.size) {
-    meeting.here = 0;
-    once_all_are_here();
-    happen(&meeting);
-    pause_at_times();
-  } else {
-    wait_for(&meeting, [](const void* m, u32) {
-      const Meeting& meeting = *(const Meeting*)m;
-      return "the others of " + std::to_string(meeting.size) + " threads, " + std::to_string(meeting.here) + " are here";
-    });
-  }
-}
-
-DEV Meeting& warp() { return block->warps[threadIdx.x / WARP]; }
-
-// Each lane gives a value; results[lane] = of(values, lane).
-template <typename F>
-DEV u32 exchanged(u32 value, F&& of) {
-  Meeting& m = warp();
-  int lane = threadIdx.x % WARP;
-  m.values[lane] = value;
-  meet(m, [&] {
-    for (int i = 0; i < WARP; i++) m.results[i] = of(m.values, i);
-  });
-  return m.results[lane];
-}
-
-DEV int next_fiber() {  // slow warps mostly stay where they are
-  auto& ready = block->ready;
-  if (block->steps % 256 == 0) block->slow = draw(1u << 16) & draw(1u << 16);
-  u32 at = draw(ready.size());
-  for (int i = 0; i < 6 && block->slow >> ready[at] / WARP & 1; i++) at = draw(ready.size());
-  int number = ready[at];
-  ready[at] = ready.back();
-  ready.pop_back();
-  return number;
-}
-
-DEV std::string all_wait() {
-  std::map<std::string, int> waiting;
-  for (const Fiber& fiber : block->fibers)
-    if (!fiber.over) waiting[fiber.told(fiber.event, fiber.detail)]++;
-  std::string text = "deadlock:";
-  for (const auto& [what, threads] : waiting) text += " " + std::to_string(threads) + " threads wait for " + what + ";";
-  return text;
-}
-
-DEV void run_block(int threads, u64 seed, std::function<void()> body, void (*check)()) {
-  Block made;
-  block = &made;
-  made.seed = made.random = mixed(seed + 1), made.body = std::move(body);
-  made.lateness = draw(2) ? 2 << draw(6) : 1u << 31;
-  made.fibers.resize(threads), made.warps.resize(threads / WARP), made.all.size = threads;
-  if (!stacks) stacks.reset(new char[(size_t)1024 * STACK]);
-  for (int i = 0; i < threads; i++) {
-    ucontext_t& start = made.fibers[i].start;
-    getcontext(&start);
-    start.uc_stack.ss_sp = stacks.get() + (size_t)i * STACK, start.uc_stack.ss_size = STACK;
-    makecontext(&start, fiber_main, 0);
-    made.ready.push_back(i);
-  }
-  auto& later = made.later;
-  while (made.error.empty() && (!made.ready.empty() || !later.empty())) {
-    if (++made.steps > STEPS) fail("no end");
-    if (!later.empty() && (made.ready.empty() || draw(made.lateness) == 0)) {
-      std::swap(later[draw(later.size())], later.back());
-      auto done = std::move(later.back());
-      later.pop_back();
-      done();
-    } else {
-      resume(next_fiber());
-    }
-  }
-  for (const Fiber& fiber : made.fibers)
-    if (!fiber.over && made.error.empty()) fail(all_wait());
-  if (made.error.empty()) check();
-  last_error = made.error;
-}
-
-}  // namespace machine
+extern __thread Dim threadIdx, blockIdx, blockDim, gridDim;
 
 // --- what CUDA gives -------------------------------------------------------------------------------------------------
 template <typename T>
 DEV T min(T a, T b) { return b < a ? b : a; }
 template <typename T>
 DEV T max(T a, T b) { return a < b ? b : a; }
-#define __expf expf
 DEV float __fdiv_rn(float a, float b) { return a / b; }
 DEV float __fdividef(float a, float b) { return a / b; }
 DEV float __uint_as_float(u32 bits) {
@@ -235,11 +50,116 @@ DEV u32 __float_as_uint(float value) {
 }
 template <typename T>
 DEV T __ldg(const T* p) { return *p; }
-DEV void __trap() { machine::fail("trap"); }
-DEV void __syncthreads() { machine::meet(machine::block->all, [] {}); }
-DEV u32 __shfl_xor_sync(u32, u32 value, int bits) {
-  return machine::exchanged(value, [=](const u32* values, int lane) { return values[lane ^ bits]; });
-}
+void __trap();
+void __syncthreads();
+u32 __shfl_xor_sync(u32 mask, u32 value, int bits);
 DEV float __shfl_xor_sync(u32 mask, float value, int bits) {
   return __uint_as_float(__shfl_xor_sync(mask, __float_as_uint(value), bits));
 }
+
+// --- hopper.cuh ------------------------------------------------------------------------------------------------------
+struct alignas(64) Map { u64 base, columns, rows, pitch, height, unused[11]; };  // bytes, and the rows of a box
+
+DEV void wait_for_previous() {}
+DEV void launch_next() {}
+template <int COUNT>
+DEV void take_registers() {}
+template <int COUNT>
+DEV void leave_registers() {}
+DEV void forget(u32&) {}
+
+u32 shared_address(const void* p);
+void init(u32 bar, int count);
+DEV void publish_barriers() {}
+void arrive(u32 bar);
+void expect(u32 bar, int bytes);
+void wait(u32 bar, u32 parity);
+void arrive_when_copied(u32 bar);
+void fence_for_products();
+
+void copy4(u32 to, const void* from);
+void copy16(u32 to, const void* from, int bytes = 16);
+void copy_bytes(u32 to, const u8* from, int bytes, u32 bar);
+void copy_box(u32 to, const Map* map, int column, int row, u32 bar);
+void load16(u32 (&to)[4], u32 from);
+u32 load2(u32 from);
+
+DEV u32 permute(u32 a, u32 b, u32 selector) {
+  u64 bytes = (u64)b << 32 | a;
+  u32 r = 0;
+  for (int i = 0; i < 4; i++) {
+    u32 nibble = selector >> 4 * i & 15, byte = bytes >> 8 * (nibble & 7) & 255;
+    r |= (nibble & 8 ? (byte & 128 ? 255 : 0) : byte) << 8 * i;
+  }
+  return r;
+}
+template <int TABLE>
+DEV u32 logic(u32 a, u32 b, u32 c) {
+  u32 r = 0;
+  for (int i = 0; i < 8; i++)
+    if (TABLE >> i & 1) r |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
+  return r;
+}
+DEV u32 bf16(float value) {
+  u32 bits = __float_as_uint(value);
+  return value != value ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+DEV u32 two_bf16(float low, float high) { return bf16(low) | bf16(high) << 16; }
+DEV u32 e4m3(float value) {  // the nearest, ties to even, at most 448
+  u32 sign = __float_as_uint(value) >> 24 & 128;
+  float v = fabsf(value);
+  if (v != v) return 0x7f;
+  if (v >= 448) return sign | 0x7e;
+  int exponent = max(ilogbf(v == 0 ? 1e-9f : v), -6);
+  return sign + ((exponent + 6) << 3) + (u32)nearbyintf(ldexpf(v, 3 - exponent));  // 8 eighths carry into the exponent
+}
+DEV u16 two_e4m3(float low, float high) { return e4m3(low) | e4m3(high) << 8; }
+DEV float half_to_float(u16 h) {
+  int exponent = h >> 10 & 31, mantissa = h & 1023;
+  float v = exponent == 31 ? (mantissa ? NAN : INFINITY) : ldexpf(exponent ? 1024 + mantissa : mantissa, max(exponent, 1) - 25);
+  return h >> 15 ? -v : v;
+}
+DEV float bf16_to_float(u16 h) { return __uint_as_float((u32)h << 16); }
+u32 transposed(u32 r);
+
+void begin_products();
+void end_products();
+void wait_for_all_but_one();
+void multiply_later(float* part, const u32* a, u64 b, bool go_on, int pairs);
+void wait_for_products();
+DEV u64 operand(u32 address) { return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62; }
+template <int W>
+struct Mma {
+  static void run(float* part, const u32* a, u64 b, bool go_on) { multiply_later(part, a, b, go_on, W); }
+  static void wait(float*) { wait_for_products(); }
+};
+
+// --- a launch --------------------------------------------------------------------------------------------------------
+struct Launch {
+  const void* words;
+  u64 num_words;
+  const Map* maps;
+  u64 num_maps;
+  const u64* tensors;  // where each begins and ends: all that copies may read
+  u64 num_tensors, grid[3], threads, shared_bytes, seed;
+};
+const char* run_grid(const Launch& launch, void (*block)(const Launch&));  // "", or what is wrong
+
+template <typename P, typename... M>
+bool fits(void (*)(P, M...), const Launch& launch) {
+  return sizeof(P) == launch.num_words * 8 && sizeof...(M) == launch.num_maps;
+}
+template <typename P, typename... M, size_t... I>
+void call(void (*kernel)(P, M...), const Launch& launch, std::index_sequence<I...>) {
+  kernel(*(const P*)launch.words, launch.maps[I]...);
+}
+template <typename P, typename... M>
+void call(void (*kernel)(P, M...), const Launch& launch) {
+  call(kernel, launch, std::index_sequence_for<M...>());
+}
+
+#define RUNS(kernel)                                                                                   \
+  extern "C" const char* run_kernel(const Launch* launch) {                                            \
+    if (!fits(kernel, *launch)) return "the launch has other arguments than the kernel has parameters"; \
+    return run_grid(*launch, [](const Launch& launch) { call(kernel, launch); });                      \
+  }

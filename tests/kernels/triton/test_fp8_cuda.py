@@ -1,11 +1,10 @@
-"""FP8 products and x by place in CUDA C++: on the CPU (cuda_machine.py) against their reference, and through NVRTC."""
+"""FP8 products and x by place in CUDA C++: on the CPU (cuda_machine.py) against their reference; deliberate mistakes."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -20,13 +19,12 @@ from test_kernels import inputs_of, make, poisoned
 from moestro.kernels.activations import Activation, ClampedSilu, GeGLUTanh, ReLU2, SoftcapSwiGLU, SwiGLU
 from moestro.kernels.triton import call, nvrtc
 from moestro.kernels.triton.device import fp8 as fp8_device
-from moestro.kernels.triton.device.arguments import Product, Size
 from moestro.kernels.triton.paths import fp8 as fp8_path
 from moestro.kernels.triton.paths import fp8_cuda as path
 from moestro.kernels.triton.tactic import Tactic
 from moestro.moe import reference
 
-on_a_cpu = [
+pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the GPU itself: tests/gpu"),
     pytest.mark.skipif(cuda_machine.why_missing() is not None, reason=str(cuda_machine.why_missing())),
 ]
@@ -49,7 +47,9 @@ class Sum:
     __name__, params = "sum_pairs", ()
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def launch(rows: Any, ids: Any, weights: Any, out: Any, done: Any, num_done: int, hidden: int, **meta: Any) -> None:
+        def launch(
+            rows: Any, ids: Any, weights: Any, out: Any, done: Any, num_done: int, hidden: int, **meta: Any
+        ) -> None:
             here = (ids >= meta["OFFSET"]) & (ids < meta["OFFSET"] + meta["L"])
             each = rows.view(*ids.shape, hidden).float() * weights[..., None]
             out.copy_(torch.where(here[..., None], each, 0).sum(1))
@@ -79,7 +79,13 @@ class Layer:
     def __init__(self, *sizes: int, fmt: str = "nvfp4", act: Activation | None = None, biases: torch.dtype | None = None,
                  foreign: int = 0, dtype: torch.dtype = torch.bfloat16) -> None:  # fmt: skip
         self.runner, self.plain = make(
-            sizes, fmt, act, biases is not None, "fp8", foreign, dtype=dtype  # type: ignore[arg-type]
+            sizes,
+            fmt,
+            act,
+            biases is not None,
+            "fp8",
+            foreign,
+            dtype=dtype,  # type: ignore[arg-type]
         )
         if biases is not None:
             for experts in (self.runner._experts, self.plain):
@@ -122,10 +128,17 @@ ODD_SIZES = [
 @pytest.mark.parametrize(
     ("tile", "fmt", "sizes", "act", "biases"),
     ODD_SIZES,
-    ids=[f"{name(c[0])}-{c[1]}-{'short' if c[2] is SHORT else 'long'}-{type(c[3]).__name__}" for c in ODD_SIZES],
+    ids=[
+        f"{name(c[0])}-{c[1]}-{'short' if c[2] is SHORT else 'long'}-{type(c[3]).__name__}" for c in ODD_SIZES
+    ],
 )
 def test_products_match_the_reference_on_odd_sizes(
-    tile: Tactic, fmt: str, sizes: dict[str, tuple[int, int]], act: Activation, biases: torch.dtype, on_machine: Start
+    tile: Tactic,
+    fmt: str,
+    sizes: dict[str, tuple[int, int]],
+    act: Activation,
+    biases: torch.dtype,
+    on_machine: Start,
 ) -> None:
     """Ragged experts, biases, experts of other ranks, an id that no rank has, an expert without pairs."""
     on_machine(tile.pairs1 + tile.gemm1.rows)
@@ -139,10 +152,11 @@ def test_products_match_the_reference_on_odd_sizes(
 
 
 @pytest.mark.parametrize("tile", [GATHERED, BY_PLACE], ids=name)
-def test_sums_of_many_spans(tile: Tactic, on_machine: Start) -> None:
-    """18 and 13 blocks of 128 columns: three spans of 6, seven of 2; the ring goes round several times."""
+@pytest.mark.parametrize("sizes", [(2304, 96), (160, 1600)], ids=str)
+def test_sums_of_many_spans(tile: Tactic, sizes: tuple[int, int], on_machine: Start) -> None:
+    """18 blocks of 128 columns, three spans of 6, or 13, seven of 2: the ring goes round several times."""
     on_machine(1)
-    layer = Layer(2, 2, 2304, 1600)
+    layer = Layer(2, 2, *sizes)
     inputs = layer.inputs(20)
     assert error(layer.run(inputs, tile), layer.truth(inputs)) < TOLERANCE
 
@@ -195,70 +209,86 @@ def test_x_by_place_is_what_quantising_gathered_rows_gives(
 
 
 # --- wrong ---------------------------------------------------------------------------------------------------------------
-MUTANTS: dict[str, tuple[tuple[str, str], Tactic, str]] = {  # what, (text, the wrong text), tactic, what is said of it
-    "a stage is given back before its products are waited for": (
-        ("        wait_for_all_but_one();\n        if (s == 0 && b % 2 == 0) give_back(ring);",
-         "        if (s == 0 && b % 2 == 0) give_back(ring);\n        wait_for_all_but_one();"), BY_PLACE, ""),
-    "the last stage of a span is given back before its products are waited for": (
-        ("          add();\n          if (!first) give_back(ring);", "          if (!first) give_back(ring);\n          add();"),
-        BY_PLACE, ""),
-    "the last stage of a tile is given back before its products are waited for": (
-        ("  sums.add();\n  sums.give_back(ring);", "  sums.give_back(ring);\n  sums.add();"), BY_PLACE, ""),
-    "the stage before the last is given back": (("        last = at.stage;\n        at.next();",
-                                                 "        at.next();\n        last = at.stage;"), BY_PLACE, ""),
-    "operands are overwritten while their products run": (("        wait_for_all_but_one();\n", ""), BY_PLACE, ""),
-    "one set of operands": (("a[(b * PARTS + s) % 2]", "a[0]"), BY_PLACE, ""),
-    "sums are added while their products run": (("      Mma<W>::wait(part[s]);\n", ""), GATHERED, ""),
-    "a span goes on from the one before": (("b > 0);", "true);"), GATHERED, ""),
-    "a stage is read before it is there": (
-        ("wait(ring.full + 8 * at.stage, at.phase);", "wait(ring.full + 8 * at.stage, at.phase ^ 1);"), BY_PLACE, ""),
-    "a stage is filled before it is empty": (
-        ("    wait(ring.empty + 8 * at.stage, at.phase);\n    if (thread", "    if (thread"), BY_PLACE, ""),
-    "the producer waits for a phase that never ends": (("Turn at = {0, 1};", "Turn at = {0, 0};"), BY_PLACE, "deadlock"),
-    "the phase never turns": (("if (++stage == STAGES) stage = 0, phase ^= 1;", "if (++stage == STAGES) stage = 0;"),
-                              BY_PLACE, ""),
-    "consumers take the first slot for the last": (("if (++slot == SLOTS) slot = 0, phase ^= 1;",
-                                                    "if (++slot == SLOTS) slot = 0;"), GATHERED, ""),
-    "a slot too few": (("constexpr int SLOTS = STAGES + 1;", "constexpr int SLOTS = 1;"), GATHERED, ""),
-    "a slot is told of before it is copied": (("  arrive_when_copied(bar);\n  if (thread == 0) {", "  arrive(bar);\n  if (thread == 0) {"),
-                                              GATHERED, ""),
-    "the bytes of x are not expected": (("(GATHER ? 0 : W * 128)", "0"), BY_PLACE, ""),
-    "more bytes are expected of a gathered stage than come": (("(GATHER ? 0 : W * 128)", "W * 128"), GATHERED, "deadlock"),
-    "arrivals before the copies": (("      arrive_when_copied(bar);\n    }", "      arrive(bar);\n    }"), GATHERED, ""),
-    "the proxies are not fenced": (("        if (GATHER) fence_for_products();\n", ""), GATHERED, "no fence between"),
-    "the registers are not fenced": (("  begin_products();\n", ""), GATHERED, "without a fence"),
-    "rows of x are swizzled otherwise": (("(thread % 8 ^ thread / 8 % 8)", "(thread % 8)"), GATHERED, ""),
-    "rows of x by place at half of their distance": (("copy_box(to + i * 128,", "copy_box(to + i * 64,"), BY_PLACE, ""),
-    "the same rows of x again": (("t.start + i, bar", "t.start, bar"), BY_PLACE, ""),
-    "the second block is the first": (("stage + b % 2 * X_BLOCK", "stage"), GATHERED, ""),
-    "a block beyond an odd number's last": (("return BLOCKS % 2 == 0 || b + 1 < BLOCKS;", "return true;"), GATHERED, ""),
-    "every second block is left out": (("return BLOCKS % 2 == 0 || b + 1 < BLOCKS;", "return false;"), GATHERED, ""),
-    "scales of the other row": (("load2(s), load2(s + 8 * 8)", "load2(s + 8 * 8), load2(s)"), GATHERED, ""),
-    "the lower strip is the upper": (("(2 * part + u) * CODES", "u * CODES"), GATHERED, ""),
-    "row scales of the other strip": (("(slot + OF_ROWS) + part * 64", "(slot + OF_ROWS)"), GATHERED, ""),
-    "tables of the other row": (("permute(w, x, 0x622A)", "permute(w, x, 0x4008)"), GATHERED, ""),
-    "lanes exchange the other half": (("odd ? r : other, bit", "odd ? other : r, bit"), GATHERED, ""),
-    "a width that is too narrow": (("else if (count <= W)", "else if (count <= W + 8)"), GATHERED, ""),
+HAS_TWO = "return BLOCKS % 2 == 0 || b + 1 < BLOCKS;"
+
+
+class Mutant(NamedTuple):
+    """A kernel that is wrong: its text, what stands there instead, what the machine must say of it."""
+
+    old: str
+    new: str
+    tile: Tactic
+    said: str = ""
+    sizes: tuple[int, int] = (1408, 416)
+
+
+MUTANTS = {
+    "a stage is given back before its products are waited for": Mutant(
+        "        wait_for_all_but_one();\n        if (s == 0 && b % 2 == 0) give_back(ring);",
+        "        if (s == 0 && b % 2 == 0) give_back(ring);\n        wait_for_all_but_one();", BY_PLACE),
+    "the last stage of a span is given back before its products are waited for": Mutant(
+        "          add();\n          if (!first) give_back(ring);",
+        "          if (!first) give_back(ring);\n          add();", BY_PLACE),
+    "the last stage of a tile is given back before its products are waited for": Mutant(
+        "  sums.add();\n  sums.give_back(ring);", "  sums.give_back(ring);\n  sums.add();", BY_PLACE),
+    "a stage is given back twice": Mutant(
+        "        last = at.stage;\n        at.next();", "        at.next();\n        last = at.stage;", BY_PLACE),
+    "operands are overwritten while their products run": Mutant("        wait_for_all_but_one();\n", "", BY_PLACE),
+    "one set of operands": Mutant("a[(b * PARTS + s) % 2]", "a[0]", BY_PLACE),
+    "sums are added while their products run": Mutant("      Mma<W>::wait(part[s]);\n", "", GATHERED),
+    "a span goes on from the one before": Mutant("b > 0);", "true);", GATHERED),
+    "consumers wait for the wrong phase of a stage": Mutant(
+        "wait(ring.full + 8 * at.stage, at.phase);", "wait(ring.full + 8 * at.stage, at.phase ^ 1);", BY_PLACE),
+    "a stage is read before it is there": Mutant("        wait(ring.full + 8 * at.stage, at.phase);\n", "", BY_PLACE),
+    "a stage is filled before it is empty": Mutant(
+        "    wait(ring.empty + 8 * at.stage, at.phase);\n    if (thread", "    if (thread", BY_PLACE),
+    "the producer waits for a phase that never ends": Mutant("Turn at = {0, 1};", "Turn at = {0, 0};", BY_PLACE, "deadlock"),
+    "the phase of a stage never turns": Mutant("stage = 0, phase ^= 1;", "stage = 0;", BY_PLACE),
+    "the phase of a slot never turns": Mutant("slot = 0, phase ^= 1;", "slot = 0;", GATHERED),
+    "a slot too few": Mutant("SLOTS = STAGES + 1;", "SLOTS = STAGES;", GATHERED, sizes=(160, 1024)),
+    "a tile is told of before the stage before it is empty": Mutant(
+        "  wait(ring.empty + 8 * at.stage, at.phase);\n  tell", "  tell", GATHERED, sizes=(160, 1024)),
+    "a slot is told of before it is copied": Mutant(
+        "  arrive_when_copied(bar);\n  if (thread == 0) {", "  arrive(bar);\n  if (thread == 0) {", GATHERED),
+    "the bytes of x are not expected": Mutant("(GATHER ? 0 : W * 128)", "0", BY_PLACE),
+    "bytes are expected that do not come": Mutant("(GATHER ? 0 : W * 128)", "W * 128", GATHERED, "deadlock.*8192 bytes"),
+    "a stage is there before the rows gathered": Mutant(
+        "      arrive_when_copied(bar);\n    }", "      arrive(bar);\n    }", GATHERED),
+    "the proxies are not fenced": Mutant("        if (GATHER) fence_for_products();\n", "", GATHERED, "no fence between"),
+    "the registers are not fenced": Mutant("  begin_products();\n", "", GATHERED, "without a fence"),
+    "rows of x are swizzled otherwise": Mutant("(thread % 8 ^ thread / 8 % 8)", "(thread % 8)", GATHERED),
+    "rows of x by place at half of their distance": Mutant("copy_box(to + i * 128,", "copy_box(to + i * 64,", BY_PLACE),
+    "the same rows of x again": Mutant("t.start + i, bar", "t.start, bar", BY_PLACE),
+    "the second block is the first": Mutant("stage + b % 2 * X_BLOCK", "stage", GATHERED),
+    "a block beyond an odd number's last": Mutant(HAS_TWO, "return true;", GATHERED),
+    "every second block is left out": Mutant(HAS_TWO, "return false;", GATHERED),
+    "scales of the other row": Mutant("load2(s), load2(s + 8 * 8)", "load2(s + 8 * 8), load2(s)", GATHERED),
+    "the lower strip is the upper": Mutant("(2 * part + u) * CODES", "u * CODES", GATHERED),
+    "row scales of the other strip": Mutant("(slot + OF_ROWS) + part * 64", "(slot + OF_ROWS)", GATHERED),
+    "tables of the other row": Mutant("permute(w, x, 0x622A)", "permute(w, x, 0x4008)", GATHERED),
+    "lanes exchange the other half": Mutant("odd ? r : other, bit", "odd ? other : r, bit", GATHERED),
+    "a width that is too narrow": Mutant("else if (count <= W)", "else if (count <= W + 8)", GATHERED),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("mutant", "tile", "said"), MUTANTS.values(), ids=list(MUTANTS))
-def test_the_machine_notices_a_kernel_that_is_wrong(
-    mutant: tuple[str, str], tile: Tactic, said: str, on_machine: Start
-) -> None:
+@pytest.mark.parametrize("mutant", MUTANTS.values(), ids=list(MUTANTS))
+def test_the_machine_notices_a_kernel_that_is_wrong(mutant: Mutant, on_machine: Start) -> None:
     """By a message, or NaN and wrong numbers, in one of a few orders of its threads."""
-    layer, seeds = Layer(3, 2, 1408, 416), 6
-    inputs = layer.inputs(84)  # tiles of 84, or 2 x 32 and 20 pairs of the first expert, and of 42, or 32 and 10
+    layer = Layer(3, 2, *mutant.sizes)
+    inputs = layer.inputs(
+        84
+    )  # tiles of 84, or 2 x 32 and 20 pairs of the first expert, and of 42, or 32 and 10
     inputs[1][:, 0], inputs[1][:, 1] = 0, torch.arange(84) % 2 + 1
-    truth, messages = layer.truth(inputs), []
-    for seed in range(seeds):
-        on_machine(seed, mutant)
+    truth = layer.truth(inputs)
+
+    def noticed(seed: int) -> str:
+        on_machine(seed, (mutant.old, mutant.new))
         try:
-            if error(layer.run(inputs, tile), truth) < TOLERANCE:
-                continue
+            wrong = error(layer.run(inputs, mutant.tile), truth)
         except MachineError as raised:
-            messages.append(str(raised))
-            assert re.search(said, messages[-1])
-        assert not said or messages
-        return
-    pytest.fail(f"nobody noticed in {seeds} orders")
+            return str(raised)
+        return "" if wrong < TOLERANCE else f"an error of {wrong}"
+
+    said = next((text for text in map(noticed, range(8)) if text), None)
+    assert said is not None
+    assert re.search(mutant.said, said)

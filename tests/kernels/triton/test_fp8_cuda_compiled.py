@@ -43,7 +43,12 @@ def variants(tactic: Tactic, powers: bool, hidden: int, inter: int) -> Iterator[
 
 @pytest.mark.parametrize("shape", list(SHAPES))
 def test_no_product_spills_or_waits(shape: str) -> None:
-    wanted = [v for tile in path.TABLE["fp8"] for powers in (False, True) for v in variants(tile, powers, *SHAPES[shape])]
+    wanted = [
+        v
+        for tile in path.TABLE["fp8"]
+        for powers in (False, True)
+        for v in variants(tile, powers, *SHAPES[shape])
+    ]
 
     def of(one: tuple[Product, Grid, Size]) -> list[str]:
         how, grid, size = one

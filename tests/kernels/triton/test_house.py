@@ -30,6 +30,7 @@ FLOORS = (
     "nvrtc",
     "cuda_driver",
     "cuda",
+    "cuda_source",
     "call",
     "paths",
     "choose",

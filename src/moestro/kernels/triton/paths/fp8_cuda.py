@@ -96,7 +96,7 @@ def widths(pairs: int) -> tuple[int, ...]:
 
 
 def span(columns: int) -> int:
-    """Blocks of 128 columns that the tensor core adds itself, of a whole number of stages: a second length spills registers."""
+    """Blocks of 128 columns that the tensor core adds itself, of whole stages: a second length spills registers."""
     blocks = triton.cdiv(columns, 2 * COLS) * 2
     return next(n for n in (SPAN, 6, 2) if blocks % n == 0)
 
@@ -116,7 +116,7 @@ def why_not(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> str | None:
     for stage in (1, 2):
         tile, pairs = tactic.of_stage(stage)
         if tile.warps != WARPS or tile.rows not in (128, 256) or tile.k_blocks != STEP or tile.stages < 2:
-            return f"a tile has 128 or 256 rows for {WARPS} warps, {STEP} blocks of 64 columns a stage, and 2 stages at least"
+            return f"a tile has 128 or 256 rows for {WARPS} warps, {STEP} blocks of 64 columns a stage, and 2 stages or more"
         if pairs % PIECE or not PIECE <= pairs * parts(tile) <= 160:
             return "a tile has a multiple of 16 pairs, up to 160 of 128 rows or 80 of 256"
         if bytes_of(tile.rows, pairs, tile.stages) > SHARED_BYTES:
@@ -177,7 +177,7 @@ def _invert(**_: Any) -> Variant:
     return Variant(source(["by_place.cu"], _of_x(128, 1, 0, 1, torch.bfloat16)), 256, 0)
 
 
-def _spread(COLUMNS: int, TOP_K: int, OFFSET: int, EXPERTS: int, X: torch.dtype) -> Variant:  # noqa: N803
+def _spread(COLUMNS: int, TOP_K: int, OFFSET: int, EXPERTS: int, X: torch.dtype) -> Variant:
     constants = _of_x(COLUMNS, TOP_K, OFFSET, EXPERTS, X)
     return Variant(source(["by_place.cu"], constants), constants["THREADS"], 0)
 
@@ -214,7 +214,7 @@ def _by_place(call: Call) -> Rows:
 # --- the products ------------------------------------------------------------------------------------------------------
 
 
-def variant(HOW: Product, TILE: Grid, SIZE: Size) -> Variant:  # noqa: N803
+def variant(HOW: Product, TILE: Grid, SIZE: Size) -> Variant:
     """The source of a product, and how it is launched."""
     tile = Tile(TILE.rows, STEP, WARPS, TILE.stages)
     bias = ("float", "") if TILE.bias is None else BIASES[TILE.bias]
