@@ -27,7 +27,15 @@ from moestro.kernels.triton.cuda import CudaKernel
 HERE = Path(__file__).parent
 HEADER, MACHINE = HERE / "cuda_on_cpu.h", HERE / "cuda_on_cpu.cpp"
 CXX = os.environ.get("CXX", "g++")
-FLAGS = ["-std=c++17", "-fPIC", "-fno-strict-aliasing", "-fno-extern-tls-init", "-U_FORTIFY_SOURCE", "-w"]
+FLAGS = [
+    "-std=c++17",
+    "-fPIC",
+    "-fno-strict-aliasing",
+    "-fno-extern-tls-init",
+    "-U_FORTIFY_SOURCE",
+    "-w",
+    "-Wno-psabi",
+]
 Mutants = Sequence[tuple[str, str]]  # (text, what stands there instead)
 
 source = functools.partial(cuda_source.source, primitives=lambda widths: "")

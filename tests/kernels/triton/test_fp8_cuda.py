@@ -173,39 +173,81 @@ def test_the_order_in_which_threads_run_changes_no_bit(tile: Tactic, on_machine:
     assert error(found[0], layer.truth(inputs)) < TOLERANCE
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("hidden", "foreign"), [(304, 1), (2320, 0)])
-def test_x_by_place_is_what_quantising_gathered_rows_gives(
-    dtype: torch.dtype, hidden: int, foreign: int, on_machine: Start
-) -> None:
-    """To the bit; a row of zeros, one whose scale is no normal number, experts of other ranks."""
-    on_machine(3)
+class ByPlace(NamedTuple):
+    """x by place, and what quantising gathered rows gives, of the places that are an expert's here, and not."""
+
+    data: torch.Tensor
+    scales: torch.Tensor
+    wanted: torch.Tensor
+    wanted_scales: torch.Tensor
+    exact: torch.Tensor
+    elsewhere: torch.Tensor
+
+    @property
+    def same(self) -> bool:
+        """Bit by bit."""
+        return torch.equal(self.scales, self.wanted_scales) and torch.equal(
+            self.data.view(torch.uint8), self.wanted.view(torch.uint8)
+        )
+
+
+def by_place(hidden: int, foreign: int, dtype: torch.dtype) -> ByPlace:
+    """Of 50 tokens: a row of zeros, one whose scale is no normal number, experts of other ranks."""
     layer = Layer(4, 2, hidden, 32, foreign=foreign, dtype=dtype)
     inputs = layer.inputs(50)
-    inputs[0][7] = 0
-    inputs[0][8] *= 1e-38
-    inputs[1][9] = torch.tensor([-7, 1])
+    x, ids = inputs[:2]
+    x[7] = 0
+    x[8] *= 1e-38
+    ids[9] = torch.tensor([-7, 1])
     poisoned(layer.runner, 50, BY_PLACE)
     launches = layer.runner.plan(inputs, BY_PLACE)
     (spread,) = (i for i, launch in enumerate(launches) if launch.kernel.__name__ == "spread")
     for launch in launches[: spread + 1]:
         launch.run()
-    _, _, places, data, scales = launches[spread].args
-    pairs = launches[spread - 1].args[0]
-    assert torch.equal(places[pairs.long()], torch.arange(100, dtype=torch.int32))
+    (_, _, _, data, scales), (pairs, *_) = launches[spread].args, launches[spread - 1].args
     wanted, wanted_scales = torch.empty_like(data), torch.empty_like(scales)
-    x, how = inputs[0], fp8_device.Recipe(False, True, 2, foreign, 4, 4096, True)
-    fp8_device.quantize_fp8[(100,)](x, inputs[1], pairs, wanted, wanted_scales, hidden, HOW=how)
-    ids = inputs[1].reshape(-1)[pairs.long()]
-    here = (ids >= foreign) & (ids < foreign + 4)
-    assert 0 < int((~here).sum()) < 60
-    assert torch.equal(data[here].view(torch.uint8), wanted[here].view(torch.uint8))
-    assert torch.equal(scales[here], wanted_scales[here])
-    assert torch.all(data[~here].view(torch.uint8) == 0xFF)
+    how = fp8_device.Recipe(False, True, 2, foreign, 4, 4096, True)
+    fp8_device.quantize_fp8[(100,)](x, ids, pairs, wanted, wanted_scales, hidden, HOW=how)
     exact = torch.zeros(data.shape)
     exact[:, :hidden] = x.float()[pairs.long() // 2]
-    close = (data.float() * scales[:, None])[here] - exact[:, turned(hidden)][here]
-    assert float(close.norm() / exact[here].norm()) < 0.04
+    e = ids.reshape(-1)[pairs.long()]
+    here = (e >= foreign) & (e < foreign + 4)
+    assert 0 < int((~here).sum()) < 60
+    exact = exact[:, turned(hidden)][here]
+    return ByPlace(data[here], scales[here], wanted[here], wanted_scales[here], exact, data[~here])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("hidden", "foreign"), [(304, 1), (2320, 0)])
+def test_x_by_place_is_what_quantising_gathered_rows_gives(
+    dtype: torch.dtype, hidden: int, foreign: int, on_machine: Start
+) -> None:
+    on_machine(3)
+    found = by_place(hidden, foreign, dtype)
+    assert found.same
+    assert error(found.data.float() * found.scales[:, None], found.exact) < 0.04
+    assert torch.all(found.elsewhere.view(torch.uint8) == 0xFF)
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [
+        ("  __syncthreads();\n", ""),
+        ("bit; bit /= 2", "bit > 1; bit /= 2"),
+        ("most == 0.f ? 1.f", "most == 0.f ? 0.f"),
+        ("1.1754943508222875e-38f", "0.f"),
+        ("32 * q + chunk", "16 * q + chunk"),
+        ("chunk < CHUNKS && column < COLUMNS", "chunk < CHUNKS"),
+        ("token * TOP_K + k", "token * TOP_K"),
+    ],
+    ids=str,
+)
+def test_wrong_rows_by_place_are_noticed(mutant: tuple[str, str], on_machine: Start) -> None:
+    def same(seed: int) -> bool:
+        on_machine(seed, mutant, of="SPREAD")
+        return by_place(304, 0, torch.bfloat16).same
+
+    assert not all(map(same, range(4)))
 
 
 # --- wrong ---------------------------------------------------------------------------------------------------------------
