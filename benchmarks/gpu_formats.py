@@ -230,7 +230,10 @@ def quick(names: list[str], tokens: list[int]) -> int:
             inputs[1][0, 0] = 1 << 30
             found = choose.candidates(runner.problem, n)
             # all tiles in CUDA C++, which compile fast
-            kinds = {t if t.path == fp8_cuda.NAME else (t.path, t.route, t.narrow, t.overlap_steps): t for t in found}
+            kinds = {
+                t if t.path == fp8_cuda.NAME else (t.path, t.route, t.narrow, t.overlap_steps): t
+                for t in found
+            }
             for tactic in kinds.values():
                 jobs |= runner.compile_jobs(inputs, tactic) if DEV == "cuda" else {}
                 what = f"{fmt}+{taken} N={n} {tactic.path} {short(tactic)}"

@@ -8,7 +8,7 @@ NVRTC gets one text and no folders. A wgmma names each of its registers, so the 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,17 @@ template <> struct Mma<{width}> {{
 """
 
 
-def source(files: Sequence[str], constants: Mapping[str, Any], widths: Sequence[int] = ()) -> str:
-    """All of a kernel: `files` of device/, after the constants, the primitives and the products of `widths` pairs."""
-    products = "".join(["template <int W> struct Mma;\n", *map(product, widths)]) if widths else ""
-    return "\n".join([definitions(constants), _text("hopper.cuh"), products, *map(_text, files)])
+def hopper(widths: Sequence[int]) -> str:
+    """The primitives, and the products of `widths` pairs."""
+    products = ["template <int W> struct Mma;\n", *map(product, widths)] if widths else []
+    return "\n".join([_text("hopper.cuh"), "".join(products)])
+
+
+def source(
+    files: Sequence[str],
+    constants: Mapping[str, Any],
+    widths: Sequence[int] = (),
+    primitives: Callable[[Sequence[int]], str] = hopper,
+) -> str:
+    """All of a kernel: `files` of device/, after its constants and what GPU it is for."""
+    return "\n".join([definitions(constants), primitives(widths), *map(_text, files)])

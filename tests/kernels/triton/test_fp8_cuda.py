@@ -1,0 +1,336 @@
+"""FP8 products and x by place in CUDA C++: on the CPU (cuda_machine.py) against their reference; deliberate mistakes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import cuda_machine
+from cuda_machine import CudaMachine, MachineError
+from fp8_rows import Quantize, turned
+from test_kernels import inputs_of, make, poisoned
+
+from moestro.kernels.activations import Activation, ClampedSilu, GeGLUTanh, ReLU2, SoftcapSwiGLU, SwiGLU
+from moestro.kernels.triton import call, nvrtc
+from moestro.kernels.triton.device import fp8 as fp8_device
+from moestro.kernels.triton.paths import fp8 as fp8_path
+from moestro.kernels.triton.paths import fp8_cuda as path
+from moestro.kernels.triton.tactic import Tactic
+from moestro.moe import reference
+
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the GPU itself: tests/gpu"),
+    pytest.mark.skipif(cuda_machine.why_missing() is not None, reason=str(cuda_machine.why_missing())),
+]
+
+TOLERANCE = 1e-2
+TILES = path.TABLE["fp8"]
+GATHERED = next(t for t in TILES if (t.pairs1, t.gemm1.rows) == (32, 256))
+BY_PLACE = next(t for t in TILES if t.pairs1 == 144)
+KERNELS = ("PRODUCT", "INVERT", "SPREAD")
+Start = Callable[..., None]
+
+
+def name(tactic: Tactic) -> str:
+    return f"{tactic.pairs1}x{tactic.gemm1.rows}"
+
+
+class Sum:
+    """sum_pairs in torch: in the interpreter it takes longer than all else."""
+
+    __name__, params = "sum_pairs", ()
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(
+            rows: Any, ids: Any, weights: Any, out: Any, done: Any, num_done: int, hidden: int, **meta: Any
+        ) -> None:
+            here = (ids >= meta["OFFSET"]) & (ids < meta["OFFSET"] + meta["L"])
+            each = rows.view(*ids.shape, hidden).float() * weights[..., None]
+            out.copy_(torch.where(here[..., None], each, 0).sum(1))
+
+        return launch
+
+
+@pytest.fixture
+def on_machine(monkeypatch: pytest.MonkeyPatch) -> Start:
+    kernels = {name: getattr(path, name) for name in KERNELS}
+    monkeypatch.setattr(fp8_path, "has_wgmma", lambda: True)
+    monkeypatch.setattr(nvrtc, "why_missing", lambda: None)
+    monkeypatch.setattr(path, "source", cuda_machine.source)
+    monkeypatch.setattr(fp8_device, "quantize_fp8", Quantize())
+    monkeypatch.setattr(call, "sum_pairs", Sum())
+
+    def start(seed: int, *mutants: tuple[str, str], of: str = "PRODUCT") -> None:
+        for name, kernel in kernels.items():
+            monkeypatch.setattr(path, name, CudaMachine(kernel, seed, mutants if name == of else ()))
+
+    return start
+
+
+class Layer:
+    """A layer, and what its reference makes of inputs."""
+
+    def __init__(self, *sizes: int, fmt: str = "nvfp4", act: Activation | None = None, biases: torch.dtype | None = None,
+                 foreign: int = 0, dtype: torch.dtype = torch.bfloat16) -> None:  # fmt: skip
+        self.runner, self.plain = make(
+            sizes,
+            fmt,
+            act,
+            biases is not None,
+            "fp8",
+            foreign,
+            dtype=dtype,  # type: ignore[arg-type]
+        )
+        if biases is not None:
+            for experts in (self.runner._experts, self.plain):
+                experts.gate_up_bias, experts.down_bias = (
+                    b.to(biases) for b in (experts.gate_up_bias, experts.down_bias)
+                )
+
+    def inputs(self, tokens: int) -> list[torch.Tensor]:
+        return inputs_of(self.runner, tokens)
+
+    def truth(self, inputs: list[torch.Tensor]) -> torch.Tensor:
+        p = self.runner.problem
+        return reference.fused_moe(*inputs[:3], self.plain, activation=p.activation, input_format="fp8",
+                                   expert_offset=p.expert_offset, weight_rounding="e4m3")  # fmt: skip
+
+    def run(self, inputs: list[torch.Tensor], tactic: Tactic) -> torch.Tensor:
+        inputs[3].fill_(torch.nan)
+        poisoned(self.runner, len(inputs[1]), tactic)
+        cuda_machine.compile_all(self.runner.plan(inputs, tactic))
+        self.runner.forward(inputs, tactic)
+        return inputs[3].clone()
+
+
+def error(found: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((found.float() - truth).norm() / truth.norm())
+
+
+# --- right ---------------------------------------------------------------------------------------------------------------
+ACTIVATIONS = (SwiGLU(1.702, 7.0, 1.0), GeGLUTanh(), ReLU2(), ClampedSilu(2.0), SoftcapSwiGLU(3.0, 5.0))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# (hidden, intermediate): blocks of 128 columns are 3 and 1, or 6 and 4: spans of 2 and 6, odd blocks, strips beyond the last
+SHORT, LONG = {"nvfp4": (304, 112), "mxfp4": (320, 96)}, {"nvfp4": (704, 480), "mxfp4": (736, 480)}
+ODD_SIZES = [
+    (tile, fmt, SHORT if (i + j) % 2 == 0 else LONG, ACTIVATIONS[(i + 2 * j) % 5], DTYPES[(i + j) % 3])
+    for i, tile in enumerate(TILES)
+    for j, fmt in enumerate(("nvfp4", "mxfp4"))
+]
+
+
+@pytest.mark.parametrize(
+    ("tile", "fmt", "sizes", "act", "biases"),
+    ODD_SIZES,
+    ids=[
+        f"{name(c[0])}-{c[1]}-{'short' if c[2] is SHORT else 'long'}-{type(c[3]).__name__}" for c in ODD_SIZES
+    ],
+)
+def test_products_match_the_reference_on_odd_sizes(
+    tile: Tactic,
+    fmt: str,
+    sizes: dict[str, tuple[int, int]],
+    act: Activation,
+    biases: torch.dtype,
+    on_machine: Start,
+) -> None:
+    """Ragged experts, biases, experts of other ranks, an id that no rank has, an expert without pairs."""
+    on_machine(tile.pairs1 + tile.gemm1.rows)
+    dtype = torch.float16 if biases == torch.float16 else torch.bfloat16
+    layer = Layer(4, 2, *sizes[fmt], fmt=fmt, act=act, biases=biases, foreign=1, dtype=dtype)
+    for tokens in (1, 37, 300):
+        inputs = layer.inputs(tokens)
+        inputs[1][inputs[1] == 2] = 3
+        inputs[1][tokens - 1] = torch.tensor([-7, 1])
+        assert error(layer.run(inputs, tile), layer.truth(inputs)) < TOLERANCE
+
+
+@pytest.mark.parametrize("tile", [GATHERED, BY_PLACE], ids=name)
+@pytest.mark.parametrize("sizes", [(2304, 96), (160, 1600)], ids=str)
+def test_sums_of_many_spans(tile: Tactic, sizes: tuple[int, int], on_machine: Start) -> None:
+    """18 blocks of 128 columns, three spans of 6, or 13, seven of 2: the ring goes round several times."""
+    on_machine(1)
+    layer = Layer(2, 2, *sizes)
+    inputs = layer.inputs(20)
+    assert error(layer.run(inputs, tile), layer.truth(inputs)) < TOLERANCE
+
+
+@pytest.mark.parametrize("tile", [GATHERED, BY_PLACE], ids=name)
+def test_the_order_in_which_threads_run_changes_no_bit(tile: Tactic, on_machine: Start) -> None:
+    layer = Layer(3, 2, 384, 160, biases=torch.bfloat16)
+    inputs = layer.inputs(120)
+    found = []
+    for seed in range(6):
+        on_machine(seed)
+        found.append(layer.run(inputs, tile))
+    assert all(torch.equal(other, found[0]) for other in found[1:])
+    assert error(found[0], layer.truth(inputs)) < TOLERANCE
+
+
+class ByPlace(NamedTuple):
+    """x by place, and what quantising gathered rows gives, of the places that are an expert's here, and not."""
+
+    data: torch.Tensor
+    scales: torch.Tensor
+    wanted: torch.Tensor
+    wanted_scales: torch.Tensor
+    exact: torch.Tensor
+    elsewhere: torch.Tensor
+
+    @property
+    def same(self) -> bool:
+        """Bit by bit."""
+        return torch.equal(self.scales, self.wanted_scales) and torch.equal(
+            self.data.view(torch.uint8), self.wanted.view(torch.uint8)
+        )
+
+
+def by_place(hidden: int, foreign: int, dtype: torch.dtype) -> ByPlace:
+    """Of 50 tokens: a row of zeros, one whose scale is no normal number, experts of other ranks."""
+    layer = Layer(4, 2, hidden, 32, foreign=foreign, dtype=dtype)
+    inputs = layer.inputs(50)
+    x, ids = inputs[:2]
+    x[7] = 0
+    x[8] *= 1e-38
+    ids[9] = torch.tensor([-7, 1])
+    poisoned(layer.runner, 50, BY_PLACE)
+    launches = layer.runner.plan(inputs, BY_PLACE)
+    (spread,) = (i for i, launch in enumerate(launches) if launch.kernel.__name__ == "spread")
+    for launch in launches[: spread + 1]:
+        launch.run()
+    (_, _, _, data, scales), (pairs, *_) = launches[spread].args, launches[spread - 1].args
+    wanted, wanted_scales = torch.empty_like(data), torch.empty_like(scales)
+    how = fp8_device.Recipe(False, True, 2, foreign, 4, 4096, True)
+    fp8_device.quantize_fp8[(100,)](x, ids, pairs, wanted, wanted_scales, hidden, HOW=how)
+    exact = torch.zeros(data.shape)
+    exact[:, :hidden] = x.float()[pairs.long() // 2]
+    e = ids.reshape(-1)[pairs.long()]
+    here = (e >= foreign) & (e < foreign + 4)
+    assert 0 < int((~here).sum()) < 60
+    exact = exact[:, turned(hidden)][here]
+    return ByPlace(data[here], scales[here], wanted[here], wanted_scales[here], exact, data[~here])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("hidden", "foreign"), [(304, 1), (2320, 0)])
+def test_x_by_place_is_what_quantising_gathered_rows_gives(
+    dtype: torch.dtype, hidden: int, foreign: int, on_machine: Start
+) -> None:
+    on_machine(3)
+    found = by_place(hidden, foreign, dtype)
+    assert found.same
+    assert error(found.data.float() * found.scales[:, None], found.exact) < 0.04
+    assert torch.all(found.elsewhere.view(torch.uint8) == 0xFF)
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [
+        ("  __syncthreads();\n", ""),
+        ("bit; bit /= 2", "bit > 1; bit /= 2"),
+        ("most == 0.f ? 1.f", "most == 0.f ? 0.f"),
+        ("1.1754943508222875e-38f", "0.f"),
+        ("32 * q + chunk", "16 * q + chunk"),
+        ("chunk < CHUNKS && column < COLUMNS", "chunk < CHUNKS"),
+        ("token * TOP_K + k", "token * TOP_K"),
+    ],
+    ids=str,
+)
+def test_wrong_rows_by_place_are_noticed(mutant: tuple[str, str], on_machine: Start) -> None:
+    def same(seed: int) -> bool:
+        on_machine(seed, mutant, of="SPREAD")
+        return by_place(304, 0, torch.bfloat16).same
+
+    assert not all(map(same, range(4)))
+
+
+# --- wrong ---------------------------------------------------------------------------------------------------------------
+HAS_TWO = "return BLOCKS % 2 == 0 || b + 1 < BLOCKS;"
+
+
+class Mutant(NamedTuple):
+    """A kernel that is wrong: its text, what stands there instead, what the machine must say of it."""
+
+    old: str
+    new: str
+    tile: Tactic
+    said: str = ""
+    sizes: tuple[int, int] = (1408, 416)
+
+
+MUTANTS = {
+    "a stage is given back before its products are waited for": Mutant(
+        "        wait_for_all_but_one();\n        if (s == 0 && b % 2 == 0) give_back(ring);",
+        "        if (s == 0 && b % 2 == 0) give_back(ring);\n        wait_for_all_but_one();", BY_PLACE),
+    "the last stage of a span is given back before its products are waited for": Mutant(
+        "          add();\n          if (!first) give_back(ring);",
+        "          if (!first) give_back(ring);\n          add();", BY_PLACE),
+    "the last stage of a tile is given back before its products are waited for": Mutant(
+        "  sums.add();\n  sums.give_back(ring);", "  sums.give_back(ring);\n  sums.add();", BY_PLACE),
+    "a stage is given back twice": Mutant(
+        "        last = at.stage;\n        at.next();", "        at.next();\n        last = at.stage;", BY_PLACE),
+    "operands are overwritten while their products run": Mutant("        wait_for_all_but_one();\n", "", BY_PLACE),
+    "one set of operands": Mutant("a[(b * PARTS + s) % 2]", "a[0]", BY_PLACE),
+    "sums are added while their products run": Mutant("      Mma<W>::wait(part[s]);\n", "", GATHERED),
+    "a span goes on from the one before": Mutant("b > 0);", "true);", GATHERED),
+    "consumers wait for the wrong phase of a stage": Mutant(
+        "wait(ring.full + 8 * at.stage, at.phase);", "wait(ring.full + 8 * at.stage, at.phase ^ 1);", BY_PLACE),
+    "a stage is read before it is there": Mutant("        wait(ring.full + 8 * at.stage, at.phase);\n", "", BY_PLACE),
+    "a stage is filled before it is empty": Mutant(
+        "    wait(ring.empty + 8 * at.stage, at.phase);\n    if (thread", "    if (thread", BY_PLACE),
+    "the producer waits for a phase that never ends": Mutant("Turn at = {0, 1};", "Turn at = {0, 0};", BY_PLACE, "deadlock"),
+    "the phase of a stage never turns": Mutant("stage = 0, phase ^= 1;", "stage = 0;", BY_PLACE),
+    "the phase of a slot never turns": Mutant("slot = 0, phase ^= 1;", "slot = 0;", GATHERED),
+    "a slot too few": Mutant("SLOTS = STAGES + 1;", "SLOTS = STAGES;", GATHERED, sizes=(160, 1024)),
+    "a tile is told of before the stage before it is empty": Mutant(
+        "  wait(ring.empty + 8 * at.stage, at.phase);\n  tell", "  tell", GATHERED, sizes=(160, 1024)),
+    "a slot is told of before it is copied": Mutant(
+        "  arrive_when_copied(bar);\n  if (thread == 0) {", "  arrive(bar);\n  if (thread == 0) {", GATHERED),
+    "the bytes of x are not expected": Mutant("(GATHER ? 0 : W * 128)", "0", BY_PLACE),
+    "bytes are expected that do not come": Mutant("(GATHER ? 0 : W * 128)", "W * 128", GATHERED, "deadlock.*8192 bytes"),
+    "a stage is there before the rows gathered": Mutant(
+        "      arrive_when_copied(bar);\n    }", "      arrive(bar);\n    }", GATHERED),
+    "the proxies are not fenced": Mutant("        if (GATHER) fence_for_products();\n", "", GATHERED, "no fence between"),
+    "the registers are not fenced": Mutant("  begin_products();\n", "", GATHERED, "without a fence"),
+    "rows of x are swizzled otherwise": Mutant("(thread % 8 ^ thread / 8 % 8)", "(thread % 8)", GATHERED),
+    "rows of x by place at half of their distance": Mutant("copy_box(to + i * 128,", "copy_box(to + i * 64,", BY_PLACE),
+    "the same rows of x again": Mutant("t.start + i, bar", "t.start, bar", BY_PLACE),
+    "the second block is the first": Mutant("stage + b % 2 * X_BLOCK", "stage", GATHERED),
+    "a block beyond an odd number's last": Mutant(HAS_TWO, "return true;", GATHERED),
+    "every second block is left out": Mutant(HAS_TWO, "return false;", GATHERED),
+    "scales of the other row": Mutant("load2(s), load2(s + 8 * 8)", "load2(s + 8 * 8), load2(s)", GATHERED),
+    "the lower strip is the upper": Mutant("(2 * part + u) * CODES", "u * CODES", GATHERED),
+    "row scales of the other strip": Mutant("(slot + OF_ROWS) + part * 64", "(slot + OF_ROWS)", GATHERED),
+    "tables of the other row": Mutant("permute(w, x, 0x622A)", "permute(w, x, 0x4008)", GATHERED),
+    "lanes exchange the other half": Mutant("odd ? r : other, bit", "odd ? other : r, bit", GATHERED),
+    "a width that is too narrow": Mutant("else if (count <= W)", "else if (count <= W + 8)", GATHERED),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mutant", MUTANTS.values(), ids=list(MUTANTS))
+def test_the_machine_notices_a_kernel_that_is_wrong(mutant: Mutant, on_machine: Start) -> None:
+    """By a message, or NaN and wrong numbers, in one of a few orders of its threads."""
+    layer = Layer(3, 2, *mutant.sizes)
+    inputs = layer.inputs(
+        84
+    )  # tiles of 84, or 2 x 32 and 20 pairs of the first expert, and of 42, or 32 and 10
+    inputs[1][:, 0], inputs[1][:, 1] = 0, torch.arange(84) % 2 + 1
+    truth = layer.truth(inputs)
+
+    def noticed(seed: int) -> str:
+        on_machine(seed, (mutant.old, mutant.new))
+        try:
+            wrong = error(layer.run(inputs, mutant.tile), truth)
+        except MachineError as raised:
+            return str(raised)
+        return "" if wrong < TOLERANCE else f"an error of {wrong}"
+
+    said = next((text for text in map(noticed, range(8)) if text), None)
+    assert said is not None
+    assert re.search(mutant.said, said)
