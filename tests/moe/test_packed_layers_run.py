@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("triton", minversion="3.8")  # whose interpreter has dot_scaled
 
+import cuda_machine
 import gluon_machine
 from chips import pretend, taken
 from test_packed_layers import Kind, name
@@ -17,8 +18,10 @@ from moestro import ExpertWeights, FusedMoE, formats, fused_moe, reference
 from moestro.bench import checkup
 from moestro.formats import MXFP4, MXFP8, NVFP4, FP8Block
 from moestro.formats.base import CHECKPOINT
-from moestro.kernels.triton.device import fp8_gemm, fp8_registers
+from moestro.kernels.triton import nvrtc
+from moestro.kernels.triton.device import fp8_gemm
 from moestro.kernels.triton.fp8_layout import TritonE4M3
+from moestro.kernels.triton.paths import fp8_cuda
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a chip of another capability is here")
 E, K = 3, 2
@@ -117,10 +120,12 @@ def test_a_layer_on_packed_weights_is_the_reference_on_the_checkpoints(kind: Kin
 def test_a_layer_of_fp8_products_is_the_reference(
     format: str, dtype: torch.dtype, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Hopper's, which the interpreter does not know, on gluon_machine.py."""
+    """Hopper's, which the interpreter does not know, on gluon_machine.py and cuda_machine.py."""
     pretend(monkeypatch, "hopper")
-    for module, kernel in ((fp8_registers, "fp4_fp8_registers"), (fp8_gemm, "fp8_gemm")):
-        monkeypatch.setattr(module, kernel, gluon_machine.GluonMachine(getattr(module, kernel), 1, {}))
+    monkeypatch.setattr(fp8_gemm, "fp8_gemm", gluon_machine.GluonMachine(fp8_gemm.fp8_gemm, 1, {}))
+    monkeypatch.setattr(nvrtc, "why_missing", lambda: None)
+    monkeypatch.setattr(fp8_cuda, "source", cuda_machine.source)
+    monkeypatch.setattr(fp8_cuda, "PRODUCT", cuda_machine.CudaMachine(fp8_cuda.PRODUCT, 1))
     kind = Kind("hopper", format, "fp8", dtype)
     w = weights_of(kind, sizes=sizes)
     layer = FusedMoE(w, K, 16, dtype=dtype, **options_of(kind))

@@ -1,15 +1,20 @@
-"""FP8 products in CUDA C++ through NVRTC, where there is one: no registers spilled, no products that ptxas waits between."""
+"""FP8 products in CUDA C++ through NVRTC, where there is one: no registers spilled, no products that ptxas waits between,
+none whose operands are written while it runs.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
+
+from inflight import disassemble, overwritten
 
 from moestro.kernels.triton import nvrtc
 from moestro.kernels.triton.device.arguments import Product, Size
@@ -57,3 +62,15 @@ def test_no_product_spills_or_waits(shape: str) -> None:
 
     with ThreadPoolExecutor(2) as pool:
         assert [bad for found in pool.map(of, wanted) for bad in found] == []
+
+
+@pytest.mark.parametrize("size", [(16, 128), (80, 256), (160, 128)], ids=str)
+def test_no_instruction_writes_a_register_that_a_running_product_reads(
+    size: tuple[int, int], tmp_path: Path
+) -> None:
+    tile = next(t for t in path.TABLE["fp8"] if (t.pairs1, t.gemm1.rows) == size)
+    for how, grid, sizes in variants(tile, False, *SHAPES["gpt-oss"]):
+        cubin = path.PRODUCT.cubin(HOW=how, TILE=grid, SIZE=sizes)
+        code = disassemble(cubin.image, tmp_path / f"{how.stage}.cubin")
+        assert sum(bool(i.a) for i in code.values()) >= 16
+        assert overwritten(code) == []

@@ -53,14 +53,19 @@ def test_batch_invariant_problems_keep_to_paths_whose_bits_agree(
 
 
 @pytest.mark.parametrize("num_tokens", [1, 256, 16384])
-def test_without_nvrtc_the_default_is_a_path_that_needs_none(
-    num_tokens: int, monkeypatch: pytest.MonkeyPatch
+def test_without_nvrtc_the_default_is_a_path_that_needs_none_and_a_line_says_why(
+    num_tokens: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(fp8_path, "has_wgmma", lambda: True)
     monkeypatch.setattr(nvrtc, "why_missing", lambda: "there is no libnvrtc")
     p = MoeProblem(32, 32, 0, 8, 7168, 2048, "mxfp4", input_format="fp8")
     tactics = choose.candidates(p, num_tokens)
     assert {t.path for t in tactics} == {"fp8", "fp8_once"}
+    choose._say_slower.cache_clear()
     assert choose.default(p, num_tokens) in tactics
+    assert choose.default(p, num_tokens) in tactics
+    assert [r.getMessage() for r in caplog.records if "slower" in r.getMessage()] == [
+        "FP8 products of 4-bit weights run on slower kernels than could be: there is no libnvrtc"
+    ]
     wanted = fp8_cuda.tactic(80, 256)
     assert choose.why_not(p, wanted, num_tokens) == "there is no libnvrtc"

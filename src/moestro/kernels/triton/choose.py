@@ -6,6 +6,8 @@ per expert.
 
 from __future__ import annotations
 
+import functools
+import logging
 from dataclasses import replace
 
 from moestro.kernels.problem import MoeProblem
@@ -28,6 +30,8 @@ from moestro.kernels.triton.paths import (
 )
 from moestro.kernels.triton.paths.path import LONG_WALK, LONG_WALK_PAIRS, weight_bytes
 from moestro.kernels.triton.tactic import DIRECT_PAIRS, MAX_PAIRS, NARROW, Tactic, Tile
+
+log = logging.getLogger("moestro")
 
 # Which tactics are worth measuring: those whose estimate is within FACTOR of the smallest. The estimate is a roofline,
 # and wrong by up to 1.32 in favour of a slower tactic: of 120 sizes of eight models that were tuned without pruning,
@@ -306,6 +310,14 @@ def _fp8_default(p: MoeProblem, num_tokens: int) -> Tactic:
         )  # of 16 and of 64 tokens, too: half of its tile is empty there, and it reads faster
     table = FP8_INVARIANT if p.batch_invariant else FP8_DEFAULTS
     chosen = next(t for most, t in table if per_expert <= most)
-    if why_not(p, chosen, num_tokens) is None:
+    reason = why_not(p, chosen, num_tokens)
+    if reason is None:
         return chosen
-    return next(t for most, t in FP8_INVARIANT if per_expert <= most)  # without NVRTC
+    _say_slower(reason)  # without NVRTC
+    return next(t for most, t in FP8_INVARIANT if per_expert <= most)
+
+
+@functools.cache
+def _say_slower(reason: str) -> None:
+    """Once for each reason."""
+    log.warning("FP8 products of 4-bit weights run on slower kernels than could be: %s", reason)
