@@ -60,8 +60,6 @@ def main() -> int:
         return 0
     if options.warm:
         return warm(chosen([options.warm])[0], options)
-    if options.device.startswith("cuda"):
-        os.environ.setdefault("MOESTRO_COMPILE_PROCESSES", str(os.cpu_count()))
     options.out.mkdir(parents=True, exist_ok=True)
     say = Console(options.out / "log.txt")
     try:

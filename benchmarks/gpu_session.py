@@ -88,11 +88,7 @@ def run(step: Step, out: Path, dry: bool) -> bool:
     command = step.command.replace("{out}", str(out))
     if dry:
         command = step.dry.replace("{out}", str(out)) or _help_of(command)
-    env = {
-        "TRITON_CACHE_DIR": "/tmp/gpu-session-triton",
-        "MOESTRO_COMPILE_PROCESSES": str(os.cpu_count()),
-        **os.environ,
-    }
+    env = {"TRITON_CACHE_DIR": "/tmp/gpu-session-triton", **os.environ}
     started, path = time.monotonic(), out / "session.log"
     with path.open("a") as log:
         print(f"\n$ {command}", file=log, flush=True)

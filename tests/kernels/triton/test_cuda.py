@@ -20,7 +20,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDes
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moestro.errors import BackendError
-from moestro.kernels.triton import cuda, cuda_driver, elsewhere, fp8_layout, nvrtc, replay
+from moestro.kernels.triton import cuda, cuda_driver, fp8_layout, nvrtc, replay
 from moestro.kernels.triton.call import Launch
 
 SOURCE = """struct Params {{ long long words[{words}]; }};
@@ -238,13 +238,8 @@ def test_constants_are_told_apart_as_they_are_written(sources: list[str]) -> Non
     assert len(sources) == 2
 
 
-def test_compiling_needs_no_gpu_and_goes_to_no_other_process(
-    sources: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(elsewhere.VARIABLE, "2")
-    monkeypatch.setattr(elsewhere, "INTERPRETED", False)
-    monkeypatch.setattr(elsewhere, "_farm_of", lambda *_: pytest.fail("a process was started"))
-    compiled = elsewhere.compiled(Launch(kernel(), (1,), arguments(), META))
+def test_compiling_needs_no_gpu(sources: list[str]) -> None:
+    compiled = Launch(kernel(), (1,), arguments(), META).compile()
     assert compiled.packed_metadata == (384, 2000, True)
     assert len(sources) == 1
 

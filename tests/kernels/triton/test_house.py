@@ -37,7 +37,6 @@ FLOORS = (
     "counters",
     "graphs",
     "replay",
-    "elsewhere",
     "runner",
 )  # each on those before
 

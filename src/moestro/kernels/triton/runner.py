@@ -7,7 +7,6 @@ layout.
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,7 @@ from moestro.formats.base import CHECKPOINT, FormatTensor
 from moestro.kernels import activations
 from moestro.kernels.problem import Experts, Held, MoeProblem, MoeRunner, Replay
 from moestro.kernels.scratch import carve, plan_bytes
-from moestro.kernels.triton import choose, elsewhere, replay
+from moestro.kernels.triton import choose, replay
 from moestro.kernels.triton.call import Call, Launch
 from moestro.kernels.triton.chip import has_block_scales, is_hopper, processors
 from moestro.kernels.triton.counters import Counters
@@ -173,9 +172,7 @@ class TritonRunner(MoeRunner):
         """What `compile` does, kernel by kernel: those of several tactics and sizes together are compiled once
         each.
         """
-        return {
-            launch.key: functools.partial(elsewhere.compiled, launch) for launch in self.plan(inputs, tactic)
-        }
+        return {launch.key: launch.compile for launch in self.plan(inputs, tactic)}
 
     @classmethod
     def kernel_sources(cls) -> list[Path]:
