@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,6 +17,7 @@ from cuda_machine import CudaMachine, MachineError
 from fp8_rows import Quantize, turned
 from test_kernels import inputs_of, make, poisoned
 
+from moestro.errors import BackendError
 from moestro.kernels.activations import Activation, ClampedSilu, GeGLUTanh, ReLU2, SoftcapSwiGLU, SwiGLU
 from moestro.kernels.triton import call, nvrtc
 from moestro.kernels.triton.device import fp8 as fp8_device
@@ -215,6 +217,34 @@ def by_place(hidden: int, foreign: int, dtype: torch.dtype) -> ByPlace:
     assert 0 < int((~here).sum()) < 60
     exact = exact[:, turned(hidden)][here]
     return ByPlace(data[here], scales[here], wanted[here], wanted_scales[here], exact, data[~here])
+
+
+def misplaced(t: torch.Tensor, elements: int) -> torch.Tensor:
+    """The same values, so many elements behind an address that is a multiple of 64."""
+    memory = torch.empty(t.numel() + 64, dtype=t.dtype)
+    first = -memory.data_ptr() // t.element_size() % (64 // t.element_size()) + elements
+    return memory[first : first + t.numel()].view(t.shape).copy_(t)
+
+
+def test_x_that_lies_between_multiples_of_what_is_loaded_is_quantised_by_pair(on_machine: Start) -> None:
+    on_machine(2)
+    layer = Layer(3, 2, 320, 96)
+    inputs = layer.inputs(40)
+    assert "spread" in [one.kernel.__name__ for one in layer.runner.plan(inputs, BY_PLACE)]
+    inputs[0] = misplaced(inputs[0], 1)
+    assert "spread" not in [one.kernel.__name__ for one in layer.runner.plan(inputs, BY_PLACE)]
+    assert error(layer.run(inputs, BY_PLACE), layer.truth(inputs)) < TOLERANCE
+
+
+def test_weights_that_cannot_be_copied_16_bytes_at_a_time_are_an_error_that_says_so(
+    on_machine: Start,
+) -> None:
+    on_machine(2)
+    layer = Layer(3, 2, 320, 96)
+    experts = layer.runner._experts
+    experts.down = replace(experts.down, scales=misplaced(experts.down.scales, 2))
+    with pytest.raises(BackendError, match="copies 16 bytes at a time, weights lie at 0x"):
+        layer.runner.plan(layer.inputs(4), BY_PLACE)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

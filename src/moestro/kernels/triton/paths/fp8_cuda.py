@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from moestro.errors import BackendError
 from moestro.kernels.problem import MoeProblem
 from moestro.kernels.scratch import Plan
 from moestro.kernels.triton import call as calls
@@ -36,6 +37,7 @@ ROW_BYTES = 72  # codes and scales of a row and 128 columns
 WARPS, GROUPS = 8, 2  # that multiply
 CONSUMER, PRODUCER = 232, 40  # registers of a thread: 2 * 232 + 40 of the 504 that three groups of 168 have
 PROCESSORS, CLOCK, COPIES = 132, 1.7e9, 2e13  # of estimates: Hz, bytes/s
+LOADED, COPIED = 8, 16  # bytes of x at a time, and of weights
 PIECE = 16  # rows of x that a tile of few pairs copies at a time
 # Of DeepSeek-V3 and 1024 tokens, tiles of 144 pairs: x by place takes 8 % less time in the first product than gathered, and
 # 25 of 470 µs to write; of tiles of 80, at 256 tokens, both take the same (H200).
@@ -214,8 +216,10 @@ SPREAD = CudaKernel("spread", ("x", "ids", "places", "data", "scales"), _spread)
 
 
 def _by_place(call: Call) -> Rows:
-    """x quantised by token, each row where its pairs are."""
+    """x quantised by token, each row where its pairs are; by pair where x lies at no multiple of what `spread` loads."""
     p, s = call.p, call.s
+    if call.x.data_ptr() % LOADED:
+        return call.to_e4m3(call.x, "x", gather=True, turned=True)
     data, scale, places = s["x_values"], s["x_scale"], s["places"]
     call.add(INVERT, (triton.cdiv(call.pairs, 256),), s["sorted_pairs"], places, call.pairs)
     call.add(
@@ -280,6 +284,11 @@ def _product(call: Call, stage: int, x: Rows, out: torch.Tensor) -> None:
     tile, pairs = call.tactic.of_stage(stage)
     weights = call.packed(stage)
     assert isinstance(weights, TritonFP4)
+    for part in (weights.words, weights.scales, weights.row_scale):
+        if part.data_ptr() % COPIED:
+            raise BackendError(
+                f"path {NAME!r} copies {COPIED} bytes at a time, weights lie at {part.data_ptr():#x}"
+            )
     routing, stride = call.routing(stage)
     bias = call.bias(stage)
     grid = Grid(tile.rows, pairs, tile.stages, call.tactic.raster_group, stage == 1 and gathers(call.tactic),
