@@ -289,7 +289,7 @@ class Code:
         self._names: dict[str, Any] = {
             "gl": gl, "tl": gl, "mbarrier": barriers, "async_copy": copies, "copy_async": program.copy,
             "fence_async_shared": program.fence, "warpgroup_mma": program.multiply, "_to": _to,
-            "warpgroup_mma_wait": program.retire, "tma_copy": program.copy_box, "reinterpret": Shared.reinterpret,
+            "warpgroup_mma_wait": program.retire, "tma_copy": program.copy_box,
         }  # fmt: skip
         self._mutants = mutants
         self._made: dict[Any, Callable[..., Any]] = {}

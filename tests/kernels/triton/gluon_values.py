@@ -130,9 +130,6 @@ class Shared:
     def reshape(self, shape: Sequence[int]) -> Shared:
         return Shared(self.data.view(*shape), self.place)
 
-    def reinterpret(self, dtype: torch.dtype, shape: Sequence[int], layout: Any) -> Shared:
-        return Shared(self.data.view(dtype).view(*shape), self.place)
-
     def permute(self, order: Sequence[int]) -> Shared:
         return Shared(self.data.permute(*order), self.place)
 
@@ -221,11 +218,6 @@ class Gl:
     @staticmethod
     def expand_dims(a: Tensor, axis: int) -> Tensor:
         return Tensor(a.data.unsqueeze(axis))
-
-    @staticmethod
-    def multiple_of(a: Tensor, of: Sequence[int]) -> Tensor:
-        assert bool((a.data % of[0] == 0).all()), f"not all are multiples of {of[0]}"
-        return a
 
     @staticmethod
     def convert_layout(a: Tensor, layout: Any) -> Tensor:

@@ -55,9 +55,7 @@ def _permute(a: torch.Tensor, b: torch.Tensor, selector: torch.Tensor) -> torch.
 
 
 def _lop3(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    if int(table) == 0x20:
-        return a & ~b & c
-    assert int(table) == 0xEA, "another function than (a & b) | c and a & ~b & c"
+    assert int(table) == 0xEA, "another function than (a & b) | c"
     return a & b | c
 
 
@@ -69,7 +67,6 @@ INSTRUCTIONS: dict[str, Callable[..., torch.Tensor]] = {
     "shr.b32": lambda a, n: a >> n,
     "shr.u32": lambda a, n: a >> n,
     "mad.lo.u32": lambda a, b, c: a * b + c & MASK,
-    "mul.wide.u32": lambda a, b: a * b,
     "prmt.b32": _permute,
     "lop3.b32": _lop3,
     "mul.rn.bf16x2": _multiply,
