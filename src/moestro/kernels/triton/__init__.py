@@ -1,4 +1,4 @@
-"""The MoE operator in Triton kernels: sm_90 measured, sm_100 compiled."""
+"""The MoE operator in Triton kernels, and some in CUDA C++: sm_90 measured, sm_100 compiled."""
 
 from moestro.kernels.triton import tactics as _older_names  # noqa: F401 (so that stored decisions can be read)
 from moestro.kernels.triton.layout import PACKED, TritonNVFP4
