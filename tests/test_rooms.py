@@ -47,7 +47,7 @@ ROOMS: Mapping[str, Mapping[str, set[str]]] = {
             "cuda",
             "cuda_source",
         },
-        "choose": {"chip", "tactic", "paths", "layout", "fp8_layout"},
+        "choose": {"chip", "tactic", "paths", "layout", "fp8_layout", "nvrtc"},
         "counters": {"device", "paths", "tactic"},
     },
     "kernels/portable": {

@@ -51,7 +51,8 @@ def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the Triton package in whose place TritonRunner finds its sources."""
     copy = tmp_path / "triton"
     shutil.copytree(Path(TritonRunner.kernel_sources()[0]).parents[1], copy)
-    found = classmethod(lambda cls: sorted((copy / "device").glob("*.py")))
+    code = (".py", ".cu", ".cuh")
+    found = classmethod(lambda cls: sorted(p for p in (copy / "device").iterdir() if p.suffix in code))
     monkeypatch.setattr(TritonRunner, "kernel_sources", found)
     file_digests.cache_clear()
     return copy
@@ -87,3 +88,26 @@ def test_one_character_of_a_device_function_changes_the_digest(kernels: Path) ->
     before = source_digest([TritonRunner])
     edit(kernels / "device" / "chain.py", "slots * STRIPS1", "slots + STRIPS1")
     assert source_digest([TritonRunner]) != before
+
+
+def test_of_cuda_comments_and_empty_lines_do_not_count_and_code_does(tmp_path: Path) -> None:
+    path = tmp_path / "kernel.cu"
+    path.write_text('// a kernel\nint f() { return 1; }  // one\n\n/* of\ntwo */ asm("// kept;");\n')
+    before = file_digests(str(path))
+    edit(path, "// a kernel", "// the kernel\n\n")
+    edit(path, "  // one", "")
+    edit(path, "of\ntwo", "it")
+    assert file_digests(str(path)) == before
+    edit(path, "// kept;", "// left;")
+    assert file_digests(str(path)) != before
+    edit(path, "// left;", "// kept;")
+    edit(path, "return 1", "return 2")
+    assert file_digests(str(path)) != before
+
+
+def test_a_sentence_in_the_kernels_of_cuda_leaves_the_digest_as_it_is(kernels: Path) -> None:
+    whole = source_digest([TritonRunner])
+    edit(kernels / "device" / "fp8_cuda.cu", "// Decoding:", "// How they are decoded:")
+    assert source_digest([TritonRunner]) == whole
+    edit(kernels / "device" / "mma.cuh", "e4m3.e4m3", "e5m2.e4m3")
+    assert source_digest([TritonRunner]) != whole

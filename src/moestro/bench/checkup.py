@@ -48,6 +48,8 @@ def examine() -> dict[str, Any]:
         "compiler": machine.compiler(),
         **{package: machine.version(package) for package in PACKAGES},
     }
+    if any(gpu["capability"].startswith("9.") for gpu in here):
+        software["nvrtc"] = _nvrtc()
     return {
         "cpu": asdict(machine.cpu()) | asdict(placement()) | {"isas": _isas()},
         "memory": asdict(memory) if memory else None,
@@ -60,6 +62,15 @@ def examine() -> dict[str, Any]:
             device: _first_choices(device) for device in (("cpu", "cuda") if here else ("cpu",))
         },
     }
+
+
+def _nvrtc() -> str:
+    """Whether kernels in CUDA C++ can be compiled here, or why not."""
+    try:
+        from moestro.kernels.triton import nvrtc
+    except ImportError as error:
+        return f"not looked for: {error}"
+    return nvrtc.why_missing() or "compiles CUDA C++ (FP8 products of 4-bit weights)"
 
 
 def _isas() -> list[str]:

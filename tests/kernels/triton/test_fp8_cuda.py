@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +20,7 @@ from test_kernels import inputs_of, make, poisoned
 
 from moestro.errors import BackendError
 from moestro.kernels.activations import Activation, ClampedSilu, GeGLUTanh, ReLU2, SoftcapSwiGLU, SwiGLU
-from moestro.kernels.triton import call, nvrtc
+from moestro.kernels.triton import call, cuda_source, nvrtc
 from moestro.kernels.triton.device import fp8 as fp8_device
 from moestro.kernels.triton.paths import fp8 as fp8_path
 from moestro.kernels.triton.paths import fp8_cuda as path
@@ -217,6 +218,16 @@ def by_place(hidden: int, foreign: int, dtype: torch.dtype) -> ByPlace:
     assert 0 < int((~here).sum()) < 60
     exact = exact[:, turned(hidden)][here]
     return ByPlace(data[here], scales[here], wanted[here], wanted_scales[here], exact, data[~here])
+
+
+@pytest.mark.parametrize("limit", [math.inf, 1e-50], ids=str)
+def test_limits_beyond_float32_are_the_nearest_float32(limit: float, on_machine: Start) -> None:
+    on_machine(2)
+    layer = Layer(2, 2, 160, 96, act=ClampedSilu(limit))
+    inputs = layer.inputs(9)
+    found, truth = layer.run(inputs, GATHERED), layer.truth(inputs)
+    assert error(found, truth) < TOLERANCE if limit > 1 else not found.any()
+    assert cuda_source.definitions({"A": 1e39}).endswith("#define A __uint_as_float(0x7f800000u)\n")
 
 
 def misplaced(t: torch.Tensor, elements: int) -> torch.Tensor:

@@ -25,12 +25,16 @@ from moestro.kernels.triton.tactic import Tactic
 pytestmark = pytest.mark.skipif(nvrtc.why_missing() is not None, reason=str(nvrtc.why_missing()))
 
 SHAPES = {"deepseek": (7168, 2048), "gpt-oss": (2880, 2880), "qwen3": (2048, 768), "mixtral": (4096, 14336)}
+IN_TWOS = (
+    1280,
+    1792,
+)  # blocks of columns that spans of two alone divide; two registers of one tile are spilled there
 
 
-def complaints(log: str) -> list[str]:
+def complaints(log: str, most: int = 0) -> list[str]:
     """C7510 to C7519: ptxas waits after each wgmma; a stack or spills: a tile has too many registers."""
     spilled = [int(n) for n in re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", log)]
-    bad = [f"spills {spilled}"] if not spilled or any(spilled) else []
+    bad = [f"spills {spilled}"] if not spilled or max(spilled) > most else []
     return bad + re.findall(r".*C75\d\d.*", log)
 
 
@@ -46,19 +50,16 @@ def variants(tactic: Tactic, powers: bool, hidden: int, inter: int) -> Iterator[
         yield how, grid, Size(rows, columns, rows // 2 if stage == 1 else rows, 0, 32, 8)
 
 
-@pytest.mark.parametrize("shape", list(SHAPES))
-def test_no_product_spills_or_waits(shape: str) -> None:
+@pytest.mark.parametrize(("shape", "most"), [*((s, 0) for s in SHAPES.values()), (IN_TWOS, 8)], ids=str)
+def test_no_product_spills_or_waits(shape: tuple[int, int], most: int) -> None:
     wanted = [
-        v
-        for tile in path.TABLE["fp8"]
-        for powers in (False, True)
-        for v in variants(tile, powers, *SHAPES[shape])
+        v for tile in path.TABLE["fp8"] for powers in (False, True) for v in variants(tile, powers, *shape)
     ]
 
     def of(one: tuple[Product, Grid, Size]) -> list[str]:
         how, grid, size = one
         log = path.PRODUCT.cubin(HOW=how, TILE=grid, SIZE=size).log
-        return [f"product {how.stage}, {grid}: {what}" for what in complaints(log)]
+        return [f"product {how.stage}, {grid}: {what}" for what in complaints(log, most)]
 
     with ThreadPoolExecutor(2) as pool:
         assert [bad for found in pool.map(of, wanted) for bad in found] == []

@@ -67,5 +67,8 @@ def test_without_nvrtc_the_default_is_a_path_that_needs_none_and_a_line_says_why
     assert [r.getMessage() for r in caplog.records if "slower" in r.getMessage()] == [
         "FP8 products of 4-bit weights run on slower kernels than could be: there is no libnvrtc"
     ]
+    invariant = replace(p, batch_invariant=True)
+    assert choose.default(invariant, num_tokens).path in {"fp8", "fp8_once"}
+    assert len(caplog.records) == 1
     wanted = fp8_cuda.tactic(80, 256)
     assert choose.why_not(p, wanted, num_tokens) == "there is no libnvrtc"

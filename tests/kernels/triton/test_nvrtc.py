@@ -127,3 +127,15 @@ def test_a_status_is_an_error_that_names_the_function() -> None:
 
     with pytest.raises(BackendError, match="nvrtcGetCUBINSize must return 0, got 3"):
         nvrtc.Compiler(Library()).compile("", "k")
+
+
+def test_what_a_driver_cannot_load_is_not_compiled(
+    places: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places += ["/nowhere/libnvrtc.so.13", "/nowhere/libnvrtc.so.12"]
+    monkeypatch.setattr(nvrtc, "_driver_knows", lambda: 12)
+    said = nvrtc.why_missing() or ""
+    assert (
+        "/nowhere/libnvrtc.so.13: the driver loads what CUDA 12 compiles, at most; /nowhere/libnvrtc.so.12: "
+        in said
+    )

@@ -11,6 +11,7 @@ import logging
 from dataclasses import replace
 
 from moestro.kernels.problem import MoeProblem
+from moestro.kernels.triton import nvrtc
 from moestro.kernels.triton.chip import multiplies_fp4
 from moestro.kernels.triton.fp8_layout import block_scaled
 from moestro.kernels.triton.paths import (
@@ -310,10 +311,10 @@ def _fp8_default(p: MoeProblem, num_tokens: int) -> Tactic:
         )  # of 16 and of 64 tokens, too: half of its tile is empty there, and it reads faster
     table = FP8_INVARIANT if p.batch_invariant else FP8_DEFAULTS
     chosen = next(t for most, t in table if per_expert <= most)
-    reason = why_not(p, chosen, num_tokens)
-    if reason is None:
+    if why_not(p, chosen, num_tokens) is None:
         return chosen
-    _say_slower(reason)  # without NVRTC
+    if not p.batch_invariant and (reason := nvrtc.why_missing()) is not None:
+        _say_slower(reason)
     return next(t for most, t in FP8_INVARIANT if per_expert <= most)
 
 

@@ -26,13 +26,8 @@ from moestro.kernels.triton.nvrtc import Cubin
 from moestro.tuning.forks import Lock
 
 DESCRIPTORS = (GluonDescriptor, TensorDescriptor)
-OPTIONS = {
-    "PDL",
-    "launch_pdl",
-    "num_warps",
-    "num_stages",
-    "maxnreg",
-}  # of a launch; all else chooses the variant
+# of a launch; all else chooses the variant
+OPTIONS = {"PDL", "launch_pdl", "num_warps", "num_stages", "maxnreg"}
 
 
 class Variant(NamedTuple):

@@ -28,9 +28,8 @@ OTHER_CONTEXT = (201, 400)  # a thread that has not used this device yet: invali
 ELEMENTS = {8: 0, 16: 1, 32: 2, 64: 4}  # bits -> CUtensorMapDataType, unsigned
 SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}  # bytes -> CUtensorMapSwizzle
 PROMOTED = 2  # the second-level cache reads 128 bytes at once
-CONFIG = struct.Struct(
-    "=7I4xQQI4x"
-)  # CUlaunchConfig: grid, threads, shared bytes, stream, attributes, their number
+# CUlaunchConfig: grid, threads, shared bytes, stream, attributes, their number
+CONFIG = struct.Struct("=7I4xQQI4x")
 MAP_BYTES, MAP_ALIGNMENT = 128, 64
 ADDRESS, NUMBER = ctypes.c_void_p, ctypes.c_int
 FUNCTIONS = {  # of libcuda, and the types of what they take
@@ -95,9 +94,8 @@ class Driver:
             *grid, shape.threads, 1, 1, shape.shared_bytes, stream, self._attributes, shape.pdl
         )
         block = (ctypes.c_int64 * len(words))(*words)
-        encoded = [
-            self.map(descriptor) for descriptor in maps
-        ]  # keeps their memory until the launch has read it
+        # keeps their memory until the launch has read it
+        encoded = [self.map(descriptor) for descriptor in maps]
         pointers = (ctypes.c_void_p * (1 + len(maps)))(ctypes.addressof(block), *[at for at, _ in encoded])
         status = self._launch(config, function, pointers, None)
         if status in OTHER_CONTEXT:

@@ -1,13 +1,13 @@
 """Source text of the kernels in CUDA C++: constants as definitions, the primitives, a product for each width, the kernel.
 
-NVRTC gets one text and no folders. A wgmma names each of its registers, so the products are written here:
-    template <> struct Mma<W>  run(part, a, b, go_on): part + a @ b, or a @ b, of 64 rows and W pairs
-                               wait(part): until all products are there
+NVRTC gets one text and no folders. A wgmma names each of its registers, so device/mma.cuh has marks in their place.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ def _text(name: str) -> str:
 
 
 def definitions(constants: Mapping[str, Any]) -> str:
-    """A #define for each, and for the number of each activation; floats to all their digits."""
+    """A #define for each, and for the number of each activation; floats as the nearest float32, infinite ones too."""
     named = {code.name: code.value for code in Code} | dict(constants)
     return "".join(f"#define {name} {_literal(value)}\n" for name, value in named.items())
 
@@ -31,27 +31,29 @@ def definitions(constants: Mapping[str, Any]) -> str:
 def _literal(value: Any) -> str:
     if isinstance(value, bool):
         return str(int(value))
-    return f"{value!r}f" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    nearest = ctypes.c_float(value).value
+    if math.isfinite(nearest):
+        return f"{nearest.hex()}f"
+    return f"__uint_as_float(0x{ctypes.c_uint32.from_buffer(ctypes.c_float(nearest)).value:x}u)"
 
 
 def product(width: int) -> str:
-    """Mma<width>."""
+    """Mma<width>: device/mma.cuh with the names of its registers."""
     sums = width // 2
-    registers = ", ".join(f"%{i}" for i in range(sums))
-    outputs = ", ".join(f'"+f"(part[{i}])' for i in range(sums))
-    a = ", ".join(f"%{sums + i}" for i in range(4))
-    return f"""
-template <> struct Mma<{width}> {{
-  static __device__ __forceinline__ void run(float* part, const u32* a, u64 b, bool go_on) {{
-    asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{sums + 5}, 0;\\n"
-        "wgmma.mma_async.sync.aligned.m64n{width}k32.f32.e4m3.e4m3 {{{registers}}}, {{{a}}}, %{sums + 4}, p, 1, 1;\\n}}"
-        : {outputs} : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)go_on));
-  }}
-  static __device__ __forceinline__ void wait(float* part) {{
-    asm volatile("wgmma.wait_group.sync.aligned 0;" : {outputs} :: "memory");
-  }}
-}};
-"""
+    names = {
+        "WIDTH": str(width),
+        "SUMS": ", ".join(f"%{i}" for i in range(sums)),
+        "OUTPUTS": ", ".join(f'"+f"(part[{i}])' for i in range(sums)),
+        "A": ", ".join(f"%{sums + i}" for i in range(4)),
+        "B": f"%{sums + 4}",
+        "GO_ON": f"%{sums + 5}",
+    }
+    text = _text("mma.cuh")
+    for name, value in names.items():
+        text = text.replace(f"@{name}@", value)
+    return text
 
 
 def hopper(widths: Sequence[int]) -> str:

@@ -25,13 +25,14 @@ import torch
 from moestro.errors import BackendError
 
 MAJORS = ("13", "12")  # of CUDA, those that know sm_90a
+# 177: a primitive that this kernel does not use
 OPTIONS = (
     b"--gpu-architecture=sm_90a",
     b"--std=c++17",
     b"-default-device",
     b"--ptxas-options=-v",
     b"-diag-suppress=177",
-)  # a primitive that this kernel does not use
+)
 EMPTY = 'extern "C" __global__ void empty() {}'
 ADDRESS, NUMBER = ctypes.c_void_p, ctypes.c_int
 FUNCTIONS = {  # of libnvrtc, and the types of what they take
@@ -108,6 +109,8 @@ class Compiler:
 
 # --- where it is --------------------------------------------------------------------------------------------
 class Found(NamedTuple):
+    """What a search came to."""
+
     compiler: Compiler | None
     tried: tuple[str, ...]  # what was looked for before, each with what was wrong
 
@@ -115,7 +118,11 @@ class Found(NamedTuple):
 @functools.cache
 def _found() -> Found:
     tried = []
+    most = _driver_knows()
     for path in candidates():
+        if most is not None and int(path.rsplit(".", 1)[1]) > most:
+            tried.append(f"{path}: the driver loads what CUDA {most} compiles, at most")
+            continue
         try:
             compiler = Compiler(_loaded(path))
             compiler.compile(EMPTY, "empty")
@@ -124,6 +131,16 @@ def _found() -> Found:
         else:
             return Found(compiler, tuple(tried))
     return Found(None, tuple(tried))
+
+
+def _driver_knows() -> int | None:
+    """The major version of CUDA that the driver is of; None where there is no driver."""
+    version = ctypes.c_int()
+    try:
+        status = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return None
+    return None if status else version.value // 1000
 
 
 def candidates() -> list[str]:
@@ -141,7 +158,9 @@ def folders() -> list[Path]:
     roots.append(Path(torch.__file__).parents[1] / "nvidia")
     wheels = [root / name for root in roots for name in ("cu13/lib", "cuda_nvrtc/lib")]
     homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
-    return list(dict.fromkeys([*wheels, *(Path(home) / "lib64" for home in homes if home)]))
+    conda = os.environ.get("CONDA_PREFIX")
+    installed = [*(Path(home) / "lib64" for home in homes if home), *([Path(conda) / "lib"] if conda else ())]
+    return list(dict.fromkeys([*wheels, *installed]))
 
 
 def _loaded(path: str) -> ctypes.CDLL:

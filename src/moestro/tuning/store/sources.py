@@ -3,7 +3,7 @@
 A runner says which files those are (`kernel_sources`); one that does not is measured by the file of its class. Of
 Python, each function, class and constant at the top of a file counts by itself: imports, comments, docstrings,
 empty lines, the file's name and the order do not, so that moving a kernel or correcting a sentence puts no decision
-into another environment. Other files count byte by byte.
+into another environment. Of CUDA C++ (.cu, .cuh) comments and empty lines do not count; other files count byte by byte.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import functools
 import hashlib
 import inspect
 import io
+import re
 import tokenize
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ BETWEEN = {tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING
 SILENT = {tokenize.COMMENT, tokenize.NL}
 # CPython 3.11 counts the depth of a tree for all threads together, and ends with SystemError where two parse at once
 PARSING = Lock()
+COMMENT = re.compile(r'"(?:\\.|[^"\\])*"|//[^\n]*|/\*.*?\*/', re.S)  # or a string, which may look like one
 
 
 def source_digest(runners: Sequence[Any]) -> str:
@@ -62,6 +64,8 @@ def file_digests(path: str) -> frozenset[str]:
     if path.endswith(".py"):
         with contextlib.suppress(UnicodeDecodeError, tokenize.TokenError, SyntaxError):  # else as it is
             pieces = [piece.encode() for piece in _pieces(content.decode())]
+    elif path.endswith((".cu", ".cuh")):
+        pieces = [cuda_code_of(content.decode(errors="replace")).encode()]
     return frozenset(hashlib.sha256(piece).hexdigest()[:16] for piece in pieces)
 
 
@@ -77,6 +81,12 @@ def _pieces(text: str) -> Iterator[str]:
             continue
         first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))])
         yield code_of("\n".join(lines[first - 1 : node.end_lineno]))
+
+
+def cuda_code_of(text: str) -> str:
+    """CUDA C++ without comments and empty lines."""
+    plain = COMMENT.sub(lambda found: found[0] if found[0].startswith('"') else " ", text)
+    return "\n".join(line.rstrip() for line in plain.splitlines() if line.strip())
 
 
 def code_of(text: str) -> str:

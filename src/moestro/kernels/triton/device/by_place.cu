@@ -1,17 +1,8 @@
 // x by place: each token's row is quantised once and written to the places of all its pairs, whose order is sort.py's.
 //
 // The order of columns and the numbers are those of fp8.quantize_fp8: a row's scale is its largest magnitude / 448, or 1
-// where all is zero; e4m3 to the nearest, ties to even. `invert` finds the places, as the sort gives the pairs of them.
+// where all is zero; e4m3 to the nearest, ties to even. places.cu finds the places, as the sort gives the pairs of them.
 // Constants: COLUMNS of x, BLOCKS of 128 columns, TOP_K, OFFSET and EXPERTS of this rank, X (bf16_to_float, half_to_float).
-
-struct Order { const int* sorted_pairs; int* places; i64 pairs; };
-
-extern "C" __global__ void __launch_bounds__(256) invert(const __grid_constant__ Order p) {
-  wait_for_previous();
-  launch_next();
-  int place = blockIdx.x * 256 + threadIdx.x;
-  if (place < p.pairs) p.places[p.sorted_pairs[place]] = place;
-}
 
 struct Params { const u16* x; const int *ids, *places; u8* data; float* scales; };
 

@@ -67,13 +67,8 @@ def why_not(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> str | None:
     return None
 
 
-def unfit_for_fp8(
-    problem: MoeProblem, tactic: Tactic, formats: tuple[str, ...], narrow: bool = False
-) -> str | None:
-    """Why no FP8 path could: its chip, problem and route; formats: of the weights that this one takes.
-
-    narrow: whether its tiles of few pairs run narrower.
-    """
+def unfit_for_fp8(problem: MoeProblem, tactic: Tactic, formats: tuple[str, ...]) -> str | None:
+    """Why no FP8 path could: its chip, problem and route; formats: of the weights that this one takes."""
     if not has_wgmma():
         return "FP8 products need the tensor cores of compute capability 9.0, and no interpreter"
     if problem.input_format != "fp8":
@@ -83,7 +78,7 @@ def unfit_for_fp8(
     if problem.weight_format not in formats:
         return f"path {tactic.path!r} takes weights of {', '.join(formats)}, not {problem.weight_format!r}"
     one_width = tactic.pairs2 in (0, tactic.pairs1)
-    if tactic.route != "sorted" or tactic.split_k != 1 or (tactic.narrow and not narrow) or not one_width:
+    if tactic.route != "sorted" or tactic.split_k != 1 or tactic.narrow or not one_width:
         return f"path {tactic.path!r} takes sorted pairs, whole columns, and tiles of one width"
     return None
 

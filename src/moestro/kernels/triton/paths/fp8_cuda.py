@@ -102,7 +102,7 @@ def widths(pairs: int) -> tuple[int, ...]:
 
 
 def span(columns: int) -> int:
-    """Blocks of 128 columns that the tensor core adds itself, all spans alike: a second length spills registers."""
+    """Blocks of 128 columns that the tensor core adds itself, all alike: a second length in a kernel spills registers."""
     blocks = triton.cdiv(columns, 2 * COLS) * 2
     return next(n for n in (SPAN, 6, 2) if blocks % n == 0)
 
@@ -190,7 +190,7 @@ def launch(call: Call) -> None:
 
 
 def _invert(**_: Any) -> Variant:
-    return Variant(source(["by_place.cu"], _of_x(128, 1, 0, 1, torch.bfloat16)), 256, 0)
+    return Variant(source(["places.cu"], {}), 256, 0)
 
 
 def _spread(COLUMNS: int, TOP_K: int, OFFSET: int, EXPERTS: int, X: torch.dtype) -> Variant:
