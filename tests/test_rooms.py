@@ -33,6 +33,10 @@ ROOMS: Mapping[str, Mapping[str, set[str]]] = {
         "layout": {"device", "words"},
         "fp8_layout": {"chip", "layout", "words"},
         "call": {"device", "layout", "tactic", "chip"},
+        "c_library": set(),
+        "nvrtc": {"c_library"},
+        "cuda_driver": {"c_library"},
+        "graphs": {"c_library"},
         "cuda": {"nvrtc", "cuda_driver"},
         "cuda_source": set(),
         "paths": {

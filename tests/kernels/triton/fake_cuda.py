@@ -8,6 +8,7 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 from moestro.kernels.triton import cuda_driver
+from moestro.kernels.triton.c_library import RELAXED
 
 
 class Launched(NamedTuple):
@@ -22,20 +23,17 @@ class Launched(NamedTuple):
 
 
 class Function:
-    """One function of the library."""
+    """One function of a library, whose `called` answers for all."""
 
-    def __init__(self, library: Library, name: str) -> None:
+    def __init__(self, library: Any, name: str) -> None:
         self.library, self.name = library, name
         self.argtypes: Any = None
         self.restype: Any = None
 
     def __call__(self, *arguments: Any) -> int:
         assert len(arguments) == len(self.argtypes)
-        self.library.calls[self.name] += 1
-        refusals = self.library.refuses.get(self.name)
-        if refusals:
-            return refusals.pop(0)
-        return getattr(self.library, f"_{self.name}", lambda *_: 0)(*arguments) or 0
+        status: int = self.library.called(self.name, arguments)
+        return status
 
 
 class Library:
@@ -52,6 +50,13 @@ class Library:
         self.context, self.mode = 0, 0
         for name in cuda_driver.FUNCTIONS:
             setattr(self, name, Function(self, name))
+
+    def called(self, name: str, arguments: tuple[Any, ...]) -> int:
+        self.calls[name] += 1
+        refusals = self.refuses.get(name)
+        if refusals:
+            return refusals.pop(0)
+        return getattr(self, f"_{name}", lambda *_: 0)(*arguments) or 0
 
     def _cuGetErrorName(self, status: int, out: Any) -> int:  # noqa: N802
         if status == 999:
@@ -72,7 +77,7 @@ class Library:
         mode._obj.value, self.mode = self.mode, mode._obj.value
 
     def _cuModuleLoadData(self, out: Any, image: bytes) -> None:  # noqa: N802
-        assert self.mode == cuda_driver.RELAXED
+        assert self.mode == RELAXED
         self.image = image
         out._obj.value = 5
 

@@ -11,30 +11,9 @@ import pytest
 
 pytest.importorskip("triton", minversion="3.6")
 
+from fake_cuda import Function
+
 from moestro.kernels.triton import graphs
-
-
-class Function:
-    """One function of the driver's library: what it is called with, and the status that it returns."""
-
-    def __init__(self, library: Library, name: str) -> None:
-        self.library, self.name = library, name
-        self.argtypes: Any = None
-        self.restype: Any = None
-
-    def __call__(self, *arguments: Any) -> int:
-        self.library.calls.append(self.name)
-        if self.name == "cuGraphInstantiateWithFlags":
-            self.library.graphs += 1
-            arguments[0]._obj.value = self.library.graphs
-        if self.name == "cuStreamEndCapture" and not self.library.refuses.get(self.name):
-            arguments[1]._obj.value = 5
-        if self.name == "cuStreamCreate":
-            arguments[0]._obj.value = 99
-        if self.name == "cuThreadExchangeStreamCaptureMode":
-            mode = arguments[0]._obj
-            mode.value, self.library.mode = self.library.mode, mode.value
-        return self.library.refuses.get(self.name, 0)
 
 
 class Library:
@@ -46,6 +25,21 @@ class Library:
         self.graphs, self.mode = 0, 0
         for name in graphs.FUNCTIONS:
             setattr(self, name, Function(self, name))
+
+    def called(self, name: str, arguments: tuple[Any, ...]) -> int:
+        """The status that function `name` returns."""
+        self.calls.append(name)
+        if name == "cuGraphInstantiateWithFlags":
+            self.graphs += 1
+            arguments[0]._obj.value = self.graphs
+        if name == "cuStreamEndCapture" and not self.refuses.get(name):
+            arguments[1]._obj.value = 5
+        if name == "cuStreamCreate":
+            arguments[0]._obj.value = 99
+        if name == "cuThreadExchangeStreamCaptureMode":
+            mode = arguments[0]._obj
+            mode.value, self.mode = self.mode, mode.value
+        return self.refuses.get(name, 0)
 
 
 @pytest.fixture

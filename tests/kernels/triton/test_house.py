@@ -27,6 +27,7 @@ FLOORS = (
     "tactic",
     "chip",
     "fp8_layout",
+    "c_library",
     "nvrtc",
     "cuda_driver",
     "cuda",

@@ -9,11 +9,10 @@ ctypes lets go of Python's lock meanwhile: a launch may wait for a full queue.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,9 +20,10 @@ import triton
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from moestro.errors import BackendError
+from moestro.kernels.triton.c_library import CLibrary, relaxed
 
 KEPT = 1024  # maps
-SHARED_BYTES, PROGRAMMATIC, RELAXED = 8, 6, 2  # function attribute, launch attribute, capture mode: of cuda.h
+SHARED_BYTES, PROGRAMMATIC = 8, 6  # function attribute, launch attribute: of cuda.h
 OTHER_CONTEXT = (201, 400)  # a thread that has not used this device yet: invalid context, invalid handle
 ELEMENTS = {8: 0, 16: 1, 32: 2, 64: 4}  # bits -> CUtensorMapDataType, unsigned
 SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}  # bytes -> CUtensorMapSwizzle
@@ -58,10 +58,8 @@ class Driver:
     """CUDA's driver, for any number of threads. Raises BackendError where it refuses."""
 
     def __init__(self, library: Any) -> None:
-        self._functions = {name: getattr(library, name) for name in FUNCTIONS}
-        for name, function in self._functions.items():
-            function.argtypes, function.restype = FUNCTIONS[name], ctypes.c_int
-        self._launch = self._functions["cuLaunchKernelEx"]
+        self._library = CLibrary(library, FUNCTIONS, self._name_of)
+        self._launch = self._library.functions["cuLaunchKernelEx"]
         self._early = (ctypes.c_int * 18)(PROGRAMMATIC, 0, 1)  # CUlaunchAttribute: id, padding, value
         self._attributes = ctypes.addressof(self._early)
         self._contexts: dict[int, int] = {}  # torch's, by device
@@ -71,10 +69,10 @@ class Driver:
         """The kernel `name` of a cubin, on a device, which becomes the current one: a CUfunction."""
         self.enter(device)
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
-        with self._relaxed():
-            self._call("cuModuleLoadData", ctypes.byref(module), image)
-            self._call("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
-            self._call("cuFuncSetAttribute", function, SHARED_BYTES, shared_bytes)
+        with relaxed(self._library):  # a module may be loaded while a graph is being captured
+            self._library.call("cuModuleLoadData", ctypes.byref(module), image)
+            self._library.call("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
+            self._library.call("cuFuncSetAttribute", function, SHARED_BYTES, shared_bytes)
         return function.value or 0
 
     def enter(self, device: int) -> None:
@@ -82,10 +80,10 @@ class Driver:
         context = self._contexts.get(device)
         if context is None:
             handle, made = ctypes.c_int(), ctypes.c_void_p()
-            self._call("cuDeviceGet", ctypes.byref(handle), device)
-            self._call("cuDevicePrimaryCtxRetain", ctypes.byref(made), handle)
+            self._library.call("cuDeviceGet", ctypes.byref(handle), device)
+            self._library.call("cuDevicePrimaryCtxRetain", ctypes.byref(made), handle)
             context = self._contexts.setdefault(device, made.value or 0)
-        self._call("cuCtxSetCurrent", context)
+        self._library.call("cuCtxSetCurrent", context)
 
     def launch(self, function: int, grid: tuple[int, int, int], stream: int, shape: Shape,
                words: Sequence[int], maps: Sequence[TensorDescriptor]) -> None:  # fmt: skip
@@ -102,7 +100,7 @@ class Driver:
             self.enter(triton.runtime.driver.active.get_current_device())
             status = self._launch(config, function, pointers, None)
         if status:
-            raise self._error("cuLaunchKernelEx", status)
+            raise self._library.refused("cuLaunchKernelEx", status)
 
     def map(self, descriptor: TensorDescriptor) -> tuple[int, Any]:
         """(address, what keeps it) of a descriptor's CUtensorMap, its layout's swizzle, zeros beyond the ends."""
@@ -132,29 +130,15 @@ class Driver:
         strides = (ctypes.c_uint64 * (rank - 1))(*(size * s for s in reversed(descriptor.strides[:-1])))
         box = (ctypes.c_uint32 * rank)(*reversed(descriptor.block_shape))
         every = (ctypes.c_uint32 * rank)(*[1] * rank)
-        self._call("cuTensorMapEncodeTiled", to, ELEMENTS[layout.element_bitwidth], rank, at, shape, strides, box, every,
-                   0, SWIZZLES[layout.swizzle_byte_width], PROMOTED, 0)  # fmt: skip
+        self._library.call("cuTensorMapEncodeTiled", to, ELEMENTS[layout.element_bitwidth], rank, at, shape, strides, box,
+                           every, 0, SWIZZLES[layout.swizzle_byte_width], PROMOTED, 0)  # fmt: skip
         return to, memory
 
-    @contextlib.contextmanager
-    def _relaxed(self) -> Iterator[None]:
-        """This thread may load modules while a graph is being captured."""
-        mode = ctypes.c_int(RELAXED)
-        self._call("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
-        try:
-            yield
-        finally:
-            self._call("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
-
-    def _call(self, name: str, *arguments: Any) -> None:
-        if status := self._functions[name](*arguments):
-            raise self._error(name, status)
-
-    def _error(self, name: str, status: int) -> BackendError:
+    def _name_of(self, status: int) -> str:
+        """In brackets; nothing for a status that the driver does not know."""
         text = ctypes.c_char_p()
-        unknown = self._functions["cuGetErrorName"](status, ctypes.byref(text)) or not text.value
-        said = "" if unknown else f" ({(text.value or b'').decode()})"
-        return BackendError(f"{name} must return 0, got {status}{said}")
+        unknown = self._library.functions["cuGetErrorName"](status, ctypes.byref(text)) or not text.value
+        return "" if unknown else f" ({(text.value or b'').decode()})"
 
 
 @functools.cache

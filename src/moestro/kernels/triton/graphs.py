@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 from moestro.errors import BackendError
+from moestro.kernels.triton.c_library import CLibrary, relaxed
 from moestro.tuning.forks import Lock
 
 log = logging.getLogger("moestro")
@@ -28,7 +29,7 @@ AFTER = 3  # calls at the same addresses
 KEPT = 8  # graphs of a plan: none is let go for another, which a second thread might be about to launch
 MOST = 1024  # of a process, some 50 KB each
 SEEN = 256  # sets of addresses that are counted
-NON_BLOCKING, THREAD_LOCAL, RELAXED = 1, 1, 2  # of CUDA's driver interface
+NON_BLOCKING, THREAD_LOCAL = 1, 1  # of CUDA's driver interface
 FUNCTIONS = {  # of libcuda, and the types of what they take
     "cuStreamCreate": (ctypes.c_void_p, ctypes.c_uint),
     "cuThreadExchangeStreamCaptureMode": (ctypes.c_void_p,),
@@ -47,61 +48,49 @@ class Driver:
     """The part of CUDA's driver that captures and launches graphs. Raises BackendError where it refuses."""
 
     def __init__(self, library: Any) -> None:
-        self._functions = {name: getattr(library, name) for name in FUNCTIONS}
-        for name, function in self._functions.items():
-            function.argtypes, function.restype = FUNCTIONS[name], ctypes.c_int
-        self._launch = self._functions["cuGraphLaunch"]
+        self._library = CLibrary(library, FUNCTIONS)
+        self._launch = self._library.functions["cuGraphLaunch"]
         self._streams: dict[int, int] = {}  # to capture on, by device
         self._capturing = Lock()
 
-    def _call(self, name: str, *arguments: Any) -> None:
-        status = self._functions[name](*arguments)
-        if status:
-            raise BackendError(f"{name} must return 0, got {status}")
-
     def launch(self, graph: int, stream: int) -> None:
         """Enqueue a captured graph."""
-        status = self._launch(graph, stream)
-        if status:
-            raise BackendError(f"cuGraphLaunch must return 0, got {status}")
+        if status := self._launch(graph, stream):
+            raise self._library.refused("cuGraphLaunch", status)
 
     def capture(self, device: int, launch: Callable[[int], None]) -> int:
         """What launch(stream) launches, as a graph; on `device`, which is the current one."""
-        with self._capturing:
-            mode = ctypes.c_int(RELAXED)  # what other threads capture is not disturbed by what is made here
-            self._call("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
-            try:
-                return self._captured(device, launch)
-            finally:
-                self._call("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
+        # what is made here does not disturb what other threads capture
+        with self._capturing, relaxed(self._library):
+            return self._captured(device, launch)
 
     def _captured(self, device: int, launch: Callable[[int], None]) -> int:
         stream = self._streams.get(device)
         if stream is None:
             made = ctypes.c_void_p()
-            self._call("cuStreamCreate", ctypes.byref(made), NON_BLOCKING)
+            self._library.call("cuStreamCreate", ctypes.byref(made), NON_BLOCKING)
             stream = self._streams[device] = made.value or 0
         graph, ready = ctypes.c_void_p(), ctypes.c_void_p()
         failure: Exception | None = None
-        self._call("cuStreamBeginCapture_v2", stream, THREAD_LOCAL)
+        self._library.call("cuStreamBeginCapture_v2", stream, THREAD_LOCAL)
         try:
             launch(stream)
         except Exception as error:  # perhaps only here: what may be launched may not always be captured
             failure = error
         finally:
-            self._call("cuStreamEndCapture", stream, ctypes.byref(graph))
+            self._library.call("cuStreamEndCapture", stream, ctypes.byref(graph))
         try:
             if failure is not None:
                 raise BackendError(f"a launch cannot be captured: {failure}") from failure
-            self._call("cuGraphInstantiateWithFlags", ctypes.byref(ready), graph, 0)
+            self._library.call("cuGraphInstantiateWithFlags", ctypes.byref(ready), graph, 0)
         finally:
             if graph.value:
-                self._call("cuGraphDestroy", graph)
+                self._library.call("cuGraphDestroy", graph)
         return ready.value or 0
 
     def free(self, graph: int) -> None:
         """Let go of a graph; one that still runs ends first."""
-        self._call("cuGraphExecDestroy", graph)
+        self._library.call("cuGraphExecDestroy", graph)
 
 
 @functools.cache

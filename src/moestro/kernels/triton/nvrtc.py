@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moestro.errors import BackendError
+from moestro.kernels.triton.c_library import CLibrary
 
 MAJORS = ("13", "12")  # of CUDA, those that know sm_90a
 # 177: a primitive that this kernel does not use
@@ -73,18 +74,16 @@ class Compiler:
     """A loaded libnvrtc; for any number of threads. Raises AttributeError for a library that is something else."""
 
     def __init__(self, library: Any) -> None:
-        self._functions = {name: getattr(library, name) for name in FUNCTIONS}
-        for name, function in self._functions.items():
-            function.argtypes, function.restype = FUNCTIONS[name], ctypes.c_int
+        self._library = CLibrary(library, FUNCTIONS)
 
     def compile(self, source: str, name: str) -> Cubin:
         """See the module's `compile`."""
         program = ctypes.c_void_p()
         text, file = source.encode(), f"{name}.cu".encode()
-        self._call("nvrtcCreateProgram", ctypes.byref(program), text, file, 0, None, None)
+        self._library.call("nvrtcCreateProgram", ctypes.byref(program), text, file, 0, None, None)
         try:
             options = (ctypes.c_char_p * len(OPTIONS))(*OPTIONS)
-            status = self._functions["nvrtcCompileProgram"](program, len(OPTIONS), options)
+            status = self._library.functions["nvrtcCompileProgram"](program, len(OPTIONS), options)
             log = self._bytes("ProgramLog", program).rstrip(b"\0").decode(errors="replace").strip()
             if status:
                 raise BackendError(
@@ -92,19 +91,14 @@ class Compiler:
                 )
             return Cubin(self._bytes("CUBIN", program), log)
         finally:
-            self._call("nvrtcDestroyProgram", ctypes.byref(program))
+            self._library.call("nvrtcDestroyProgram", ctypes.byref(program))
 
     def _bytes(self, what: str, program: ctypes.c_void_p) -> bytes:
         size = ctypes.c_size_t()
-        self._call(f"nvrtcGet{what}Size", program, ctypes.byref(size))
+        self._library.call(f"nvrtcGet{what}Size", program, ctypes.byref(size))
         out = ctypes.create_string_buffer(size.value)
-        self._call(f"nvrtcGet{what}", program, out)
+        self._library.call(f"nvrtcGet{what}", program, out)
         return out.raw
-
-    def _call(self, name: str, *arguments: Any) -> None:
-        status = self._functions[name](*arguments)
-        if status:
-            raise BackendError(f"{name} must return 0, got {status}")
 
 
 # --- where it is --------------------------------------------------------------------------------------------

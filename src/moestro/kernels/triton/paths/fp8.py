@@ -106,16 +106,25 @@ def scratch(problem: MoeProblem, num_tokens: int, tactic: Tactic, x_rows: int) -
 
 
 def fp8_scratch(
-    problem: MoeProblem, num_tokens: int, tactic: Tactic, x_rows: int, blocks: bool = False
+    problem: MoeProblem,
+    num_tokens: int,
+    tactic: Tactic,
+    x_rows: int,
+    blocks: bool = False,
+    whole: bool = False,
 ) -> Plan:
-    """The workspace of a call whose x and intermediate are e4m3; blocks: with a scale for each 128 columns."""
+    """The workspace of a call whose x and intermediate are e4m3.
+
+    blocks: with a scale for each 128 columns; whole: in rows of whole blocks of 128.
+    """
     p, pairs = problem, num_tokens * problem.top_k
     plan = dict(calls.scratch(problem, num_tokens, tactic, x_rows, half=True))
     # in float32: where bfloat16 rounds first, one value in 64 is rounded to another e4m3, 1.1 % of the result
     plan["act"] = ((pairs, p.intermediate_size), torch.float8_e4m3fn if blocks else torch.float32)
     for name, rows, columns in (("x", x_rows, p.hidden_size), ("act", pairs, p.intermediate_size)):
-        plan[f"{name}_values"] = ((rows, columns), torch.float8_e4m3fn)
-        plan[f"{name}_scale"] = ((rows, -(-columns // 128)) if blocks else (rows,), torch.float32)
+        num_blocks = -(-columns // 128)
+        plan[f"{name}_values"] = ((rows, num_blocks * 128 if whole else columns), torch.float8_e4m3fn)
+        plan[f"{name}_scale"] = ((rows, num_blocks) if blocks else (rows,), torch.float32)
     return plan
 
 

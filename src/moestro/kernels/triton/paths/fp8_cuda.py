@@ -9,7 +9,7 @@ order of columns that the products take.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,7 +17,6 @@ import triton
 from moestro.errors import BackendError
 from moestro.kernels.problem import MoeProblem
 from moestro.kernels.scratch import Plan
-from moestro.kernels.triton import call as calls
 from moestro.kernels.triton import nvrtc
 from moestro.kernels.triton.call import Call
 from moestro.kernels.triton.cuda import CudaKernel, Variant, boxes
@@ -25,7 +24,7 @@ from moestro.kernels.triton.cuda_source import source
 from moestro.kernels.triton.device.arguments import Product, Rows, Size
 from moestro.kernels.triton.fp8_layout import COLS, TritonFP4
 from moestro.kernels.triton.paths import path
-from moestro.kernels.triton.paths.fp8 import unfit_for_fp8
+from moestro.kernels.triton.paths.fp8 import fp8_scratch, unfit_for_fp8
 from moestro.kernels.triton.paths.registers import THREADS
 from moestro.kernels.triton.tactic import SHARED_BYTES, Tactic, Tile, sizes
 from moestro.kernels.triton.words import kernel_rows_of
@@ -42,7 +41,7 @@ PIECE = 16  # rows of x that a tile of few pairs copies at a time
 # Of DeepSeek-V3 and 1024 tokens, tiles of 144 pairs: x by place takes 8 % less time in the first product than gathered, and
 # 25 of 470 µs to write; of tiles of 80, at 256 tokens, both take the same (H200).
 WIDE = 96
-BIASES = {
+READ = {  # dtype of x or a bias -> the type that is read, and what makes a float of it
     torch.bfloat16: ("u16", "bf16_to_float"),
     torch.float16: ("u16", "half_to_float"),
     torch.float32: ("float", ""),
@@ -107,9 +106,9 @@ def span(columns: int) -> int:
     return next(n for n in (SPAN, 6, 2) if blocks % n == 0)
 
 
-def parts(tile: Tile) -> int:
+def parts(rows: int) -> int:
     """Strips of 64 rows of each group."""
-    return tile.rows // (64 * GROUPS)
+    return rows // (64 * GROUPS)
 
 
 def why_not(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> str | None:
@@ -123,7 +122,7 @@ def why_not(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> str | None:
         tile, pairs = tactic.of_stage(stage)
         if tile.warps != WARPS or tile.rows not in (128, 256) or tile.k_blocks != STEP or tile.stages < 2:
             return f"a tile has 128 or 256 rows, {WARPS} warps, {STEP} blocks of 64 columns a stage, and 2 stages at least"
-        if pairs % PIECE or not PIECE <= pairs * parts(tile) <= 160:
+        if pairs % PIECE or not PIECE <= pairs * parts(tile.rows) <= 160:
             return "a tile has a multiple of 16 pairs, up to 160 of 128 rows or 80 of 256"
         if bytes_of(tile.rows, pairs, tile.stages) > SHARED_BYTES:
             return "its tiles exceed shared memory"
@@ -162,17 +161,10 @@ def cost(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> float:
 
 
 def scratch(problem: MoeProblem, num_tokens: int, tactic: Tactic, x_rows: int) -> Plan:
-    p, pairs = problem, num_tokens * problem.top_k
-    plan = dict(calls.scratch(problem, num_tokens, tactic, x_rows, half=True))
-    # in float32: where bfloat16 rounds first, one value in 64 is rounded to another e4m3, 1.1 % of the result
-    plan["act"] = ((pairs, p.intermediate_size), torch.float32)
-    x_rows = num_tokens if gathers(tactic) else pairs
-    for name, rows, columns in (("x", x_rows, p.hidden_size), ("act", pairs, p.intermediate_size)):
-        plan[f"{name}_values"] = ((rows, triton.cdiv(columns, COLS) * COLS), torch.float8_e4m3fn)
-        plan[f"{name}_scale"] = ((rows,), torch.float32)
-    if not gathers(tactic):
-        plan["places"] = ((pairs,), torch.int32)
-    return plan
+    pairs = num_tokens * problem.top_k
+    if gathers(tactic):
+        return fp8_scratch(problem, num_tokens, tactic, num_tokens, whole=True)
+    return {**fp8_scratch(problem, num_tokens, tactic, pairs, whole=True), "places": ((pairs,), torch.int32)}
 
 
 def launch(call: Call) -> None:
@@ -189,26 +181,23 @@ def launch(call: Call) -> None:
 # --- x by place --------------------------------------------------------------------------------------------------------
 
 
-def _invert(**_: Any) -> Variant:
+def _invert() -> Variant:
     return Variant(source(["places.cu"], {}), 256, 0)
 
 
 def _spread(COLUMNS: int, TOP_K: int, OFFSET: int, EXPERTS: int, X: torch.dtype) -> Variant:
-    constants = _of_x(COLUMNS, TOP_K, OFFSET, EXPERTS, X)
-    return Variant(source(["by_place.cu"], constants), constants["THREADS"], 0)
-
-
-def _of_x(columns: int, top_k: int, offset: int, experts: int, dtype: torch.dtype) -> dict[str, Any]:
-    blocks = triton.cdiv(columns, COLS)
-    return {
-        "COLUMNS": columns,
+    blocks = triton.cdiv(COLUMNS, COLS)
+    threads = 128 if blocks <= 16 else 256
+    constants = {
+        "COLUMNS": COLUMNS,
         "BLOCKS": blocks,
-        "TOP_K": top_k,
-        "OFFSET": offset,
-        "EXPERTS": experts,
-        "X": BIASES[dtype][1],
-        "THREADS": 128 if blocks <= 16 else 256,
+        "TOP_K": TOP_K,
+        "OFFSET": OFFSET,
+        "EXPERTS": EXPERTS,
+        "X": READ[X][1],
+        "THREADS": threads,
     }
+    return Variant(source(["by_place.cu"], constants), threads, 0)
 
 
 INVERT = CudaKernel("invert", ("sorted_pairs", "places", "pairs"), _invert)
@@ -234,12 +223,11 @@ def _by_place(call: Call) -> Rows:
 
 def variant(HOW: Product, TILE: Grid, SIZE: Size) -> Variant:
     """The source of a product, and how it is launched."""
-    tile = Tile(TILE.rows, STEP, WARPS, TILE.stages)
-    bias = ("float", "") if TILE.bias is None else BIASES[TILE.bias]
+    bias = READ[TILE.bias or torch.float32]
     constants = {
         "PRODUCT": HOW.stage,
         "GROUPS": GROUPS,
-        "PARTS": parts(tile),
+        "PARTS": parts(TILE.rows),
         "PAIRS": TILE.pairs,
         "WIDTHS": ", ".join(map(str, widths(TILE.pairs))),
         "STAGES": TILE.stages,
