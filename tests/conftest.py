@@ -1,6 +1,6 @@
 """How the tests run everywhere.
 
-Each test begins with the same seeds, whatever ran before it in its worker.
+Each test begins with the same seeds and the same number of torch's threads, whatever ran before it in its worker.
 
 Without a GPU, Triton's kernels run in its interpreter; that is chosen when they are first imported. Hypothesis
 draws the same examples in every run, so that a change is what turns a test red; `pytest
@@ -12,6 +12,8 @@ from __future__ import annotations
 import os
 import random
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,3 +35,33 @@ def pytest_runtest_setup() -> None:
         sys.modules["numpy"].random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+def _torch_threads() -> tuple[int, int] | None:
+    """torch's threads here, and in a thread that starts now; None where torch is not loaded."""
+    torch, started = sys.modules.get("torch"), []
+    if torch is None:
+        return None
+    thread = threading.Thread(target=lambda: started.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    return torch.get_num_threads(), started[0]
+
+
+@pytest.fixture(autouse=True)
+def torch_threads_stay() -> Iterator[None]:
+    """What sets torch's threads sets them back, also for threads that start later: decisions depend on both."""
+    before = _torch_threads()
+    yield
+    assert before is None or _torch_threads() == before, "left another number of torch's threads behind"
+
+
+@pytest.fixture
+def one_torch_thread() -> Iterator[None]:
+    """Threads that wait for each other take what the others need: each of a test's own runs torch alone."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

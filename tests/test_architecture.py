@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "moestro"
-EVERYONE = {"errors", "machine"}
+EVERYONE = {"errors", "machine", "workers"}
 # package -> the packages of ours that it may import, besides itself and errors
 ALLOWED = {
     "errors": set(),
     "machine": set(),
+    "workers": set(),
     "tuning": set(),
     "formats": {"tuning"},
     "routing": {"tuning"},

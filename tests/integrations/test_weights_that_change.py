@@ -204,8 +204,8 @@ def test_live_models_are_copied_pickled_and_moved(made: list[str]) -> None:
     follows(model.to(torch.bfloat16), 3e-2)
 
 
+@pytest.mark.usefixtures("one_torch_thread")
 def test_many_threads_get_exact_results() -> None:
-    torch.set_num_threads(1)
     for options in ({}, {"format": "nvfp4"}, {"backend": "portable"}):
         mt.register(**options)
         model = tiny.random_model(tiny.qwen3)

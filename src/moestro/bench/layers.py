@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,6 +20,7 @@ from moestro import formats
 from moestro.bench.models import MoeShape
 from moestro.kernels.activations import Activation, SwiGLU, resolve_activation
 from moestro.routing import Distribution, sample_weights
+from moestro.workers import lone_workers
 
 if TYPE_CHECKING:
     from moestro.moe.weights import ExpertWeights
@@ -96,16 +96,11 @@ class LayerSource:
         return first, second
 
     def _for_experts(self, make: Callable[[int], T]) -> list[T]:
-        """make(index) for every local expert, in order; on a CPU each expert in one thread.
-
-        torch's own threads within an expert cost more in waiting than they save, above all on a busy machine.
-        """
+        """make(index) for every local expert, in order; on a CPU each expert in one thread."""
         indices = range(self.shape.num_local_experts)
         if self.device != "cpu":
             return [make(index) for index in indices]
-        with ThreadPoolExecutor(
-            torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)
-        ) as pool:
+        with lone_workers("experts") as pool:
             made = list(pool.map(make, indices))
         _return_memory()
         return made

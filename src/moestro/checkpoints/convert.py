@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -28,6 +28,7 @@ from moestro.checkpoints.requantise import Calibration, Source, Step, steps
 from moestro.checkpoints.stream import TensorFile
 from moestro.checkpoints.writers import Writer, config_for, writer_for
 from moestro.errors import FileError, FormatError
+from moestro.workers import lone_workers
 
 PLAN = ".moestro-convert.json"
 Progress = Callable[[str, int, int], None]  # (what is done, of how many)
@@ -155,24 +156,20 @@ def _write_shards(source: Source, dst: Path, listener: _Listener) -> None:
 
 def _write_shard(source: Source, todo: list[Step], partial: Path, listener: _Listener) -> None:
     """Every step's tensors into the file. Each thread runs torch's operations alone: a step's are small."""
-    threads, done, rest = torch.get_num_threads(), 0, iter(todo)
+    done, rest = 0, iter(todo)
     layout = {name: shape for step in todo for name, shape in step.makes.items()}
-    try:
-        with (
-            TensorFile(partial, layout) as file,
-            ThreadPoolExecutor(threads, "convert", torch.set_num_threads, (1,)) as pool,
-        ):
-            running = {pool.submit(_run, source, step, file) for step in islice(rest, 2 * threads)}
-            while running:
-                ended, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in ended:
-                    future.result()
-                    done += 1
-                    if listener.tensors is not None:
-                        listener.tensors(partial.stem, done, len(todo))
-                running |= {pool.submit(_run, source, step, file) for step in islice(rest, len(ended))}
-    finally:
-        torch.set_num_threads(threads)  # for threads that start later; set in one, it is their default
+    with TensorFile(partial, layout) as file, lone_workers("convert") as pool:
+        running = {
+            pool.submit(_run, source, step, file) for step in islice(rest, 2 * torch.get_num_threads())
+        }
+        while running:
+            ended, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in ended:
+                future.result()
+                done += 1
+                if listener.tensors is not None:
+                    listener.tensors(partial.stem, done, len(todo))
+            running |= {pool.submit(_run, source, step, file) for step in islice(rest, len(ended))}
 
 
 def _run(source: Source, step: Step, file: TensorFile) -> None:

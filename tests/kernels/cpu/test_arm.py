@@ -58,6 +58,7 @@ ISAS = ALL if os.environ.get("MOESTRO_TEST_ARM") == "all" else ("neon", "neon_bf
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not())),
+    pytest.mark.usefixtures("one_torch_thread"),  # a test of threads asks for its own
 ]
 
 
@@ -81,15 +82,6 @@ def isa(request: pytest.FixtureRequest, arm: EmulatedCore, monkeypatch: pytest.M
     monkeypatch.setattr(core, "load", lambda: arm)
     monkeypatch.setenv(core.ISA_VARIABLE, request.param)
     return str(request.param)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Emulated threads that wait for each other take what the others need; a test of threads asks for its own."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("isa", [name for name in ALL if name not in ISAS], indirect=True)
