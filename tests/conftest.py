@@ -13,7 +13,7 @@ import os
 import random
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -57,11 +57,22 @@ def torch_threads_stay() -> Iterator[None]:
 
 
 @pytest.fixture
-def one_torch_thread() -> Iterator[None]:
-    """Threads that wait for each other take what the others need: each of a test's own runs torch alone."""
+def torch_threads() -> Callable[[], tuple[int, int] | None]:
+    """See _torch_threads."""
+    return _torch_threads
+
+
+@pytest.fixture
+def set_torch_threads() -> Iterator[Callable[[int], None]]:
+    """torch.set_num_threads, for one test."""
     import torch
 
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
+    yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_torch_thread(set_torch_threads: Callable[[int], None]) -> None:
+    """Threads that wait for each other take what the others need: each of a test's own runs torch alone."""
+    set_torch_threads(1)

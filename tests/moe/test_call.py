@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -61,16 +62,15 @@ def test_a_plan_is_made_once_for_a_number_of_tokens(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("fmt", ["bf16", "nvfp4"])
-def test_torchs_number_of_threads_may_change_between_calls(fmt: str) -> None:
-    w, call, threads = make_weights(fmt), make_call(40), torch.get_num_threads()
+def test_torchs_number_of_threads_may_change_between_calls(
+    fmt: str, set_torch_threads: Callable[[int], None]
+) -> None:
+    w, call = make_weights(fmt), make_call(40)
     layer = FusedMoE(w, K, 64)
-    try:
-        for number in (1, 2, 1, 3):
-            torch.set_num_threads(number)
-            assert error(layer(*call), *call, w) < 1e-2
-            assert error(fused_moe(*call, w), *call, w) < 1e-2
-    finally:
-        torch.set_num_threads(threads)
+    for number in (1, 2, 1, 3):
+        set_torch_threads(number)
+        assert error(layer(*call), *call, w) < 1e-2
+        assert error(fused_moe(*call, w), *call, w) < 1e-2
 
 
 def test_weights_written_in_place_are_seen_by_a_bound_call() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -179,14 +180,11 @@ def test_torch_compile_takes_it_whole_and_sees_another_batch_size() -> None:
     assert x.grad is not None
 
 
-def test_the_thread_count_may_change_between_calls() -> None:
-    layer, x, before = packed(rows=400), torch.randn(2, 64), torch.get_num_threads()
+def test_the_thread_count_may_change_between_calls(set_torch_threads: Callable[[int], None]) -> None:
+    layer, x = packed(rows=400), torch.randn(2, 64)
     y = layer(x)
-    try:
-        torch.set_num_threads(before + 1)
-        assert torch.equal(layer(x), y)
-    finally:
-        torch.set_num_threads(before)
+    set_torch_threads(torch.get_num_threads() + 1)
+    assert torch.equal(layer(x), y)
 
 
 def test_what_does_not_fit_names_both_sizes() -> None:

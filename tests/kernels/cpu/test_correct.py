@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -152,17 +153,15 @@ def test_no_tokens(isa: str) -> None:
 
 @pytest.mark.parametrize("tactic", TACTICS)
 @pytest.mark.parametrize("fmt", ["nvfp4", "bf16"])
-def test_the_number_of_threads_changes_no_bit(isa: str, fmt: str, tactic: Any) -> None:
+def test_the_number_of_threads_changes_no_bit(
+    isa: str, fmt: str, tactic: Any, set_torch_threads: Callable[[int], None]
+) -> None:
     case = Case(fmt, hidden=160, inter=112)
     call, runner = case.call(41), CpuRunner(case.problem, case.weights())
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            results.append(run(runner, call, tactic))
-    finally:
-        torch.set_num_threads(before)
+    results = []
+    for threads in (1, 2, 5):
+        set_torch_threads(threads)
+        results.append(run(runner, call, tactic))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 

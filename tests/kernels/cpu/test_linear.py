@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -51,18 +52,15 @@ def test_a_product_is_that_of_the_dequantised_weight(
 
 
 @pytest.mark.parametrize("format", SIZES)
-def test_the_result_has_the_same_bits_on_one_thread_and_on_three(format: str) -> None:
-    source, before = weight(format, 400, 96 if format == "mxfp4" else 80), torch.get_num_threads()
+def test_the_result_has_the_same_bits_on_one_thread_and_on_three(
+    format: str, set_torch_threads: Callable[[int], None]
+) -> None:
+    source = weight(format, 400, 96 if format == "mxfp4" else 80)
     runner, workspace = made(source, torch.bfloat16), Workspace("cpu")
     results = []
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            results.append(
-                [runner(torch.ones(n, source.shape[1]).bfloat16(), workspace) for n in (1, 7, 270)]
-            )
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 3):
+        set_torch_threads(threads)
+        results.append([runner(torch.ones(n, source.shape[1]).bfloat16(), workspace) for n in (1, 7, 270)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 

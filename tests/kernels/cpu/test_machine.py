@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import platform
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -218,20 +219,19 @@ def test_more_threads_than_cpus_run_and_say_so_once(monkeypatch: pytest.MonkeyPa
         assert machine.threads() == 7
 
 
-def test_a_quota_bounds_the_threads_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    case, before = Case(), torch.get_num_threads()
+def test_a_quota_bounds_the_threads_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, set_torch_threads: Callable[[int], None]
+) -> None:
+    case = Case()
     call = case.call(9)
     expected = run(CpuRunner(case.problem, case.weights()), call)
     monkeypatch.setattr(machine, "quota", lambda: 1.5)
     machine._warn.cache_clear()
-    try:
-        torch.set_num_threads(4)
-        runner = CpuRunner(case.problem, case.weights())
-        with pytest.warns(
-            UserWarning, match=r"allow 1.5 cores' worth of time: the cpu backend takes 1 thread, torch has 4"
-        ):
-            assert torch.equal(expected, run(runner, call))
-        assert runner.get_cache_key_extras([]) == ("threads", 1)
-        assert {cut.threads for cut in runner._cuts_cache.values()} == {1}
-    finally:
-        torch.set_num_threads(before)
+    set_torch_threads(4)
+    runner = CpuRunner(case.problem, case.weights())
+    with pytest.warns(
+        UserWarning, match=r"allow 1.5 cores' worth of time: the cpu backend takes 1 thread, torch has 4"
+    ):
+        assert torch.equal(expected, run(runner, call))
+    assert runner.get_cache_key_extras([]) == ("threads", 1)
+    assert {cut.threads for cut in runner._cuts_cache.values()} == {1}

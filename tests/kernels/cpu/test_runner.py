@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,20 +123,19 @@ def test_concurrent_calls_of_two_runners_do_not_mix() -> None:
     assert wrong == []
 
 
-def test_a_call_takes_as_many_threads_as_find_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    case, before = Case("bf16"), torch.get_num_threads()
+def test_a_call_takes_as_many_threads_as_find_work(
+    monkeypatch: pytest.MonkeyPatch, set_torch_threads: Callable[[int], None]
+) -> None:
+    case = Case("bf16")
     pair = 3 * case.hidden * case.inter
     monkeypatch.setattr(runner_module, "WORK_OF_A_THREAD", 5 * case.problem.top_k * pair)
     runner, calls = CpuRunner(case.problem, case.weights()), {n: case.call(n) for n in (1, 9, 10, 40)}
     found = {}
-    try:
-        torch.set_num_threads(3)
-        for n, call in calls.items():
-            runner._cuts_cache.clear()
-            assert relative_error(run(runner, call), case.expected(call, case.weights())) < 4e-3
-            found[n] = {cut.threads for cut in runner._cuts_cache.values()}
-    finally:
-        torch.set_num_threads(before)
+    set_torch_threads(3)
+    for n, call in calls.items():
+        runner._cuts_cache.clear()
+        assert relative_error(run(runner, call), case.expected(call, case.weights())) < 4e-3
+        found[n] = {cut.threads for cut in runner._cuts_cache.values()}
     assert found == {1: {1}, 9: {1}, 10: {2}, 40: {3}}
 
 
