@@ -42,7 +42,7 @@ from gpu_helpers import (
 from moestro.errors import BackendError
 from moestro.kernels.activations import GeGLUTanh, ReLU2, SwiGLU
 from moestro.kernels.triton import Tactic, TritonRunner, choose
-from moestro.kernels.triton.paths import fp8_cuda
+from moestro.kernels.triton.paths import fp8_cuda, fp8_once_cuda
 
 FORMATS = ("nvfp4", "mxfp4", "mxfp8", "fp8_block", "int4", "bf16")
 THIRTY_TWO = ("mxfp4", "mxfp8", "int4")  # scales of 32 columns
@@ -231,7 +231,9 @@ def quick(names: list[str], tokens: list[int]) -> int:
             found = choose.candidates(runner.problem, n)
             # all tiles in CUDA C++, which compile fast
             kinds = {
-                t if t.path == fp8_cuda.NAME else (t.path, t.route, t.narrow, t.overlap_steps): t
+                t
+                if t.path in (fp8_once_cuda.NAME, fp8_cuda.NAME)
+                else (t.path, t.route, t.narrow, t.overlap_steps): t
                 for t in found
             }
             for tactic in kinds.values():

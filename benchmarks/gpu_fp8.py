@@ -30,7 +30,7 @@ from moestro.formats import MXFP4, NVFP4, FP8Block
 from moestro.kernels.activations import Activation, GeGLUTanh, ReLU2, SwiGLU
 from moestro.kernels.problem import MoeProblem
 from moestro.kernels.triton import Tactic, TritonRunner, choose
-from moestro.kernels.triton.paths import fp8, fp8_cuda, fp8_once
+from moestro.kernels.triton.paths import fp8, fp8_cuda, fp8_once, fp8_once_cuda
 from moestro.moe import reference
 
 MODELS = {  # L, K, H, I; all pairs local
@@ -129,7 +129,7 @@ def inputs_of(p: MoeProblem, N: int) -> list[torch.Tensor]:
 
 
 def tactics_of(p: MoeProblem, N: int) -> list[Tactic]:
-    rows = [t for path in (fp8, fp8_once, fp8_cuda) for t in path.TABLE["fp8"]]
+    rows = [t for path in (fp8, fp8_once, fp8_cuda, fp8_once_cuda) for t in path.TABLE["fp8"]]
     return [t for t in rows if choose.why_not(p, t, N) is None]
 
 

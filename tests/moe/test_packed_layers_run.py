@@ -21,7 +21,7 @@ from moestro.formats.base import CHECKPOINT
 from moestro.kernels.triton import nvrtc
 from moestro.kernels.triton.device import fp8_gemm
 from moestro.kernels.triton.fp8_layout import TritonE4M3
-from moestro.kernels.triton.paths import fp8_cuda
+from moestro.kernels.triton.paths import by_place, fp8_cuda, fp8_once_cuda
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a chip of another capability is here")
 E, K = 3, 2
@@ -109,26 +109,33 @@ def test_a_layer_on_packed_weights_is_the_reference_on_the_checkpoints(kind: Kin
 
 
 @pytest.mark.parametrize(
-    ("format", "dtype", "sizes"),
+    ("format", "dtype", "sizes", "invariant"),
     [
-        ("nvfp4", torch.bfloat16, (160, 96)),
-        ("mxfp4", torch.float16, (160, 96)),
-        ("fp8_block", torch.bfloat16, (144, 128)),
+        ("nvfp4", torch.bfloat16, (160, 96), False),
+        ("mxfp4", torch.float16, (160, 96), False),
+        ("fp8_block", torch.bfloat16, (144, 128), False),
+        ("fp8_block", torch.bfloat16, (144, 128), True),
     ],
     ids=str,
 )
 def test_a_layer_of_fp8_products_is_the_reference(
-    format: str, dtype: torch.dtype, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    format: str, dtype: torch.dtype, sizes: tuple[int, int], invariant: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Hopper's, which the interpreter does not know, on gluon_machine.py and cuda_machine.py."""
     pretend(monkeypatch, "hopper")
     monkeypatch.setattr(fp8_gemm, "fp8_gemm", gluon_machine.GluonMachine(fp8_gemm.fp8_gemm, 1, {}))
     monkeypatch.setattr(nvrtc, "why_missing", lambda: None)
-    monkeypatch.setattr(fp8_cuda, "source", cuda_machine.source)
-    monkeypatch.setattr(fp8_cuda, "PRODUCT", cuda_machine.CudaMachine(fp8_cuda.PRODUCT, 1))
+    for module, kernels in (
+        (fp8_cuda, ["PRODUCT"]),
+        (fp8_once_cuda, ["PRODUCT"]),
+        (by_place, ["INVERT", "SPREAD"]),
+    ):
+        monkeypatch.setattr(module, "source", cuda_machine.source)
+        for one in kernels:
+            monkeypatch.setattr(module, one, cuda_machine.CudaMachine(getattr(module, one), 1))
     kind = Kind("hopper", format, "fp8", dtype)
     w = weights_of(kind, sizes=sizes)
-    layer = FusedMoE(w, K, 16, dtype=dtype, **options_of(kind))
+    layer = FusedMoE(w, K, 16, dtype=dtype, batch_invariant=invariant, **options_of(kind))
     for num_tokens in (1, 9):
         y = layer(*call(num_tokens, kind, sizes[0]))
         assert y.dtype == dtype

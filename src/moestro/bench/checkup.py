@@ -70,7 +70,7 @@ def _nvrtc() -> str:
         from moestro.kernels.triton import nvrtc
     except ImportError as error:
         return f"not looked for: {error}"
-    return nvrtc.why_missing() or "compiles CUDA C++ (FP8 products of 4-bit weights)"
+    return nvrtc.why_missing() or "compiles CUDA C++ (FP8 products)"
 
 
 def _isas() -> list[str]:

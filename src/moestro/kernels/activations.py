@@ -23,7 +23,7 @@ Sigmoid = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Code(IntEnum):
-    """Formulas, as compiled kernels number them (csrc/moestro_cpu.h, triton/device/common.py and fp8_cuda_end.cuh)."""
+    """Formulas, as compiled kernels number them (csrc/moestro_cpu.h, triton/device/common.py and ends.cuh)."""
 
     SWIGLU = 0
     GEGLU_TANH = 1

@@ -97,7 +97,7 @@ class CudaMachine:
         x, y, z = (*grid, 1, 1)[:3]
         launch = _words([
             at[0], len(words), -(-at[1] // 64) * 64, len(maps), at[2], len(known) // 2,
-            x, y, z, variant.threads, variant.shared_bytes, self._seed,
+            x, y, z, variant.threads, variant.shared_bytes, self._seed, variant.cluster,
         ])  # fmt: skip
         if said := library(self._text(variant.source))(launch):
             raise MachineError(f"{self.__name__}: {said.decode()}")
@@ -134,6 +134,12 @@ def _maps(descriptors: Sequence[Any]) -> Any:
     first = -ctypes.addressof(memory) % 64 // 8
     for i, one in enumerate(descriptors):
         (rows, columns), (pitch, step), (height, width) = one.shape, one.strides, one.block_shape
-        assert (one.layout.swizzle_byte_width, one.base.element_size(), width, step) == (128, 1, 128, 1)
-        memory[first + 16 * i : first + 16 * i + 5] = [one.base.data_ptr(), columns, rows, pitch, height]
+        size, swizzle = one.base.element_size(), one.layout.swizzle_byte_width
+        assert step == 1
+        assert swizzle == 0 or (swizzle, size * width) == (128, 128)
+        assert size * width % 16 == size * pitch % 16 == one.base.data_ptr() % 16 == 0
+        assert max(height, width) <= 256
+        memory[first + 16 * i : first + 16 * i + 8] = [
+            one.base.data_ptr(), size * columns, rows, size * pitch, height, size * width, size, swizzle,
+        ]  # fmt: skip
     return memory

@@ -13,7 +13,7 @@
 #define __shared__ thread_local
 #define __align__(n) __attribute__((aligned(n)))
 #define __launch_bounds__(...)
-#define __expf expf  // glibc has another one
+#define __cluster_dims__(...)
 #define DEV static inline
 
 typedef unsigned char u8;
@@ -25,7 +25,6 @@ typedef long long i64;
 struct alignas(8) float2 { float x, y; };
 struct alignas(8) uint2 { u32 x, y; };
 struct alignas(16) uint4 { u32 x, y, z, w; };
-DEV uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 DEV uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 
 struct Dim { u32 x, y, z; };
@@ -37,7 +36,6 @@ DEV T min(T a, T b) { return b < a ? b : a; }
 template <typename T>
 DEV T max(T a, T b) { return a < b ? b : a; }
 DEV float __fdiv_rn(float a, float b) { return a / b; }
-DEV float __fdividef(float a, float b) { return a / b; }
 DEV float __uint_as_float(u32 bits) {
   float r;
   memcpy(&r, &bits, 4);
@@ -48,17 +46,17 @@ DEV u32 __float_as_uint(float value) {
   memcpy(&r, &value, 4);
   return r;
 }
-template <typename T>
-DEV T __ldg(const T* p) { return *p; }
 void __trap();
 void __syncthreads();
+void __syncwarp();
 u32 __shfl_xor_sync(u32 mask, u32 value, int bits);
 DEV float __shfl_xor_sync(u32 mask, float value, int bits) {
   return __uint_as_float(__shfl_xor_sync(mask, __float_as_uint(value), bits));
 }
 
 // --- hopper.cuh ------------------------------------------------------------------------------------------------------
-struct alignas(64) Map { u64 base, columns, rows, pitch, height, unused[11]; };  // bytes, and the rows of a box
+// Rows of so many bytes, `pitch` apart; of elements of `size` bytes; boxes of height x width bytes, swizzled or not.
+struct alignas(64) Map { u64 base, columns, rows, pitch, height, width, size, swizzle, unused[8]; };
 
 DEV void wait_for_previous() {}
 DEV void launch_next() {}
@@ -68,6 +66,7 @@ template <int COUNT>
 DEV void leave_registers() {}
 DEV void forget(u32&) {}
 
+u8* shared_memory();
 u32 shared_address(const void* p);
 void init(u32 bar, int count);
 DEV void publish_barriers() {}
@@ -83,6 +82,23 @@ void copy_bytes(u32 to, const u8* from, int bytes, u32 bar);
 void copy_box(u32 to, const Map* map, int column, int row, u32 bar);
 void load16(u32 (&to)[4], u32 from);
 u32 load2(u32 from);
+u32 load4(u32 from);
+float load_float(u32 from);
+void store_float(u32 to, float value);
+void store_turned(u32 to, u32 first, u32 second);
+void store_matrices(u32 to, const u32 (&r)[4]);
+
+void meet_first(int count);
+template <int COUNT>
+DEV void meet_threads() { meet_first(COUNT); }
+void store16(u32 to, const u32 (&r)[4]);
+void copy_out(void* to, u32 from, int bytes);
+void wait_for_copies_out();
+int rank_in_cluster();
+void sync_cluster();
+DEV void meet_cluster() { sync_cluster(); }
+void arrive_at(u32 bar, u32 rank);
+void copy_box_to(u32 to, const Map* map, int column, int row, u32 bar, u16 mask);
 
 DEV u32 permute(u32 a, u32 b, u32 selector) {
   u64 bytes = (u64)b << 32 | a;
@@ -120,17 +136,19 @@ DEV float half_to_float(u16 h) {
   return h >> 15 ? -v : v;
 }
 DEV float bf16_to_float(u16 h) { return __uint_as_float((u32)h << 16); }
-u32 transposed(u32 r);
+DEV float power_of_two(float x) { return exp2f(x); }
+DEV float reciprocal(float x) { return 1 / x; }
 
 void begin_products();
 void end_products();
 void wait_for_all_but_one();
-void multiply_later(float* part, const u32* a, u64 b, bool go_on, int pairs);
+void multiply_later(float* part, const u32* a, u64 of_a, u64 b, bool go_on, int pairs);  // a, or the operand of_a
 void wait_for_products();
 DEV u64 operand(u32 address) { return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62; }
 template <int W>
 struct Mma {
-  static void run(float* part, const u32* a, u64 b, bool go_on) { multiply_later(part, a, b, go_on, W); }
+  static void run(float* part, const u32* a, u64 b, bool go_on) { multiply_later(part, a, 0, b, go_on, W); }
+  static void run(float* part, u64 a, u64 b, bool go_on) { multiply_later(part, nullptr, a, b, go_on, W); }
   static void wait(float*) { wait_for_products(); }
 };
 
@@ -141,7 +159,7 @@ struct Launch {
   const Map* maps;
   u64 num_maps;
   const u64* tensors;  // where each begins and ends: all that copies may read
-  u64 num_tensors, grid[3], threads, shared_bytes, seed;
+  u64 num_tensors, grid[3], threads, shared_bytes, seed, cluster;
 };
 const char* run_grid(const Launch& launch, void (*block)(const Launch&));  // "", or what is wrong
 

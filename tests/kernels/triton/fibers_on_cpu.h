@@ -17,7 +17,7 @@
 #include "cuda_on_cpu.h"
 
 __thread Dim threadIdx, blockIdx, blockDim, gridDim;
-
+static thread_local u32 rank, first_block;  // of the running fiber's block in its cluster, and the cluster's first
 
 constexpr int STACK = 128 << 10, WARP = 32;
 constexpr u64 STEPS = 100'000'000;  // of a block: beyond, it goes round and round
@@ -31,24 +31,24 @@ struct Fiber {
   u32 detail = 0;
 };
 
-struct Meeting {  // of a warp, or a block
+struct Meeting {  // of a warp, a block, its first threads, or a cluster
   int here = 0, size = WARP;
   u32 values[WARP];
   u32 results[WARP];
 };
 
-struct Block {
+struct Block {  // or a cluster of them, whose threads are counted on
   std::vector<Fiber> fibers;
   std::vector<int> ready;
   std::vector<std::function<void()>> later;
-  std::vector<Meeting> warps;
-  Meeting all;
+  std::vector<Meeting> warps, blocks, firsts;
+  Meeting all;  // of a cluster
   std::function<void()> body;
   jmp_buf scheduler;
   std::string error;
   int running = -1;
   u64 seed = 0, random = 0, steps = 0;
-  u32 slow = 0, lateness = 0;  // warps that hold back; steps before a copy is done
+  u32 late = ~0u, slow = 0, lateness = 0;  // the block that begins late; warps that hold back; steps before a copy is done
 };
 static thread_local Block* block;
 static thread_local std::unique_ptr<char[]> stacks;
@@ -73,7 +73,9 @@ __attribute__((noinline)) static void leave() {  // to the scheduler, until it i
 __attribute__((noinline)) static void resume(int number) {
   Fiber& fiber = block->fibers[number];
   block->running = number;
-  threadIdx = {(u32)number, 0, 0};
+  threadIdx = {(u32)number % blockDim.x, 0, 0};
+  rank = number / blockDim.x;
+  blockIdx.x = first_block + rank;
   if (!_setjmp(block->scheduler)) {
     if (fiber.started) _longjmp(fiber.left, 1);
     fiber.started = true;
@@ -121,7 +123,7 @@ static void meet(Meeting& meeting, F&& once_all_are_here) {
   }
 }
 
-static Meeting& warp() { return block->warps[threadIdx.x / WARP]; }
+static Meeting& warp() { return block->warps[block->running / WARP]; }
 
 // Each lane gives a value; results[lane] = of(values, lane).
 template <typename F>
@@ -137,9 +139,11 @@ static u32 exchanged(u32 value, F&& of) {
 
 static int next_fiber() {  // slow warps mostly stay where they are
   auto& ready = block->ready;
-  if (block->steps % 256 == 0) block->slow = draw(1u << 16) & draw(1u << 16);
+  if (block->steps % 256 == 0) block->slow = draw(1u << 24) & draw(1u << 24);
   u32 at = draw(ready.size());
   for (int i = 0; i < 6 && block->slow >> ready[at] / WARP & 1; i++) at = draw(ready.size());
+  if (block->steps < 20'000)  // one of a cluster's blocks begins late
+    for (int i = 0; i < 100 && ready[at] / blockDim.x == block->late; i++) at = draw(ready.size());
   int number = ready[at];
   ready[at] = ready.back();
   ready.pop_back();
@@ -156,13 +160,16 @@ static std::string all_wait() {
 }
 
 // The message of what is wrong, "" where nothing is.
-static std::string run_block(int threads, u64 seed, std::function<void()> body, void (*check)()) {
+static std::string run_cluster(int blocks, u64 seed, std::function<void()> body, void (*check)()) {
+  int threads = blocks * blockDim.x;
   Block made;
   block = &made;
   made.seed = made.random = mixed(seed + 1), made.body = std::move(body);
+  if (blocks > 1) made.late = draw(blocks);
   made.lateness = draw(2) ? 2 << draw(6) : 1u << 31;
-  made.fibers.resize(threads), made.warps.resize(threads / WARP), made.all.size = threads;
-  if (!stacks) stacks.reset(new char[(size_t)1024 * STACK]);
+  made.fibers.resize(threads), made.warps.resize(threads / WARP), made.blocks.resize(blocks), made.firsts.resize(blocks), made.all.size = threads;
+  for (Meeting& meeting : made.blocks) meeting.size = blockDim.x;
+  if (!stacks) stacks.reset(new char[(size_t)2048 * STACK]);
   for (int i = 0; i < threads; i++) {
     ucontext_t& start = made.fibers[i].start;
     getcontext(&start);

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -14,106 +13,31 @@ import torch
 pytest.importorskip("triton")
 
 import cuda_machine
-from cuda_machine import CudaMachine, MachineError
-from fp8_rows import Quantize, turned
-from test_kernels import inputs_of, make, poisoned
+from cuda_layers import TOLERANCE, Layer, Start, error, misplaced, name, on_machines
+from cuda_machine import MachineError
+from fp8_rows import turned
+from test_kernels import poisoned
 
 from moestro.errors import BackendError
 from moestro.kernels.activations import Activation, ClampedSilu, GeGLUTanh, ReLU2, SoftcapSwiGLU, SwiGLU
-from moestro.kernels.triton import call, cuda_source, nvrtc
+from moestro.kernels.triton import cuda_source
 from moestro.kernels.triton.device import fp8 as fp8_device
-from moestro.kernels.triton.paths import fp8 as fp8_path
 from moestro.kernels.triton.paths import fp8_cuda as path
 from moestro.kernels.triton.tactic import Tactic
-from moestro.moe import reference
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the GPU itself: tests/gpu"),
     pytest.mark.skipif(cuda_machine.why_missing() is not None, reason=str(cuda_machine.why_missing())),
 ]
 
-TOLERANCE = 1e-2
 TILES = path.TABLE["fp8"]
 GATHERED = next(t for t in TILES if (t.pairs1, t.gemm1.rows) == (32, 256))
 BY_PLACE = next(t for t in TILES if t.pairs1 == 144)
-KERNELS = ("PRODUCT", "INVERT", "SPREAD")
-Start = Callable[..., None]
-
-
-def name(tactic: Tactic) -> str:
-    return f"{tactic.pairs1}x{tactic.gemm1.rows}"
-
-
-class Sum:
-    """sum_pairs in torch: in the interpreter it takes longer than all else."""
-
-    __name__, params = "sum_pairs", ()
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def launch(
-            rows: Any, ids: Any, weights: Any, out: Any, done: Any, num_done: int, hidden: int, **meta: Any
-        ) -> None:
-            here = (ids >= meta["OFFSET"]) & (ids < meta["OFFSET"] + meta["L"])
-            each = rows.view(*ids.shape, hidden).float() * weights[..., None]
-            out.copy_(torch.where(here[..., None], each, 0).sum(1))
-
-        return launch
 
 
 @pytest.fixture
 def on_machine(monkeypatch: pytest.MonkeyPatch) -> Start:
-    kernels = {name: getattr(path, name) for name in KERNELS}
-    monkeypatch.setattr(fp8_path, "has_wgmma", lambda: True)
-    monkeypatch.setattr(nvrtc, "why_missing", lambda: None)
-    monkeypatch.setattr(path, "source", cuda_machine.source)
-    monkeypatch.setattr(fp8_device, "quantize_fp8", Quantize())
-    monkeypatch.setattr(call, "sum_pairs", Sum())
-
-    def start(seed: int, *mutants: tuple[str, str], of: str = "PRODUCT") -> None:
-        for name, kernel in kernels.items():
-            monkeypatch.setattr(path, name, CudaMachine(kernel, seed, mutants if name == of else ()))
-
-    return start
-
-
-class Layer:
-    """A layer, and what its reference makes of inputs."""
-
-    def __init__(self, *sizes: int, fmt: str = "nvfp4", act: Activation | None = None, biases: torch.dtype | None = None,
-                 foreign: int = 0, dtype: torch.dtype = torch.bfloat16) -> None:  # fmt: skip
-        self.runner, self.plain = make(
-            sizes,
-            fmt,
-            act,
-            biases is not None,
-            "fp8",
-            foreign,
-            dtype=dtype,  # type: ignore[arg-type]
-        )
-        if biases is not None:
-            for experts in (self.runner._experts, self.plain):
-                experts.gate_up_bias, experts.down_bias = (
-                    b.to(biases) for b in (experts.gate_up_bias, experts.down_bias)
-                )
-
-    def inputs(self, tokens: int) -> list[torch.Tensor]:
-        return inputs_of(self.runner, tokens)
-
-    def truth(self, inputs: list[torch.Tensor]) -> torch.Tensor:
-        p = self.runner.problem
-        return reference.fused_moe(*inputs[:3], self.plain, activation=p.activation, input_format="fp8",
-                                   expert_offset=p.expert_offset, weight_rounding="e4m3")  # fmt: skip
-
-    def run(self, inputs: list[torch.Tensor], tactic: Tactic) -> torch.Tensor:
-        inputs[3].fill_(torch.nan)
-        poisoned(self.runner, len(inputs[1]), tactic)
-        cuda_machine.compile_all(self.runner.plan(inputs, tactic))
-        self.runner.forward(inputs, tactic)
-        return inputs[3].clone()
-
-
-def error(found: torch.Tensor, truth: torch.Tensor) -> float:
-    return float((found.float() - truth).norm() / truth.norm())
+    return on_machines(path, monkeypatch)
 
 
 # --- right ---------------------------------------------------------------------------------------------------------------
@@ -207,7 +131,7 @@ def by_place(hidden: int, foreign: int, dtype: torch.dtype) -> ByPlace:
     (spread,) = (i for i, launch in enumerate(launches) if launch.kernel.__name__ == "spread")
     for launch in launches[: spread + 1]:
         launch.run()
-    (_, _, _, data, scales), (pairs, *_) = launches[spread].args, launches[spread - 1].args
+    (_, _, _, data, scales, _), (pairs, *_) = launches[spread].args, launches[spread - 1].args
     wanted, wanted_scales = torch.empty_like(data), torch.empty_like(scales)
     how = fp8_device.Recipe(False, True, 2, foreign, 4, 4096, True)
     fp8_device.quantize_fp8[(100,)](x, ids, pairs, wanted, wanted_scales, hidden, HOW=how)
@@ -230,21 +154,13 @@ def test_limits_beyond_float32_are_the_nearest_float32(limit: float, on_machine:
     assert cuda_source.definitions({"A": 1e39}).endswith("#define A __uint_as_float(0x7f800000u)\n")
 
 
-def misplaced(t: torch.Tensor, elements: int) -> torch.Tensor:
-    """The same values, so many elements behind an address that is a multiple of 64."""
-    memory = torch.empty(t.numel() + 64, dtype=t.dtype)
-    first = -memory.data_ptr() // t.element_size() % (64 // t.element_size()) + elements
-    return memory[first : first + t.numel()].view(t.shape).copy_(t)
-
-
-def test_x_that_lies_between_multiples_of_what_is_loaded_is_quantised_by_pair(on_machine: Start) -> None:
+def test_x_that_lies_between_multiples_of_what_is_loaded_gives_the_same_bits(on_machine: Start) -> None:
     on_machine(2)
     layer = Layer(3, 2, 320, 96)
     inputs = layer.inputs(40)
-    assert "spread" in [one.kernel.__name__ for one in layer.runner.plan(inputs, BY_PLACE)]
+    aligned = layer.run(inputs, BY_PLACE)
     inputs[0] = misplaced(inputs[0], 1)
-    assert "spread" not in [one.kernel.__name__ for one in layer.runner.plan(inputs, BY_PLACE)]
-    assert error(layer.run(inputs, BY_PLACE), layer.truth(inputs)) < TOLERANCE
+    assert torch.equal(layer.run(inputs, BY_PLACE), aligned)
 
 
 def test_weights_that_cannot_be_copied_16_bytes_at_a_time_are_an_error_that_says_so(
@@ -273,8 +189,8 @@ def test_x_by_place_is_what_quantising_gathered_rows_gives(
 @pytest.mark.parametrize(
     "mutant",
     [
-        ("  __syncthreads();\n", ""),
-        ("bit; bit /= 2", "bit > 1; bit /= 2"),
+        ("of_warps[threadIdx.x / 32] = v;\n  __syncthreads();", "of_warps[threadIdx.x / 32] = v;"),
+        ("largest_of<32>(v)", "largest_of<16>(v)"),
         ("most == 0.f ? 1.f", "most == 0.f ? 0.f"),
         ("1.1754943508222875e-38f", "0.f"),
         ("32 * q + chunk", "16 * q + chunk"),
@@ -328,7 +244,7 @@ MUTANTS = {
     "the producer waits for a phase that never ends": Mutant("Turn at = {0, 1};", "Turn at = {0, 0};", BY_PLACE, "deadlock"),
     "the phase of a stage never turns": Mutant("stage = 0, phase ^= 1;", "stage = 0;", BY_PLACE),
     "the phase of a slot never turns": Mutant("slot = 0, phase ^= 1;", "slot = 0;", GATHERED),
-    "a slot too few": Mutant("SLOTS = STAGES + 1;", "SLOTS = STAGES;", GATHERED, sizes=(160, 1024)),
+    "a slot too few": Mutant("/ STAGES_OF_TILE + 1;", "/ STAGES_OF_TILE;", GATHERED, sizes=(160, 1024)),
     "a tile is told of before the stage before it is empty": Mutant(
         "  wait(ring.empty + 8 * at.stage, at.phase);\n  tell", "  tell", GATHERED, sizes=(160, 1024)),
     "a slot is told of before it is copied": Mutant(
@@ -349,7 +265,9 @@ MUTANTS = {
     "the lower strip is the upper": Mutant("(2 * part + u) * CODES", "u * CODES", GATHERED),
     "row scales of the other strip": Mutant("(slot + OF_ROWS) + part * 64", "(slot + OF_ROWS)", GATHERED),
     "tables of the other row": Mutant("permute(w, x, 0x622A)", "permute(w, x, 0x4008)", GATHERED),
-    "lanes exchange the other half": Mutant("odd ? r : other, bit", "odd ? other : r, bit", GATHERED),
+    "results are read before they are turned": Mutant("    __syncwarp();\n#pragma unroll", "#pragma unroll", GATHERED),
+    "halves of turned results are exchanged": Mutant("((lane / 8 ^ lane / 4) & 1)", "(lane / 8 & 1)", GATHERED),
+    "a warp turns its results where another does": Mutant("threadIdx.x / 32 * TURNS", "threadIdx.x / 64 * TURNS", GATHERED),
     "a width that is too narrow": Mutant("else if (count <= W)", "else if (count <= W + 8)", GATHERED),
 }  # fmt: skip
 

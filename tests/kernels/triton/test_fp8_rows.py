@@ -15,7 +15,7 @@ from moestro.kernels.problem import MoeProblem
 from moestro.kernels.triton import choose, nvrtc
 from moestro.kernels.triton.device.fp8 import Recipe, quantize_fp8
 from moestro.kernels.triton.paths import fp8 as fp8_path
-from moestro.kernels.triton.paths import fp8_cuda
+from moestro.kernels.triton.paths import fp8_cuda, fp8_once
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the GPU itself: tests/gpu")
 
@@ -35,6 +35,22 @@ def test_rows_are_quantised_in_the_order_of_products() -> None:
     assert float(((found - wanted).abs() < 0.07 * wanted.abs() + 1e-3).float().mean()) > 0.95  # see Quantize
 
 
+@pytest.mark.parametrize("num_tokens", [1, 64, 1024, 16384])
+def test_fp8_blocks_run_in_cuda_cpp_but_where_bits_must_not_follow_the_batch(
+    num_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fp8_path, "has_wgmma", lambda: True)
+    monkeypatch.setattr(nvrtc, "why_missing", lambda: None)
+    p = MoeProblem(32, 32, 0, 8, 7168, 2048, "fp8_block", input_format="fp8")
+    assert {t.path for t in choose.candidates(p, num_tokens)} == {"fp8_once", "fp8_once_cuda"}
+    assert choose.default(p, num_tokens) == choose.FP8_BLOCKS
+    invariant = replace(p, batch_invariant=True)
+    assert {t.path for t in choose.candidates(invariant, num_tokens)} == {"fp8_once"}
+    assert choose.default(invariant, num_tokens) == fp8_once.LARGE
+    halved = replace(p, intermediate_size=1984)  # gate and up that are no whole blocks
+    assert choose.default(halved, num_tokens) == fp8_once.LARGE
+
+
 @pytest.mark.parametrize("num_tokens", [1, 16, 256, 4096, 16384])
 def test_batch_invariant_problems_keep_to_paths_whose_bits_agree(
     num_tokens: int, monkeypatch: pytest.MonkeyPatch
@@ -52,23 +68,28 @@ def test_batch_invariant_problems_keep_to_paths_whose_bits_agree(
     assert choose.default(p, num_tokens) in free
 
 
+@pytest.mark.parametrize(("fmt", "paths"), [("mxfp4", {"fp8", "fp8_once"}), ("fp8_block", {"fp8_once"})])
 @pytest.mark.parametrize("num_tokens", [1, 256, 16384])
 def test_without_nvrtc_the_default_is_a_path_that_needs_none_and_a_line_says_why(
-    num_tokens: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    num_tokens: int,
+    fmt: str,
+    paths: set[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(fp8_path, "has_wgmma", lambda: True)
     monkeypatch.setattr(nvrtc, "why_missing", lambda: "there is no libnvrtc")
-    p = MoeProblem(32, 32, 0, 8, 7168, 2048, "mxfp4", input_format="fp8")
+    p = MoeProblem(32, 32, 0, 8, 7168, 2048, fmt, input_format="fp8")
     tactics = choose.candidates(p, num_tokens)
-    assert {t.path for t in tactics} == {"fp8", "fp8_once"}
+    assert {t.path for t in tactics} == paths
     choose._say_slower.cache_clear()
     assert choose.default(p, num_tokens) in tactics
     assert choose.default(p, num_tokens) in tactics
     assert [r.getMessage() for r in caplog.records if "slower" in r.getMessage()] == [
-        "FP8 products of 4-bit weights run on slower kernels than could be: there is no libnvrtc"
+        "FP8 products run on slower kernels than could be: there is no libnvrtc"
     ]
     invariant = replace(p, batch_invariant=True)
-    assert choose.default(invariant, num_tokens).path in {"fp8", "fp8_once"}
+    assert choose.default(invariant, num_tokens).path in paths
     assert len(caplog.records) == 1
-    wanted = fp8_cuda.tactic(80, 256)
+    wanted = choose.FP8_BLOCKS if fmt == "fp8_block" else fp8_cuda.tactic(80, 256)
     assert choose.why_not(p, wanted, num_tokens) == "there is no libnvrtc"

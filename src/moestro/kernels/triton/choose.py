@@ -25,6 +25,7 @@ from moestro.kernels.triton.paths import (
     fp8_cuda,
     fp8_mx,
     fp8_once,
+    fp8_once_cuda,
     fused,
     kind_of,
     warp_specialized,
@@ -289,7 +290,7 @@ FP8_INVARIANT = (
     (400.0, fp8.tactic(128, Tile(256, 3, 8, 3))),
     (float("inf"), fp8_once.LARGE),
 )
-# measured on an H200 (benchmarks/results/h200-fp8-cuda.json)
+# measured on an H200 (benchmarks/results/h200-fp8-cuda.json; beyond 2000 pairs `tiles` of h200-fp8-blocks.json)
 FP8_DEFAULTS = (
     (1.5, fp8_cuda.tactic(16, 128)),
     (24.0, fp8_cuda.tactic(32, 256)),
@@ -298,27 +299,28 @@ FP8_DEFAULTS = (
     (70.0, fp8_cuda.tactic(80, 256)),
     (115.0, fp8_cuda.tactic(128, 128)),
     (300.0, fp8_cuda.tactic(144, 128)),
-    (float("inf"), fp8_cuda.tactic(160, 128)),
+    (2000.0, fp8_cuda.tactic(160, 128)),
+    (float("inf"), fp8_cuda.tactic(144, 128)),
 )
+# FP8 blocks, of one token and of many (benchmarks/results/h200-fp8-blocks.json)
+FP8_BLOCKS = fp8_once_cuda.tactic(128, 256)
 
 
 def _fp8_default(p: MoeProblem, num_tokens: int) -> Tactic:
     pairs = num_tokens * p.top_k
     per_expert = pairs / min(p.num_experts, pairs)
-    if p.weight_format == "fp8_block":
-        return (
-            fp8_once.LARGE
-        )  # of 16 and of 64 tokens, too: half of its tile is empty there, and it reads faster
-    table = FP8_INVARIANT if p.batch_invariant else FP8_DEFAULTS
-    chosen = next(t for most, t in table if per_expert <= most)
-    if why_not(p, chosen, num_tokens) is None:
-        return chosen
-    if not p.batch_invariant and (reason := nvrtc.why_missing()) is not None:
-        _say_slower(reason)
-    return next(t for most, t in FP8_INVARIANT if per_expert <= most)
+    blocks = p.weight_format == "fp8_block"
+    slower = ((float("inf"), fp8_once.LARGE),) if blocks else FP8_INVARIANT
+    if not p.batch_invariant:
+        chosen = FP8_BLOCKS if blocks else next(t for most, t in FP8_DEFAULTS if per_expert <= most)
+        if why_not(p, chosen, num_tokens) is None:
+            return chosen
+        if (reason := nvrtc.why_missing()) is not None:
+            _say_slower(reason)
+    return next(t for most, t in slower if per_expert <= most)
 
 
 @functools.cache
 def _say_slower(reason: str) -> None:
     """Once for each reason."""
-    log.warning("FP8 products of 4-bit weights run on slower kernels than could be: %s", reason)
+    log.warning("FP8 products run on slower kernels than could be: %s", reason)

@@ -36,6 +36,7 @@ class Variant(NamedTuple):
     source: str
     threads: int  # of a block
     shared_bytes: int  # dynamic ones of a block
+    cluster: int = 1  # blocks of a cluster, which the source says to the GPU; here for who runs it elsewhere
 
 
 class Parameter(NamedTuple):
@@ -110,7 +111,7 @@ class Compiled:
         if self._made is None:
             with self._lock:  # a second thread waits for the first
                 if self._made is None:
-                    source, threads, shared_bytes = self._make()
+                    source, threads, shared_bytes, _ = self._make()
                     self._made = Shape(threads, shared_bytes, self._pdl), nvrtc.compile(source, self.__name__)
         return self._made
 

@@ -49,6 +49,9 @@ def product(width: int) -> str:
         "A": ", ".join(f"%{sums + i}" for i in range(4)),
         "B": f"%{sums + 4}",
         "GO_ON": f"%{sums + 5}",
+        "A_SHARED": f"%{sums}",
+        "B_SHARED": f"%{sums + 1}",
+        "GO_ON_SHARED": f"%{sums + 2}",
     }
     text = _text("mma.cuh")
     for name, value in names.items():
@@ -57,7 +60,7 @@ def product(width: int) -> str:
 
 
 def hopper(widths: Sequence[int]) -> str:
-    """The primitives, and the products of `widths` pairs."""
+    """The primitives, and the products of `widths`: pairs, or rows of weights."""
     products = ["template <int W> struct Mma;\n", *map(product, widths)] if widths else []
     return "\n".join([_text("hopper.cuh"), "".join(products)])
 

@@ -138,7 +138,7 @@ DEV void run(const Params& p, const Ring& ring, const Spot& spot, const u8* slot
   sums.add();
   sums.give_back(ring);
 #pragma unroll
-  for (int s = 0; s < PARTS; s++) write<W>(sums.sum[s], p, slot, g * PARTS + s);
+  for (int s = 0; s < PARTS; s++) write<W>(sums.sum[s], p, ring, slot, g * PARTS + s);
 }
 
 DEV void consume(const Params& p, Ring ring, const u8* slots) {
@@ -161,7 +161,7 @@ DEV void consume(const Params& p, Ring ring, const u8* slots) {
 
 extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, 1)
     fp4_fp8_cuda(const __grid_constant__ Params p, const __grid_constant__ Map whole, const __grid_constant__ Map piece) {
-  extern __shared__ __align__(1024) u8 memory[];
+  u8* memory = shared_memory();
   Ring ring;
   ring.data = shared_address(memory);
   ring.slots = ring.data + RING;

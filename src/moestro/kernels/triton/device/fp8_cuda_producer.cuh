@@ -1,4 +1,4 @@
-// Of fp8_cuda.cu: its parameters, the ring in shared memory, the order of tiles, and the producer that fills the ring.
+// Of fp8_cuda.cu: its parameters, the ring in shared memory, and the producer that fills the ring.
 //
 // A stage has two blocks of 128 columns: x [2][PAIRS][128] swizzled, then codes and scales [strip][2] as they lie in memory,
 // whose 16 bytes a thread eight lanes read without conflicts. A slot tells of one tile. Barriers: `full` and `empty` of a
@@ -20,26 +20,20 @@ constexpr int EACH = GROUPS * PARTS, PIECE = 16, CODES = 4096, SCALES = 512;  //
 constexpr int X_BLOCK = PAIRS * 128;
 constexpr int X_STAGE = 2 * X_BLOCK, W_STAGE = 2 * EACH * CODES, STAGE = X_STAGE + W_STAGE + 2 * EACH * SCALES;
 constexpr int STRIPS = (ROW_BLOCKS + EACH - 1) / EACH;  // tiles on top of each other
-constexpr int SLOTS = STAGES + 1;  // of tiles told of: one is not written again before all groups have left its tile
+// Of tiles told of: one is not written again before all groups have left its tile, to give back a stage of the next.
+constexpr int STAGES_OF_TILE = (BLOCKS + 1) / 2, SLOTS = (STAGES + STAGES_OF_TILE - 1) / STAGES_OF_TILE + 1;
 constexpr int OF_X = 0, OF_PAIRS = PAIRS * 4, OF_ROWS = PAIRS * 8, OF_TILE = OF_ROWS + EACH * 256, SLOT = OF_TILE + 16;
 constexpr int COPIERS = GATHER ? 128 : 32;  // threads of the producer
 constexpr int RING = STAGES * STAGE, BARRIERS = RING + (SLOTS * SLOT + 7) / 8 * 8, BYTES = BARRIERS + 8 * (2 * STAGES + SLOTS);
-static_assert(BYTES <= SHARED_BYTES, "shared memory");
+// What is left turns results of the second product, 8 pairs x 16 rows at a time.
+constexpr int TURN = (BYTES + 15) / 16 * 16, TURNED = 256, LEFT = (SHARED_BYTES - TURN) / (TURNED * GROUPS * 4);
+constexpr int TURNS = LEFT >= 4 ? 4 : LEFT >= 2 ? 2 : 1;
+static_assert(LEFT > 0, "shared memory");
 
 struct Ring { u32 data, slots, full, empty, told; };  // addresses: stages, tiles, and the barriers of both
 struct Spot { u32 w, s; };                             // of a thread's codes and scales in a stage
-struct Tile { int strip, expert, start, count; };      // count: pairs up to the end of the expert, -1: no more tiles
 
 DEV void forget(Ring& r) { forget(r.data), forget(r.slots), forget(r.full), forget(r.empty), forget(r.told); }
-
-// Where a stage is, and the parity of its barriers.
-struct Turn {
-  int stage;
-  u32 phase;
-  __device__ __forceinline__ void next() {
-    if (++stage == STAGES) stage = 0, phase ^= 1;
-  }
-};
 
 // --- widths --------------------------------------------------------------------------------------------------------
 template <int N>
@@ -53,23 +47,6 @@ DEV void with_width(Widths<W, More...>, int count, F&& run) {
   if constexpr (sizeof...(More) == 0) run(Width<W>());
   else if (count <= W) run(Width<W>());
   else with_width(Widths<More...>(), count, run);
-}
-
-// --- tiles: share.py's order ---------------------------------------------------------------------------------------
-DEV Tile tile_of(const Params& p, int tiles, int number) {
-  int programs = gridDim.x, turn = number / programs;
-  int tile = turn % 2 ? (2 * turn + 1) * programs - 1 - number : number;
-  constexpr int WALK = RASTER * STRIPS;
-  int group = tile / WALK, within = tile - group * WALK;
-  int wide = max(min(tiles - group * RASTER, RASTER), 1);
-  int t = group * RASTER + within % wide;
-  Tile r = {within / wide, 0, 0, 0};
-  if (tile < tiles * STRIPS) {
-    r.expert = p.table[t];
-    r.start = p.table[p.stride + t];
-    r.count = p.table[2 * p.stride + t] - r.start;
-  }
-  return r;
 }
 
 // --- the producer --------------------------------------------------------------------------------------------------
@@ -148,6 +125,7 @@ DEV void fill(const Params& p, const Maps& maps, const Ring& ring, const Tile& t
     u32 bar = ring.full + 8 * at.stage, stage = ring.data + at.stage * STAGE;
     wait(ring.empty + 8 * at.stage, at.phase);
     if (thread == 0) copy_stage<W>(p, maps, t, stage, bar, b);
+    if constexpr (!GATHER) __syncwarp();  // none falls behind by two phases of a barrier
     if constexpr (GATHER) {
 #pragma unroll
       for (int i = 0; i < W / 16; i++) {
@@ -164,10 +142,9 @@ DEV void fill(const Params& p, const Maps& maps, const Ring& ring, const Tile& t
 
 DEV void produce(const Params& p, const Maps& maps, Ring ring, u8* slots, int thread) {
   Turn at = {0, 1};
-  int slot = 0, tiles = p.table[3 * p.stride];
-  int total = (tiles * STRIPS + gridDim.x - 1) / gridDim.x * gridDim.x;
+  int slot = 0, tiles = p.table[3 * p.stride], total = total_of(tiles * STRIPS, gridDim.x);
   for (int number = blockIdx.x; number < total; number += gridDim.x) {
-    Tile t = tile_of(p, tiles, number);
+    Tile t = tile_of<STRIPS>(p.table, p.stride, tiles, number, gridDim.x);
     if (t.count <= 0) continue;
     forget(ring);
     with_width(Widths<WIDTHS>(), t.count,

@@ -1,7 +1,7 @@
 // What CUDA C++ has no words for on sm_90: barriers and copies in shared memory, register shares, byte permutes, wgmma.
 //
 // Addresses in shared memory are 32 bits. Every instruction that is not C++ is here, so that a test may put functions of
-// the same names in its place and run a kernel on a CPU (tests/kernels/triton/cuda_on_cpu.h); a product is Mma<pairs>,
+// the same names in its place and run a kernel on a CPU (tests/kernels/triton/cuda_on_cpu.h); a product is Mma<width>,
 // which cuda_source.py writes for each width. PTX ISA 8.x names the instructions.
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -26,6 +26,10 @@ DEV void leave_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" 
 DEV void forget(u32& value) { asm volatile("" : "+r"(value)); }
 
 // --- barriers in shared memory ---------------------------------------------------------------------------------------
+DEV u8* shared_memory() {
+  extern __shared__ __align__(1024) u8 memory[];
+  return memory;
+}
 DEV u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 DEV void init(u32 bar, int count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count)); }
 DEV void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
@@ -42,7 +46,8 @@ DEV void wait(u32 bar, u32 parity) {
 DEV void arrive_when_copied(u32 bar) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
 }
-// What was written to shared memory by copy16, once it is known to be there, may be read by wgmma.
+// What was written to shared memory by this thread, and by copy16 once it is known to be there, may be read by wgmma and
+// copy_out.
 DEV void fence_for_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // --- copies to shared memory -------------------------------------------------------------------------------------------
@@ -62,10 +67,68 @@ DEV void copy_box(u32 to, const Map* map, int column, int row, u32 bar) {
       ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(bar) : "memory");
 }
 
+template <int COUNT>
+DEV void meet_threads() { asm volatile("bar.sync 1, %0;" ::"n"(COUNT) : "memory"); }  // the block's first COUNT, at barrier 1
+
+// --- copies from shared memory -----------------------------------------------------------------------------------------
+// Of multiples of 16 bytes, which were written before a fence_for_products().
+DEV void copy_out(void* to, u32 from, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes) : "memory");
+}
+DEV void wait_for_copies_out() {  // until this thread's have read what they copy
+  asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+// --- clusters ----------------------------------------------------------------------------------------------------------
+DEV int rank_in_cluster() {
+  int r;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+  return r;
+}
+DEV void meet_cluster() {  // for barriers that publish_barriers has published; sync_cluster publishes everything
+  asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+DEV void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+DEV void arrive_at(u32 bar, u32 rank) {  // the barrier that a block of the cluster has there, this one too
+  asm volatile("{\n.reg .u32 t;\nmapa.shared::cluster.u32 t, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, [t];\n}"
+               ::"r"(bar), "r"(rank) : "memory");
+}
+// To each block of the mask, where its own barrier hears of it.
+DEV void copy_box_to(u32 to, const Map* map, int column, int row, u32 bar, u16 mask) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(bar), "h"(mask) : "memory");
+}
+
 // --- shared memory to registers ------------------------------------------------------------------------------------------
 DEV void load16(u32 (&to)[4], u32 from) {
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(from) : "memory");
+}
+// Two matrices of 8 x 16 bits, four bytes of each a lane, turned: each of their columns to the address of one of 16 lanes.
+DEV void store_turned(u32 to, u32 first, u32 second) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(to), "r"(first), "r"(second) : "memory");
+}
+// Four matrices of 8 rows of 16 bytes, each row to the address of one lane, in order: four bytes of each of a lane.
+DEV void store_matrices(u32 to, const u32 (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+               ::"r"(to), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+}
+DEV void store16(u32 to, const u32 (&r)[4]) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+}
+DEV void store_float(u32 to, float value) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(value) : "memory"); }
+DEV float load_float(u32 from) {
+  float r;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(r) : "r"(from) : "memory");
+  return r;
+}
+DEV u32 load4(u32 from) {
+  u32 r;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(r) : "r"(from) : "memory");
+  return r;
 }
 DEV u32 load2(u32 from) {
   u32 r;
@@ -101,8 +164,16 @@ DEV float half_to_float(u16 h) {
   return r;
 }
 DEV float bf16_to_float(u16 h) { return __uint_as_float((u32)h << 16); }
-DEV u32 transposed(u32 r) {  // 8 x 8 of 16 bits, a row for each four lanes
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(r));
+
+// --- an activation's functions, to 2 units of the last place -------------------------------------------------------------
+DEV float power_of_two(float x) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+DEV float reciprocal(float x) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;
 }
 

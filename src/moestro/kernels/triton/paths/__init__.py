@@ -36,6 +36,7 @@ from moestro.kernels.triton.paths import (
     fp8_cuda,
     fp8_mx,
     fp8_once,
+    fp8_once_cuda,
     fused,
     warp_specialized,
 )
@@ -53,6 +54,7 @@ PATHS: dict[str, Path] = {
         fp8_cuda,
         fp8,
         fp8_once,
+        fp8_once_cuda,
         fp8_mx,
     )
 }

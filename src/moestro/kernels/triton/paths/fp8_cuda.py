@@ -24,6 +24,7 @@ from moestro.kernels.triton.cuda_source import source
 from moestro.kernels.triton.device.arguments import Product, Rows, Size
 from moestro.kernels.triton.fp8_layout import COLS, TritonFP4
 from moestro.kernels.triton.paths import path
+from moestro.kernels.triton.paths.by_place import READ, x_by_place
 from moestro.kernels.triton.paths.fp8 import fp8_scratch, unfit_for_fp8
 from moestro.kernels.triton.paths.registers import THREADS
 from moestro.kernels.triton.tactic import SHARED_BYTES, Tactic, Tile, sizes
@@ -34,18 +35,14 @@ SPAN = 4  # blocks of 128 columns that the tensor core adds itself (device/fp8_c
 STEP = 4  # blocks of 64 columns a stage
 ROW_BYTES = 72  # codes and scales of a row and 128 columns
 WARPS, GROUPS = 8, 2  # that multiply
+RESULTS = 8 + WARPS * 256  # bytes at least for results that are turned, and in front of them
 CONSUMER, PRODUCER = 232, 40  # registers of a thread: 2 * 232 + 40 of the 504 that three groups of 168 have
 PROCESSORS, CLOCK, COPIES = 132, 1.7e9, 2e13  # of estimates: Hz, bytes/s
-LOADED, COPIED = 8, 16  # bytes of x at a time, and of weights
+COPIED = 16  # bytes of weights at a time
 PIECE = 16  # rows of x that a tile of few pairs copies at a time
-# Of DeepSeek-V3 and 1024 tokens, tiles of 144 pairs: x by place takes 8 % less time in the first product than gathered, and
-# 25 of 470 µs to write; of tiles of 80, at 256 tokens, both take the same (H200).
+# Of DeepSeek-V3 and 1024 tokens, tiles of 144 pairs that gather take 8 % longer in the first product than x by place, which
+# takes 26 of 471 µs to write, and a layer of theirs 0 to 15 % longer, of four models; tiles of 80 take the same (H200).
 WIDE = 96
-READ = {  # dtype of x or a bias -> the type that is read, and what makes a float of it
-    torch.bfloat16: ("u16", "bf16_to_float"),
-    torch.float16: ("u16", "half_to_float"),
-    torch.float32: ("float", ""),
-}
 
 
 class Grid(NamedTuple):
@@ -68,10 +65,10 @@ def tactic(pairs: int, rows: int) -> Tactic:
 
 
 def bytes_of(rows: int, pairs: int, stages: int) -> int:
-    """Shared memory of a tile: stages, what is told of tiles, barriers (device/fp8_cuda_producer.cuh)."""
+    """Shared memory that a tile needs at most: stages, what is told of tiles, barriers, results (fp8_cuda_producer.cuh)."""
     ring = stages * 2 * (pairs * COLS + rows * ROW_BYTES)
     slots = (stages + 1) * (8 * pairs + 4 * rows + 16)
-    return int(ring + -(-slots // 8) * 8 + 8 * (3 * stages + 1))
+    return int(ring + -(-slots // 8) * 8 + 8 * (3 * stages + 1)) + RESULTS
 
 
 TABLE: Mapping[str, tuple[Tactic, ...]] = {
@@ -130,9 +127,8 @@ def why_not(problem: MoeProblem, tactic: Tactic, num_tokens: int) -> str | None:
 
 
 def shared_bytes(problem: MoeProblem, tactic: Tactic, stage: int) -> int:
-    """Of the ring, and what is beside it."""
-    tile, pairs = tactic.of_stage(stage)
-    return bytes_of(tile.rows, pairs, tile.stages)
+    """All that there are: what the ring and its tiles do not need turns results."""
+    return SHARED_BYTES
 
 
 def gathers(tactic: Tactic) -> bool:
@@ -172,53 +168,28 @@ def launch(call: Call) -> None:
     call.by_size = True
     call.sort()
     # by token x is quantised beside the sort, which it does not read
-    x = call.to_e4m3(call.x, "x", turned=True, beside=True) if gathers(call.tactic) else _by_place(call)
+    x = (
+        call.to_e4m3(call.x, "x", turned=True, beside=True)
+        if gathers(call.tactic)
+        else x_by_place(call, turned=True)
+    )
     _product(call, 1, x, call.s["act"])
     _product(call, 2, call.to_e4m3(call.s["act"], "act", turned=True), call.s["partial"])
     call.sum_pairs()
 
 
-# --- x by place --------------------------------------------------------------------------------------------------------
-
-
-def _invert() -> Variant:
-    return Variant(source(["places.cu"], {}), 256, 0)
-
-
-def _spread(COLUMNS: int, TOP_K: int, OFFSET: int, EXPERTS: int, X: torch.dtype) -> Variant:
-    blocks = triton.cdiv(COLUMNS, COLS)
-    threads = 128 if blocks <= 16 else 256
-    constants = {
-        "COLUMNS": COLUMNS,
-        "BLOCKS": blocks,
-        "TOP_K": TOP_K,
-        "OFFSET": OFFSET,
-        "EXPERTS": EXPERTS,
-        "X": READ[X][1],
-        "THREADS": threads,
-    }
-    return Variant(source(["by_place.cu"], constants), threads, 0)
-
-
-INVERT = CudaKernel("invert", ("sorted_pairs", "places", "pairs"), _invert)
-SPREAD = CudaKernel("spread", ("x", "ids", "places", "data", "scales"), _spread)
-
-
-def _by_place(call: Call) -> Rows:
-    """x quantised by token, each row where its pairs are; by pair where x lies at no multiple of what `spread` loads."""
-    p, s = call.p, call.s
-    if call.x.data_ptr() % LOADED:
-        return call.to_e4m3(call.x, "x", gather=True, turned=True)
-    data, scale, places = s["x_values"], s["x_scale"], s["places"]
-    call.add(INVERT, (triton.cdiv(call.pairs, 256),), s["sorted_pairs"], places, call.pairs)
-    call.add(
-        SPREAD, (call.num_tokens,), call.x, call.ids, places, data, scale, COLUMNS=p.hidden_size, TOP_K=p.top_k,
-        OFFSET=p.expert_offset, EXPERTS=p.num_local_experts, X=call.x.dtype,
-    )  # fmt: skip
-    return Rows(data, scale)
-
-
 # --- the products ------------------------------------------------------------------------------------------------------
+
+
+def activation_constants(how: Product) -> dict[str, int | float | bool]:
+    """What device/ends.cuh wants to know of a product's activation."""
+    return {
+        "ACT": how.act,
+        "ALPHA": float(how.alpha),
+        "HAS_LIMIT": how.limit is not None,
+        "LIMIT": float(how.limit or 0.0),
+        "SHIFT": float(how.shift),
+    }
 
 
 def variant(HOW: Product, TILE: Grid, SIZE: Size) -> Variant:
@@ -241,11 +212,7 @@ def variant(HOW: Product, TILE: Grid, SIZE: Size) -> Variant:
         "GATHER": TILE.gathers,
         "POWERS": TILE.powers,
         "GATED": HOW.gated,
-        "ACT": HOW.act,
-        "ALPHA": float(HOW.alpha),
-        "HAS_LIMIT": HOW.limit is not None,
-        "LIMIT": float(HOW.limit or 0.0),
-        "SHIFT": float(HOW.shift),
+        **activation_constants(HOW),
         "HAS_BIAS": TILE.bias is not None,
         "BIAS": bias[0],
         "OF_BIAS": bias[1],
@@ -253,9 +220,9 @@ def variant(HOW: Product, TILE: Grid, SIZE: Size) -> Variant:
         "PRODUCER_REGISTERS": PRODUCER,
         "SHARED_BYTES": SHARED_BYTES,
     }
-    files = ("fp8_cuda_producer.cuh", "fp8_cuda_end.cuh", "fp8_cuda.cu")
+    files = ("tiles.cuh", "fp8_cuda_producer.cuh", "ends.cuh", "fp8_cuda_end.cuh", "fp8_cuda.cu")
     text = source(files, constants, widths(TILE.pairs))
-    return Variant(text, THREADS * (GROUPS + 1), bytes_of(TILE.rows, TILE.pairs, TILE.stages))
+    return Variant(text, THREADS * (GROUPS + 1), SHARED_BYTES)
 
 
 PRODUCT = CudaKernel(
