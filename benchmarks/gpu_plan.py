@@ -60,9 +60,10 @@ def _tuned_only(model: str, ranks: int = 1) -> Step:
 
 FP8, BOTH = ("fp8",), (None, "fp8")
 MX_PEERS = ("humming_mxfp4", "triton_kernels_mxfp4")
+BLOCK_PEERS = ("deep_gemm", "deep_gemm_products")
 PLAN = (
     _deepseek(1, "deepseek-fp8", ("nvfp4", "mxfp4"), FP8, ("humming_fp8",)),
-    _deepseek(1, "deepseek-block", ("fp8_block",), FP8, ("deep_gemm", "deep_gemm_products")),
+    _deepseek(1, "deepseek-block", ("fp8_block",), FP8, BLOCK_PEERS),
     Step(1, "qwen3-fp8", "qwen3-30b-a3b", ("nvfp4", "mxfp4"), FP8, ("humming_fp8",)),
     Step(1, "gpt-oss-20b", "gpt-oss-20b", ("mxfp4",), BOTH, (*MX_PEERS, "humming_fp8")),
     _deepseek(2, "deepseek", ("nvfp4",), (None,), ("humming",)),
@@ -72,6 +73,8 @@ PLAN = (
     Step(3, "mixtral-bf16", "mixtral-8x7b", ("bf16",), (None,), ("grouped_mm", "triton_kernels")),
     _deepseek(3, "deepseek-bf16", ("bf16",), (None,), ("grouped_mm", "triton_kernels")),
     Step(3, "gpt-oss-120b", "gpt-oss-120b", ("mxfp4",), BOTH, (*MX_PEERS, "humming_fp8")),
+    Step(3, "qwen3-block", "qwen3-30b-a3b", ("fp8_block",), FP8, BLOCK_PEERS),
+    Step(3, "mixtral-block", "mixtral-8x7b", ("fp8_block",), FP8, BLOCK_PEERS),
     _deepseek(3, "deepseek-skewed", ("nvfp4",), (None,), ("humming",), TOKENS[1:], BESIDE_UNIFORM),
     Step(3, "qwen3-skewed", "qwen3-30b-a3b", ("nvfp4",), (None,), ("humming",), TOKENS[1:], BESIDE_UNIFORM),
     Step(3, "mixtral-skewed", "mixtral-8x7b", ("nvfp4",), (None,), ("humming",), TOKENS[1:], BESIDE_UNIFORM),

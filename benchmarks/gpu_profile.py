@@ -1,7 +1,7 @@
 """Kernels of FP8 layers under Nsight Compute: what limits them, for docs/lab/hopper.md.
 
     PYTHONPATH=src ncu --profile-from-start off --clock-control none $(python benchmarks/gpu_profile.py --sections) \\
-        --kernel-name regex:'gemm|registers' python benchmarks/gpu_profile.py
+        --kernel-name regex:'gemm|cuda' python benchmarks/gpu_profile.py
 
 A layer runs twice with each tactic; the second run is profiled. Where ncu cannot read the counters it says so and fails.
 """
@@ -25,12 +25,14 @@ SECTIONS = (
 
 def cases() -> Iterator[tuple[str, str, str | None, int, object]]:
     """(model, format, input format, tokens, tactic)."""
+    from moestro.kernels.triton.choose import FP8_BLOCKS
     from moestro.kernels.triton.paths import fp8_cuda, fp8_once
 
     yield "deepseek", "nvfp4", "fp8", 4096, fp8_cuda.tactic(160, 128)
     yield "deepseek", "nvfp4", "fp8", 4096, fp8_once.LARGE
     yield "deepseek", "nvfp4", "fp8", 1024, fp8_cuda.tactic(144, 128)
     yield "deepseek", "nvfp4", "fp8", 256, fp8_cuda.tactic(80, 256)
+    yield "deepseek", "fp8_block", "fp8", 4096, FP8_BLOCKS
 
 
 def main() -> int:
