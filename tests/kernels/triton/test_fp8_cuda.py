@@ -1,4 +1,4 @@
-"""FP8 products and x by place in CUDA C++: on the CPU (cuda_machine.py) against their reference; deliberate mistakes."""
+"""FP8 products in CUDA C++: on the CPU (cuda_machine.py) against their reference; deliberate mistakes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,10 @@ pytest.importorskip("triton")
 import cuda_machine
 from cuda_layers import TOLERANCE, Layer, Start, error, misplaced, name, on_machines
 from cuda_machine import MachineError
-from fp8_rows import turned
-from test_kernels import poisoned
 
 from moestro.errors import BackendError
 from moestro.kernels.activations import Activation, ClampedSilu, GeGLUTanh, ReLU2, SoftcapSwiGLU, SwiGLU
 from moestro.kernels.triton import cuda_source
-from moestro.kernels.triton.device import fp8 as fp8_device
 from moestro.kernels.triton.paths import fp8_cuda as path
 from moestro.kernels.triton.tactic import Tactic
 
@@ -100,50 +97,6 @@ def test_the_order_in_which_threads_run_changes_no_bit(tile: Tactic, on_machine:
     assert error(found[0], layer.truth(inputs)) < TOLERANCE
 
 
-class ByPlace(NamedTuple):
-    """x by place, and what quantising gathered rows gives, of the places that are an expert's here, and not."""
-
-    data: torch.Tensor
-    scales: torch.Tensor
-    wanted: torch.Tensor
-    wanted_scales: torch.Tensor
-    exact: torch.Tensor
-    elsewhere: torch.Tensor
-
-    @property
-    def same(self) -> bool:
-        """Bit by bit."""
-        return torch.equal(self.scales, self.wanted_scales) and torch.equal(
-            self.data.view(torch.uint8), self.wanted.view(torch.uint8)
-        )
-
-
-def by_place(hidden: int, foreign: int, dtype: torch.dtype) -> ByPlace:
-    """Of 50 tokens: a row of zeros, one whose scale is no normal number, experts of other ranks."""
-    layer = Layer(4, 2, hidden, 32, foreign=foreign, dtype=dtype)
-    inputs = layer.inputs(50)
-    x, ids = inputs[:2]
-    x[7] = 0
-    x[8] *= 1e-38
-    ids[9] = torch.tensor([-7, 1])
-    poisoned(layer.runner, 50, BY_PLACE)
-    launches = layer.runner.plan(inputs, BY_PLACE)
-    (spread,) = (i for i, launch in enumerate(launches) if launch.kernel.__name__ == "spread")
-    for launch in launches[: spread + 1]:
-        launch.run()
-    (_, _, _, data, scales, _), (pairs, *_) = launches[spread].args, launches[spread - 1].args
-    wanted, wanted_scales = torch.empty_like(data), torch.empty_like(scales)
-    how = fp8_device.Recipe(False, True, 2, foreign, 4, 4096, True)
-    fp8_device.quantize_fp8[(100,)](x, ids, pairs, wanted, wanted_scales, hidden, HOW=how)
-    exact = torch.zeros(data.shape)
-    exact[:, :hidden] = x.float()[pairs.long() // 2]
-    e = ids.reshape(-1)[pairs.long()]
-    here = (e >= foreign) & (e < foreign + 4)
-    assert 0 < int((~here).sum()) < 60
-    exact = exact[:, turned(hidden)][here]
-    return ByPlace(data[here], scales[here], wanted[here], wanted_scales[here], exact, data[~here])
-
-
 @pytest.mark.parametrize("limit", [math.inf, 1e-50], ids=str)
 def test_limits_beyond_float32_are_the_nearest_float32(limit: float, on_machine: Start) -> None:
     on_machine(2)
@@ -172,39 +125,6 @@ def test_weights_that_cannot_be_copied_16_bytes_at_a_time_are_an_error_that_says
     experts.down = replace(experts.down, scales=misplaced(experts.down.scales, 2))
     with pytest.raises(BackendError, match="copies 16 bytes at a time, weights lie at 0x"):
         layer.runner.plan(layer.inputs(4), BY_PLACE)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("hidden", "foreign"), [(304, 1), (2320, 0)])
-def test_x_by_place_is_what_quantising_gathered_rows_gives(
-    dtype: torch.dtype, hidden: int, foreign: int, on_machine: Start
-) -> None:
-    on_machine(3)
-    found = by_place(hidden, foreign, dtype)
-    assert found.same
-    assert error(found.data.float() * found.scales[:, None], found.exact) < 0.04
-    assert torch.all(found.elsewhere.view(torch.uint8) == 0xFF)
-
-
-@pytest.mark.parametrize(
-    "mutant",
-    [
-        ("of_warps[threadIdx.x / 32] = v;\n  __syncthreads();", "of_warps[threadIdx.x / 32] = v;"),
-        ("largest_of<32>(v)", "largest_of<16>(v)"),
-        ("most == 0.f ? 1.f", "most == 0.f ? 0.f"),
-        ("1.1754943508222875e-38f", "0.f"),
-        ("32 * q + chunk", "16 * q + chunk"),
-        ("chunk < CHUNKS && column < COLUMNS", "chunk < CHUNKS"),
-        ("token * TOP_K + k", "token * TOP_K"),
-    ],
-    ids=str,
-)
-def test_wrong_rows_by_place_are_noticed(mutant: tuple[str, str], on_machine: Start) -> None:
-    def same(seed: int) -> bool:
-        on_machine(seed, mutant, of="SPREAD")
-        return by_place(304, 0, torch.bfloat16).same
-
-    assert not all(map(same, range(4)))
 
 
 # --- wrong ---------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""FP8 blocks in CUDA C++, with x by place: on the CPU (cuda_machine.py) against their reference; deliberate mistakes."""
+"""FP8 blocks in CUDA C++: on the CPU (cuda_machine.py) against their reference; deliberate mistakes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,11 @@ pytest.importorskip("triton")
 import cuda_machine
 from cuda_layers import TOLERANCE, Layer, Start, error, misplaced, name, on_machines
 from cuda_machine import MachineError
-from test_kernels import poisoned
 
 from moestro.errors import BackendError
 from moestro.kernels.activations import Activation, ClampedSilu, GeGLUTanh, ReLU2, SoftcapSwiGLU, SwiGLU
 from moestro.kernels.triton.paths import fp8_once_cuda as path
 from moestro.kernels.triton.tactic import Tactic
-from moestro.moe.reference import through
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the GPU itself: tests/gpu"),
@@ -130,70 +128,7 @@ def test_scales_of_weights_may_lie_at_any_multiple_of_four_bytes(on_machine: Sta
     assert torch.equal(layer.run(inputs, ALONE), aligned)
 
 
-def by_place(hidden: int, foreign: int, dtype: torch.dtype) -> bool:
-    """Whether x by place is what its reference is, bit by bit, and nothing else is written: of 50 tokens, a row of zeros,
-    one whose scale is no normal number, experts of other ranks.
-    """
-    layer = Layer(4, 2, hidden, 128, fmt="fp8_block", foreign=foreign, dtype=dtype)
-    inputs = layer.inputs(50)
-    x, ids = inputs[:2]
-    x[7] = 0
-    x[8] *= 1e-38
-    ids[9] = torch.tensor([-7, 1])
-    poisoned(layer.runner, 50, ALONE)
-    launches = layer.runner.plan(inputs, ALONE)
-    (spread,) = (i for i, launch in enumerate(launches) if launch.kernel.__name__ == "spread")
-    for launch in launches[: spread + 1]:
-        launch.run()
-    (_, _, _, data, scales, _), (pairs, *_) = launches[spread].args, launches[spread - 1].args
-    e = ids.reshape(-1)[pairs.long()]
-    here = (e >= foreign) & (e < foreign + 4)
-    assert 0 < int((~here).sum()) < 60
-    values = data.float().unflatten(1, (-1, 128)) * scales[:, : data.shape[1] // 128, None]
-    wanted = through(x.float()[pairs.long() // 2], "fp8", fp8_columns=128)
-    right = (
-        torch.equal(values.flatten(1)[here, :hidden], wanted[here]) and not data[here, hidden:].float().any()
-    )
-    return bool(right and torch.all(data[~here].view(torch.uint8) == 0xFF))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("hidden", "foreign"), [(304, 1), (2320, 0)])
-def test_x_by_place_is_what_the_reference_quantises(
-    dtype: torch.dtype, hidden: int, foreign: int, on_machine: Start
-) -> None:
-    on_machine(3)
-    assert by_place(hidden, foreign, dtype)
-
-
 # --- wrong ---------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    "mutant",
-    [
-        ("largest_of<8>(mine)", "largest_of<4>(mine)"),
-        ("most == 0.f ? 1.f", "most == 0.f ? 0.f"),
-        ("1.1754943508222875e-38f", "0.f"),
-        ("chunk < CHUNKS && column < COLUMNS", "chunk < CHUNKS"),
-        ("token * TOP_K + k", "token * TOP_K"),
-        ("  fence_for_products();\n", ""),
-        ("  __syncthreads();\n#pragma", "#pragma"),
-        ("  if (threadIdx.x == 0) wait_for_copies_out();\n", ""),
-        ("to * CHUNKS * 16, row, CHUNKS * 16", "to * CHUNKS * 16, row, CHUNKS * 16 - 16"),
-        ("to * p.scale_blocks + chunk / 8", "to * (CHUNKS / 8) + chunk / 8"),
-    ],
-    ids=str,
-)
-def test_wrong_rows_by_place_are_noticed(mutant: tuple[str, str], on_machine: Start) -> None:
-    def right(seed: int) -> bool:
-        on_machine(seed, mutant, of="SPREAD")
-        try:
-            return by_place(304, 0, torch.bfloat16)
-        except MachineError:
-            return False
-
-    assert not all(map(right, range(4)))
-
-
 class Mutant(NamedTuple):
     """A kernel that is wrong: its text, what stands there instead, what the machine must say of it."""
 
