@@ -160,7 +160,7 @@ MUTANTS = {
         "wait(ring.full + 8 * at.stage, at.phase);", "wait(ring.full + 8 * at.stage, at.phase ^ 1);", BY_PLACE),
     "a stage is read before it is there": Mutant("        wait(ring.full + 8 * at.stage, at.phase);\n", "", BY_PLACE),
     "a stage is filled before it is empty": Mutant(
-        "    wait(ring.empty + 8 * at.stage, at.phase);\n    if (thread", "    if (thread", BY_PLACE),
+        "    wait(ring.empty + 8 * at.stage, at.phase);\n    if constexpr", "    if constexpr", BY_PLACE),
     "the producer waits for a phase that never ends": Mutant("Turn at = {0, 1};", "Turn at = {0, 0};", BY_PLACE, "deadlock"),
     "the phase of a stage never turns": Mutant("stage = 0, phase ^= 1;", "stage = 0;", BY_PLACE),
     "the phase of a slot never turns": Mutant("slot = 0, phase ^= 1;", "slot = 0;", GATHERED),

@@ -153,9 +153,9 @@ MUTANTS = {
     "scales of weights are the block's before": Mutant("of_w + 8 * (b + 1)", "of_w + 8 * b", ALONE),
     "scales are the stage's before": Mutant("now = next;", "", ALONE),
     "a stage is filled before it is empty": Mutant(
-        "    wait(ring.empty + 8 * stage, uses.parity(stage) ^ 1);\n    if (thread", "    if (thread", ALONE),
+        "    wait(ring.empty + 8 * stage, uses.parity(stage) ^ 1);\n    __syncwarp();", "    __syncwarp();", ALONE),
     "the producer waits for a phase that never ends": Mutant(
-        "uses.parity(stage) ^ 1);\n    if (thread", "uses.parity(stage));\n    if (thread", ALONE, "deadlock"),
+        "uses.parity(stage) ^ 1);\n    __syncwarp();", "uses.parity(stage));\n    __syncwarp();", ALONE, "deadlock"),
     "the phase of a slot never turns": Mutant("slot = 0, phase ^= 1;", "slot = 0;", ALONE),
     "a slot is told of before it is copied": Mutant(
         "  arrive_when_copied(bar);\n  if (thread == 0) {", "  arrive(bar);\n  if (thread == 0) {", ALONE),

@@ -124,8 +124,8 @@ DEV void fill(const Params& p, const Maps& maps, const Ring& ring, const Tile& t
   for (int b = 0; b < BLOCKS; b += 2) {
     u32 bar = ring.full + 8 * at.stage, stage = ring.data + at.stage * STAGE;
     wait(ring.empty + 8 * at.stage, at.phase);
+    if constexpr (!GATHER) __syncwarp();  // before a copy lets the barrier turn again: none falls behind by two of its phases
     if (thread == 0) copy_stage<W>(p, maps, t, stage, bar, b);
-    if constexpr (!GATHER) __syncwarp();  // none falls behind by two phases of a barrier
     if constexpr (GATHER) {
 #pragma unroll
       for (int i = 0; i < W / 16; i++) {

@@ -85,8 +85,8 @@ DEV void fill(const Params& p, const Maps& maps, const Ring& ring, const Tile& t
   for (int b = 0; b < BLOCKS; b++) {
     int stage = b % STAGES;
     wait(ring.empty + 8 * stage, uses.parity(stage) ^ 1);
+    __syncwarp();  // before a copy lets the barrier turn again: none falls behind by two of its phases
     if (thread == 0) copy_stage(maps, t, ring.data + stage * STAGE, ring.full + 8 * stage, b, rank);
-    __syncwarp();  // none falls behind by two phases of a barrier
     uses.add(stage);
   }
 }
