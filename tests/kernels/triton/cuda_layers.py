@@ -98,6 +98,22 @@ class Layer:
         self.runner.forward(inputs, tactic)
         return inputs[3].clone()
 
+    def ragged(self, tokens: int) -> list[torch.Tensor]:
+        """Inputs that leave expert 2 without pairs, and whose last token has an id of no rank."""
+        inputs = self.inputs(tokens)
+        inputs[1][inputs[1] == 2] = 3
+        inputs[1][tokens - 1] = torch.tensor([-7, 1])
+        return inputs
+
+    def check_orders(self, tokens: int, tactic: Tactic, on_machine: Start) -> None:
+        """The order in which threads run changes no bit, and the numbers are right."""
+        inputs, found = self.inputs(tokens), []
+        for seed in range(6):
+            on_machine(seed)
+            found.append(self.run(inputs, tactic))
+        assert all(torch.equal(other, found[0]) for other in found[1:])
+        assert error(found[0], self.truth(inputs)) < TOLERANCE
+
 
 def error(found: torch.Tensor, truth: torch.Tensor) -> float:
     return float((found.float() - truth).norm() / truth.norm())

@@ -69,9 +69,7 @@ def test_products_match_the_reference_on_odd_sizes(
     dtype = torch.float16 if biases == torch.float16 else torch.bfloat16
     layer = Layer(4, 2, *sizes[fmt], fmt=fmt, act=act, biases=biases, foreign=1, dtype=dtype)
     for tokens in (1, 37, 300):
-        inputs = layer.inputs(tokens)
-        inputs[1][inputs[1] == 2] = 3
-        inputs[1][tokens - 1] = torch.tensor([-7, 1])
+        inputs = layer.ragged(tokens)
         assert error(layer.run(inputs, tile), layer.truth(inputs)) < TOLERANCE
 
 
@@ -88,13 +86,7 @@ def test_sums_of_many_spans(tile: Tactic, sizes: tuple[int, int], on_machine: St
 @pytest.mark.parametrize("tile", [GATHERED, BY_PLACE], ids=name)
 def test_the_order_in_which_threads_run_changes_no_bit(tile: Tactic, on_machine: Start) -> None:
     layer = Layer(3, 2, 384, 160, biases=torch.bfloat16)
-    inputs = layer.inputs(120)
-    found = []
-    for seed in range(6):
-        on_machine(seed)
-        found.append(layer.run(inputs, tile))
-    assert all(torch.equal(other, found[0]) for other in found[1:])
-    assert error(found[0], layer.truth(inputs)) < TOLERANCE
+    layer.check_orders(120, tile, on_machine)
 
 
 @pytest.mark.parametrize("limit", [math.inf, 1e-50], ids=str)

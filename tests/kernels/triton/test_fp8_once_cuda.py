@@ -72,22 +72,14 @@ def test_products_match_the_reference_on_odd_sizes(
     on_machine(tile.pairs1 + tile.gemm1.rows)
     layer = layer_of(4, 2, *sizes, act=act, biases=biases, foreign=1)
     for tokens in (1, 37, 300):
-        inputs = layer.inputs(tokens)
-        inputs[1][inputs[1] == 2] = 3
-        inputs[1][tokens - 1] = torch.tensor([-7, 1])
+        inputs = layer.ragged(tokens)
         assert error(layer.run(inputs, tile), layer.truth(inputs)) < TOLERANCE
 
 
 @pytest.mark.parametrize("tile", TILES, ids=name)
 def test_the_order_in_which_threads_run_changes_no_bit(tile: Tactic, on_machine: Start) -> None:
     layer = layer_of(3, 2, 784, 128)
-    inputs = layer.inputs(210)
-    found = []
-    for seed in range(6):
-        on_machine(seed)
-        found.append(layer.run(inputs, tile))
-    assert all(torch.equal(other, found[0]) for other in found[1:])
-    assert error(found[0], layer.truth(inputs)) < TOLERANCE
+    layer.check_orders(210, tile, on_machine)
 
 
 def test_all_tiles_give_the_same_bits(on_machine: Start) -> None:

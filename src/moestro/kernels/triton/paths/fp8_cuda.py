@@ -181,22 +181,39 @@ def launch(call: Call) -> None:
 # --- the products ------------------------------------------------------------------------------------------------------
 
 
-def activation_constants(how: Product) -> dict[str, int | float | bool]:
-    """What device/ends.cuh wants to know of a product's activation."""
+def shared_constants(how: Product, bias: torch.dtype | None) -> dict[str, int | float | bool | str]:
+    """Constants of every product in CUDA C++: its activation (device/ends.cuh), its biases, register shares, memory."""
+    read, as_float = READ[bias or torch.float32]
     return {
+        "PRODUCT": how.stage,
+        "GATED": how.gated,
         "ACT": how.act,
         "ALPHA": float(how.alpha),
         "HAS_LIMIT": how.limit is not None,
         "LIMIT": float(how.limit or 0.0),
         "SHIFT": float(how.shift),
+        "HAS_BIAS": bias is not None,
+        "BIAS": read,
+        "OF_BIAS": as_float,
+        "CONSUMER_REGISTERS": CONSUMER,
+        "PRODUCER_REGISTERS": PRODUCER,
+        "SHARED_BYTES": SHARED_BYTES,
     }
+
+
+def check_addresses(name: str, *weights: torch.Tensor) -> None:
+    """Raises BackendError for weights that cannot be copied COPIED bytes at a time."""
+    for part in weights:
+        if part.data_ptr() % COPIED:
+            raise BackendError(
+                f"path {name!r} copies {COPIED} bytes at a time, weights lie at {part.data_ptr():#x}"
+            )
 
 
 def variant(HOW: Product, TILE: Grid, SIZE: Size) -> Variant:
     """The source of a product, and how it is launched."""
-    bias = READ[TILE.bias or torch.float32]
     constants = {
-        "PRODUCT": HOW.stage,
+        **shared_constants(HOW, TILE.bias),
         "GROUPS": GROUPS,
         "PARTS": parts(TILE.rows),
         "PAIRS": TILE.pairs,
@@ -211,14 +228,6 @@ def variant(HOW: Product, TILE: Grid, SIZE: Size) -> Variant:
         "TOP_K": SIZE.top_k,
         "GATHER": TILE.gathers,
         "POWERS": TILE.powers,
-        "GATED": HOW.gated,
-        **activation_constants(HOW),
-        "HAS_BIAS": TILE.bias is not None,
-        "BIAS": bias[0],
-        "OF_BIAS": bias[1],
-        "CONSUMER_REGISTERS": CONSUMER,
-        "PRODUCER_REGISTERS": PRODUCER,
-        "SHARED_BYTES": SHARED_BYTES,
     }
     files = ("tiles.cuh", "fp8_cuda_producer.cuh", "ends.cuh", "fp8_cuda_end.cuh", "fp8_cuda.cu")
     text = source(files, constants, widths(TILE.pairs))
@@ -239,11 +248,7 @@ def _product(call: Call, stage: int, x: Rows, out: torch.Tensor) -> None:
     tile, pairs = call.tactic.of_stage(stage)
     weights = call.packed(stage)
     assert isinstance(weights, TritonFP4)
-    for part in (weights.words, weights.scales, weights.row_scale):
-        if part.data_ptr() % COPIED:
-            raise BackendError(
-                f"path {NAME!r} copies {COPIED} bytes at a time, weights lie at {part.data_ptr():#x}"
-            )
+    check_addresses(NAME, weights.words, weights.scales, weights.row_scale)
     routing, stride = call.routing(stage)
     bias = call.bias(stage)
     grid = Grid(tile.rows, pairs, tile.stages, call.tactic.raster_group, stage == 1 and gathers(call.tactic),

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 import triton
 
-from moestro.errors import BackendError
 from moestro.kernels.problem import MoeProblem
 from moestro.kernels.scratch import Plan
 from moestro.kernels.triton import nvrtc
@@ -22,9 +21,9 @@ from moestro.kernels.triton.cuda_source import source
 from moestro.kernels.triton.device.arguments import Product, Rows, Size
 from moestro.kernels.triton.fp8_layout import COLS, TritonE4M3
 from moestro.kernels.triton.paths import path
-from moestro.kernels.triton.paths.by_place import READ, x_by_place
+from moestro.kernels.triton.paths.by_place import x_by_place
 from moestro.kernels.triton.paths.fp8 import fp8_scratch, unfit_for_fp8
-from moestro.kernels.triton.paths.fp8_cuda import CONSUMER, PRODUCER, activation_constants
+from moestro.kernels.triton.paths.fp8_cuda import check_addresses, shared_constants
 from moestro.kernels.triton.paths.registers import THREADS
 from moestro.kernels.triton.tactic import SHARED_BYTES, Tactic, Tile, sizes
 from moestro.kernels.triton.words import kernel_rows_of
@@ -40,7 +39,6 @@ STAGES, SLOTS = 4, 2
 LEAST_STAGES = 3
 RESULTS = 16384  # bytes for results that are turned
 FOUR = 4  # scales that are copied together: 16 bytes, of which a row has a multiple
-COPIED = 16  # bytes of weights at a time
 
 
 class Grid(NamedTuple):
@@ -140,10 +138,10 @@ def launch(call: Call) -> None:
 
 def variant(HOW: Product, TILE: Grid, SIZE: Size) -> Variant:
     """The source of a product, and how it is launched."""
-    bias = READ[TILE.bias or torch.float32]
+    cluster = CLUSTERS[TILE.pairs, TILE.rows]
     constants = {
-        "PRODUCT": HOW.stage,
-        "CLUSTER": CLUSTERS[TILE.pairs, TILE.rows],
+        **shared_constants(HOW, TILE.bias),
+        "CLUSTER": cluster,
         "STAGES": TILE.stages,
         "RASTER": TILE.raster,
         "BLOCKS": triton.cdiv(SIZE.columns, COLS),
@@ -151,17 +149,8 @@ def variant(HOW: Product, TILE: Grid, SIZE: Size) -> Variant:
         "KERNEL_ROWS": kernel_rows_of(SIZE.rows, HOW.gated),
         "SCALE_ROWS": triton.cdiv(SIZE.rows, COLS),
         "OUT_STRIDE": SIZE.out_stride,
-        "GATED": HOW.gated,
-        **activation_constants(HOW),
-        "HAS_BIAS": TILE.bias is not None,
-        "BIAS": bias[0],
-        "OF_BIAS": bias[1],
-        "CONSUMER_REGISTERS": CONSUMER,
-        "PRODUCER_REGISTERS": PRODUCER,
-        "SHARED_BYTES": SHARED_BYTES,
     }
     text = source(FILES, constants, (HALF,))
-    cluster = CLUSTERS[TILE.pairs, TILE.rows]
     return Variant(text, THREADS * (GROUPS + 1), bytes_of(TILE.stages, SIZE.columns), cluster)
 
 
@@ -190,10 +179,7 @@ def _product(call: Call, stage: int, x: Rows, out: Rows) -> None:
     experts = call.experts.gate_up if stage == 1 else call.experts.down
     assert isinstance(experts, TritonE4M3)
     rows = experts.words.view(-1, size.columns)
-    if rows.data_ptr() % COPIED:
-        raise BackendError(
-            f"path {NAME!r} copies {COPIED} bytes at a time, weights lie at {rows.data_ptr():#x}"
-        )
+    check_addresses(NAME, rows)
     cluster = CLUSTERS[pairs, tile.rows]
     programs = max(call.processors // cluster, 1) * cluster
     routing, stride = call.routing(stage)
