@@ -207,6 +207,7 @@ void copy_box_to(u32 to, const Map* of, int column, int row, u32 bar, u16 mask) 
 void copy_box(u32 to, const Map* of, int column, int row, u32 bar) { copy_box_to(to, of, column, row, bar, 1 << rank); }
 
 void load16(u32 (&to)[4], u32 from) { memcpy(to, at(from, 16, 16), 16); }
+u32 load1(u32 from) { return *(const u8*)at(from, 1, 1); }
 u32 load2(u32 from) { return *(const u16*)at(from, 2, 2); }
 u32 load4(u32 from) { return *(const u32*)at(from, 4, 4); }
 float load_float(u32 from) { return *(const float*)at(from, 4, 4); }

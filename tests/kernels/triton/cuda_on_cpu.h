@@ -81,6 +81,7 @@ void copy16(u32 to, const void* from, int bytes = 16);
 void copy_bytes(u32 to, const u8* from, int bytes, u32 bar);
 void copy_box(u32 to, const Map* map, int column, int row, u32 bar);
 void load16(u32 (&to)[4], u32 from);
+u32 load1(u32 from);
 u32 load2(u32 from);
 u32 load4(u32 from);
 float load_float(u32 from);

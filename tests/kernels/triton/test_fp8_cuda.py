@@ -19,6 +19,9 @@ from cuda_machine import MachineError
 from moestro.errors import BackendError
 from moestro.kernels.activations import Activation, ClampedSilu, GeGLUTanh, ReLU2, SoftcapSwiGLU, SwiGLU
 from moestro.kernels.triton import cuda_source
+from moestro.kernels.triton.device.arguments import Product
+from moestro.kernels.triton.device.fp8 import Recipe
+from moestro.kernels.triton.paths import fp8
 from moestro.kernels.triton.paths import fp8_cuda as path
 from moestro.kernels.triton.tactic import Tactic
 
@@ -119,6 +122,26 @@ def test_weights_that_cannot_be_copied_16_bytes_at_a_time_are_an_error_that_says
         layer.runner.plan(layer.inputs(4), BY_PLACE)
 
 
+def test_only_a_product_that_asks_for_weights_alone_before_it_waits_may_begin_early(
+    on_machine: Start,
+) -> None:
+    """The second product, right behind what quantises its rows; every other launch waits before the next begins."""
+    on_machine(0)
+    layer = Layer(3, 2, 320, 96)
+
+    def hows(tile: Tactic) -> list[object]:
+        return [launch.meta.get("HOW") for launch in layer.runner.plan(layer.inputs(4), tile)]
+
+    for tile in TILES:
+        found = hows(tile)
+        (early,) = (i for i, how in enumerate(found) if isinstance(how, Recipe) and how.early)
+        after = found[early + 1]
+        assert isinstance(after, Product)
+        assert after.stage == 2
+    for tile in fp8.TABLE["fp8"]:
+        assert not any(how.early for how in hows(tile) if isinstance(how, Recipe))
+
+
 # --- wrong ---------------------------------------------------------------------------------------------------------------
 HAS_TWO = "return BLOCKS % 2 == 0 || b + 1 < BLOCKS;"
 
@@ -161,8 +184,9 @@ MUTANTS = {
         "  wait(ring.empty + 8 * at.stage, at.phase);\n  tell", "  tell", GATHERED, sizes=(160, 1024)),
     "a slot is told of before it is copied": Mutant(
         "  arrive_when_copied(bar);\n  if (thread == 0) {", "  arrive(bar);\n  if (thread == 0) {", GATHERED),
-    "the bytes of x are not expected": Mutant("(GATHER ? 0 : W * 128)", "0", BY_PLACE),
-    "bytes are expected that do not come": Mutant("(GATHER ? 0 : W * 128)", "W * 128", GATHERED, "deadlock.*8192 bytes"),
+    "the bytes of x are not expected": Mutant("(GATHER ? 0 : width * 128)", "0", BY_PLACE),
+    "bytes are expected that do not come": Mutant(
+        "(GATHER ? 0 : width * 128)", "width * 128", GATHERED, "deadlock.*8192 bytes"),
     "a stage is there before the rows gathered": Mutant(
         "      arrive_when_copied(bar);\n    }", "      arrive(bar);\n    }", GATHERED),
     "the proxies are not fenced": Mutant("        if (GATHER) fence_for_products();\n", "", GATHERED, "no fence between"),
@@ -173,7 +197,14 @@ MUTANTS = {
     "the second block is the first": Mutant("stage + b % 2 * X_BLOCK", "stage", GATHERED),
     "a block beyond an odd number's last": Mutant(HAS_TWO, "return true;", GATHERED),
     "every second block is left out": Mutant(HAS_TWO, "return false;", GATHERED),
-    "scales of the other row": Mutant("load2(s), load2(s + 8 * 8)", "load2(s + 8 * 8), load2(s)", GATHERED),
+    "scales of the other row": Mutant("load2(s), load2(s + SCALES / 8)", "load2(s + SCALES / 8), load2(s)", GATHERED),
+    "weights that were asked for early are asked for again": Mutant(
+        "if (b >= 2 * ahead) copy_weights", "copy_weights", BY_PLACE),
+    "weights of a later tile are taken for asked for": Mutant("    ahead = 0;\n", "", GATHERED),
+    "weights asked for early are the first stage's": Mutant(
+        "ring.full + 8 * i, 2 * i, W", "ring.full + 8 * i, 0, W", BY_PLACE),
+    "one stage too few is asked for early": Mutant(
+        "int i = 0; i < ahead; i++", "int i = 1; i < ahead; i++", GATHERED, "deadlock"),
     "the lower strip is the upper": Mutant("(2 * part + u) * CODES", "u * CODES", GATHERED),
     "row scales of the other strip": Mutant("(slot + OF_ROWS) + part * 64", "(slot + OF_ROWS)", GATHERED),
     "tables of the other row": Mutant("permute(w, x, 0x622A)", "permute(w, x, 0x4008)", GATHERED),

@@ -110,17 +110,18 @@ def test_the_kernels_table_is_the_product_rounded_to_e4m3() -> None:
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_mxfp4_keeps_powers_of_two_that_32_columns_share_as_the_kernels_tables_want_it(seed: int) -> None:
-    """A pair of scales is a byte twice, without a mantissa; fp8_cuda.cu's two sums give its products with e2m1."""
+    """A scale is one byte, without a mantissa; fp8_cuda.cu's two sums give its products with e2m1."""
     gen = torch.Generator().manual_seed(seed)
     packed = FP8FromMXFP4.pack(of_any_scales(1, torch.ones(1), True, gen), False)
-    pairs = packed.scales.flatten().tolist()
-    assert all(pair & 0xFF == pair >> 8 and pair & 7 == 0 for pair in pairs)
-    for pair in set(pairs):
-        scale = torch.tensor([pair & 0xFF], dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    assert packed.scales.shape[-1] * packed.scales.itemsize == 4  # of 128 columns
+    found = packed.scales.flatten().tolist()
+    assert all(byte & 7 == 0 for byte in found)
+    for byte in set(found):
+        scale = torch.tensor([byte], dtype=torch.uint8).view(torch.float8_e4m3fn).float()
         wanted = (scale * HALVES / 2).to(torch.float8_e4m3fn).view(torch.uint8).tolist()
         low, high = (
-            (pair * 0x01000100 + 0x03FFF800) & 0xFFFFFFFF,
-            (pair * 0x00010001 + 0x14100C08) & 0xFFFFFFFF,
+            (byte * 0x01010100 + 0x03FFF800) & 0xFFFFFFFF,
+            (byte * 0x01010101 + 0x14100C08) & 0xFFFFFFFF,
         )
         assert [(word >> 8 * i) & 255 for word in (low, high) for i in range(4)] == wanted
 

@@ -9,10 +9,11 @@ import torch
 
 pytest.importorskip("triton")
 
+import triton
 from fp8_rows import turned
 
 from moestro.kernels.problem import MoeProblem
-from moestro.kernels.triton import choose, nvrtc
+from moestro.kernels.triton import call, choose, nvrtc
 from moestro.kernels.triton.device.fp8 import Recipe, quantize_fp8
 from moestro.kernels.triton.paths import fp8 as fp8_path
 from moestro.kernels.triton.paths import fp8_cuda, fp8_once
@@ -33,6 +34,26 @@ def test_rows_are_quantised_in_the_order_of_products() -> None:
     found, wanted = data.float() * scales[:, None], exact[:, turned(144)]
     assert torch.all(found[wanted == 0] == 0)
     assert float(((found - wanted).abs() < 0.07 * wanted.abs() + 1e-3).float().mean()) > 0.95  # see Quantize
+
+
+def test_wide_rows_are_quantised_at_once_and_few_of_them_by_more_warps() -> None:
+    """A row of Mixtral's intermediate in two passes took longer than a fifth of a layer's products."""
+    x = torch.randn(2, 8200).float()
+    ids, scales = torch.zeros(2, 1, dtype=torch.int32), torch.zeros(2)
+    wide = triton.next_power_of_2(8200)
+    assert wide <= call.AT_ONCE
+    found = {}
+    for whole in (True, False):
+        data = torch.full((2, 8320), 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn)
+        how = Recipe(False, False, 1, 0, 4, wide if whole else 2048, True, whole)
+        quantize_fp8[(2,)](x, ids, ids, data, scales, 8200, HOW=how, PDL=False)
+        assert torch.equal(scales, x.abs().amax(1) / 448)
+        found[whole] = data.view(torch.uint8)
+    assert torch.equal(found[True], found[False])
+    warps = [
+        call.quantising_warps(width, rows) for rows in (64, 65536) for width in (128, 2048, 4096, 8192, 16384)
+    ]
+    assert warps == [4, 8, 16, 16, 16, 4, 4, 8, 8, 16]
 
 
 @pytest.mark.parametrize("num_tokens", [1, 64, 1024, 16384])

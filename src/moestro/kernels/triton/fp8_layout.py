@@ -1,7 +1,7 @@
-"""4-bit weights in the layout that FP8 tensor cores read: NVFP4 and MXFP4 alike, 0.5625 byte a weight.
+"""4-bit weights in the layout that FP8 tensor cores read: NVFP4, 0.5625 byte a weight, and MXFP4, 0.53125.
 
-A block is 64 rows x 128 columns, 4 KiB of codes and 512 bytes of scales. Sixteen columns share a scale (MXFP4's 32
-hold theirs twice) and are four words of 16 bits, two registers when they are read: in each, the low three bits of
+A block is 64 rows x 128 columns, 4 KiB of codes and a byte for each scale: 512 of NVFP4's, 256 of MXFP4's. Sixteen
+columns are four words of 16 bits, two registers when they are read: in each, the low three bits of
 nibbles 0..3 are the magnitudes of columns 0..3 of an 8-column half, nibbles 4..7 those of columns 4..7, which is what
 `prmt` takes as a selector; their signs stand in the nibbles' fourth bits, where one shift brings them to bytes' ends.
 
@@ -28,7 +28,7 @@ from moestro.kernels.triton.chip import has_block_scales, is_hopper, multiplies_
 from moestro.kernels.triton.layout import PACKED, Packed
 from moestro.kernels.triton.words import paired, row_order
 
-ROWS, COLS, GROUP = 64, 128, 16
+ROWS, COLS = 64, 128
 LARGEST = 72.0  # of a row's scales
 SMALLEST = 2.0**-5
 HALVES = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12], dtype=torch.float32)  # twice the magnitudes of e2m1
@@ -37,7 +37,8 @@ HALVES = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12], dtype=torch.float32)  # twice t
 class TritonFP4(Packed):
     """NVFP4 or MXFP4 weights [L, R, C] for products with e4m3 activations. Rows and columns are padded to blocks.
 
-    words: int16 [L, Rb, Cb, 64, 32]; scales: int16 [L, Rb, Cb, 64, 4], two e4m3 bytes each, the even group's low.
+    words: int16 [L, Rb, Cb, 64, 32]; scales: [L, Rb, Cb, 64, 4], of 32 columns each: int16 of two e4m3 bytes, the even
+    group's low, where a scale is of 16 columns (GROUP), uint8 where it is of 32.
     Its values are those that the kernels multiply: e2m1 · scale rounded to e4m3, times the row's scale; `dequantize`
     gives them. They are at most half a step of e4m3 (1/16) from the checkpoint's. `to_checkpoint` gives the codes and
     scales back, bit for bit where a scale was no negative one and none under SMALLEST: the products are not rounded there.
@@ -46,6 +47,7 @@ class TritonFP4(Packed):
     CODE: ClassVar[int] = -1  # no kernel of decode.py reads it
     WORD: ClassVar[torch.dtype] = torch.int16
     SCALE: ClassVar[torch.dtype] = torch.int16
+    GROUP: ClassVar[int] = 16  # columns of a scale
 
     @classmethod
     def pack(cls, q: Any, gated: bool) -> Self:
@@ -58,28 +60,28 @@ class TritonFP4(Packed):
         blocks = -(-columns // COLS)
         shape = (experts, len(order) // ROWS, blocks, ROWS)
         words = torch.empty((*shape, 32), dtype=torch.int16, device=q.device)
-        scales = torch.empty((*shape, 4), dtype=torch.int16, device=q.device)
+        scales = torch.empty((*shape, 4), dtype=cls.SCALE, device=q.device)
         row_scale = torch.zeros((experts, len(order)), dtype=torch.float32, device=q.device)
         there = order >= 0
         for e in range(experts):
             codes, scale, whole = _pieces(q.expert(e))
             codes, byte, power = _relative(codes, scale)
             words[e] = _blocks(_to_words(_pad(codes, order, blocks * COLS, 0)), 32)
-            scales[e] = _blocks(_pad(byte, order, blocks * COLS // GROUP, 16).view(torch.int16), 4)
+            scales[e] = _blocks(_pad(byte, order, blocks * COLS // cls.GROUP, 16).view(cls.SCALE), 4)
             row_scale[e, there] = (whole * power)[order[there]]
         return cls(words, scales, row_scale, cls._kept(q), rows, columns, gated)
 
     @classmethod
     def bytes_per_weight(cls) -> float:
-        return 0.5 + 1 / GROUP
+        return 0.5 + 1 / cls.GROUP
 
     def dequantize(self, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None) -> torch.Tensor:
         """The values that the kernels multiply, [..., R, C]; in `out` where there is one."""
         codes = _from_words(_rows_of(self.words))  # [..., Rp, Cp]
-        scale = _rows_of(self.scales).contiguous().view(torch.float8_e4m3fn).float()  # [..., Rp, Cp / 16]
+        scale = _rows_of(self.scales).contiguous().view(torch.float8_e4m3fn).float()  # [..., Rp, Cp / GROUP]
         half = HALVES.to(self.device)[(codes & 7).long()] * torch.where(codes >= 8, -0.5, 0.5)
         value = (
-            (half.unflatten(-1, (-1, GROUP)) * scale.unsqueeze(-1))
+            (half.unflatten(-1, (-1, self.GROUP)) * scale.unsqueeze(-1))
             .to(torch.float8_e4m3fn)
             .float()
             .flatten(-2)
@@ -88,9 +90,9 @@ class TritonFP4(Packed):
         return dense_out(out, self.shape, dtype, self.device).copy_(dense)
 
     def _codes_and_scales(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(packed codes uint8 [..., R, C/2], e4m3 scales [..., R, C/16], row scales float32 [..., R, 1])."""
+        """(packed codes uint8 [..., R, C/2], e4m3 scales [..., R, C / GROUP], row scales float32 [..., R, 1])."""
         codes = self._in_order(_from_words(_rows_of(self.words)))
-        byte = self._in_order(_rows_of(self.scales).contiguous().view(torch.uint8), GROUP)
+        byte = self._in_order(_rows_of(self.scales).contiguous().view(torch.uint8), self.GROUP)
         return paired(codes), byte.view(torch.float8_e4m3fn), self._in_order(self.row_scale.unsqueeze(-1))
 
     @classmethod
@@ -119,11 +121,13 @@ class FP8FromMXFP4(TritonFP4):
     """See TritonFP4."""
 
     format: ClassVar[str] = "mxfp4"
-    layout: ClassVar[str] = "triton-fp8-mxfp4-r64c128"
+    layout: ClassVar[str] = "triton-fp8-mxfp4-r64c128g32"
+    SCALE: ClassVar[torch.dtype] = torch.uint8
+    GROUP: ClassVar[int] = 32
 
     def to_checkpoint(self) -> MXFP4:
         packed, relative, row = self._codes_and_scales()
-        exponent = torch.frexp(relative[..., ::2].double() * row.double())[1] - 1
+        exponent = torch.frexp(relative.double() * row.double())[1] - 1
         return MXFP4(packed, (exponent + 127).clamp(0, 254).to(torch.uint8))
 
 
@@ -202,16 +206,16 @@ def descriptor(rows: torch.Tensor, block: int) -> TensorDescriptor:
 
 
 def _pieces(q: NVFP4 | MXFP4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(codes uint8 [R, C], float32 scale of each 16 columns [R, C/16] >= 0, float32 [R] of the whole row)."""
+    """(codes uint8 [R, C], float32 scale of each group of columns [R, C / GROUP] >= 0, float32 [R] of the whole row)."""
     codes = torch.stack([q.packed & 15, q.packed >> 4], dim=-1).flatten(-2)
     if isinstance(q, MXFP4):
-        scale = decode_e8m0(q.scale).repeat_interleave(2, dim=-1)
+        scale = decode_e8m0(q.scale)
         whole = torch.ones(q.shape[-2], device=q.device)
     else:
         scale = q.scale.float()
-        codes = (codes.unflatten(-1, (-1, GROUP)) ^ ((scale < 0).to(torch.uint8) << 3).unsqueeze(-1)).flatten(
-            -2
-        )
+        codes = (
+            codes.unflatten(-1, (-1, FP8FromNVFP4.GROUP)) ^ ((scale < 0).to(torch.uint8) << 3).unsqueeze(-1)
+        ).flatten(-2)
         scale, whole = scale.abs(), q.row_global_scale().squeeze(-1).expand(q.shape[-2])
     if bool(torch.isnan(scale).any()):
         raise FormatError(f"{q.format} weights must have finite scales, got NaN")
@@ -225,7 +229,7 @@ def _relative(codes: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, t
     _, exponent = torch.frexp(LARGEST / torch.where(most > 0, most, LARGEST))
     relative = torch.ldexp(scale, exponent - 1)  # the largest of a row in (36, 72]
     small = (relative < SMALLEST).unsqueeze(-1)
-    blocks = codes.unflatten(-1, (-1, GROUP))
+    blocks = codes.unflatten(-1, (scale.shape[-1], -1))
     value = HALVES.to(codes.device)[(blocks & 7).long()] * (relative / SMALLEST).float().unsqueeze(
         -1
     )  # in halves of SMALLEST

@@ -28,8 +28,8 @@ def wait_for_previous(PDL: tl.constexpr):
 def launch_next(PDL: tl.constexpr):
     """With programmatic launch: the next kernel's programs may take the places that this one leaves.
 
-    Always after wait_for_previous: what the kernel before this one wrote is then visible to the next one from
-    its start, and it need wait only for what this one writes.
+    After wait_for_previous, but for kernels whose next one knows: what the kernel before this one wrote is then visible
+    to the next one from its start, and it need wait only for what this one writes.
     """
     if PDL:
         gdc_launch_dependents()

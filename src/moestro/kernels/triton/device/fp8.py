@@ -83,6 +83,9 @@ class Recipe(NamedTuple):
     turned: bool = False  # rows are whole blocks of 128 columns, in the order of fp8_cuda.cu
     whole: bool = False  # a row is at most `columns`: it is read once
     beside: bool = False  # reads nothing of the launch before this one, and runs while that does
+    early: bool = (
+        False  # the next launch may begin before the one ahead of this is over, and waits for this one itself
+    )
 
 
 @triton.jit
@@ -92,9 +95,12 @@ def quantize_fp8(x, ids, sorted_pairs, data, scales, columns, HOW: tl.constexpr,
     scale = largest magnitude / 448, or 1 where all is zero; to the nearest e4m3, ties to even. HOW: Recipe. Rows of
     pairs whose expert is not local stay as they are. A launch that runs `beside` the one before it ends after that.
     """
+    if HOW.early:
+        launch_next(PDL)
     if not HOW.beside:
         wait_for_previous(PDL)
-    launch_next(PDL)
+    if not HOW.early:
+        launch_next(PDL)
     to = tl.program_id(0).to(tl.int64)
     row = to
     width = columns

@@ -5,7 +5,7 @@
 // rows at a time and multiply. A group's products run on while it decodes the next block, in the next stage too: what is
 // waited for is always the block before. All groups run one copy of the code, and warps give a stage back each by itself.
 //
-// Columns: a thread q of four owns columns 32 q .. 32 q + 31 of a block, eight words of 16 bits and a pair of scales as they
+// Columns: a thread q of four owns columns 32 q .. 32 q + 31 of a block, eight words of 16 bits and their scale or two as they
 // lie in memory (fp8_layout.TritonFP4). A wgmma of 32 columns wants columns 4 q and 16 + 4 q and three on from it, so those of
 // a block are taken in another order: place 32 s + 16 h + 4 q + j is column 32 q + 8 s + 4 h + j, and x is written so.
 //
@@ -21,14 +21,14 @@
 // --- operands ------------------------------------------------------------------------------------------------------
 struct Tables { u32 low, high; };  // a scale times 0, .5, 1, 1.5, and times 2, 3, 4, 6, rounded to e4m3
 
-// Of both scales of a pair, for two rows. Scales that are powers of two and shared by 32 columns, MXFP4's, take two
+// Of 32 columns of two rows, two scales each; or one, a power of two, MXFP4's, which takes two
 // multiply-adds: 1, 1.5, 2, 3, 4 and 6 times one are 0, 4, 8, 12, 16 and 20 more in its byte, half of it is 8 less. A `prmt`
 // by 8 + i gives the sign of byte i, which is 0; mantissas of 1 to 5 are m + 7 >= 8 and m + 2 < 8.
 DEV void tables_of(Tables (&t)[2][2], u32 s0, u32 s1) {
   constexpr u32 LOW = 0x03fff800u, HIGH = 0x14100c08u;
   if constexpr (POWERS) {
-    t[0][0] = t[0][1] = {s0 * 0x01000100u + LOW, s0 * 0x00010001u + HIGH};
-    t[1][0] = t[1][1] = {s1 * 0x01000100u + LOW, s1 * 0x00010001u + HIGH};
+    t[0][0] = t[0][1] = {s0 * 0x01010100u + LOW, s0 * 0x01010101u + HIGH};
+    t[1][0] = t[1][1] = {s1 * 0x01010100u + LOW, s1 * 0x01010101u + HIGH};
   } else {
     u32 w = permute(s0, s1, 0x5410), m = w & 0x07070707u;
     u32 x = w + (logic<0x20>(m + 0x07070707u, m + 0x02020202u, 0x08080808u) >> 3);
@@ -51,7 +51,8 @@ DEV void operands(u32 (&a)[16], const Spot& at, u32 stage, int part, int u) {
   load16(upper, w);
   load16(lower, w + 8 * 64);
   Tables t[2][2];
-  tables_of(t, load2(s), load2(s + 8 * 8));
+  if constexpr (POWERS) tables_of(t, load1(s), load1(s + SCALES / 8));
+  else tables_of(t, load2(s), load2(s + SCALES / 8));
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     decode(upper[i], t[0][i / 2], a[4 * i], a[4 * i + 2]);
@@ -144,7 +145,7 @@ DEV void run(const Params& p, const Ring& ring, const Spot& spot, const u8* slot
 DEV void consume(const Params& p, Ring ring, const u8* slots) {
   int g = threadIdx.x / 128, row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4, q = threadIdx.x % 4;
   Spot spot = {(u32)(X_STAGE + g * PARTS * 2 * CODES + row * 64 + q * 16),
-               (u32)(X_STAGE + W_STAGE + g * PARTS * 2 * SCALES + row * 8 + q * 2)};
+               (u32)(X_STAGE + W_STAGE + g * PARTS * 2 * SCALES + row * (SCALES / 64) + q * (SCALES / 256))};
   Turn at = {0, 0};
   int slot = 0;
   u32 phase = 0;
@@ -178,8 +179,6 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, 1)
     publish_barriers();
   }
   __syncthreads();
-  wait_for_previous();
-  launch_next();
   if (threadIdx.x < GROUPS * 128) {
     take_registers<CONSUMER_REGISTERS>();
     consume(p, ring, memory + RING);

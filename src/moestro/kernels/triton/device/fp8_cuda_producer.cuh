@@ -3,6 +3,9 @@
 // A stage has two blocks of 128 columns: x [2][PAIRS][128] swizzled, then codes and scales [strip][2] as they lie in memory,
 // whose 16 bytes a thread eight lanes read without conflicts. A slot tells of one tile. Barriers: `full` and `empty` of a
 // stage, `told` of a slot.
+//
+// The second product's table is older than the kernel before it (which lets it begin early) and so are its weights: those of
+// its first stages are on their way while the first product ends and its results are quantised.
 
 struct Params {
   const u8 *codes, *scales;  // TritonFP4's words and scales
@@ -16,7 +19,7 @@ struct Params {
 };
 struct Maps { const Map *whole, *piece; };  // of x by place: a tile's rows, and PIECE of them
 
-constexpr int EACH = GROUPS * PARTS, PIECE = 16, CODES = 4096, SCALES = 512;  // bytes of a strip's block
+constexpr int EACH = GROUPS * PARTS, PIECE = 16, CODES = 4096, SCALES = POWERS ? 256 : 512;  // bytes of a strip's block
 constexpr int X_BLOCK = PAIRS * 128;
 constexpr int X_STAGE = 2 * X_BLOCK, W_STAGE = 2 * EACH * CODES, STAGE = X_STAGE + W_STAGE + 2 * EACH * SCALES;
 constexpr int STRIPS = (ROW_BLOCKS + EACH - 1) / EACH;  // tiles on top of each other
@@ -24,6 +27,8 @@ constexpr int STRIPS = (ROW_BLOCKS + EACH - 1) / EACH;  // tiles on top of each 
 constexpr int STAGES_OF_TILE = (BLOCKS + 1) / 2, SLOTS = (STAGES + STAGES_OF_TILE - 1) / STAGES_OF_TILE + 1;
 constexpr int OF_X = 0, OF_PAIRS = PAIRS * 4, OF_ROWS = PAIRS * 8, OF_TILE = OF_ROWS + EACH * 256, SLOT = OF_TILE + 16;
 constexpr int COPIERS = GATHER ? 128 : 32;  // threads of the producer
+// Stages whose weights are asked for that early.
+constexpr int AHEAD = PRODUCT == 1 ? 0 : STAGES < STAGES_OF_TILE ? STAGES : STAGES_OF_TILE;
 constexpr int RING = STAGES * STAGE, BARRIERS = RING + (SLOTS * SLOT + 7) / 8 * 8, BYTES = BARRIERS + 8 * (2 * STAGES + SLOTS);
 // What is left turns results of the second product, 8 pairs x 16 rows at a time.
 constexpr int TURN = (BYTES + 15) / 16 * 16, TURNED = 256, LEFT = (SHARED_BYTES - TURN) / (TURNED * GROUPS * 4);
@@ -83,33 +88,37 @@ DEV void copy_blocks(u32 to, const u8* from, u32 bar, int b) {
   }
 }
 
-// Weights, and rows of x that lie in order: those behind a tile's last are another's or zeros, and not written. A block behind
-// the last of an odd number has the last one's weights again, and zeros for x, which lie beyond its columns.
-template <int W>
-DEV void copy_stage(const Params& p, const Maps& maps, const Tile& t, u32 stage, u32 bar, int b) {
-  expect(bar, 2 * ((GATHER ? 0 : W * 128) + EACH * (CODES + SCALES)));
+// Weights; of x, which lies in order or is gathered, `width` rows are expected. A block behind the last of an odd number has
+// the last one's weights again, and zeros for x, which lie beyond its columns.
+DEV void copy_weights(const Params& p, const Tile& t, u32 stage, u32 bar, int b, int width) {
+  expect(bar, 2 * ((GATHER ? 0 : width * 128) + EACH * (CODES + SCALES)));
 #pragma unroll
   for (int g = 0; g < EACH; g++) {  // strips beyond an expert's are its last one's again
     i64 block = (i64)(t.expert * ROW_BLOCKS + min(t.strip * EACH + g, ROW_BLOCKS - 1)) * BLOCKS + b;
     copy_blocks<CODES>(stage + X_STAGE + g * 2 * CODES, p.codes + block * CODES, bar, b);
     copy_blocks<SCALES>(stage + X_STAGE + W_STAGE + g * 2 * SCALES, p.scales + block * SCALES, bar, b);
   }
-  if constexpr (!GATHER) {
+}
+
+// Rows of x that lie in order: those behind a tile's last are another's or zeros, and not written.
+template <int W>
+DEV void copy_x(const Maps& maps, const Tile& t, u32 stage, u32 bar, int b) {
 #pragma unroll
-    for (int u = 0; u < 2; u++) {
-      u32 to = stage + u * X_BLOCK;
-      if constexpr (W == PAIRS) {
-        copy_box(to, maps.whole, (b + u) * 128, t.start, bar);
-      } else {
+  for (int u = 0; u < 2; u++) {
+    u32 to = stage + u * X_BLOCK;
+    if constexpr (W == PAIRS) {
+      copy_box(to, maps.whole, (b + u) * 128, t.start, bar);
+    } else {
 #pragma unroll
-        for (int i = 0; i < W; i += PIECE) copy_box(to + i * 128, maps.piece, (b + u) * 128, t.start + i, bar);
-      }
+      for (int i = 0; i < W; i += PIECE) copy_box(to + i * 128, maps.piece, (b + u) * 128, t.start + i, bar);
     }
   }
 }
 
+// ahead: stages whose weights are asked for.
 template <int W>
-DEV void fill(const Params& p, const Maps& maps, const Ring& ring, const Tile& t, int slot, u8* slots, Turn& at, int thread) {
+DEV void fill(const Params& p, const Maps& maps, const Ring& ring, const Tile& t, int slot, u8* slots, Turn& at, int thread,
+              int ahead) {
   u32 rows[W / 16];  // of x that this thread gathers 16 bytes of, in blocks; beyond the last, the last again
   if constexpr (GATHER) {
 #pragma unroll
@@ -125,7 +134,10 @@ DEV void fill(const Params& p, const Maps& maps, const Ring& ring, const Tile& t
     u32 bar = ring.full + 8 * at.stage, stage = ring.data + at.stage * STAGE;
     wait(ring.empty + 8 * at.stage, at.phase);
     if constexpr (!GATHER) __syncwarp();  // before a copy lets the barrier turn again: none falls behind by two of its phases
-    if (thread == 0) copy_stage<W>(p, maps, t, stage, bar, b);
+    if (thread == 0) {
+      if (b >= 2 * ahead) copy_weights(p, t, stage, bar, b, W);
+      if constexpr (!GATHER) copy_x<W>(maps, t, stage, bar, b);
+    }
     if constexpr (GATHER) {
 #pragma unroll
       for (int i = 0; i < W / 16; i++) {
@@ -142,15 +154,25 @@ DEV void fill(const Params& p, const Maps& maps, const Ring& ring, const Tile& t
 
 DEV void produce(const Params& p, const Maps& maps, Ring ring, u8* slots, int thread) {
   Turn at = {0, 1};
-  int slot = 0, tiles = p.table[3 * p.stride], total = total_of(tiles * STRIPS, gridDim.x);
+  if (AHEAD == 0) wait_for_previous(), launch_next();
+  int slot = 0, tiles = p.table[3 * p.stride], total = total_of(tiles * STRIPS, gridDim.x), ahead = AHEAD;
   for (int number = blockIdx.x; number < total; number += gridDim.x) {
     Tile t = tile_of<STRIPS>(p.table, p.stride, tiles, number, gridDim.x);
     if (t.count <= 0) continue;
     forget(ring);
-    with_width(Widths<WIDTHS>(), t.count,
-               [&](auto w) { fill<decltype(w)::value>(p, maps, ring, t, slot, slots, at, thread); });
+    with_width(Widths<WIDTHS>(), t.count, [&](auto w) {
+      constexpr int W = decltype(w)::value;
+      if (ahead > 0) {
+        if (thread == 0)
+          for (int i = 0; i < ahead; i++) copy_weights(p, t, ring.data + i * STAGE, ring.full + 8 * i, 2 * i, W);
+        wait_for_previous(), launch_next();
+      }
+      fill<W>(p, maps, ring, t, slot, slots, at, thread, ahead);
+    });
+    ahead = 0;
     if (++slot == SLOTS) slot = 0;
   }
+  if (ahead > 0) wait_for_previous();  // without a tile, too: what comes after this kernel comes after that one
   wait(ring.empty + 8 * at.stage, at.phase);
   if (thread == 0) {
     *(Tile*)(slots + slot * SLOT + OF_TILE) = Tile{0, 0, 0, -1};
@@ -158,4 +180,3 @@ DEV void produce(const Params& p, const Maps& maps, Ring ring, u8* slots, int th
   }
   arrive(ring.told + 8 * slot);
 }
-

@@ -92,10 +92,15 @@ def _table(b):
 
 @gluon.jit
 def _decode(w, pairs):
-    """int16 [64, 32] codes and int16 [64, 4] pairs of scales (layouts CODES, PAIRS_OF_SCALES) -> e4m3 [64, 128]."""
+    """int16 [64, 32] codes and [64, 4] scales of 32 columns, int16 pairs or uint8 (layouts CODES, PAIRS_OF_SCALES)
+    -> e4m3 [64, 128].
+    """
     s = pairs.to(gl.int32)
     low, high = _table(s & 255)
-    low2, high2 = _table((s >> 8) & 255)
+    low2 = low
+    high2 = high
+    if pairs.dtype == gl.int16:
+        low2, high2 = _table((s >> 8) & 255)
     low = _spread(low, low2)
     high = _spread(high, high2)
     a0, a1, a2, a3 = gl.inline_asm_elementwise(
@@ -140,7 +145,9 @@ def fp4_fp8_gemm(x, x_desc, routing, stride, w, padded, out, size, HOW: gl.const
     xs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BM, 128], gl.NVMMASharedLayout(128, 8, 2))
     ws = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, TILE.rows, 128], gl.NVMMASharedLayout(128, 8, 2))
     cs = gl.allocate_shared_memory(gl.int16, [RAW, TILE.rows, 32], gl.SwizzledSharedLayout(8, 1, 1, [1, 0]))
-    ss = gl.allocate_shared_memory(gl.int16, [RAW, TILE.rows, 4], gl.SwizzledSharedLayout(4, 1, 1, [1, 0]))
+    ss = gl.allocate_shared_memory(
+        w.scales.dtype.element_ty, [RAW, TILE.rows, 4], gl.SwizzledSharedLayout(4, 1, 1, [1, 0])
+    )
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     arrived = gl.allocate_shared_memory(gl.int64, [RAW, 1], mbarrier.MBarrierLayout())

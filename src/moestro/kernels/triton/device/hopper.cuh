@@ -130,6 +130,11 @@ DEV u32 load4(u32 from) {
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(r) : "r"(from) : "memory");
   return r;
 }
+DEV u32 load1(u32 from) {
+  u32 r;
+  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(r) : "r"(from) : "memory");
+  return r;
+}
 DEV u32 load2(u32 from) {
   u32 r;
   asm volatile("{\n.reg .u16 t;\nld.shared.u16 t, [%1];\ncvt.u32.u16 %0, t;\n}" : "=r"(r) : "r"(from) : "memory");

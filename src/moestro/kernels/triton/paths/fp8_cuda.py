@@ -33,7 +33,7 @@ from moestro.kernels.triton.words import kernel_rows_of
 NAME = "fp8_cuda"
 SPAN = 4  # blocks of 128 columns that the tensor core adds itself (device/fp8_cuda.cu)
 STEP = 4  # blocks of 64 columns a stage
-ROW_BYTES = 72  # codes and scales of a row and 128 columns
+ROW_BYTES = 72  # codes and scales of a row and 128 columns, at most
 WARPS, GROUPS = 8, 2  # that multiply
 RESULTS = 8 + WARPS * 256  # bytes at least for results that are turned, and in front of them
 CONSUMER, PRODUCER = 232, 40  # registers of a thread: 2 * 232 + 40 of the 504 that three groups of 168 have
@@ -174,7 +174,9 @@ def launch(call: Call) -> None:
         else x_by_place(call, turned=True)
     )
     _product(call, 1, x, call.s["act"])
-    _product(call, 2, call.to_e4m3(call.s["act"], "act", turned=True), call.s["partial"])
+    # the second product asks for weights while the first one ends (device/fp8_cuda_producer.cuh)
+    act = call.to_e4m3(call.s["act"], "act", turned=True, early=True)
+    _product(call, 2, act, call.s["partial"])
     call.sum_pairs()
 
 
