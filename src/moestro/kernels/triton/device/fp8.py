@@ -83,9 +83,7 @@ class Recipe(NamedTuple):
     turned: bool = False  # rows are whole blocks of 128 columns, in the order of fp8_cuda.cu
     whole: bool = False  # a row is at most `columns`: it is read once
     beside: bool = False  # reads nothing of the launch before this one, and runs while that does
-    early: bool = (
-        False  # the next launch may begin before the one ahead of this is over, and waits for this one itself
-    )
+    early: bool = False  # the next launch may begin before the one ahead of this is over
 
 
 @triton.jit
@@ -93,7 +91,8 @@ def quantize_fp8(x, ids, sorted_pairs, data, scales, columns, HOW: tl.constexpr,
     """data e4m3 [rows, columns] = x / scale; scales float32 [rows], or [rows, blocks of 128]; a program a row.
 
     scale = largest magnitude / 448, or 1 where all is zero; to the nearest e4m3, ties to even. HOW: Recipe. Rows of
-    pairs whose expert is not local stay as they are. A launch that runs `beside` the one before it ends after that.
+    pairs whose expert is not local stay as they are. A launch that runs `beside` the one before it ends after that;
+    what comes after an `early` one must wait before it reads what this one, or the one ahead of it, writes.
     """
     if HOW.early:
         launch_next(PDL)
