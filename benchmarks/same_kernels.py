@@ -1,9 +1,10 @@
-"""PTX of every kernel that a tree ships decisions or defaults for: whether a change of device code changes one.
+"""The code of every kernel that a tree ships decisions or defaults for: whether a change of device code changes one.
 
     PYTHONPATH=/tmp/t36:OLD/src python benchmarks/same_kernels.py old.json     # /tmp/t36 holds triton 3.6.0
     PYTHONPATH=/tmp/t36:NEW/src python benchmarks/same_kernels.py new.json --against old.json
 
-Nothing runs and no GPU is needed: each launch is compiled for sm_90 to PTX, without line numbers and without ptxas.
+Nothing runs and no GPU is needed: each launch is compiled for sm_90, to PTX, without line numbers and without ptxas, or by
+NVRTC.
 Kernels are those of the shipped bundles' tactics (of the formats that they are for) and of the defaults, for each format and
 input format, on sizes with whole and with ragged blocks. Exit status 1 if a kernel of the old tree is missing or another.
 """
@@ -140,10 +141,14 @@ def inputs(runner: Any, tokens: int) -> list[Any]:
 
 
 def digest(launch: Any) -> str:
-    """Of the PTX; ptxas does not run."""
+    """Of the PTX, where ptxas does not run; of the machine code of kernels in CUDA C++, which NVRTC compiles."""
     from offline import compile_launch
     from triton.backends.nvidia.compiler import CUDABackend
 
+    from moestro.kernels.triton.cuda import CudaKernel
+
+    if isinstance(launch.kernel, CudaKernel):
+        return hashlib.sha256(launch.compile().cubin.image).hexdigest()[:16]
     if not hasattr(CUDABackend, "whole_stages"):
         CUDABackend.whole_stages, begin = CUDABackend.add_stages, CUDABackend.__init__
 
