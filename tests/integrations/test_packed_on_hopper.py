@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a chip of ano
 LAYOUTS = {
     ("nvfp4", None): "triton-r64c64",
     ("nvfp4", "fp8"): "triton-fp8-nvfp4-r64c128",
-    ("mxfp4", "fp8"): "triton-fp8-mxfp4-r64c128",
+    ("mxfp4", "fp8"): "triton-fp8-mxfp4-r64c128g32",
 }
 
 

@@ -45,7 +45,7 @@ LAYOUTS = {  # (chip, weights, activations) -> layout; other kinds may come
     **{(name, "bf16", x): CHECKPOINT for name in CHIPS for x in (None, "nvfp4")},
     **{("hopper", fmt, "nvfp4"): layout for fmt, layout in W4A16.items()},
     ("hopper", "nvfp4", "fp8"): "triton-fp8-nvfp4-r64c128",
-    ("hopper", "mxfp4", "fp8"): "triton-fp8-mxfp4-r64c128",
+    ("hopper", "mxfp4", "fp8"): "triton-fp8-mxfp4-r64c128g32",
     ("hopper", "fp8_block", "fp8"): "triton-e4m3-rows",
     ("sm_100", "nvfp4", "nvfp4"): CHECKPOINT,
     ("sm_100", "mxfp4", "fp8"): CHECKPOINT,
