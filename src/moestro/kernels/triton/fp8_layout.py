@@ -213,9 +213,8 @@ def _pieces(q: NVFP4 | MXFP4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
         whole = torch.ones(q.shape[-2], device=q.device)
     else:
         scale = q.scale.float()
-        codes = (
-            codes.unflatten(-1, (-1, FP8FromNVFP4.GROUP)) ^ ((scale < 0).to(torch.uint8) << 3).unsqueeze(-1)
-        ).flatten(-2)
+        sign = ((scale < 0).to(torch.uint8) << 3).unsqueeze(-1)
+        codes = (codes.unflatten(-1, (scale.shape[-1], -1)) ^ sign).flatten(-2)
         scale, whole = scale.abs(), q.row_global_scale().squeeze(-1).expand(q.shape[-2])
     if bool(torch.isnan(scale).any()):
         raise FormatError(f"{q.format} weights must have finite scales, got NaN")
