@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 2 benchmarks/gpu_ep.py --out DIR              # NCCL, about three minutes
     torchrun --nproc-per-node 2 benchmarks/gpu_ep.py --out DIR --device cpu --small
 
-Sections, each written to DIR/<section>.json as soon as it is known: equality with the one-rank layer; ten
+Sections, each written to DIR/<section>.json as soon as it is known: equality with the one-rank layer, of NVFP4 and, on
+GPUs, of kernels in CUDA C++ (FP8 activations), also from a graph; a layer on each GPU of one process; ten
 tunings by the group, whose decisions must be the same on all ranks; DeepSeek-V3 shapes, and which way the tuner
 chooses for them.
 """
@@ -17,8 +18,10 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +49,18 @@ def say(text: str) -> None:
         print(f"[{time.monotonic() - STARTED:6.1f} s] {text}", flush=True)
 
 
-def weights_of(device: str, experts: int = E) -> ExpertWeights:
+KINDS: tuple[tuple[str, str | None], ...] = (
+    ("nvfp4", None),
+    ("mxfp4", "fp8"),
+    ("fp8_block", "fp8"),
+)  # weights, input
+
+
+def weights_of(device: str, experts: int = E, fmt: str = "nvfp4") -> ExpertWeights:
     g = torch.Generator().manual_seed(0)
     gate_up = (torch.randn(experts, 2 * I, H, generator=g) * 0.1).bfloat16()
     down = (torch.randn(experts, H, I, generator=g) * 0.1).bfloat16()
-    return ExpertWeights.from_dense(gate_up, down, "nvfp4").to(device)
+    return ExpertWeights.from_dense(gate_up, down, fmt).to(device)
 
 
 def call_of(rank: int, count: int, routing: str, device: str) -> tuple[torch.Tensor, ...]:
@@ -68,32 +78,56 @@ def error(y: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def equality(group: Any, device: str, options: Any) -> Iterator[dict[str, Any]]:
-    """Both ways against the float32 reference of the whole layer."""
-    w, rank = weights_of(device), group.rank()
-    counts = [[16, 16], [7, 1], [0, 9]]
-    for name, placement in (("contiguous", None), ("replicas", REPLICAS)):
-        for payload in ("bf16", "fp8"):
-            ep = ExpertParallel(FusedMoE(w, K, 512), group, placement, payload=payload)
-            for count in counts:
-                for routing in ("uniform", "zipf:1.2", "one expert"):
-                    x, ids, weights = call_of(rank, count[rank], routing, device)
-                    expected = reference.fused_moe(x, ids, weights, w)
-                    for way in ("gather", "dispatch"):
-                        mine = error(ep(x, ids, weights, way=way), expected)
-                        worst = max(ep.peers.link.exchange("error", mine))
-                        limit = 0.08 if payload == "fp8" and way == "dispatch" else 0.01
-                        yield {
-                            "placement": name, "payload": payload, "tokens": count, "routing": routing, "way": way,
-                            "transport": type(ep.ways[way]).__name__, "error": worst, "fine": worst < limit,
-                        }  # fmt: skip
+    """Both ways, of each kind of weights and activations, against the float32 reference of the whole layer."""
+    counts, routings = ([16, 16], [7, 1], [0, 9]), ("uniform", "zipf:1.2", "one expert")
+    rank, ways = group.rank(), ("gather", "dispatch")
+    for kind, (name, placement) in product(kinds_of(device), (("contiguous", None), ("replicas", REPLICAS))):
+        w = weights_of(device, fmt=kind[0])
+        for payload in ("bf16", "fp8") if kind[1] is None else ("bf16",):
+            ep = ExpertParallel(FusedMoE(w, K, 512, input_format=kind[1]), group, placement, payload=payload)
+            for count, routing, way in product(counts, routings, ways):
+                x, ids, weights = call_of(rank, count[rank], routing, device)
+                mine = error(ep(x, ids, weights, way=way), truth(x, ids, weights, w, kind))
+                worst = max(ep.peers.link.exchange("error", mine))
+                limit = 0.08 if payload == "fp8" and way == "dispatch" else 0.01
+                yield {
+                    "kind": kind, "path": path_of(ep, count[rank]), "placement": name, "payload": payload,
+                    "tokens": count, "routing": routing, "way": way, "transport": type(ep.ways[way]).__name__,
+                    "error": worst, "fine": worst < limit,
+                }  # fmt: skip
+
+
+def path_of(ep: ExpertParallel, tokens: int) -> str:
+    """What the local layer runs of so many tokens before it is tuned."""
+    runner = ep.layer.runners[0]
+    if runner.backend != "triton":
+        return str(runner.backend)
+    from moestro.kernels.triton import choose
+
+    return choose.default(runner.problem, max(tokens, 1)).path
+
+
+def kinds_of(device: str) -> tuple[tuple[str, str | None], ...]:
+    """FP8 activations are a GPU's."""
+    return KINDS[:1] if device == "cpu" else KINDS
+
+
+def truth(x: Any, ids: Any, weights: Any, w: ExpertWeights, kind: tuple[str, str | None]) -> torch.Tensor:
+    how = {} if kind[1] is None else {"input_format": kind[1], "weight_rounding": "e4m3"}
+    return reference.fused_moe(x, ids, weights, w, **how)
 
 
 def captured(group: Any, device: str, options: Any) -> Iterator[dict[str, Any]]:
     """The same from a CUDA graph that was captured with other tokens."""
     if device == "cpu":
         return
-    w, rank = weights_of(device), group.rank()
-    ep = ExpertParallel(FusedMoE(w, K, 64, use_cuda_graph=True), group)
+    for kind in kinds_of(device):
+        yield from _captured(group, device, kind)
+
+
+def _captured(group: Any, device: str, kind: tuple[str, str | None]) -> Iterator[dict[str, Any]]:
+    w, rank = weights_of(device, fmt=kind[0]), group.rank()
+    ep = ExpertParallel(FusedMoE(w, K, 64, input_format=kind[1], use_cuda_graph=True), group)
     for way in ("gather", "dispatch"):
         x, ids, weights = call_of(rank, 48, "uniform", device)
         out = torch.empty_like(x)
@@ -110,8 +144,42 @@ def captured(group: Any, device: str, options: Any) -> Iterator[dict[str, Any]]:
                 old.copy_(new)
             graph.replay()
             torch.cuda.synchronize()
-            worst = max(ep.peers.link.exchange("error", error(out, reference.fused_moe(x, ids, weights, w))))
-            yield {"way": way, "replay": seed, "error": worst, "fine": worst < 0.01}
+            mine = error(out, truth(x, ids, weights, w, kind))
+            worst = max(ep.peers.link.exchange("error", mine))
+            yield {"kind": kind, "way": way, "replay": seed, "error": worst, "fine": worst < 0.01}
+
+
+def devices(group: Any, device: str, options: Any) -> Iterator[dict[str, Any]]:
+    """One process, a layer on each GPU: from one thread in turns, whatever the current device, and from a thread each."""
+    if device == "cpu":
+        return
+    if group.rank() == 0:
+        for kind in KINDS:
+            yield from _on_each_device(kind)
+    dist.barrier()
+
+
+def _on_each_device(kind: tuple[str, str | None]) -> Iterator[dict[str, Any]]:
+    all_devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    layers = {d: FusedMoE(weights_of(d, fmt=kind[0]), K, 512, input_format=kind[1]) for d in all_devices}
+    calls = {d: call_of(1, 300, "zipf:1.0", d) for d in all_devices}
+    expected = truth(*calls[all_devices[0]], weights_of(all_devices[0], fmt=kind[0]), kind).cpu()
+
+    def run(d: str) -> torch.Tensor:
+        y = [layers[d](*calls[d]) for _ in range(5)][-1]
+        torch.cuda.synchronize(d)
+        return y.cpu()
+
+    for how in ("one thread", "a thread each"):
+        if how == "one thread":
+            found = [run(d) for d in all_devices]
+        else:
+            with ThreadPoolExecutor(len(all_devices)) as pool:
+                found = list(pool.map(run, all_devices))
+        same = all(torch.equal(y, found[0]) for y in found)
+        worst = max(error(y, expected) for y in found)
+        yield {"kind": kind, "how": how, "devices": len(found), "same_bits": same, "error": worst,
+               "fine": same and worst < 0.01}  # fmt: skip
 
 
 def decisions(group: Any, device: str, options: Any) -> Iterator[dict[str, Any]]:
@@ -269,7 +337,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="64,1024,4096")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--no-plain", action="store_true")
-    parser.add_argument("--sections", default="equality,captured,deepseek,decisions,skewed")
+    parser.add_argument("--sections", default="equality,captured,devices,deepseek,decisions,skewed")
     options = parser.parse_args()
     Path(options.out).mkdir(parents=True, exist_ok=True)
     device, how = options.device, {}

@@ -82,6 +82,17 @@ def test_the_order_in_which_threads_run_changes_no_bit(tile: Tactic, on_machine:
     layer.check_orders(210, tile, on_machine)
 
 
+@pytest.mark.parametrize(("experts", "by_size"), [(path.MANY_EXPERTS, False), (path.MANY_EXPERTS - 1, True)])
+def test_tiles_of_many_experts_are_in_the_experts_order(
+    experts: int, by_size: bool, on_machine: Start
+) -> None:
+    """Of the experts that this rank has."""
+    on_machine(0)
+    layer = layer_of(experts, 2, 144, 128, foreign=3)
+    plan = layer.runner.plan(layer.inputs(5), TILES[0])
+    assert [launch.meta["BY_SIZE"] for launch in plan if launch.kernel.__name__ == "place"] == [by_size]
+
+
 def test_all_tiles_give_the_same_bits(on_machine: Start) -> None:
     on_machine(1)
     layer = layer_of(3, 2, 784, 384)

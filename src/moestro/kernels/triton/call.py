@@ -216,6 +216,11 @@ class Call:
         given = self.experts.gate_up_input_scale
         return bool(self.p.input_format and not self.x_quantized and given is not None and given.ndim)
 
+    @property
+    def has_foreign(self) -> bool:
+        """Whether there are experts of other ranks."""
+        return self.p.num_local_experts < self.p.num_experts
+
     def per_token(self, global_scale: torch.Tensor) -> torch.Tensor:
         """float32 [N] of a global scale [], [G] or [N]."""
         flat = global_scale.reshape(-1)
@@ -234,9 +239,11 @@ class Call:
         width = max(128, triton.next_power_of_2(data.shape[1]))
         whole = width <= AT_ONCE and not blocks
         p = self.p
+        foreign = name == "act" and self.has_foreign
+        by_place = gather or (foreign and self.tactic.route == "sorted")
         how = fp8.Recipe(blocks, gather, p.top_k, p.expert_offset, p.num_local_experts,
-                         width if whole else min(2048, width), turned, whole, beside, early)  # fmt: skip
-        pairs = self.s["sorted_pairs"] if gather else self.ids
+                         width if whole else min(2048, width), turned, whole, beside, early, foreign, by_place)  # fmt: skip
+        pairs = self.s["sorted_pairs"] if by_place else self.ids
         args = (rows, self.ids, pairs, data, scale, rows.shape[1])
         warps = quantising_warps(width, data.shape[0]) if whole else 4
         self.add(fp8.quantize_fp8, (data.shape[0],), *args, HOW=how, num_warps=warps)
@@ -253,7 +260,8 @@ class Call:
         by_place = name == "act" and self.tactic.route == "sorted"
         pairs_of = self.s["sorted_pairs"] if by_place else self.ids
         how = quantize.Recipe(self.p.top_k, self.p.expert_offset, self.p.num_local_experts, kind.value, by_pair,
-                              by_place, blocks is not None, 1024)  # fmt: skip
+                              by_place, blocks is not None, 1024,
+                              self.has_foreign and (name == "act" or by_pair))  # fmt: skip
         self.add(quantize.quantize_rows, (values.shape[0],), rows, pairs_of, self.ids, given, values, blocks,
                  scale, values.shape[0], rows.shape[1], HOW=how)  # fmt: skip
         return Rows(values, scale)

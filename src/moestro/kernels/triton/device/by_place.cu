@@ -75,12 +75,14 @@ DEV Sixteen quantized(const float (&v)[16], float scale) {
 extern "C" __global__ void __launch_bounds__(THREADS) spread(const __grid_constant__ Params p) {
   wait_for_previous();
   launch_next();
-  int token = blockIdx.x, place[TOP_K];  // of each of its pairs: -1 is another rank's
+  int token = blockIdx.x, place[TOP_K], last = -1;  // of each of its pairs: -1 is another rank's
 #pragma unroll
   for (int k = 0; k < TOP_K; k++) {
     int pair = token * TOP_K + k;
     place[k] = (u32)(p.ids[pair] - OFFSET) < (u32)EXPERTS ? p.places[pair] : -1;
+    last = max(last, place[k]);
   }
+  if (last < 0) return;  // all of them are
   float v[EACH][16], most = 0.f, scale[EACH];
 #pragma unroll
   for (int i = 0; i < EACH; i++) {

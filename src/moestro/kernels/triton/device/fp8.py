@@ -84,15 +84,18 @@ class Recipe(NamedTuple):
     whole: bool = False  # a row is at most `columns`: it is read once
     beside: bool = False  # reads nothing of the launch before this one, and runs while that does
     early: bool = False  # the next launch may begin before the one ahead of this is over
+    foreign: bool = False  # rows are pairs', and some of experts of other ranks
+    sorted: bool = False  # foreign: row r is of pair sorted_pairs[r], not of pair r
 
 
 @triton.jit
 def quantize_fp8(x, ids, sorted_pairs, data, scales, columns, HOW: tl.constexpr, PDL: tl.constexpr):
     """data e4m3 [rows, columns] = x / scale; scales float32 [rows], or [rows, blocks of 128]; a program a row.
 
-    scale = largest magnitude / 448, or 1 where all is zero; to the nearest e4m3, ties to even. HOW: Recipe. Rows of
-    pairs whose expert is not local stay as they are. A launch that runs `beside` the one before it ends after that;
-    what comes after an `early` one must wait before it reads what this one, or the one ahead of it, writes.
+    scale = largest magnitude / 448, or 1 where all is zero; to the nearest e4m3, ties to even. HOW: Recipe. Of pairs whose
+    expert is not local, rows that are gathered stay as they are, `foreign` ones are neither read nor written. A launch that
+    runs `beside` the one before it ends after that; what comes after an `early` one must wait before it reads what this one,
+    or the one ahead of it, writes.
     """
     if HOW.early:
         launch_next(PDL)
@@ -108,6 +111,10 @@ def quantize_fp8(x, ids, sorted_pairs, data, scales, columns, HOW: tl.constexpr,
         e = tl.load(ids + pair)
         width = tl.where((e >= HOW.offset) & (e < HOW.offset + HOW.experts), columns, 0)
         row = pair // HOW.top_k
+    if HOW.foreign:
+        e = tl.load(ids + (tl.load(sorted_pairs + to) if HOW.sorted else to))
+        if (e < HOW.offset) | (e >= HOW.offset + HOW.experts):
+            return
     B: tl.constexpr = HOW.columns
     c = tl.arange(0, B)
     if HOW.blocks:

@@ -84,6 +84,7 @@ class Recipe(NamedTuple):
     sorted: bool
     packed: bool
     columns: int  # at a time
+    foreign: bool = False  # rows are pairs', and some of experts of other ranks
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -94,7 +95,7 @@ def quantize_rows(x, pairs_of, ids, given, values, block_scale, row_scale, num_r
     values [num_rows, columns] bfloat16 = e2m1 · block scale; or (packed) [num_rows, columns / 2] uint8 codes
     and block_scale [num_rows, columns / 16] e4m3.
     by_pair: row r is of pair r and reads x[r // top_k]; otherwise it reads x[r]. Under a PER_EXPERT global scale
-    the expert is that of pair r, or of pairs_of[r] if sorted.
+    the expert is that of pair r, or of pairs_of[r] if sorted. Rows of foreign pairs are neither read nor written.
     """
     SCALE: tl.constexpr = HOW.scale
     B: tl.constexpr = HOW.columns
@@ -103,7 +104,13 @@ def quantize_rows(x, pairs_of, ids, given, values, block_scale, row_scale, num_r
     launch_next(PDL)
     r = tl.program_id(0)
     source = x + (r // HOW.top_k if HOW.by_pair else r).to(tl.int64) * columns
-    e = tl.load(ids + (tl.load(pairs_of + r) if HOW.sorted else r)) - HOW.offset if SCALE == PER_EXPERT else 0
+    e = 0
+    if SCALE == PER_EXPERT or HOW.foreign:
+        e = tl.load(ids + (tl.load(pairs_of + r) if HOW.sorted else r)) - HOW.offset
+    if HOW.foreign:
+        nowhere = (e < 0) | (e >= L)
+        if nowhere:
+            return
     scale = _global_scale(source, columns, given, e, SCALE, L, B)
     tl.store(row_scale + r, scale)
     row = r.to(tl.int64)
