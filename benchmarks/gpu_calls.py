@@ -53,6 +53,26 @@ PAIRS = (
     "nvfp4+fp8 mxfp4+fp8 fp8_block+fp8 int4+fp8 mxfp8+fp8 bf16+fp8 nvfp4 mxfp4 mxfp8 fp8_block int4 bf16 "
     "nvfp4+nvfp4 mxfp4+nvfp4 mxfp8+nvfp4 fp8_block+nvfp4 int4+nvfp4 bf16+nvfp4"
 )
+# Side by side, too: in one process test_triton_cuda.py alone takes longer than a call.
+TESTS = " ".join(
+    [
+        "test_bench_cuda.py",
+        "test_cuda_kernel.py",
+        "test_cuda_timer.py",
+        "test_operator_cuda.py",
+        *(
+            f"test_triton_cuda.py::test_{one}"
+            for one in (
+                "a_row_has_the_same_bits_whatever_its_batch",
+                "chained_products_repeat_bit_for_bit",
+                "chains_of_two_streams_do_not_share_their_counters",
+                "every_format_matches_the_reference",
+                "several_numbers_of_tokens_are_captured_from_one_layer_and_replayed_in_turn",
+                "wide_products_equal_the_reference_and_repeat",
+            )
+        ),
+    ]
+)
 SKEWED = "deepseek-skewed,mixtral-skewed,qwen3-skewed"
 RECORDED = (  # in order of value: what the time does not reach is said
     "deepseek-fp8,deepseek-block,qwen3-fp8,gpt-oss-20b,deepseek,qwen3,mixtral,gpt-oss-120b,qwen3-block,mixtral-block,"
@@ -68,8 +88,6 @@ CALLS: dict[str, tuple[Step, ...]] = {
         _served("sustained", 240, 165, f"--store {STORE}"),
         Step("quick", f"{PYTHON} {HERE}/gpu_formats.py quick {QUICK}", 70, 35,
              f"TRITON_INTERPRET=1 {PYTHON} {HERE}/gpu_formats.py quick int4 --tokens 3"),
-        _sanitized("memcheck", 110, 50),
-        _sanitized("racecheck", 90, 60),
     ),
     "record": (
         _record("skewed", 230, 200, SKEWED),
@@ -81,10 +99,14 @@ CALLS: dict[str, tuple[Step, ...]] = {
         Step("fp8", f"{PYTHON} {HERE}/gpu_fp8.py check", 150, 110),
         Step("formats", f"printf '%s\\n' {PAIRS} | xargs -P 8 -n 1 {PYTHON} {HERE}/gpu_formats.py check --seconds 200",
              230, 150, f"{PYTHON} {HERE}/gpu_formats.py --help"),
-        Step("vllm-method", f"{PYTHON} -m pytest -q -n 0 -p no:cacheprovider "
+        Step("vllm-method", f"{PYTHON} -m pytest -q -p no:cacheprovider "
              f"{HERE.parent}/tests/integrations/vllm_plugin/test_method_cuda.py", 70, 40),
-        Step("tests", f"{PYTHON} -m pytest -q -n 0 -p no:cacheprovider {HERE.parent}/tests/gpu", 120, 90),
         Step("replay", f"{PYTHON} {HERE}/gpu_session.py replay", 110, 80),
+    ),
+    "sanitizers": (_sanitized("memcheck", 280, 160), _sanitized("racecheck", 120, 60)),
+    "tests": (
+        Step("tests", f"printf '%s\\n' {TESTS} | xargs -P 8 -I @ {PYTHON} -m pytest -q -p no:cacheprovider "
+             f"{HERE.parent}/tests/gpu/@", 580, 500, f"{PYTHON} -m pytest --version"),
     ),
     "streams": (
         Step("two-streams", f"{PYTHON} {HERE}/gpu_session.py two-streams", 120, 80),

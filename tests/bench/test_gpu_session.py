@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import gpu_session  # noqa: E402
 import gpu_site  # noqa: E402
-from gpu_calls import CALLS, LIMIT_S, Step  # noqa: E402
+from gpu_calls import CALLS, LIMIT_S, TESTS, Step  # noqa: E402
 from gpu_plan import PLAN  # noqa: E402
 
 PYTHON = shlex.quote(sys.executable)
@@ -38,6 +38,19 @@ def test_every_call_fits_its_time_and_names_what_there_is() -> None:
              for only in step.command.split("--only ")[1].split(",")]  # fmt: skip
     assert names
     assert set(names) <= {step.name for step in PLAN}
+
+
+def test_the_tests_that_run_side_by_side_are_all_of_tests_gpu() -> None:
+    folder = Path(__file__).parents[1] / "gpu"
+    of_file = {name: name.split("::")[0] for name in TESTS.split()}
+    assert set(of_file.values()) == {path.name for path in folder.glob("test_*.py")}
+    for name in {file for name, file in of_file.items() if name != file}:
+        functions = {
+            line.split("(")[0][4:]
+            for line in (folder / name).read_text().splitlines()
+            if line[:8] == "def test"
+        }
+        assert {one.split("::")[1] for one in of_file if one.startswith(f"{name}::")} == functions
 
 
 def test_a_step_beyond_its_limit_is_killed_with_its_children_and_the_next_one_runs(
