@@ -1,9 +1,11 @@
 """A session on a GPU machine in few calls, in order of value; docs/contributing.md has the commands.
 
     python benchmarks/gpu_session.py --list                 the calls, their steps, seconds and limits
-    python benchmarks/gpu_session.py served  --out DIR      as served: invariance, verify steps, decode, load; sanitizers
+    python benchmarks/gpu_session.py served  --out DIR      as served: invariance, verify steps, decode, load
     python benchmarks/gpu_session.py record  --out DIR      skewed routing beside humming and floors, models beside peers
-    python benchmarks/gpu_session.py check   --out DIR      every tactic of every format, vLLM's method, tests/gpu
+    python benchmarks/gpu_session.py check   --out DIR      every tactic of every format, vLLM's method, replayed calls
+    python benchmarks/gpu_session.py sanitizers --out DIR   FP8 products, dense and INT4 under compute-sanitizer
+    python benchmarks/gpu_session.py tests   --out DIR      all of tests/gpu, side by side
     python benchmarks/gpu_session.py streams --out DIR      formats on two streams and in graphs, memcheck
     python benchmarks/gpu_session.py times   --out DIR      host time, layers, peers
     python benchmarks/gpu_session.py served --dry-run       here: the same programs on small layers of the CPU backend, the
