@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
+from moestro.errors import BackendError
 from moestro.kernels.problem import MoeProblem
 from moestro.kernels.triton import Tactic, Tile, choose
 from moestro.kernels.triton.paths import PATHS, dense, dequantized, fused, kind_of, warp_specialized
 from moestro.kernels.triton.paths.warp_specialized import tactic as warp
+from moestro.kernels.triton.tactic import MAX_PAIRS
 from moestro.kernels.triton.tactics import Tactic as OlderTactic
 
 SIZES = {"qwen3": (128, 8, 2048, 768), "mixtral": (8, 2, 4096, 14336), "deepseek": (32, 8, 7168, 2048)}
@@ -43,6 +45,17 @@ def test_the_default_fits_every_problem(
     default = choose.default(p, num_tokens)
     assert choose.why_not(p, default, num_tokens) is None
     assert choose.candidates(p, num_tokens) != []
+
+
+@pytest.mark.parametrize("top_k", [1, 8])
+def test_more_pairs_than_the_kernels_count_are_an_error_that_names_the_limit(top_k: int) -> None:
+    p = MoeProblem(128, 128, 0, top_k, 2048, 768, "nvfp4")
+    most = MAX_PAIRS // top_k
+    assert choose.why_not(p, choose.default(p, most), most) is None
+    with pytest.raises(
+        BackendError, match=f"at most {MAX_PAIRS} pairs at once, got {most + 1} tokens of {top_k}"
+    ):
+        choose.default(p, most + 1)
 
 
 def test_every_entry_of_the_table_is_a_candidate_somewhere(monkeypatch: pytest.MonkeyPatch) -> None:

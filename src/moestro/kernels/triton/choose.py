@@ -10,6 +10,7 @@ import functools
 import logging
 from dataclasses import replace
 
+from moestro.errors import BackendError
 from moestro.kernels.problem import MoeProblem
 from moestro.kernels.triton import nvrtc
 from moestro.kernels.triton.chip import multiplies_fp4
@@ -211,8 +212,13 @@ INVARIANT_ROWS = (
 
 
 def default(problem: MoeProblem, num_tokens: int) -> Tactic:
-    """What runs before anything is tuned: by pairs per expert, as measured."""
+    """What runs before anything is tuned: by pairs per expert, as measured. BackendError beyond MAX_PAIRS."""
     p = problem
+    if (pairs := num_tokens * p.top_k) > MAX_PAIRS:
+        raise BackendError(
+            f"backend 'triton' takes at most {MAX_PAIRS} pairs at once, got {num_tokens} tokens of {p.top_k}, which are "
+            f"{pairs}: fewer tokens at a time, or a smaller max_num_tokens of a layer"
+        )
     if (untried := _untried_default(p, num_tokens)) is not None:
         return untried
     if kind_of(p) == "fp8":
@@ -224,9 +230,9 @@ def default(problem: MoeProblem, num_tokens: int) -> Tactic:
         chosen = replace(chosen, path="fused", prefetch_kib=0)
     for tactic in (chosen, replace(chosen, split_k=1), *INVARIANT_ROWS * p.batch_invariant, FULL, INVARIANT):
         tactic = fitted(p, tactic)
-        if why_not(p, tactic, num_tokens) is None:
+        if (reason := why_not(p, tactic, num_tokens)) is None:
             return tactic
-    return fitted(p, FULL)
+    raise BackendError(f"backend 'triton' has no default for {num_tokens} tokens of {p}: {reason}")
 
 
 def _invariant_default(p: MoeProblem, num_tokens: int) -> Tactic | None:
