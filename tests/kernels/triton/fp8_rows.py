@@ -21,13 +21,20 @@ class Quantize:
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(x: Any, ids: Any, pairs: Any, data: Any, scales: Any, columns: int, **meta: Any) -> None:
             assert grid == (len(data),)
-            if meta["HOW"].gather:  # what no expert here reads is quantised, too
-                x = x[pairs.long() // meta["HOW"].top_k]
-            scale = (x.float().abs().amax(1) / 448).clamp(min=torch.finfo(torch.float32).tiny)
-            scales.copy_(torch.where(x.float().abs().amax(1) == 0, 1.0, scale))
+            how = meta["HOW"]
+            here = torch.ones(len(data), dtype=torch.bool)
+            if how.foreign:  # rows are pairs', and those of other ranks stay as they are
+                e = ids.flatten()[pairs.long()] if how.sorted else ids.flatten()
+                here = (e >= how.offset) & (e < how.offset + how.experts)
+            if how.gather:  # what no expert here reads is quantised, too
+                x = x[pairs.long() // how.top_k]
+            most = x.float().abs().amax(1)
+            scale = torch.where(most == 0, 1.0, (most / 448).clamp(min=torch.finfo(torch.float32).tiny))
             full = torch.zeros(data.shape)
-            full[:, :columns] = x.float() / scales[:, None]
-            order = turned(columns) if meta["HOW"].turned else slice(columns)
-            data.copy_(full[:, order].to(torch.float8_e4m3fn))
+            full[:, :columns] = x.float() / scale[:, None]
+            order = turned(columns) if how.turned else slice(columns)
+            rounded = full[:, order].to(torch.float8_e4m3fn).to(data.dtype)
+            data.view(torch.uint8)[here] = rounded.view(torch.uint8)[here]
+            scales[here] = scale[here]
 
         return launch

@@ -225,13 +225,14 @@ def test_the_order_of_pairs_does_not_change_the_sums() -> None:
     assert torch.equal(first, runner.forward(swapped, TACTICS["sorted"]).flip(0))
 
 
+@pytest.mark.parametrize("foreign", [0, 1])
 @pytest.mark.parametrize(
     ("scales", "fmt"),
     [("dynamic", "nvfp4"), ("calibrated", "nvfp4"), ("per expert", "nvfp4"), ("dynamic", "mxfp4")],
 )
-def test_w4a4_numerics(scales: str, fmt: str) -> None:
-    """x and the intermediate through NVFP4, as quantised and dequantised in float32."""
-    runner, plain = make(SIZES.get(fmt, (4, 2, 144, 80)), fmt, input_format="nvfp4")
+def test_w4a4_numerics(scales: str, fmt: str, foreign: int) -> None:
+    """x and the intermediate through NVFP4, as quantised and dequantised in float32; also beside other ranks' pairs."""
+    runner, plain = make(SIZES.get(fmt, (4, 2, 144, 80)), fmt, input_format="nvfp4", foreign=foreign)
     for experts in (plain, runner._experts):
         if scales != "dynamic":
             shape = () if scales == "calibrated" else (4,)
