@@ -65,6 +65,12 @@ def sm_90() -> list[str]:
             chain.tactic(8, Tile(128, 2, 4, 5)),
         ),  # steps of three blocks
         (runner_of(4, 2, 144, 80, "nvfp4", input_format="nvfp4"), 9, plain),
+        (
+            runner_of(4, 2, 144, 80, "nvfp4", input_format="nvfp4", ranks=2),
+            9,
+            plain,
+        ),  # rows that are left out
+        (runner_of(8, 2, 512, 320, "bf16", input_format="fp8", ranks=2), 700, dequantized),
     ]
     for fmt in ("mxfp4", "fp8_block", "int4"):
         runner = runner_of(8, 2, 512, 320, fmt, biases=True)

@@ -45,6 +45,7 @@ def cases() -> list[tuple[TritonRunner, Tactic]]:
         (runner_of(4, 2, 144, 80, "nvfp4", input_format="fp8", **odd), fp8.TABLE["fp8"][1]),
         (runner_of(4, 2, 160, 96, "mxfp4", ReLU2(), True, "fp8"), fp8.TABLE["fp8"][0]),
         (runner_of(8, 2, 512, 256, "mxfp4", SwiGLU(1.702, 7.0, 1.0), True, "fp8"), fp8_once.LARGE),
+        (runner_of(8, 2, 512, 256, "mxfp4", input_format="fp8", ranks=2), fp8_once.LARGE),
         *((runner_of(8, 2, 512, 256, "fp8_block", input_format="fp8"), t) for t in fp8_once.TABLE["fp8"]),
         (runner_of(4, 2, 144, 80, "fp8_block", ReLU2(), True, "fp8"), fp8_once.LARGE),
     ]

@@ -76,9 +76,9 @@ def _specialised(value: Any, path: tuple[int, ...], constants: dict[Any, Any], a
 
 def runner_of(
     experts: int, top_k: int, hidden: int, intermediate: int, weight_format: str,
-    activation: Activation | None = None, biases: bool = False, input_format: str | None = None,
+    activation: Activation | None = None, biases: bool = False, input_format: str | None = None, ranks: int = 1,
 ) -> TritonRunner:  # fmt: skip
-    """A runner on zeros of these sizes."""
+    """A runner on zeros of these sizes: the first of so many ranks, each with as many experts."""
     act = activation or SwiGLU()
     rows = intermediate * (2 if act.gated else 1)
     gate_up: Any = zeros(weight_format, experts, rows, hidden)
@@ -89,7 +89,7 @@ def runner_of(
         "gate_up_input_scale": None,
         "down_input_scale": None,
     }
-    p = MoeProblem(experts, experts, 0, top_k, hidden, intermediate, weight_format, act, input_format,
+    p = MoeProblem(experts * ranks, experts, 0, top_k, hidden, intermediate, weight_format, act, input_format,
                    torch.bfloat16, "cuda")  # fmt: skip
     g, d = TritonRunner.prepare(p, SimpleNamespace(gate_up=gate_up, down=down, **fields))
     return TritonRunner(p, SimpleNamespace(gate_up=g, down=d, **fields))
