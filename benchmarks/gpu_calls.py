@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 HERE = Path(__file__).parent
 PYTHON = shlex.quote(sys.executable)
+PYTEST = f"{PYTHON} -m pytest -q -p no:cacheprovider"
 LIMIT_S = 585  # of a call; a lent machine ends a command after 600
 MISSED = 3  # a step's exit status: it ran, and its target was missed
 STORE = "/tmp/gpu-session-store"  # of decisions, for all steps on one machine
@@ -99,13 +100,13 @@ CALLS: dict[str, tuple[Step, ...]] = {
         Step("fp8", f"{PYTHON} {HERE}/gpu_fp8.py check", 150, 110),
         Step("formats", f"printf '%s\\n' {PAIRS} | xargs -P 8 -n 1 {PYTHON} {HERE}/gpu_formats.py check --seconds 200",
              230, 150, f"{PYTHON} {HERE}/gpu_formats.py --help"),
-        Step("vllm-method", f"{PYTHON} -m pytest -q -p no:cacheprovider "
+        Step("vllm-method", f"{PYTEST} "
              f"{HERE.parent}/tests/integrations/vllm_plugin/test_method_cuda.py", 70, 40),
         Step("replay", f"{PYTHON} {HERE}/gpu_session.py replay", 110, 80),
     ),
     "sanitizers": (_sanitized("memcheck", 280, 160), _sanitized("racecheck", 120, 60)),
     "tests": (
-        Step("tests", f"printf '%s\\n' {TESTS} | xargs -P 8 -I @ {PYTHON} -m pytest -q -p no:cacheprovider "
+        Step("tests", f"printf '%s\\n' {TESTS} | xargs -P 8 -I @ {PYTEST} "
              f"{HERE.parent}/tests/gpu/@", 580, 500, f"{PYTHON} -m pytest --version"),
     ),
     "streams": (

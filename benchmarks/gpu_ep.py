@@ -42,18 +42,14 @@ STARTED = time.monotonic()
 E, K, H, I = 8, 3, 256, 128  # noqa: E741
 REPLICAS = [[0, 1], [0], [1], [0, 1], [1], [0], [1], [0]]
 QUICK = MeasurementPolicy(max_rounds=40, max_seconds=2.0)
+Kind = tuple[str, str | None]  # formats of weights and of activations
+KINDS: tuple[Kind, ...] = (("nvfp4", None), ("mxfp4", "fp8"), ("fp8_block", "fp8"))
+PLACEMENTS = {"contiguous": None, "replicas": REPLICAS}
 
 
 def say(text: str) -> None:
     if dist.get_rank() == 0:
         print(f"[{time.monotonic() - STARTED:6.1f} s] {text}", flush=True)
-
-
-KINDS: tuple[tuple[str, str | None], ...] = (
-    ("nvfp4", None),
-    ("mxfp4", "fp8"),
-    ("fp8_block", "fp8"),
-)  # weights, input
 
 
 def weights_of(device: str, experts: int = E, fmt: str = "nvfp4") -> ExpertWeights:
@@ -79,22 +75,29 @@ def error(y: torch.Tensor, expected: torch.Tensor) -> float:
 
 def equality(group: Any, device: str, options: Any) -> Iterator[dict[str, Any]]:
     """Both ways, of each kind of weights and activations, against the float32 reference of the whole layer."""
-    counts, routings = ([16, 16], [7, 1], [0, 9]), ("uniform", "zipf:1.2", "one expert")
-    rank, ways = group.rank(), ("gather", "dispatch")
-    for kind, (name, placement) in product(kinds_of(device), (("contiguous", None), ("replicas", REPLICAS))):
+    for kind in KINDS[:1] if device == "cpu" else KINDS:  # FP8 activations are a GPU's
         w = weights_of(device, fmt=kind[0])
-        for payload in ("bf16", "fp8") if kind[1] is None else ("bf16",):
-            ep = ExpertParallel(FusedMoE(w, K, 512, input_format=kind[1]), group, placement, payload=payload)
-            for count, routing, way in product(counts, routings, ways):
-                x, ids, weights = call_of(rank, count[rank], routing, device)
-                mine = error(ep(x, ids, weights, way=way), truth(x, ids, weights, w, kind))
-                worst = max(ep.peers.link.exchange("error", mine))
-                limit = 0.08 if payload == "fp8" and way == "dispatch" else 0.01
-                yield {
-                    "kind": kind, "path": path_of(ep, count[rank]), "placement": name, "payload": payload,
-                    "tokens": count, "routing": routing, "way": way, "transport": type(ep.ways[way]).__name__,
-                    "error": worst, "fine": worst < limit,
-                }  # fmt: skip
+        payloads = ("bf16", "fp8") if kind[1] is None else ("bf16",)
+        for name, payload in product(PLACEMENTS, payloads):
+            layer = FusedMoE(w, K, 512, input_format=kind[1])
+            ep = ExpertParallel(layer, group, PLACEMENTS[name], payload=payload)
+            for row in _equal(ep, w, kind, device):
+                yield {"kind": kind, "placement": name, "payload": payload, **row}
+
+
+def _equal(ep: ExpertParallel, w: ExpertWeights, kind: Kind, device: str) -> Iterator[dict[str, Any]]:
+    rank = dist.get_rank()
+    for count, routing in product(([16, 16], [7, 1], [0, 9]), ("uniform", "zipf:1.2", "one expert")):
+        x, ids, weights = call_of(rank, count[rank], routing, device)
+        expected = truth(x, ids, weights, w, kind)
+        for way in ("gather", "dispatch"):
+            mine = error(ep(x, ids, weights, way=way), expected)
+            worst = max(ep.peers.link.exchange("error", mine))
+            limit = 0.08 if ep.payload == "fp8" and way == "dispatch" else 0.01
+            yield {
+                "path": path_of(ep, count[rank]), "tokens": count, "routing": routing, "way": way,
+                "transport": type(ep.ways[way]).__name__, "error": worst, "fine": worst < limit,
+            }  # fmt: skip
 
 
 def path_of(ep: ExpertParallel, tokens: int) -> str:
@@ -107,12 +110,7 @@ def path_of(ep: ExpertParallel, tokens: int) -> str:
     return choose.default(runner.problem, max(tokens, 1)).path
 
 
-def kinds_of(device: str) -> tuple[tuple[str, str | None], ...]:
-    """FP8 activations are a GPU's."""
-    return KINDS[:1] if device == "cpu" else KINDS
-
-
-def truth(x: Any, ids: Any, weights: Any, w: ExpertWeights, kind: tuple[str, str | None]) -> torch.Tensor:
+def truth(x: Any, ids: Any, weights: Any, w: ExpertWeights, kind: Kind) -> torch.Tensor:
     how = {} if kind[1] is None else {"input_format": kind[1], "weight_rounding": "e4m3"}
     return reference.fused_moe(x, ids, weights, w, **how)
 
@@ -121,11 +119,11 @@ def captured(group: Any, device: str, options: Any) -> Iterator[dict[str, Any]]:
     """The same from a CUDA graph that was captured with other tokens."""
     if device == "cpu":
         return
-    for kind in kinds_of(device):
+    for kind in KINDS:
         yield from _captured(group, device, kind)
 
 
-def _captured(group: Any, device: str, kind: tuple[str, str | None]) -> Iterator[dict[str, Any]]:
+def _captured(group: Any, device: str, kind: Kind) -> Iterator[dict[str, Any]]:
     w, rank = weights_of(device, fmt=kind[0]), group.rank()
     ep = ExpertParallel(FusedMoE(w, K, 64, input_format=kind[1], use_cuda_graph=True), group)
     for way in ("gather", "dispatch"):
@@ -159,23 +157,20 @@ def devices(group: Any, device: str, options: Any) -> Iterator[dict[str, Any]]:
     dist.barrier()
 
 
-def _on_each_device(kind: tuple[str, str | None]) -> Iterator[dict[str, Any]]:
-    all_devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    layers = {d: FusedMoE(weights_of(d, fmt=kind[0]), K, 512, input_format=kind[1]) for d in all_devices}
-    calls = {d: call_of(1, 300, "zipf:1.0", d) for d in all_devices}
-    expected = truth(*calls[all_devices[0]], weights_of(all_devices[0], fmt=kind[0]), kind).cpu()
+def _on_each_device(kind: Kind) -> Iterator[dict[str, Any]]:
+    weights = {f"cuda:{i}": weights_of(f"cuda:{i}", fmt=kind[0]) for i in range(torch.cuda.device_count())}
+    layers = {d: FusedMoE(w, K, 512, input_format=kind[1]) for d, w in weights.items()}
+    calls = {d: call_of(1, 300, "zipf:1.0", d) for d in weights}
+    expected = truth(*calls["cuda:0"], weights["cuda:0"], kind).cpu()
 
     def run(d: str) -> torch.Tensor:
         y = [layers[d](*calls[d]) for _ in range(5)][-1]
         torch.cuda.synchronize(d)
         return y.cpu()
 
-    for how in ("one thread", "a thread each"):
-        if how == "one thread":
-            found = [run(d) for d in all_devices]
-        else:
-            with ThreadPoolExecutor(len(all_devices)) as pool:
-                found = list(pool.map(run, all_devices))
+    for how, threads in (("one thread", 1), ("a thread each", len(weights))):
+        with ThreadPoolExecutor(threads) as pool:
+            found = list(pool.map(run, weights))
         same = all(torch.equal(y, found[0]) for y in found)
         worst = max(error(y, expected) for y in found)
         yield {"kind": kind, "how": how, "devices": len(found), "same_bits": same, "error": worst,

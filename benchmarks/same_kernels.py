@@ -12,6 +12,7 @@ input format, on sizes with whole and with ragged blocks. Exit status 1 if a ker
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -37,7 +38,7 @@ def main() -> int:
         "--sample", action="store_true", help="one kernel of each name and format that decodes weights"
     )
     options = parser.parse_args()
-    found = json.loads(options.out.read_text()) if options.out.exists() else {}
+    found = kept(options.out)
     sampled = set()
     for name, launch in launches():
         kind = " ".join(name.split()[:2])
@@ -46,14 +47,39 @@ def main() -> int:
         sampled.add(kind)
         if name not in found:
             found[name] = digest(launch)
-            options.out.write_text(json.dumps(found, indent=0))
+            options.out.write_text(json.dumps({"tree": tree(), "kernels": found}, indent=0))
     print(len(found), "kernels")
     if options.against is None:
         return 0
-    old = json.loads(options.against.read_text())
+    old = json.loads(options.against.read_text())["kernels"]
     bad = [name for name, value in old.items() if found.get(name) != value]
     print(f"{len(old) - len(bad)} of {len(old)} are the same", *bad[:5], sep="\n")
     return len(bad) > 0
+
+
+@functools.cache
+def tree() -> str:
+    """A digest of what kernels are made of here."""
+    import moestro.kernels.triton as package
+
+    files = sorted(
+        path for path in Path(package.__file__).parent.rglob("*.*") if path.suffix in (".py", ".cu", ".cuh")
+    )
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+
+
+def kept(path: Path) -> dict[str, str]:
+    """What an earlier run of this tree, which was ended, has compiled."""
+    if not path.exists():
+        return {}
+    file = json.loads(path.read_text())
+    if file.get("tree") != tree():
+        raise SystemExit(
+            f"{path} has kernels of tree {file.get('tree')}, this one is {tree()}: name another file"
+        )
+    kernels: dict[str, str] = file["kernels"]
+    print(f"{len(kernels)} kernels are in {path} and not compiled again")
+    return kernels
 
 
 def launches() -> Any:
@@ -65,7 +91,8 @@ def launches() -> Any:
                 for runner, tokens, tactic in runs(fmt, sizes, input_format):
                     for launch in runner.plan(inputs(runner, tokens), tactic):
                         constants = sorted((k, repr(v)) for k, v in launch.meta.items())
-                        name = f"{fmt} {launch.kernel.__name__} {sizes[2] % 64 == 0} {constants}"
+                        dtypes = [str(arg.dtype) for arg in launch.args if hasattr(arg, "dtype")]
+                        name = f"{fmt} {launch.kernel.__name__} {sizes[2] % 64 == 0} {constants} {dtypes}"
                         if name not in seen:
                             seen.add(name)
                             yield name, launch

@@ -221,6 +221,10 @@ class Call:
         """Whether there are experts of other ranks."""
         return self.p.num_local_experts < self.p.num_experts
 
+    def _is_by_place(self, name: str) -> bool:
+        """Whether rows of "x" or "act" are of pairs as the sort has put them."""
+        return name == "act" and self.tactic.route == "sorted"
+
     def per_token(self, global_scale: torch.Tensor) -> torch.Tensor:
         """float32 [N] of a global scale [], [G] or [N]."""
         flat = global_scale.reshape(-1)
@@ -240,7 +244,7 @@ class Call:
         whole = width <= AT_ONCE and not blocks
         p = self.p
         foreign = name == "act" and self.has_foreign
-        by_place = gather or (foreign and self.tactic.route == "sorted")
+        by_place = gather or self._is_by_place(name)
         how = fp8.Recipe(blocks, gather, p.top_k, p.expert_offset, p.num_local_experts,
                          width if whole else min(2048, width), turned, whole, beside, early, foreign, by_place)  # fmt: skip
         pairs = self.s["sorted_pairs"] if by_place else self.ids
@@ -257,7 +261,7 @@ class Call:
             self.s.get(f"{name}_blocks"),
         )
         kind = quantize.DYNAMIC if given is None else quantize.PER_EXPERT if given.ndim else quantize.ONE
-        by_place = name == "act" and self.tactic.route == "sorted"
+        by_place = self._is_by_place(name)
         pairs_of = self.s["sorted_pairs"] if by_place else self.ids
         how = quantize.Recipe(self.p.top_k, self.p.expert_offset, self.p.num_local_experts, kind.value, by_pair,
                               by_place, blocks is not None, 1024,
